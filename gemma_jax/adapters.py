@@ -1,0 +1,141 @@
+"""Adapters side by side over one base, interchangeable without a compilation.
+
+Adapters of different rank, scale and targets become trees of one shape: scales
+are folded into B, ranks padded with zero columns, missing targets filled with
+zeros. The base itself is then the adapter of zeros, whose update is exactly 0.
+"""
+
+from collections.abc import Sequence
+import re
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_jax import lora
+from gemma_jax import pytree
+from gemma_jax.config import ModelConfig
+
+BASE = 'base'
+
+
+class Adapter(NamedTuple):
+  """An adapter ready to be applied.
+
+  Attributes:
+    name: the folder it came from, or 'base'.
+    effective: factors with the scale in B (`lora.effective`), nested dicts.
+    trained_base: base leaves trained along with it, {} for most.
+  """
+
+  name: str
+  effective: Any
+  trained_base: Any
+
+  def variables(self, params: Any) -> dict[str, Any]:
+    """{'params', 'lora'} for the model: the base with this adapter."""
+    return {
+        'params': replace_leaves(params, self.trained_base),
+        'lora': self.effective,
+    }
+
+
+def load_adapters(
+    folders: Sequence[str], config: ModelConfig, scan_layers: bool = True
+) -> list[Adapter]:
+  """The base, then the adapter of each PEFT folder, all of one shape.
+
+  Args:
+    folders: as `formats.peft.write_adapter` or PEFT wrote them.
+    config: the base's architecture.
+    scan_layers: form of the trees.
+
+  Raises:
+    ValueError: a folder that cannot be read or fits another architecture.
+  """
+  from gemma_jax.formats import peft
+
+  trees, trained = [{}], [{}]
+  for folder in folders:
+    lora_config, factors = peft.read_adapter(folder, config, scan_layers)
+    trees.append(lora.effective(factors, np.float32(lora_config.scale)))
+    trained.append(peft.read_trained_base(folder))
+  names = [BASE, *folders]
+  return [
+      Adapter(*parts)
+      for parts in zip(names, align(trees), trained, strict=True)
+  ]
+
+
+def align(trees: Sequence[Any]) -> list[Any]:
+  """Gives adapter trees one structure and one rank per target, by zeros.
+
+      align([{}, {'layers': {'attn': {'q': {'lora_a': [L, D, 3], ...}}}}])
+
+  returns for the first tree zeros of the second's shapes.
+
+  Args:
+    trees: effective factors, all scanned or all unrolled, factorization
+      `matrix` (as read from PEFT folders).
+
+  Returns:
+    Trees of equal structure and shapes that compute what the given ones do.
+  """
+  flat = [dict(pytree.items(tree)) for tree in trees]
+  shapes: dict[str, tuple[int, ...]] = {}
+  for leaves in flat:
+    for name, x in leaves.items():
+      known = shapes.get(name, x.shape)
+      shapes[name] = tuple(map(max, known, x.shape))
+
+  def fit(x, shape):
+    if x is None:
+      return jnp.zeros(shape, jnp.float32)
+    return jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, shape, strict=True)])
+
+  return [
+      pytree.unflatten({n: fit(leaves.get(n), s) for n, s in shapes.items()})
+      for leaves in flat
+  ]
+
+
+def replace_leaves(params: Any, leaves: Any) -> Any:
+  """A base with some leaves replaced, cast to the dtype of those they replace.
+
+  Either tree may be scanned or unrolled: `layer_3/attn/v/w` goes to index 3 of
+  a scanned leaf, and a scanned leaf to every layer of an unrolled base.
+
+  Raises:
+    ValueError: a leaf that the base does not have, or of another shape.
+  """
+  if not leaves:
+    return params
+  flat = dict(pytree.items(params))
+  for name, leaf in pytree.items(leaves):
+    for target, index, value in _destinations(name, leaf, flat):
+      old = flat[target]
+      shape = old.shape if index is None else old.shape[1:]
+      if value.shape != shape:
+        raise ValueError(
+            f'trained base leaf {name}: got shape {value.shape}, expected '
+            f'{shape}; it belongs to another architecture.'
+        )
+      value = jnp.asarray(value, old.dtype)
+      flat[target] = value if index is None else old.at[index].set(value)
+  return pytree.unflatten(flat)
+
+
+def _destinations(name, leaf, flat):
+  """Where a leaf goes: (path, index along L or None, value)."""
+  if name in flat:
+    return [(name, None, leaf)]
+  one_layer = re.fullmatch(r'layer_(\d+)/(.*)', name)
+  if one_layer and f'layers/{one_layer[2]}' in flat:
+    return [(f'layers/{one_layer[2]}', int(one_layer[1]), leaf)]
+  rest = name.removeprefix('layers/')
+  if rest != name and f'layer_0/{rest}' in flat:
+    return [(f'layer_{i}/{rest}', None, x) for i, x in enumerate(leaf)]
+  raise ValueError(
+      f'trained base leaf {name}: got a path that this base does not have; it '
+      'belongs to another architecture.'
+  )

@@ -1,0 +1,447 @@
+"""Typed configuration: what a run is made of, checked in one place.
+
+A `TrainConfig` is a tree of small mutable dataclasses, so that
+`ml_collections.config_flags` can override any field from the command line
+(`--config.lora.rank=8`) and a misspelt field fails. Overrides do not rerun
+`__post_init__`, hence `resolve()`: it validates every field once, fills the
+`auto` values that need no device, and returns a frozen deep copy.
+
+`ModelConfig` is different: it is the architecture, a frozen value that comes
+from a checkpoint or from `variants.py`, and never from a flag.
+"""
+
+import copy
+import dataclasses
+import re
+from typing import Any
+
+# Which projections a preset name stands for; a regex over these names works
+# as well, e.g. targets='q|v|gate'.
+PROJECTIONS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
+TARGET_PRESETS = {
+    'qv': 'q|v',
+    'attention': 'q|k|v|o',
+    'all': '|'.join(PROJECTIONS),
+}
+
+
+def _require(ok: bool, name: str, got: Any, expected: str, remedy: str = ''):
+  if not ok:
+    tail = f' {remedy}' if remedy else ''
+    raise ValueError(f'{name}: got {got!r}, expected {expected}.{tail}')
+
+
+def _one_of(name: str, got: Any, choices: tuple[str, ...]):
+  _require(got in choices, name, got, 'one of ' + ', '.join(choices))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A Gemma architecture. Letters as in `gemma_jax.model`.
+
+  Attributes:
+    vocab_size: V, rows of the embedding (may exceed the tokenizer's pieces).
+    embed_dim: D.
+    hidden_dim: F, width of each of gate and up.
+    num_layers: L.
+    num_heads: N, query heads.
+    num_kv_heads: K, key and value heads; divides N.
+    head_dim: H.
+    query_scale: factor on the queries; None means H ** -0.5.
+    layer_is_local: for each layer, whether it attends within `window_size`
+      only; None means that all layers are global.
+    window_size: number of positions a local layer sees, itself included.
+    rope_theta: RoPE base of global layers.
+    rope_local_theta: RoPE base of local layers; None means `rope_theta`.
+    rope_scale: positions of global layers are divided by it (linear scaling).
+    use_qk_norm: RMSNorm on each query and key head before RoPE (Gemma 3).
+    use_post_norms: RMSNorm after attention and after the MLP (Gemma 2, 3).
+    attention_softcap: cap * tanh(score / cap) on attention scores, or None.
+    final_softcap: the same on the output logits, or None.
+    norm_eps: epsilon of every RMSNorm.
+    max_positions: longest sequence the model was made for, in tokens.
+  """
+
+  vocab_size: int
+  embed_dim: int
+  hidden_dim: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  query_scale: float | None = None
+  layer_is_local: tuple[bool, ...] | None = None
+  window_size: int | None = None
+  rope_theta: float = 10_000.0
+  rope_local_theta: float | None = None
+  rope_scale: float = 1.0
+  use_qk_norm: bool = False
+  use_post_norms: bool = False
+  attention_softcap: float | None = None
+  final_softcap: float | None = None
+  norm_eps: float = 1e-6
+  max_positions: int = 8192
+
+  def __post_init__(self):
+    for field in (
+        'vocab_size', 'embed_dim', 'hidden_dim', 'num_layers', 'num_heads',
+        'num_kv_heads', 'head_dim', 'max_positions',
+    ):  # fmt: skip
+      value = getattr(self, field)
+      _require(
+          isinstance(value, int) and value > 0, field, value, 'an integer > 0'
+      )
+    _require(
+        self.num_heads % self.num_kv_heads == 0,
+        'num_kv_heads',
+        self.num_kv_heads,
+        f'a divisor of num_heads={self.num_heads}',
+    )
+    _require(
+        self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number'
+    )
+    if self.layer_is_local is not None:
+      _require(
+          len(self.layer_is_local) == self.num_layers,
+          'layer_is_local',
+          len(self.layer_is_local),
+          f'one flag for each of {self.num_layers} layers',
+      )
+      if any(self.layer_is_local):
+        _require(
+            self.window_size is not None and self.window_size > 0,
+            'window_size',
+            self.window_size,
+            'an integer > 0, since some layers are local',
+        )
+
+
+@dataclasses.dataclass
+class BaseConfig:
+  """Which base model, and how it is computed (`config.model`).
+
+  Attributes:
+    path: model reference: `gemma3_270m`, a .gguf file, a Hugging Face folder,
+      or `random:VARIANT`.
+    tokenizer: path of a tokenizer.model; '' takes the one beside the weights.
+    dtype: of the base in memory: auto (the file's own; dequantized: float32),
+      bfloat16 or float32.
+    activation_dtype: auto is bfloat16 on TPU and GPU, float32 on CPU.
+    scan_layers: one compiled layer, scanned; False unrolls (`layer_0/...`).
+    attention: auto or einsum.
+    remat: recompute each layer in the backward pass instead of keeping its
+      activations.
+  """
+
+  path: str = 'gemma3_270m'
+  tokenizer: str = ''
+  dtype: str = 'auto'
+  activation_dtype: str = 'auto'
+  scan_layers: bool = True
+  attention: str = 'auto'
+  remat: bool = True
+
+  def check(self):
+    _require(bool(self.path), 'model.path', self.path, 'a model reference')
+    for name in ('dtype', 'activation_dtype'):
+      value = getattr(self, name)
+      _require(
+          value in ('auto', 'bfloat16', 'float32'),
+          f'model.{name}',
+          value,
+          'one of auto, bfloat16, float32',
+          'float16 overflows in Gemma.' if value == 'float16' else '',
+      )
+    _one_of('model.attention', self.attention, ('auto', 'einsum'))
+
+
+@dataclasses.dataclass
+class LoraConfig:
+  """Low-rank adapters: W' = W + scale * B A (Hu et al. 2021, eq. 3).
+
+  Attributes:
+    rank: r.
+    alpha: numerator of the scale.
+    scale_rule: constant (scale = alpha), alpha_over_r (the paper) or
+      alpha_over_sqrt_r (rsLoRA, Kalajdzievski 2023).
+    targets: preset qv, attention or all, or a regex over q k v o gate up down.
+    factorization: matrix (A [D, r], B [r, N, H]: the paper, PEFT) or keras
+      (A takes the kernel's shape with r for its last axis).
+    init: peft (kaiming_uniform, a = sqrt 5) or keras (he_uniform) for A.
+    dropout: rate on the adapter's input while training.
+  """
+
+  rank: int = 8
+  alpha: float = 16.0
+  scale_rule: str = 'alpha_over_r'
+  targets: str = 'qv'
+  factorization: str = 'matrix'
+  init: str = 'peft'
+  dropout: float = 0.0
+
+  @property
+  def scale(self) -> float:
+    """The factor on B A that the rule gives for this rank."""
+    return {
+        'constant': self.alpha,
+        'alpha_over_r': self.alpha / self.rank,
+        'alpha_over_sqrt_r': self.alpha / self.rank**0.5,
+    }[self.scale_rule]
+
+  @property
+  def target_names(self) -> tuple[str, ...]:
+    """The projections that carry an adapter, in the order q k v o ..."""
+    pattern = TARGET_PRESETS.get(self.targets, self.targets)
+    return tuple(p for p in PROJECTIONS if re.fullmatch(pattern, p))
+
+  def check(self):
+    _require(
+        isinstance(self.rank, int) and self.rank >= 1,
+        'lora.rank',
+        self.rank,
+        'an integer >= 1',
+        'To evaluate the base alone, pass no adapter.',
+    )
+    _require(self.alpha > 0, 'lora.alpha', self.alpha, 'a number > 0')
+    _one_of(
+        'lora.scale_rule',
+        self.scale_rule,
+        ('constant', 'alpha_over_r', 'alpha_over_sqrt_r'),
+    )
+    _one_of('lora.factorization', self.factorization, ('matrix', 'keras'))
+    _one_of('lora.init', self.init, ('peft', 'keras'))
+    _require(
+        0 <= self.dropout < 1, 'lora.dropout', self.dropout, 'a rate in [0, 1)'
+    )
+    choices = f'{", ".join(TARGET_PRESETS)} or a regex over {PROJECTIONS}'
+    try:
+      names = self.target_names
+    except re.error as e:
+      raise ValueError(
+          f'lora.targets: got {self.targets!r}, which is no regex ({e}); '
+          f'expected {choices}.'
+      ) from None
+    remedy = ''
+    if 'embed' in self.targets:
+      remedy = (
+          'The embedding is also the output layer (tied); an adapter on it '
+          'would change both, so it is not offered.'
+      )
+    _require(bool(names), 'lora.targets', self.targets, choices, remedy)
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+  """AdamW on the trainable leaves.
+
+  Attributes:
+    learning_rate: peak.
+    schedule: constant, linear or cosine, after the warm-up; the last two decay
+      to zero at the last step.
+    warmup_steps: updates of linear warm-up from zero.
+    weight_decay: decoupled, on every trainable leaf but norm scales.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    clip_norm: largest global norm of the gradient; 0 switches clipping off.
+    accumulate_steps: parts in which a global batch is computed.
+  """
+
+  learning_rate: float = 5e-5
+  schedule: str = 'constant'
+  warmup_steps: int = 0
+  weight_decay: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  clip_norm: float = 1.0
+  accumulate_steps: int = 1
+
+  def check(self):
+    _require(
+        self.learning_rate > 0,
+        'optimizer.learning_rate',
+        self.learning_rate,
+        'a number > 0',
+    )
+    _one_of(
+        'optimizer.schedule', self.schedule, ('constant', 'linear', 'cosine')
+    )
+    for name in ('warmup_steps', 'weight_decay', 'clip_norm'):
+      value = getattr(self, name)
+      _require(value >= 0, f'optimizer.{name}', value, 'a number >= 0')
+    for name in ('b1', 'b2'):
+      value = getattr(self, name)
+      _require(0 <= value < 1, f'optimizer.{name}', value, 'a number in [0, 1)')
+    _require(self.eps > 0, 'optimizer.eps', self.eps, 'a number > 0')
+    _require(
+        self.accumulate_steps >= 1,
+        'optimizer.accumulate_steps',
+        self.accumulate_steps,
+        'an integer >= 1',
+    )
+
+
+@dataclasses.dataclass
+class MeshConfig:
+  """Devices along each mesh axis; -1 takes all that are left, once."""
+
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+
+  def check(self):
+    sizes = (self.data, self.fsdp, self.tensor)
+    for name, size in zip(('data', 'fsdp', 'tensor'), sizes):
+      _require(
+          size == -1 or size >= 1, f'mesh.{name}', size, 'an integer >= 1 or -1'
+      )
+    _require(sizes.count(-1) <= 1, 'mesh', sizes, 'at most one axis of size -1')
+
+
+@dataclasses.dataclass
+class DataConfig:
+  """Records, and how they become rows.
+
+  Attributes:
+    path: a .jsonl, .jsonl.gz or .jsonl.xz file, `tfds:NAME`, or
+      `sample:seoul_travel`.
+    eval_path: held-out records; '' takes the source's own validation split, or
+      else 5 % of the records by a hash of (instruction, context).
+    template: dolly, chat, plain, or one of the tasks in `data/templates.py`.
+    loss_on: response, or all (every token of the record, as in the tutorial).
+    seq_len: T, positions in a row.
+    global_batch_size: rows in an update, over all devices.
+    packing: fill rows with several records, kept apart by segment ids; False
+      pads every record to a row of its own.
+    with_context: False leaves out records that have a context.
+    max_records: use only the first so many training records; 0 is all.
+    skip_bad_records: drop and count unusable records instead of stopping.
+  """
+
+  path: str = 'sample:seoul_travel'
+  eval_path: str = ''
+  template: str = 'dolly'
+  loss_on: str = 'response'
+  seq_len: int = 512
+  global_batch_size: int = 4
+  packing: bool = True
+  with_context: bool = True
+  max_records: int = 0
+  skip_bad_records: bool = False
+
+  def check(self):
+    _require(bool(self.path), 'data.path', self.path, 'a file or tfds:NAME')
+    _one_of('data.loss_on', self.loss_on, ('response', 'all'))
+    _require(
+        self.seq_len >= 2, 'data.seq_len', self.seq_len, 'an integer >= 2'
+    )
+    _require(
+        self.global_batch_size >= 1,
+        'data.global_batch_size',
+        self.global_batch_size,
+        'an integer >= 1',
+    )
+    _require(
+        self.max_records >= 0,
+        'data.max_records',
+        self.max_records,
+        'an integer >= 0',
+    )
+
+
+@dataclasses.dataclass
+class TrainConfig:
+  """Everything that decides a run's result, and what it leaves behind.
+
+  Attributes:
+    seed: of the data order, the initial A and dropout.
+    steps: updates; 0 means as many as `epochs` takes.
+    epochs: passes over the training records, when steps is 0.
+    eval_every_steps: updates between evaluations; 0 means only at the ends.
+    checkpoint_every_steps: updates between checkpoints; 0 means only the last.
+    early_stopping_evals: stop after so many evaluations without a new best
+      loss; 0 never stops early.
+    log_every_steps: updates between log lines (the metrics file has them all).
+    profile_steps: updates to trace with jax.profiler, e.g. (3, 4).
+    trainable: regexes over tree paths ('params/...' is the base, 'lora/...'
+      the adapter); a leaf that one of them matches from its start is trained.
+    compilation_cache: folder of compiled programs; '' is ~/.cache/gemma_jax,
+      'off' keeps none.
+  """
+
+  seed: int = 0
+  steps: int = 0
+  epochs: float = 1.0
+  eval_every_steps: int = 0
+  checkpoint_every_steps: int = 100
+  early_stopping_evals: int = 0
+  log_every_steps: int = 10
+  profile_steps: tuple[int, ...] = ()
+  trainable: tuple[str, ...] = ('lora/',)
+  compilation_cache: str = ''
+  model: BaseConfig = dataclasses.field(default_factory=BaseConfig)
+  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+  optimizer: OptimizerConfig = dataclasses.field(
+      default_factory=OptimizerConfig
+  )
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+
+  def resolve(self) -> 'TrainConfig':
+    """Returns a checked deep copy; raises ValueError on the first bad field.
+
+    Call it once, after the last override. Nothing downstream checks again.
+    """
+    config = copy.deepcopy(self)
+    for name in ('seed', 'steps', 'eval_every_steps', 'checkpoint_every_steps',
+                 'early_stopping_evals'):  # fmt: skip
+      value = getattr(config, name)
+      _require(value >= 0, name, value, 'an integer >= 0')
+    _require(
+        config.steps > 0 or config.epochs > 0,
+        'epochs',
+        config.epochs,
+        'a number > 0, since steps is 0',
+    )
+    _require(
+        config.log_every_steps >= 1,
+        'log_every_steps',
+        config.log_every_steps,
+        'an integer >= 1',
+    )
+    # A lone regex on the command line arrives as a tuple of one.
+    _require(
+        len(config.trainable) > 0, 'trainable', config.trainable, 'a regex'
+    )
+    for pattern in config.trainable:
+      try:
+        re.compile(pattern)
+      except re.error as e:
+        raise ValueError(
+            f'trainable: {pattern!r} is not a regular expression ({e}).'
+        ) from None
+    for part in (
+        config.model, config.lora, config.optimizer, config.mesh, config.data
+    ):  # fmt: skip
+      part.check()
+    parts = config.optimizer.accumulate_steps
+    _require(
+        config.data.global_batch_size % parts == 0,
+        'data.global_batch_size',
+        config.data.global_batch_size,
+        f'a multiple of optimizer.accumulate_steps={parts}',
+    )
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """A dataclass as JSON-able nested dicts (tuples become lists)."""
+  tree = dataclasses.asdict(config)
+
+  def plain(x):
+    if isinstance(x, dict):
+      return {k: plain(v) for k, v in x.items()}
+    return list(x) if isinstance(x, tuple) else x
+
+  return plain(tree)

@@ -1,0 +1,191 @@
+"""Where records come from, and which of them are held out.
+
+    path/to/file.jsonl[.gz|.xz]   one file; a part is held out by hash
+    sample:seoul_travel           the embedded sample with its held-out file
+    tfds:dolly[:local file]       a builder of `data/tfds`; its validation split
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import hashlib
+import importlib.resources
+import json
+from typing import Any
+
+from gemma_jax.config import DataConfig
+from gemma_jax.data import records as records_lib
+
+HELDOUT_FRACTION = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """What a run learns from and what it is measured on.
+
+  Attributes:
+    train: records, in the order of their source.
+    heldout: records that share no prompt with `train`, unless the caller named
+      an `eval_path` that does.
+    skipped: unusable rows of both by reason, when they may be skipped.
+  """
+
+  train: list[records_lib.Record]
+  heldout: list[records_lib.Record]
+  skipped: dict[str, int]
+
+
+def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
+  """Reads the training and the held-out records that a config names.
+
+  Args:
+    config: `path`, `eval_path`, `template`, `with_context`, `max_records` and
+      `skip_bad_records` decide.
+    tfds_dir: where prepared TFDS data sets are kept; '' is
+      ~/.cache/gemma_jax/tfds.
+
+  Raises:
+    ValueError: a missing source or a bad record, with its place.
+  """
+  train, skipped = _load(config.path, 'data.path', 'train', config, tfds_dir)
+  if config.eval_path:
+    heldout, more = _load(
+        config.eval_path, 'data.eval_path', 'heldout', config, tfds_dir
+    )
+  elif _own_heldout(config.path):
+    heldout, more = _load(
+        config.path, 'data.path', 'heldout', config, tfds_dir
+    )
+  else:
+    more = {}
+    train, heldout = split(train, source=config.path)
+  for reason, count in more.items():
+    skipped[reason] = skipped.get(reason, 0) + count
+  if config.max_records:
+    train = train[: config.max_records]
+  return Records(train, heldout, skipped)
+
+
+def load_heldout(
+    path: str, template: str, name: str = 'data.eval_path', tfds_dir: str = ''
+) -> list[records_lib.Record]:
+  """Reads what a source offers for evaluation, in its order.
+
+  Args:
+    path: a file (all of its records), `sample:NAME` (its held-out file) or
+      `tfds:NAME` (its validation split).
+    template: text records are checked against it.
+    name: the setting that holds the path, for error messages.
+    tfds_dir: as in `load_records`.
+
+  Raises:
+    ValueError: a missing source or a bad record, with its place.
+  """
+  config = DataConfig(template=template)
+  return _load(path, name, 'heldout', config, tfds_dir)[0]
+
+
+def split(
+    records: list[records_lib.Record],
+    fraction: float = HELDOUT_FRACTION,
+    source: str = 'records',
+) -> tuple[list[records_lib.Record], list[records_lib.Record]]:
+  """Holds out the records whose prompt hashes below `fraction`.
+
+  Whether a record is held out depends on its own prompt alone, not on the
+  machine, the order or the other records, so that a prompt never stands on
+  both sides and a growing file keeps its held-out records. Where this would
+  leave a side empty, the prompt with the least or greatest hash moves over.
+
+  Args:
+    records: at least two different prompts.
+    fraction: of the prompts, expected.
+    source: name in the error message.
+
+  Returns:
+    (train, held-out), each in the order given.
+
+  Raises:
+    ValueError: all records have one prompt.
+  """
+  places = [_place(record) for record in records]
+  different = sorted(set(places))
+  if len(different) < 2:
+    raise ValueError(
+        f'data.path: {source} holds {len(different)} different prompt(s), '
+        'expected at least 2 to hold one out. Set --config.data.eval_path.'
+    )
+  count = sum(place < fraction for place in different)
+  chosen = set(different[: min(max(count, 1), len(different) - 1)])
+  pairs = list(zip(records, places, strict=True))
+  train = [record for record, place in pairs if place not in chosen]
+  heldout = [record for record, place in pairs if place in chosen]
+  return train, heldout
+
+
+def _place(record: records_lib.Record) -> float:
+  """A hash of what precedes the last response, uniform in [0, 1)."""
+  if 'tokens' in record:
+    key: Any = [record['tokens'], record.get('loss_mask')]
+  elif 'messages' in record:
+    key = [[m['role'], m['content']] for m in record['messages'][:-1]]
+  elif 'instruction' in record:
+    key = [record['instruction'], record.get('context') or '']
+  elif 'prompt' in record:
+    key = [record['prompt'], '']
+  else:
+    key = [record['en'], record['ko']]
+  digest = hashlib.sha256(json.dumps(key).encode()).digest()
+  return int.from_bytes(digest[:6], 'big') / 2**48
+
+
+def _own_heldout(path: str) -> bool:
+  return path.startswith(('sample:', 'tfds:'))
+
+
+def _load(
+    path: str, name: str, part: str, config: DataConfig, tfds_dir: str
+) -> tuple[list[records_lib.Record], dict[str, int]]:
+  """The usable records of one part ('train' or 'heldout') of a source."""
+  found, skipped = records_lib.usable(
+      _rows(path, name, part, tfds_dir),
+      template=config.template,
+      name=name,
+      source=path,
+      skip_bad_records=config.skip_bad_records,
+  )
+  if not config.with_context:
+    found = [record for record in found if not record.get('context')]
+    if not found:
+      raise ValueError(
+          f'{name}: every record of {path} has a context and '
+          'data.with_context is False; nothing is left.'
+      )
+  return found, skipped
+
+
+def _rows(
+    path: str, name: str, part: str, tfds_dir: str
+) -> Iterator[tuple[str, Any]]:
+  kind, _, rest = path.partition(':')
+  if kind == 'sample':
+    suffix = '_heldout' if part == 'heldout' else ''
+    folder = importlib.resources.files('gemma_jax.data') / 'samples'
+    file = folder / f'{rest}{suffix}.jsonl'
+    if not file.is_file():
+      there = sorted(f.name.removesuffix('.jsonl') for f in folder.iterdir())
+      raise ValueError(
+          f'{name}: got {path!r}, expected one of '
+          f'{", ".join(f"sample:{s}" for s in there if "heldout" not in s)}.'
+      )
+    with importlib.resources.as_file(file) as local:
+      yield from records_lib.read_jsonl(str(local), name)
+  elif kind == 'tfds':
+    from gemma_jax.data import tfds as tfds_lib
+
+    dataset, _, local = rest.partition(':')
+    split_name = 'validation' if part == 'heldout' else 'train'
+    found = tfds_lib.read_split(dataset, split_name, local, tfds_dir)
+    for i, record in enumerate(found):
+      yield f'{path} {split_name} record {i}', record
+  else:
+    yield from records_lib.read_jsonl(path, name)

@@ -1,0 +1,144 @@
+"""What the builders share: one checked text file, split by prompt."""
+
+from collections.abc import Hashable, Iterator, Sequence
+import hashlib
+from typing import Any
+
+from etils import epath
+import tensorflow_datasets as tfds
+
+Row = dict[str, str]
+
+
+class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Rows of text fields from one file, as train, validation and test.
+
+  Subclasses say which fields, and how to parse the file. Data of a file whose
+  hash is not fixed is kept under that hash, so that another file of the same
+  name is prepared anew.
+
+  Attributes:
+    FIELDS: names of the text features.
+    FILE: name of the file, for messages.
+    URL: where to download it; '' if a local path must be given.
+    SHA256: of the file; '' accepts any.
+    LICENSE: of the records.
+    HOMEPAGE: of the data set.
+  """
+
+  VERSION = tfds.core.Version('1.0.0')
+  FIELDS: tuple[str, ...]
+  FILE: str
+  URL = ''
+  SHA256 = ''
+  LICENSE: str
+  HOMEPAGE: str
+
+  # TFDS would look beside it for a list of checksums; the check is made here.
+  code_path = None
+
+  def __init__(self, *, path: str = '', **kwargs: Any):
+    """Checks the local file, if there is one.
+
+    Args:
+      path: local file; '' downloads it.
+      **kwargs: of `tfds.core.GeneratorBasedBuilder`, e.g. data_dir.
+
+    Raises:
+      ValueError: no such file, another file, or no path and no address.
+    """
+    self._file = epath.Path(path).expanduser() if path else None
+    if not path and not self.URL:
+      raise ValueError(
+          f'data.path: got tfds:{self.name} without a file, expected '
+          f'tfds:{self.name}:PATH with the path of {self.FILE} '
+          f'({self.HOMEPAGE}).'
+      )
+    if path:
+      digest = self._check(self._file)
+      if not self.SHA256:
+        kwargs['config'] = tfds.core.BuilderConfig(
+            name=digest[:16], version=self.VERSION
+        )
+    super().__init__(file_format='array_record', **kwargs)
+
+  def parse(self, file: epath.Path) -> Iterator[Row]:
+    """Yields the rows of the file; ValueError with the line if one is bad."""
+    raise NotImplementedError
+
+  def prompts(self, rows: Sequence[Row]) -> Sequence[Hashable]:
+    """A key for each row; rows with equal keys go to the same split."""
+    return [(row['instruction'], row.get('context', '')) for row in rows]
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+        builder=self,
+        description=self.__doc__,
+        features=tfds.features.FeaturesDict(
+            {field: tfds.features.Text() for field in self.FIELDS}
+        ),
+        homepage=self.HOMEPAGE,
+        license=self.LICENSE,
+        disable_shuffling=True,  # keep the order of the file
+    )
+
+  def _split_generators(self, dl_manager):
+    file = self._file or self._download(dl_manager)
+    rows = list(self.parse(file))
+    splits: dict[str, list[Row]] = {'train': [], 'validation': [], 'test': []}
+    for row, prompt in zip(rows, self.prompts(rows), strict=True):
+      splits[split_of(prompt)].append(row)
+    for name, members in splits.items():
+      if not members:
+        raise ValueError(
+            f'tfds:{self.name}: {file} has {len(rows)} rows, of which none '
+            f'fell into the split {name}; expected some hundreds. Make it a '
+            '.jsonl file to use it as it is.'
+        )
+    return {
+        name: self._generate_examples(members)
+        for name, members in splits.items()
+    }
+
+  def _generate_examples(self, rows: list[Row]):
+    yield from enumerate(rows)
+
+  def _download(self, dl_manager) -> epath.Path:
+    try:
+      file = epath.Path(dl_manager.download(self.URL))
+    except Exception as e:  # requests, urllib3 and TFDS each have their own
+      raise ValueError(
+          f'tfds:{self.name}: cannot download {self.URL} '
+          f'({" ".join(str(e).split())[:200] or type(e).__name__}). Get the '
+          f'file elsewhere and name it: tfds:{self.name}:/path/{self.FILE}.'
+      ) from None
+    try:
+      self._check(file)
+    except ValueError:
+      file.unlink()  # else TFDS would take it for the real one next time
+      raise
+    return file
+
+  def _check(self, file: epath.Path) -> str:
+    """The file's SHA-256; ValueError if it is not the one expected."""
+    if not file.is_file():
+      raise ValueError(
+          f'tfds:{self.name}: got {str(file)!r}, which is no file; expected '
+          f'{self.FILE}.'
+      )
+    content = file.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if self.SHA256 and digest != self.SHA256:
+      raise ValueError(
+          f'tfds:{self.name}: {file} has sha256 {digest} ({len(content)} '
+          f'bytes), expected {self.SHA256}, the published {self.FILE}. Use it '
+          'as a .jsonl file if the change is yours.'
+      )
+    return digest
+
+
+def split_of(prompt: Hashable) -> str:
+  """train for 90 % of the prompts, validation and test for 5 % each."""
+  digest = hashlib.sha256(repr(prompt).encode()).digest()
+  bucket = int.from_bytes(digest[:8], 'big') % 20
+  return {0: 'validation', 1: 'test'}.get(bucket, 'train')

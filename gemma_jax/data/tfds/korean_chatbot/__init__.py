@@ -1,0 +1,5 @@
+"""Korean question and answer pairs of everyday talk."""
+
+from gemma_jax.data.tfds.korean_chatbot.korean_chatbot import KoreanChatbot
+
+__all__ = ['KoreanChatbot']

@@ -1,0 +1,292 @@
+"""Text to token ids and back: SentencePiece for Gemma, bytes for tests.
+
+Control tokens (`<bos>`, `<start_of_turn>`, ...) are never parsed from text: a
+record that contains their spelling is encoded as plain characters, and a
+template inserts their ids with `control_id`. Nothing here adds BOS or EOS.
+"""
+
+import abc
+import codecs
+from collections.abc import Iterable, Sequence
+import hashlib
+import re
+
+from etils import epath
+
+START_OF_TURN = '<start_of_turn>'
+END_OF_TURN = '<end_of_turn>'
+
+# Some releases store these as user-defined pieces, which SentencePiece would
+# find in text; they are loaded as control pieces, whatever the file says.
+_CONTROL_NAME = re.compile(
+    r'<(pad|eos|bos|unk|mask|unused\d+|start_of_turn|end_of_turn)>'
+)
+_SPACE = '\u2581'  # SentencePiece's stand-in for a space
+
+# Piece types, numbered alike in SentencePiece and in GGUF.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+class Tokenizer(abc.ABC):
+  """What the data pipeline and the sampler ask of a tokenizer.
+
+  Attributes:
+    vocab_size: number of pieces; ids are in [0, vocab_size).
+    model_proto: the serialized SentencePiece model, to be stored beside
+      exported weights as `tokenizer.model`; None if there is none.
+  """
+
+  pad_id = 0
+  eos_id = 1
+  bos_id = 2
+  unk_id = 3
+  vocab_size: int
+  model_proto: bytes | None = None
+
+  @abc.abstractmethod
+  def encode(self, text: str) -> list[int]:
+    """Ids of the text alone: no BOS, no EOS, no control token.
+
+    Raises:
+      ValueError: the text is not valid Unicode (a lone surrogate).
+    """
+
+  def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of each text; on all cores where the tokenizer can."""
+    return [self.encode(text) for text in texts]
+
+  @abc.abstractmethod
+  def token_bytes(self, token_id: int) -> bytes:
+    """UTF-8 bytes that a token stands for; b'' for a control token.
+
+    A token may hold a part of a character only. ValueError for an id outside
+    [0, vocab_size).
+    """
+
+  @abc.abstractmethod
+  def control_id(self, name: str) -> int:
+    """Id of a control token, e.g. '<start_of_turn>'; ValueError if none."""
+
+  @abc.abstractmethod
+  def fingerprint(self) -> str:
+    """A short name; tokenizers with equal fingerprints encode alike."""
+
+  @property
+  def end_of_turn_id(self) -> int | None:
+    """Id of '<end_of_turn>', or None where there are no turns."""
+    try:
+      return self.control_id(END_OF_TURN)
+    except ValueError:
+      return None
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of the ids without control tokens; broken UTF-8 becomes U+FFFD."""
+    return b''.join(map(self.token_bytes, ids)).decode('utf-8', 'replace')
+
+  def _check_id(self, token_id: int):
+    if not 0 <= token_id < self.vocab_size:
+      raise ValueError(
+          f'token id: got {token_id}, expected one in [0, {self.vocab_size}), '
+          'the pieces of this tokenizer.'
+      )
+
+
+class StreamDecoder:
+  """Decodes ids as they are sampled, in whole characters only.
+
+      ids of '가' as bytes       EA   B0   80
+      push returns               ''   ''   '가'
+
+  All that `push` and a last `flush` return, joined, equals `decode` of all ids.
+  """
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._tokenizer = tokenizer
+    self._utf8 = codecs.getincrementaldecoder('utf-8')('replace')
+
+  def push(self, ids: Iterable[int]) -> str:
+    """The text that these further ids complete; may be empty."""
+    return self._utf8.decode(b''.join(map(self._tokenizer.token_bytes, ids)))
+
+  def flush(self) -> str:
+    """What is left at the end: U+FFFD for an unfinished character."""
+    return self._utf8.decode(b'', final=True)
+
+
+class SentencePieceTokenizer(Tokenizer):
+  """Gemma's tokenizer, from the bytes of a `tokenizer.model`."""
+
+  def __init__(self, model_proto: bytes, source: str = 'tokenizer'):
+    """Parses the model.
+
+    Args:
+      model_proto: serialized SentencePiece ModelProto; kept as it is in
+        `self.model_proto`.
+      source: its name in error messages.
+
+    Raises:
+      ValueError: not a SentencePiece model, or not laid out as Gemma's (PAD 0,
+        EOS 1, BOS 2, UNK 3).
+    """
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+      proto.ParseFromString(model_proto)
+      loadable = model_proto
+      if _make_control(proto.pieces):
+        loadable = proto.SerializeToString()
+      self._pieces = sentencepiece.SentencePieceProcessor(model_proto=loadable)
+    except Exception as e:  # protobuf and SentencePiece raise types of their own
+      raise ValueError(
+          f'{source}: got {len(model_proto)} bytes that are no SentencePiece '
+          f'model ({str(e).strip()}), expected a tokenizer.model.'
+      ) from None
+    got = tuple(
+        getattr(self._pieces, f'{name}_id')()
+        for name in ('pad', 'eos', 'bos', 'unk')
+    )
+    if got != (self.pad_id, self.eos_id, self.bos_id, self.unk_id):
+      raise ValueError(
+          f'{source}: got PAD, EOS, BOS, UNK = {got}, expected (0, 1, 2, 3) as '
+          "in Gemma; is it another model's tokenizer?"
+      )
+    self.model_proto = model_proto
+    self.vocab_size = self._pieces.get_piece_size()
+
+  @classmethod
+  def from_file(cls, path: str) -> 'SentencePieceTokenizer':
+    """Reads a `tokenizer.model`; ValueError names a missing or broken file."""
+    file = epath.Path(path)
+    if not file.is_file():
+      raise ValueError(
+          f'tokenizer: got {str(path)!r}, which is no file; expected a '
+          'SentencePiece tokenizer.model. Set --config.model.tokenizer=PATH.'
+      )
+    return cls(file.read_bytes(), source=str(path))
+
+  def encode(self, text: str) -> list[int]:
+    return self._pieces.encode(text.encode())
+
+  def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+    return self._pieces.encode([t.encode() for t in texts], num_threads=-1)
+
+  def token_bytes(self, token_id: int) -> bytes:
+    token_id = int(token_id)
+    self._check_id(token_id)
+    if self._pieces.is_control(token_id) or self._pieces.is_unknown(token_id):
+      return b''
+    piece = self._pieces.id_to_piece(token_id)
+    if self._pieces.is_byte(token_id):
+      return bytes([int(piece[3:-1], 16)])  # '<0xEA>'
+    return piece.replace(_SPACE, ' ').encode()
+
+  def control_id(self, name: str) -> int:
+    token_id = self._pieces.piece_to_id(name)
+    if not self._pieces.is_control(token_id):
+      raise ValueError(
+          f'control token: got {name!r}, which this tokenizer lacks; the chat '
+          'template needs a Gemma tokenizer, other templates do not.'
+      )
+    return token_id
+
+  def fingerprint(self) -> str:
+    return 'sentencepiece-' + hashlib.sha256(self.model_proto).hexdigest()
+
+
+class ByteTokenizer(Tokenizer):
+  """UTF-8 bytes as tokens 4-259, for random models in tests and dry runs.
+
+      encode('aé')    [101, 199, 173]     # 4 + 0x61, 4 + 0xC3, 4 + 0xA9
+  """
+
+  vocab_size = 260
+  _first = 4
+
+  def encode(self, text: str) -> list[int]:
+    return [self._first + b for b in text.encode()]
+
+  def token_bytes(self, token_id: int) -> bytes:
+    token_id = int(token_id)
+    self._check_id(token_id)
+    return b'' if token_id < self._first else bytes([token_id - self._first])
+
+  def control_id(self, name: str) -> int:
+    raise ValueError(
+        f'control token: got {name!r}, but the byte tokenizer has none; use '
+        'another template than chat, or set --config.model.tokenizer=PATH.'
+    )
+
+  def fingerprint(self) -> str:
+    return 'bytes-260'
+
+
+def build_model_proto(
+    pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]
+) -> bytes:
+  """A SentencePiece BPE model from the vocabulary in a GGUF file.
+
+  GGUF stores runs of U+2581 as literal spaces, which SentencePiece would never
+  match since it turns every space of a text into U+2581: they are mapped back,
+  unless that spelling is a piece already.
+
+  Args:
+    pieces: `tokenizer.ggml.tokens`, in the order of their ids.
+    scores: `tokenizer.ggml.scores`, higher merges first.
+    types: `tokenizer.ggml.token_type`: 1 normal, 2 unknown, 3 control, 4
+      user-defined, 5 unused, 6 byte.
+
+  Returns:
+    A serialized ModelProto: identity normalizer, no dummy prefix, all
+    whitespace kept, byte fallback; PAD 0, EOS 1, BOS 2, UNK 3.
+
+  Raises:
+    ValueError: the three lists differ in length or are too short.
+  """
+  from sentencepiece import sentencepiece_model_pb2
+
+  if not 4 <= len(pieces) == len(scores) == len(types):
+    raise ValueError(
+        f'vocabulary: got {len(pieces)} pieces, {len(scores)} scores and '
+        f'{len(types)} types, expected as many of each and at least 4.'
+    )
+  proto = sentencepiece_model_pb2.ModelProto()
+  trainer = proto.trainer_spec
+  trainer.model_type = trainer.BPE
+  trainer.vocab_size = len(pieces)
+  trainer.byte_fallback = True
+  for token_id, name in enumerate(('pad', 'eos', 'bos', 'unk')):
+    setattr(trainer, f'{name}_id', token_id)
+    setattr(trainer, f'{name}_piece', pieces[token_id])
+  normalizer = proto.normalizer_spec
+  normalizer.name = 'identity'
+  normalizer.add_dummy_prefix = False
+  normalizer.remove_extra_whitespaces = False
+  normalizer.escape_whitespaces = True
+
+  taken = set(pieces)
+  for token_id, (piece, score, kind) in enumerate(
+      zip(pieces, scores, types, strict=True)
+  ):
+    if ' ' in piece and kind != CONTROL:
+      spelled = piece.replace(' ', _SPACE)
+      if spelled not in taken:
+        taken.add(spelled)
+        piece = spelled
+    if token_id == Tokenizer.unk_id:
+      kind = UNKNOWN  # GGUF calls it a control token
+    proto.pieces.add(piece=piece, score=score, type=kind)
+  return proto.SerializeToString()
+
+
+def _make_control(pieces) -> bool:
+  """Retypes user-defined control tokens in place; whether there were any."""
+  found = [
+      p
+      for p in pieces
+      if p.type == USER_DEFINED and _CONTROL_NAME.fullmatch(p.piece)
+  ]
+  for piece in found:
+    piece.type = CONTROL
+  return bool(found)

@@ -1,0 +1,282 @@
+"""A base model on disk, and how its tensors become the parameter tree.
+
+Files store a projection as a matrix [outputs, inputs], rows contiguous; the
+tree stores it with its axes apart, inputs first (`gemma_jax.layout`). So a
+kernel is read in ranges of rows, each cast and transposed straight into the
+leaf it belongs to: the memory in use is the result and a few megabytes.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent import futures
+import dataclasses
+import hashlib
+import math
+import os
+from pathlib import Path
+import re
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_jax import layout, pytree
+from gemma_jax.config import ModelConfig
+
+if TYPE_CHECKING:
+  from gemma_jax.data.tokenizer import Tokenizer
+
+# Elements read at a time: small enough for the cache that the transposition
+# and the dequantization work in, large enough to hide their overhead.
+CHUNK_ELEMENTS = 1 << 17
+
+# An XLA buffer on the CPU can be a NumPy array's own memory if it begins at a
+# multiple of this.
+_ALIGNMENT_BYTES = 64
+
+_FINGERPRINT_BLOCKS = 256
+_FINGERPRINT_BLOCK_BYTES = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+  """One tensor of a checkpoint, read in ranges of rows.
+
+  Attributes:
+    name: its name in the file, for messages.
+    shape: as stored: [outputs, inputs] for a projection, [V, D], [D] or [H].
+    read: read(start, stop) → the rows [stop - start, ...] in float32, bfloat16
+      or float16, with norm scales already without their 1. Threads call it at
+      the same time.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  read: Callable[[int, int], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseSource:
+  """A base model that was found and checked, but not read yet.
+
+  Attributes:
+    reference: what `open_base` was given.
+    config: the architecture.
+    stored_dtype: what `dtype='auto'` loads: bfloat16 if every tensor is stored
+      so, else float32 (dequantized GGUF, random weights).
+    tensors: one for each leaf of the unrolled tree, by its path.
+    files: the files that hold the weights; empty for random weights.
+    make_tokenizer: makes the tokenizer, or None if there is none.
+  """
+
+  reference: str
+  config: ModelConfig
+  stored_dtype: np.dtype
+  tensors: Mapping[str, StoredTensor]
+  files: tuple[Path, ...]
+  make_tokenizer: Callable[[], 'Tokenizer | None']
+
+  def tokenizer(self) -> 'Tokenizer | None':
+    """The base's tokenizer, or None if it came without one.
+
+    Raises:
+      ValueError: it cannot be read, or has more pieces than the embedding has
+        rows.
+    """
+    tokenizer = self.make_tokenizer()
+    rows = self.config.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+      raise ValueError(
+        f'tokenizer of {self.reference}: got {tokenizer.vocab_size} pieces, '
+        f'expected at most {rows}, the rows of the embedding; give the '
+        'tokenizer that this base was trained with (model.tokenizer).'
+      )
+    return tokenizer
+
+  def fingerprint(self) -> str:
+    """Hex sha256 of the architecture, the files' sizes and samples of them.
+
+    Evenly spaced blocks, first and last included, 16 MiB a file at most: all
+    of a small file, and cheap for a large one. It tells one base from another
+    wherever they lie; it does not detect a few flipped bytes.
+    """
+    digest = hashlib.sha256(repr(self.config).encode())
+    if not self.files:
+      digest.update(self.reference.encode())
+    for path in self.files:
+      size = path.stat().st_size
+      digest.update(f'{size};'.encode())
+      last = max(size - _FINGERPRINT_BLOCK_BYTES, 0)
+      with path.open('rb') as f:
+        for i in range(_FINGERPRINT_BLOCKS):
+          f.seek(last * i // (_FINGERPRINT_BLOCKS - 1))
+          digest.update(f.read(_FINGERPRINT_BLOCK_BYTES))
+          if last == 0:
+            break
+    return digest.hexdigest()
+
+  def load_params(
+    self,
+    dtype: Any = 'auto',
+    scan_layers: bool = True,
+    shardings: pytree.Tree | None = None,
+  ) -> pytree.Tree:
+    """Reads the weights, leaf by leaf.
+
+    On a single CPU device a leaf is not copied once more: peak memory is the
+    result and a few megabytes. Elsewhere the host holds one leaf at a time.
+
+    Args:
+      dtype: 'auto' (`stored_dtype`), 'bfloat16', 'float32' or a dtype.
+      scan_layers: stack the layers (`layers/...` [L, ...]) or keep them apart
+        (`layer_0/...`).
+      shardings: tree of `jax.sharding.Sharding` of the result's structure;
+        None puts every leaf on the default device.
+
+    Returns:
+      Nested dicts of jax arrays, as `layout.abstract_params`.
+
+    Raises:
+      ValueError: a file changed since it was opened.
+    """
+    dtype = self.stored_dtype if dtype == 'auto' else jnp.dtype(dtype)
+    abstract = layout.abstract_params(self.config, dtype, scan_layers)
+    placed = dict(pytree.items(shardings)) if shardings is not None else {}
+    leaves = {}
+    with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+      for path, leaf in pytree.items(abstract):
+        host = _aligned_empty(leaf.shape, dtype)
+        if path.startswith('layers/'):
+          name = path.removeprefix('layers/')
+          parts = [(f'layer_{i}/{name}', part) for i, part in enumerate(host)]
+        else:
+          parts = [(path, host)]
+        jobs = [job for p, out in parts for job in self._jobs(p, out)]
+        for _ in pool.map(lambda job: job(), jobs):
+          pass  # takes up what a thread raised
+        leaves[path] = _to_devices(host, placed.get(path))
+    return pytree.unflatten(leaves)
+
+  def _jobs(self, path: str, out: np.ndarray) -> list[Callable[[], None]]:
+    """Calls that together fill one leaf of one layer."""
+    tensor = self.tensors[path]
+    view = stored_view(path, out)
+    rows = tensor.shape[0] // view.shape[0]  # of the file, an index of the view
+    step = max(1, CHUNK_ELEMENTS * view.shape[0] // max(view.size, 1))
+
+    def fill(start: int, stop: int):
+      part = tensor.read(start * rows, stop * rows)
+      view[start:stop] = part.reshape(view[start:stop].shape)
+
+    return [
+      lambda i=i: fill(i, min(i + step, len(view)))
+      for i in range(0, len(view), step)
+    ]
+
+
+def projection_axes(path: str) -> tuple[str, str] | None:
+  """Axis letters of a projection's outputs and inputs; None for other leaves.
+
+  layer_3/attn/q/w    ('NH', 'D')
+  layer_3/attn/o/w    ('D', 'NH')
+  """
+  match = re.fullmatch(r'(?:layer_\d+|layers)/((?:attn|mlp)/\w+)/w', path)
+  if not match:
+    return None
+  operands, result = layout.PROJECTION_EQUATIONS[match[1]].split('->')
+  inputs, _ = operands.split(',')
+  return result.removeprefix('BT'), inputs.removeprefix('BT')
+
+
+def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Shape in the file of every leaf of the unrolled tree, by path."""
+  sizes = layout.axis_sizes(config)
+  shapes = {}
+  for path, letters in layout.param_axes(config, scan_layers=False).items():
+    axes = projection_axes(path) or letters
+    shapes[path] = tuple(math.prod(sizes[c] for c in axis) for axis in axes)
+  return shapes
+
+
+def stored_view(path: str, leaf: np.ndarray) -> np.ndarray:
+  """A leaf of one layer with its axes in the file's order (a view).
+
+  layer_3/attn/q/w    [N, D, H] → [N, H, D]
+  layer_3/mlp/down/w  [F, D]    → [D, F]
+  """
+  axes = projection_axes(path)
+  if axes is None:
+    return leaf
+  name = path.split('/', 1)[1].removesuffix('/w')
+  kernel = layout.PROJECTION_EQUATIONS[name].split(',')[1].split('->')[0]
+  return leaf.transpose([kernel.index(c) for c in ''.join(axes)])
+
+
+def match_tensors(
+  names: Mapping[str, str],
+  config: ModelConfig,
+  found: Mapping[str, StoredTensor],
+  where: str,
+) -> dict[str, StoredTensor]:
+  """The tensors of a file by leaf: exactly those that the config asks for.
+
+  Args:
+    names: the file's name of each leaf of the unrolled tree, by path.
+    config: gives the shapes.
+    found: the file's tensors by their names.
+    where: the file or folder, for messages.
+
+  Raises:
+    ValueError: a tensor is missing, unexpected or wrongly shaped; names it.
+  """
+  missing = [name for name in names.values() if name not in found]
+  if missing:
+    raise ValueError(
+      f'{where}: tensor {missing[0]} is missing ({len(missing)} missing in '
+      f'all), expected the {len(names)} tensors of {config.num_layers} layers.'
+    )
+  unexpected = sorted(found.keys() - set(names.values()))
+  if unexpected:
+    raise ValueError(
+      f'{where}: tensor {unexpected[0]} is unexpected ({len(unexpected)} '
+      'such), expected only the weights of a Gemma language model.'
+    )
+  tensors = {path: found[name] for path, name in names.items()}
+  for path, shape in stored_shapes(config).items():
+    got = tensors[path].shape
+    if got != shape:
+      raise ValueError(
+        f'{where}: tensor {tensors[path].name} has shape {list(got)}, '
+        f'expected {list(shape)}, as the configuration says.'
+      )
+  return tensors
+
+
+def check_layer_count(num_layers: Any, num_tensors: int, where: str):
+  """Refuses a layer count that a file cannot hold, before work is done."""
+  if not isinstance(num_layers, int) or not 0 < num_layers <= num_tensors:
+    raise ValueError(
+      f'{where}: got {num_layers!r} layers, expected an integer from 1 to '
+      f'{num_tensors}, the number of tensors there are.'
+    )
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """np.empty whose memory a JAX CPU array can take over."""
+  num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+  memory = np.empty(num_bytes + _ALIGNMENT_BYTES, np.uint8)
+  offset = -memory.ctypes.data % _ALIGNMENT_BYTES
+  return memory[offset : offset + num_bytes].view(dtype).reshape(shape)
+
+
+def _to_devices(
+  host: np.ndarray, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+  """Puts a leaf where it belongs; waits, so that the host copy can go."""
+  if sharding is None:
+    array = jax.device_put(host)
+  else:
+    array = jax.make_array_from_callback(
+      host.shape, sharding, lambda index: host[index]
+    )
+  return array.block_until_ready()

@@ -1,0 +1,185 @@
+"""Reads Gemma 1, 2 and 3 from a Hugging Face folder.
+
+The folder holds config.json, the weights in one .safetensors file or in
+several, and tokenizer.model where records are text. A multimodal Gemma 3 is
+read as the language model in it: vision tensors are passed over.
+
+An `lm_head.weight` is accepted only if it equals the embedding, to which the
+output layer is tied; one that differs is another model.
+"""
+
+import functools
+import json
+from pathlib import Path
+import re
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gemma_jax import layout
+from gemma_jax.config import ModelConfig
+from gemma_jax.formats import base, hf_config, safetensors_file
+from gemma_jax.formats.base import BaseSource, StoredTensor
+
+INDEX_NAME = 'model.safetensors.index.json'
+
+# Projections by path in the layer. PEFT names its modules likewise.
+MODULES = {
+  'attn/q': 'self_attn.q_proj',
+  'attn/k': 'self_attn.k_proj',
+  'attn/v': 'self_attn.v_proj',
+  'attn/o': 'self_attn.o_proj',
+  'mlp/gate': 'mlp.gate_proj',
+  'mlp/up': 'mlp.up_proj',
+  'mlp/down': 'mlp.down_proj',
+}
+
+# Where the language model stands in multimodal checkpoints, old and new.
+_PREFIXES = ('model.', 'language_model.model.', 'model.language_model.')
+_VISION = re.compile(r'(model\.)?(vision_tower|multi_modal_projector)\.')
+_HEAD = re.compile(r'(language_model\.)?lm_head\.weight')
+
+
+def open_folder(folder: Path, reference: str) -> BaseSource:
+  """A Hugging Face folder as a base model; reads its headers only.
+
+  Raises:
+    ValueError: config.json or weights are missing or broken, the architecture
+      is not Gemma's, a tensor is missing, unexpected, wrongly shaped or of an
+      unknown dtype. Each message names the file and the tensor or field.
+  """
+  files = _weight_files(folder)
+  entries: dict[str, safetensors_file.Entry] = {}
+  for path in files:
+    for name, entry in safetensors_file.read_header(path).items():
+      if name in entries:
+        raise ValueError(
+          f'{path}: tensor {name} is in {entries[name].path.name} too.'
+        )
+      entries[name] = entry
+  config_path = folder / 'config.json'
+  config = hf_config.model_config(
+    read_json(config_path), len(entries), str(config_path)
+  )
+  prefix = next(
+    (p for p in _PREFIXES if f'{p}embed_tokens.weight' in entries), 'model.'
+  )
+  if prefix != 'model.':
+    entries = {n: e for n, e in entries.items() if not _VISION.match(n)}
+  heads = [entries.pop(name) for name in list(entries) if _HEAD.fullmatch(name)]
+  found = {n: StoredTensor(n, e.shape, e.read) for n, e in entries.items()}
+  names = _tensor_names(config, prefix)
+  tensors = base.match_tensors(names, config, found, str(folder))
+  dtypes = {entry.dtype for entry in entries.values()}
+  for head in heads:
+    _check_tied(head, entries[names['embedder/input_embedding']])
+  return BaseSource(
+    reference=reference,
+    config=config,
+    stored_dtype=(
+      np.dtype(ml_dtypes.bfloat16)
+      if dtypes == {np.dtype(ml_dtypes.bfloat16)}
+      else np.dtype(np.float32)
+    ),
+    tensors=tensors,
+    files=files,
+    make_tokenizer=functools.partial(_tokenizer, folder / 'tokenizer.model'),
+  )
+
+
+def read_json(path: Path) -> Any:
+  """A parsed JSON file; ValueError names one that is missing or broken."""
+  if not path.is_file():
+    raise ValueError(f'{path}: there is no such file.')
+  try:
+    return json.loads(path.read_text('utf-8'))
+  except (ValueError, RecursionError) as e:
+    raise ValueError(f'{path}: this is no valid JSON ({e}).') from None
+
+
+def _tensor_names(config: ModelConfig, prefix: str) -> dict[str, str]:
+  """Names of the tensors by path in the unrolled tree."""
+  in_layer = {f'{path}/w': name for path, name in MODULES.items()}
+  in_layer['attn/q_norm/scale'] = 'self_attn.q_norm'
+  in_layer['attn/k_norm/scale'] = 'self_attn.k_norm'
+  in_layer['pre_attention_norm/scale'] = 'input_layernorm'
+  if config.use_post_norms:
+    in_layer['post_attention_norm/scale'] = 'post_attention_layernorm'
+    in_layer['pre_ffw_norm/scale'] = 'pre_feedforward_layernorm'
+    in_layer['post_ffw_norm/scale'] = 'post_feedforward_layernorm'
+  else:
+    # Gemma 1 kept Llama's name for the norm before the MLP.
+    in_layer['pre_ffw_norm/scale'] = 'post_attention_layernorm'
+  names = {
+    'embedder/input_embedding': f'{prefix}embed_tokens.weight',
+    'final_norm/scale': f'{prefix}norm.weight',
+  }
+  for i in range(config.num_layers):
+    for path in layout.layer_axes(config):
+      names[f'layer_{i}/{path}'] = f'{prefix}layers.{i}.{in_layer[path]}.weight'
+  return names
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+  """The folder's weights: one file, else those of the index, else all."""
+  single, index = folder / 'model.safetensors', folder / INDEX_NAME
+  if single.is_file():
+    return (single,)
+  if index.is_file():
+    files = _index_files(index)
+  else:
+    files = sorted(folder.glob('*.safetensors'))
+  if not files:
+    raise ValueError(
+      f'{folder}: there is a config.json but no .safetensors file; other '
+      'forms of weights (.bin, .msgpack, .h5) are not read.'
+    )
+  return tuple(files)
+
+
+def _index_files(index: Path) -> list[Path]:
+  raw = read_json(index)
+  weight_map = raw.get('weight_map') if isinstance(raw, dict) else None
+  if not isinstance(weight_map, dict):
+    raise ValueError(f'{index}: there is no weight_map object in it.')
+  files = []
+  for name in sorted({str(entry) for entry in weight_map.values()}):
+    if not re.fullmatch(r'[^/\\]+\.safetensors', name):
+      raise ValueError(
+        f'{index}: {name!r} is no name of a .safetensors file in the folder.'
+      )
+    path = index.parent / name
+    if not path.is_file():
+      of = next(t for t, entry in weight_map.items() if entry == name)
+      raise ValueError(
+        f'{path}: this shard is missing; {INDEX_NAME} says that it holds {of}.'
+      )
+    files.append(path)
+  return files
+
+
+def _check_tied(
+  head: safetensors_file.Entry, embedding: safetensors_file.Entry
+):
+  """Raises ValueError unless an output layer equals the embedding."""
+  equal = head.shape == embedding.shape
+  step = max(1, base.CHUNK_ELEMENTS // embedding.shape[1])
+  for start in range(0, embedding.shape[0] if equal else 0, step):
+    stop = min(start + step, embedding.shape[0])
+    equal = equal and np.array_equal(
+      head.read(start, stop), embedding.read(start, stop)
+    )
+  if not equal:
+    raise ValueError(
+      f'{head.path}: tensor {head.name} differs from {embedding.name}, but '
+      "Gemma's output layer is tied to its embedding."
+    )
+
+
+def _tokenizer(path: Path):
+  from gemma_jax.data import tokenizer
+
+  if not path.is_file():
+    return None
+  return tokenizer.SentencePieceTokenizer.from_file(str(path))

@@ -1,0 +1,262 @@
+"""PEFT's adapter_config.json: what it says of each module, and back."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+from gemma_jax.config import TARGET_PRESETS, LoraConfig
+from gemma_jax.formats import hf_safetensors
+
+# Options that decide nothing about a finished adapter.
+_IGNORED = frozenset({
+    'auto_mapping',
+    'base_model_name_or_path',
+    'corda_config',
+    'ensure_weight_tying',
+    'eva_config',
+    'inference_mode',
+    'layers_pattern',
+    'loftq_config',
+    'lora_ga_config',
+    'megatron_config',
+    'megatron_core',
+    'peft_type',
+    'peft_version',
+    'qalora_group_size',
+    'revision',
+    'runtime_config',
+    'task_type',
+})  # fmt: skip
+_HONOURED = frozenset({
+    'alpha_pattern',
+    'bias',
+    'exclude_modules',
+    'init_lora_weights',
+    'layers_to_transform',
+    'lora_alpha',
+    'lora_dropout',
+    'r',
+    'rank_pattern',
+    'target_modules',
+    'use_rslora',
+})  # fmt: skip
+
+# Initial values of A and B that leave the base's weights as they were.
+_PLAIN_INITS = (None, True, False, 'gaussian', 'eva', 'orthogonal')
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+  """What an adapter says of one module: B A is multiplied by `scale`."""
+
+  rank: int
+  alpha: float
+  scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The options of an adapter that are honoured, named as in PEFT's file."""
+
+  r: int
+  lora_alpha: float
+  use_rslora: bool
+  lora_dropout: float
+  target_modules: str | list[str]
+  exclude_modules: str | list[str]
+  rank_pattern: dict[str, int]
+  alpha_pattern: dict[str, float]
+  where: str
+
+  @classmethod
+  def parse(cls, raw: Any, num_layers: int, where: str) -> 'Options':
+    """Checks a parsed adapter_config.json.
+
+    Raises:
+      ValueError: not a LoRA adapter, or an option that is not supported or has
+        the wrong type; names the file and the option.
+    """
+    if not isinstance(raw, dict) or raw.get('peft_type') != 'LORA':
+      raise ValueError(
+        f'{where}: peft_type is not LORA, other kinds of adapter are not read.'
+      )
+
+    def check(name: str, ok: bool, expected: str):
+      if not ok:
+        raise ValueError(
+          f'{where}: option {name} is {raw.get(name)!r}, expected {expected}.'
+        )
+
+    for name in sorted(raw.keys() - _IGNORED - _HONOURED):
+      check(name, not raw[name], 'it unset; this option is not supported')
+    check('bias', raw.get('bias', 'none') == 'none', "'none'")
+    check(
+      'init_lora_weights',
+      raw.get('init_lora_weights') in _PLAIN_INITS,
+      f'one of {_PLAIN_INITS}; others changed the base as well',
+    )
+    layers = raw.get('layers_to_transform')
+    check(
+      'layers_to_transform',
+      layers is None
+      or (isinstance(layers, list) and set(range(num_layers)) <= set(layers)),
+      f'null or all {num_layers} layers',
+    )
+    check('r', _is_rank(raw.get('r')), 'an integer >= 1')
+    check('lora_alpha', _is_number(raw.get('lora_alpha')), 'a number')
+    check('lora_dropout', _is_number(raw.get('lora_dropout', 0.0)), 'a number')
+    for name in ('target_modules', 'exclude_modules'):
+      value = raw.get(name) or []
+      check(name, _is_selection(value), 'a list of names or a regex')
+    for name, is_valid in (
+      ('rank_pattern', _is_rank),
+      ('alpha_pattern', _is_number),
+    ):
+      value = raw.get(name) or {}
+      check(
+        name,
+        isinstance(value, dict)
+        and all(_is_regex(k) and is_valid(v) for k, v in value.items()),
+        'an object of module names and numbers',
+      )
+    return cls(
+      r=raw['r'],
+      lora_alpha=float(raw['lora_alpha']),
+      use_rslora=bool(raw.get('use_rslora')),
+      lora_dropout=float(raw.get('lora_dropout', 0.0)),
+      target_modules=raw.get('target_modules') or [],
+      exclude_modules=raw.get('exclude_modules') or [],
+      rank_pattern=raw.get('rank_pattern') or {},
+      alpha_pattern=raw.get('alpha_pattern') or {},
+      where=where,
+    )
+
+  def selects(self, module: str) -> bool:
+    """Whether PEFT puts an adapter on the base's module of that name."""
+    return _selected(self.target_modules, module) and not _selected(
+      self.exclude_modules, module
+    )
+
+  def module(self, module: str) -> Module:
+    """Rank and scale of a module: the first pattern that matches its end."""
+    rank = _by_pattern(self.rank_pattern, module, self.r)
+    alpha = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+    scale = alpha / (rank**0.5 if self.use_rslora else rank)
+    return Module(rank, alpha, scale)
+
+  def lora_config(
+    self, projections: tuple[str, ...], modules: set[Module]
+  ) -> LoraConfig:
+    """The adapter as a LoraConfig; its scale is the common one.
+
+    Args:
+      projections: short names of the targets: q, v, ...
+      modules: what the modules of the adapter say. If they agree, rank and
+        alpha are theirs, else those that hold without a pattern.
+    """
+    rank, alpha = self.r, self.lora_alpha
+    if len(modules) == 1:
+      (module,) = modules
+      rank, alpha = module.rank, module.alpha
+    pattern = '|'.join(projections)
+    presets = {value: name for name, value in TARGET_PRESETS.items()}
+    config = LoraConfig(
+      rank=rank,
+      alpha=alpha,
+      scale_rule='alpha_over_sqrt_r' if self.use_rslora else 'alpha_over_r',
+      targets=presets.get(pattern, pattern),
+      dropout=self.lora_dropout,
+    )
+    try:
+      config.check()
+    except ValueError as e:
+      raise ValueError(f'{self.where}: {e}') from None
+    return config
+
+
+def to_json(
+  ranks: dict[str, int], lora_config: LoraConfig, base_name: str
+) -> dict[str, Any]:
+  """The adapter_config.json of factors with `lora_config.scale`.
+
+      ranks {'attn/q': 32, 'attn/v': 4}, rank 4, alpha 8, alpha_over_r
+      → r 4, lora_alpha 8, rank_pattern {q_proj: 32}, alpha_pattern {q_proj: 64}
+
+  Args:
+    ranks: of each projection, by its path in the layer.
+    lora_config: the rank, scale and dropout of the training run.
+    base_name: name or path of the base.
+  """
+  rank, scale = lora_config.rank, lora_config.scale
+  names = {p: hf_safetensors.MODULES[p].split('.')[1] for p in ranks}
+  own = {names[p]: r for p, r in sorted(ranks.items()) if r != rank}
+  # With patterns, plain alpha / r says any scale, and more readers know it.
+  rslora = lora_config.scale_rule == 'alpha_over_sqrt_r' and not own
+  if rslora or lora_config.scale_rule == 'alpha_over_r':
+    alpha = lora_config.alpha
+  else:
+    alpha = scale * rank
+  return {
+    'alpha_pattern': {name: _whole(scale * r) for name, r in own.items()},
+    'base_model_name_or_path': base_name,
+    'bias': 'none',
+    'fan_in_fan_out': False,
+    'inference_mode': True,
+    'init_lora_weights': True,
+    'layers_to_transform': None,
+    'lora_alpha': _whole(alpha),
+    'lora_dropout': lora_config.dropout,
+    'modules_to_save': None,
+    'peft_type': 'LORA',
+    'r': rank,
+    'rank_pattern': own,
+    'target_modules': sorted(names.values()),
+    'task_type': 'CAUSAL_LM',
+    'use_dora': False,
+    'use_rslora': rslora,
+  }
+
+
+def _whole(x: float) -> int | float:
+  return int(x) if x == int(x) else x
+
+
+def _is_number(x: Any) -> bool:
+  if not isinstance(x, int | float) or isinstance(x, bool):
+    return False
+  return math.isfinite(x)
+
+
+def _is_rank(x: Any) -> bool:
+  return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+
+def _is_regex(x: Any) -> bool:
+  try:
+    re.compile(x)
+  except (re.error, TypeError):
+    return False
+  return isinstance(x, str)
+
+
+def _is_selection(x: Any) -> bool:
+  if isinstance(x, list):
+    return all(isinstance(name, str) for name in x)
+  return _is_regex(x)
+
+
+def _selected(selection: str | list[str], module: str) -> bool:
+  """PEFT's rule: a regex for the whole name, or the names' last parts."""
+  if isinstance(selection, str):
+    if selection.lower() == 'all-linear':
+      return True
+    return re.fullmatch(selection, module) is not None
+  return any(module == s or module.endswith(f'.{s}') for s in selection)
+
+
+def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
+  for pattern, value in patterns.items():
+    if re.match(rf'(.*\.)?({pattern})$', module):
+      return value
+  return default

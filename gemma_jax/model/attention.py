@@ -1,0 +1,196 @@
+"""Grouped-query attention with segments, windows and a decode cache."""
+
+from typing import NamedTuple
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from gemma_jax.config import ModelConfig
+from gemma_jax.layout import PROJECTION_EQUATIONS
+from gemma_jax.model import rope
+from gemma_jax.model.layers import Einsum
+from gemma_jax.model.layers import RMSNorm
+from gemma_jax.model.layers import softcap
+
+MASK_VALUE = -2.0**30  # finite: a row without a visible key must not give NaN
+
+
+@struct.dataclass
+class Cache:
+  """Keys and values of the tokens seen so far; all layers have one shape.
+
+  Attributes:
+    k: [L, B, S, K, H], after RoPE.
+    v: [L, B, S, K, H].
+    positions: int32 [B, S].
+    segment_ids: int32 [B, S]; 0 marks slots that are empty or padding.
+    index: int32 [], the next slot to write, the same for every row.
+  """
+
+  k: jax.Array
+  v: jax.Array
+  positions: jax.Array
+  segment_ids: jax.Array
+  index: jax.Array
+
+
+def init_cache(
+    config: ModelConfig, batch_size: int, length: int, dtype
+) -> Cache:
+  """An empty cache for `length` tokens a row."""
+  shape = (
+      config.num_layers, batch_size, length, config.num_kv_heads,
+      config.head_dim,
+  )  # fmt: skip
+  slots = jnp.zeros((batch_size, length), jnp.int32)
+  return Cache(
+      k=jnp.zeros(shape, dtype),
+      v=jnp.zeros(shape, dtype),
+      positions=slots,
+      segment_ids=slots,
+      index=jnp.int32(0),
+  )
+
+
+class Context(NamedTuple):
+  """What every layer's attention needs besides its input; shared by all.
+
+  Attributes:
+    global_rotation: sin, cos of the global layers, float32 [B, T, H/2].
+    local_rotation: the same of the local layers.
+    q_positions: int32 [B, T].
+    q_segment_ids: int32 [B, T].
+    k_positions: int32 [B, S].
+    k_segment_ids: int32 [B, S].
+    index: first cache slot to write, or None without a cache.
+  """
+
+  global_rotation: tuple[jax.Array, jax.Array]
+  local_rotation: tuple[jax.Array, jax.Array]
+  q_positions: jax.Array
+  q_segment_ids: jax.Array
+  k_positions: jax.Array
+  k_segment_ids: jax.Array
+  index: jax.Array | None
+
+
+def visible(context: Context, window: int | None) -> jax.Array:
+  """Which keys each query sees: bool [B, T, S].
+
+  A key is visible if it stands in the same segment (not 0), not later, and, in
+  a local layer, fewer than `window` positions back.
+  """
+  q_pos, k_pos = context.q_positions[:, :, None], context.k_positions[:, None]
+  q_seg = context.q_segment_ids[:, :, None]
+  mask = (q_seg == context.k_segment_ids[:, None]) & (q_seg > 0)
+  mask &= k_pos <= q_pos
+  if window is not None:
+    mask &= q_pos - k_pos < window
+  return mask
+
+
+def einsum_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    cap: float | None,
+) -> jax.Array:
+  """softmax(q k) v, the reference for every faster path.
+
+  Args:
+    q: [B, T, N, H], already scaled.
+    k: [B, S, K, H].
+    v: [B, S, K, H].
+    mask: bool [B, T, S].
+    cap: soft cap on the scores, or None.
+
+  Returns:
+    [B, T, N, H] in q's dtype; zeros for a query that sees no key.
+  """
+  B, T, N, H = q.shape
+  K = k.shape[2]
+  q = q.reshape(B, T, K, N // K, H)  # heads grouped by the kv head they share
+  scores = jnp.einsum(
+      'BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.float32
+  )
+  mask = mask[:, None, None]  # [B, 1, 1, T, S]
+  scores = jnp.where(mask, softcap(scores, cap), MASK_VALUE)
+  probs = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0.0)
+  out = jnp.einsum('BKGTS,BSKH->BTKGH', probs.astype(v.dtype), v)
+  return out.reshape(B, T, N, H)
+
+
+class Attention(nn.Module):
+  """Projections, q/k norm, RoPE, attention, output projection."""
+
+  config: ModelConfig
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(
+      self,
+      x: jax.Array,
+      is_local: bool | jax.Array,
+      layer: int | jax.Array,
+      context: Context,
+      kv: tuple[jax.Array, jax.Array] | None,
+  ):
+    """Args: x [B, T, D]; kv the cache's k, v of all layers, or None.
+
+    Returns:
+      [B, T, D] and the updated kv.
+    """
+    config = self.config
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    D = config.embed_dim
+
+    def project(name, shape):
+      equation = PROJECTION_EQUATIONS[f'attn/{name}']
+      return Einsum(equation, shape, self.dropout, name=name)
+
+    q = project('q', (N, D, H))(x)  # [B, T, N, H]
+    k = project('k', (K, D, H))(x)  # [B, T, K, H]
+    v = project('v', (K, D, H))(x)  # [B, T, K, H]
+    if config.use_qk_norm:
+      q = RMSNorm(config.norm_eps, name='q_norm')(q)
+      k = RMSNorm(config.norm_eps, name='k_norm')(k)
+
+    sin, cos = jax.tree.map(
+        lambda a, b: _choose(is_local, a, b),
+        context.local_rotation,
+        context.global_rotation,
+    )
+    query_scale = config.query_scale or H**-0.5
+    q = rope.apply(q, sin, cos) * query_scale
+    k = rope.apply(k, sin, cos)
+
+    if kv is not None:  # write the new keys and values, attend to all slots
+      start = (layer, 0, context.index, 0, 0)
+      kv = tuple(
+          jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
+          for old, new in zip(kv, (k, v), strict=True)
+      )
+      k, v = (
+          jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in kv
+      )
+
+    def attend(window):
+      mask = visible(context, window)
+      return einsum_attention(q, k, v, mask, config.attention_softcap)
+
+    if isinstance(is_local, bool):
+      y = attend(config.window_size if is_local else None)
+    else:  # one compiled layer serves both kinds; only one branch runs
+      y = jax.lax.cond(
+          is_local, lambda: attend(config.window_size), lambda: attend(None)
+      )
+    return project('o', (N, H, D))(y), kv
+
+
+def _choose(flag: bool | jax.Array, yes: jax.Array, no: jax.Array):
+  if isinstance(flag, bool):
+    return yes if flag else no
+  return jnp.where(flag, yes, no)

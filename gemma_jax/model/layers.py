@@ -1,0 +1,85 @@
+"""Einsum with an optional adapter, RMSNorm and the reversible embedding."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from gemma_jax import lora
+
+
+class Einsum(nn.Module):
+  """A projection y = x W, plus x A B where the collection `lora` has factors.
+
+  Attributes:
+    equation: e.g. 'BTD,NDH->BTNH'.
+    shape: of the kernel, e.g. (N, D, H).
+    dropout: rate on the adapter's input; active when a `dropout` key is given.
+  """
+
+  equation: str
+  shape: tuple[int, ...]
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    w = self.param('w', nn.initializers.normal(0.02), self.shape)
+    y = jnp.einsum(self.equation, x, w.astype(x.dtype))
+    if self.has_variable('lora', 'lora_a'):
+      if self.dropout > 0:
+        idle = not self.has_rng('dropout')
+        x = nn.Dropout(self.dropout)(x, deterministic=idle)
+      y = y + lora.apply(
+          self.equation,
+          x,
+          self.get_variable('lora', 'lora_a'),
+          self.get_variable('lora', 'lora_b'),
+      )
+    return y
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * (1 + scale), float32 inside, one cast at the end."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param('scale', nn.initializers.zeros, (x.shape[-1],))
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    scale = jnp.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+    return (y * (1.0 + scale)).astype(x.dtype)
+
+
+class Embedder(nn.Module):
+  """The reversible embedding: rows in, logits out, one table [V, D]."""
+
+  vocab_size: int
+  embed_dim: int
+  dtype: jax.typing.DTypeLike
+
+  def setup(self):
+    self.input_embedding = self.param(
+        'input_embedding',
+        nn.initializers.normal(0.02),
+        (self.vocab_size, self.embed_dim),
+    )
+
+  def encode(self, tokens: jax.Array) -> jax.Array:
+    """tokens [B, T] → [B, T, D], times sqrt(D) rounded to the dtype."""
+    x = jnp.take(self.input_embedding, tokens, axis=0).astype(self.dtype)
+    return x * jnp.sqrt(jnp.float32(self.embed_dim)).astype(self.dtype)
+
+  def decode(self, x: jax.Array) -> jax.Array:
+    """hidden [B, T, D] → logits float32 [B, T, V], before the final cap."""
+    return jnp.einsum(
+        'BTD,VD->BTV',
+        x,
+        self.input_embedding.astype(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+  """cap * tanh(x / cap); None leaves x as it is (Gemma 2 report, eq. 1)."""
+  return x if cap is None else cap * jnp.tanh(x / cap)

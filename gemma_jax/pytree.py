@@ -1,0 +1,109 @@
+"""Trees of arrays by path: names, regex masks, splitting, counting.
+
+A path joins the keys of nested dicts with '/':
+'params/layers/attn/q/w', 'lora/layers/attn/q/lora_a'. Everything here works on
+arrays and on `jax.ShapeDtypeStruct`s alike.
+"""
+
+from collections.abc import Callable, Iterable
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+Tree = Any
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """A key path of jax.tree_util as 'a/b/0'."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def items(tree: Tree) -> list[tuple[str, Any]]:
+  """(path, leaf) pairs in the tree's own order."""
+  return [
+      (path_name(path), leaf)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+
+
+def map_with_name(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+  """jax.tree.map whose function takes the path's name first."""
+  return jax.tree_util.tree_map_with_path(
+      lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest
+  )
+
+
+def mask(tree: Tree, patterns: Iterable[str]) -> Tree:
+  """Booleans: whether one of the patterns matches a leaf's path at its start.
+
+      mask(variables, ('lora/', 'params/layers/mlp/up'))
+  """
+  compiled = [re.compile(p) for p in patterns]
+  return map_with_name(
+      lambda name, _: any(p.match(name) for p in compiled), tree
+  )
+
+
+def partition(tree: Tree, selected: Tree) -> tuple[Tree, Tree]:
+  """Splits a tree by a boolean mask of the same structure.
+
+  Both parts keep the tree's structure; where a leaf went to the other part
+  stands `optax.MaskedNode()`, which has no leaves, so that gradients and
+  optimizer states of a part hold its own leaves only.
+
+  Returns:
+    (leaves where the mask is True, leaves where it is False).
+  """
+  node = optax.MaskedNode()
+  yes = jax.tree.map(lambda m, x: x if m else node, selected, tree)
+  no = jax.tree.map(lambda m, x: node if m else x, selected, tree)
+  return yes, no
+
+
+def combine(first: Tree, second: Tree) -> Tree:
+  """Undoes `partition`."""
+  is_hole = lambda x: isinstance(x, optax.MaskedNode)
+  return jax.tree.map(
+      lambda a, b: b if is_hole(a) else a, first, second, is_leaf=is_hole
+  )
+
+
+def prune(tree: Tree) -> Tree:
+  """Nested dicts without holes (`MaskedNode`) and without empty dicts."""
+  if not isinstance(tree, dict):
+    return tree
+  kept = {k: prune(v) for k, v in tree.items()}
+  return {
+      k: v
+      for k, v in kept.items()
+      if not isinstance(v, optax.MaskedNode) and v != {}
+  }
+
+
+def unflatten(leaves: dict[str, Any]) -> Tree:
+  """Nested dicts from {'a/b': leaf}."""
+  tree: dict[str, Any] = {}
+  for name, leaf in leaves.items():
+    *parents, last = name.split('/')
+    node = tree
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[last] = leaf
+  return tree
+
+
+def num_params(tree: Tree) -> int:
+  """Number of array elements."""
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def num_bytes(tree: Tree) -> int:
+  """Bytes of all leaves in their own dtypes."""
+  return sum(
+      math.prod(x.shape) * np.dtype(x.dtype).itemsize
+      for x in jax.tree.leaves(tree)
+  )

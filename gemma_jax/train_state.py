@@ -1,0 +1,63 @@
+"""What a run changes: step, trainable leaves, optimizer state. Nothing else.
+
+The frozen base is not part of the state: it is a separate argument of the step,
+never donated, never returned and never saved. Variables are split by one mask,
+`TrainConfig.trainable` over paths 'params/...' (the base) and 'lora/...'.
+"""
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from gemma_jax import pytree
+
+
+@struct.dataclass
+class TrainState:
+  """The changing part of a run.
+
+  Attributes:
+    step: int32 [], finished updates.
+    trainable: variables {'params', 'lora'} with `optax.MaskedNode` where a
+      leaf is frozen; float32.
+    opt_state: of the trainable leaves.
+  """
+
+  step: jax.Array
+  trainable: Any
+  opt_state: Any
+
+
+def split(variables: Any, patterns) -> tuple[Any, Any]:
+  """Variables → (trainable, frozen), trained leaves in float32.
+
+  Raises:
+    ValueError: no leaf matches.
+  """
+  mask = pytree.mask(variables, patterns)
+  if not any(jax.tree.leaves(mask)):
+    some = [name for name, _ in pytree.items(variables)][:4]
+    raise ValueError(
+        f'trainable: {tuple(patterns)!r} matches no leaf, expected a regex '
+        f'that matches a path from its start; paths are such as {some}.'
+    )
+  trainable, frozen = pytree.partition(variables, mask)
+  return jax.tree.map(_float32, trainable), frozen
+
+
+def init_state(
+    trainable: Any, tx: optax.GradientTransformation
+) -> TrainState:
+  """The state before the first update."""
+  return TrainState(
+      step=jnp.int32(0), trainable=trainable, opt_state=tx.init(trainable)
+  )
+
+
+def _float32(x):
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+  return x.astype(jnp.float32)

@@ -1,0 +1,76 @@
+"""What every command shares: flags parsed, errors in one line, exit codes.
+
+Exit code 0; 1 with one clear line on standard error (a traceback only with
+`--debug`); 75 when a signal stopped a run that saved and can be resumed.
+Standard output carries the result, standard error the log.
+"""
+
+from collections.abc import Callable
+import os
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+
+_DEBUG = flags.DEFINE_bool(
+    'debug', False, 'Show the traceback of an error instead of one line.'
+)
+
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
+
+# What a user's input or a full disk raises; anything else is our bug and shows
+# its traceback.
+USER_ERRORS = (ValueError, OSError, KeyError)
+
+
+def run(main: Callable[[], int | None]) -> None:
+  """Parses the flags, runs main() and exits with its code."""
+
+  def guarded(argv):
+    if len(argv) > 1:
+      fail(f'argument: got {argv[1]!r}, expected flags only; see --help.')
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    try:
+      return main() or 0
+    except USER_ERRORS as e:
+      if _DEBUG.value or '--debug' in sys.argv:
+        raise
+      fail(_one_line(e))
+
+  app.run(guarded, flags_parser=_parse)
+
+
+def fail(message: str) -> None:
+  """Prints one line and exits with code 1."""
+  print(f'error: {message}', file=sys.stderr, flush=True)
+  sys.exit(1)
+
+
+def set_compilation_cache(folder: str) -> None:
+  """Keeps compiled programs in a folder; '' is the default one, 'off' none."""
+  if folder == 'off':
+    return
+  folder = folder or os.path.expanduser('~/.cache/gemma_jax/compiled')
+  jax.config.update('jax_compilation_cache_dir', folder)
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+def _parse(argv):
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as e:  # an unknown flag or a value of another type
+    fail(f'{_one_line(e)} See --help.')
+  except USER_ERRORS as e:  # a config file that does not load, a wrong field
+    if '--debug' in argv:
+      raise
+    fail(_one_line(e))
+
+
+def _one_line(e: Exception) -> str:
+  # str(KeyError) is the repr of its message.
+  text = e.args[0] if isinstance(e, KeyError) and e.args else e
+  return ' '.join(str(text).split()) or type(e).__name__
