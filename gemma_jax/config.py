@@ -31,6 +31,11 @@ def _require(ok: bool, name: str, got: Any, expected: str, remedy: str = ''):
     raise ValueError(f'{name}: got {got!r}, expected {expected}.{tail}')
 
 
+def _at_least(name: str, got: Any, low: int, remedy: str = ''):
+  is_integer = isinstance(got, int) and not isinstance(got, bool)
+  _require(is_integer and got >= low, name, got, f'an integer >= {low}', remedy)
+
+
 def _one_of(name: str, got: Any, choices: tuple[str, ...]):
   _require(got in choices, name, got, 'one of ' + ', '.join(choices))
 
@@ -195,11 +200,10 @@ class LoraConfig:
     return tuple(p for p in PROJECTIONS if re.fullmatch(pattern, p))
 
   def check(self):
-    _require(
-        isinstance(self.rank, int) and self.rank >= 1,
+    _at_least(
         'lora.rank',
         self.rank,
-        'an integer >= 1',
+        1,
         'To evaluate the base alone, pass no adapter.',
     )
     _require(self.alpha > 0, 'lora.alpha', self.alpha, 'a number > 0')
@@ -267,19 +271,15 @@ class OptimizerConfig:
     _one_of(
         'optimizer.schedule', self.schedule, ('constant', 'linear', 'cosine')
     )
-    for name in ('warmup_steps', 'weight_decay', 'clip_norm'):
+    _at_least('optimizer.warmup_steps', self.warmup_steps, 0)
+    for name in ('weight_decay', 'clip_norm'):
       value = getattr(self, name)
       _require(value >= 0, f'optimizer.{name}', value, 'a number >= 0')
     for name in ('b1', 'b2'):
       value = getattr(self, name)
       _require(0 <= value < 1, f'optimizer.{name}', value, 'a number in [0, 1)')
     _require(self.eps > 0, 'optimizer.eps', self.eps, 'a number > 0')
-    _require(
-        self.accumulate_steps >= 1,
-        'optimizer.accumulate_steps',
-        self.accumulate_steps,
-        'an integer >= 1',
-    )
+    _at_least('optimizer.accumulate_steps', self.accumulate_steps, 1)
 
 
 @dataclasses.dataclass
@@ -293,9 +293,8 @@ class MeshConfig:
   def check(self):
     sizes = (self.data, self.fsdp, self.tensor)
     for name, size in zip(('data', 'fsdp', 'tensor'), sizes):
-      _require(
-          size == -1 or size >= 1, f'mesh.{name}', size, 'an integer >= 1 or -1'
-      )
+      if size != -1:
+        _at_least(f'mesh.{name}', size, 1, '-1 takes what is left.')
     _require(sizes.count(-1) <= 1, 'mesh', sizes, 'at most one axis of size -1')
 
 
@@ -316,6 +315,7 @@ class DataConfig:
       pads every record to a row of its own.
     with_context: False leaves out records that have a context.
     max_records: use only the first so many training records; 0 is all.
+    max_eval_records: use only the first so many held-out records; 0 is all.
     skip_bad_records: drop and count unusable records instead of stopping.
   """
 
@@ -328,26 +328,16 @@ class DataConfig:
   packing: bool = True
   with_context: bool = True
   max_records: int = 0
+  max_eval_records: int = 0
   skip_bad_records: bool = False
 
   def check(self):
     _require(bool(self.path), 'data.path', self.path, 'a file or tfds:NAME')
     _one_of('data.loss_on', self.loss_on, ('response', 'all'))
-    _require(
-        self.seq_len >= 2, 'data.seq_len', self.seq_len, 'an integer >= 2'
-    )
-    _require(
-        self.global_batch_size >= 1,
-        'data.global_batch_size',
-        self.global_batch_size,
-        'an integer >= 1',
-    )
-    _require(
-        self.max_records >= 0,
-        'data.max_records',
-        self.max_records,
-        'an integer >= 0',
-    )
+    _at_least('data.seq_len', self.seq_len, 2)
+    _at_least('data.global_batch_size', self.global_batch_size, 1)
+    for name in ('max_records', 'max_eval_records'):
+      _at_least(f'data.{name}', getattr(self, name), 0)
 
 
 @dataclasses.dataclass
@@ -396,23 +386,20 @@ class TrainConfig:
     config = copy.deepcopy(self)
     for name in ('seed', 'steps', 'eval_every_steps', 'checkpoint_every_steps',
                  'early_stopping_evals'):  # fmt: skip
-      value = getattr(config, name)
-      _require(value >= 0, name, value, 'an integer >= 0')
+      _at_least(name, getattr(config, name), 0)
     _require(
         config.steps > 0 or config.epochs > 0,
         'epochs',
         config.epochs,
         'a number > 0, since steps is 0',
     )
+    _at_least('log_every_steps', config.log_every_steps, 1)
+    # A lone string would be taken letter by letter, and 'p' is all of params/.
     _require(
-        config.log_every_steps >= 1,
-        'log_every_steps',
-        config.log_every_steps,
-        'an integer >= 1',
-    )
-    # A lone regex on the command line arrives as a tuple of one.
-    _require(
-        len(config.trainable) > 0, 'trainable', config.trainable, 'a regex'
+        isinstance(config.trainable, tuple | list) and len(config.trainable) > 0,
+        'trainable',
+        config.trainable,
+        'a tuple of regexes, at least one',
     )
     for pattern in config.trainable:
       try:

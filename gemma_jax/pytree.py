@@ -77,11 +77,9 @@ def prune(tree: Tree) -> Tree:
   if not isinstance(tree, dict):
     return tree
   kept = {k: prune(v) for k, v in tree.items()}
-  return {
-      k: v
-      for k, v in kept.items()
-      if not isinstance(v, optax.MaskedNode) and v != {}
-  }
+  is_hole = lambda v: isinstance(v, optax.MaskedNode)
+  is_empty = lambda v: isinstance(v, dict) and not v
+  return {k: v for k, v in kept.items() if not is_hole(v) and not is_empty(v)}
 
 
 def unflatten(leaves: dict[str, Any]) -> Tree:

@@ -130,3 +130,12 @@ def tree_shardings(tree: Any, config: ModelConfig, mesh: Mesh) -> Any:
     return NamedSharding(mesh, param_spec(letters, sizes, mesh))
 
   return pytree.map_with_name(leaf, tree)
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This host's rows [B / hosts, T] → the global batch [B, T] on the mesh."""
+  sharding = batch_sharding(mesh)
+  return {
+      name: jax.make_array_from_process_local_data(sharding, rows)
+      for name, rows in batch.items()
+  }

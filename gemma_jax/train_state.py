@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gemma_jax import layout
+from gemma_jax import lora
 from gemma_jax import pytree
+from gemma_jax.config import ModelConfig
+from gemma_jax.config import TrainConfig
+
+# Streams of random numbers drawn from one seed.
+INIT_STREAM, DROPOUT_STREAM = 0, 1
 
 
 @struct.dataclass
@@ -61,3 +68,33 @@ def _float32(x):
   if isinstance(x, jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct(x.shape, jnp.float32)
   return x.astype(jnp.float32)
+
+
+def abstract_variables(
+    config: TrainConfig, model_config: ModelConfig, dtype: Any
+) -> dict[str, Any]:
+  """{'params', 'lora'} of a run as `jax.ShapeDtypeStruct`s.
+
+  Args:
+    config: gives the adapter and the form of the tree.
+    model_config: architecture.
+    dtype: of the base.
+  """
+  scan = config.model.scan_layers
+  return {
+      'params': layout.abstract_params(model_config, dtype, scan),
+      'lora': jax.eval_shape(
+          lambda: init_adapter(config, model_config)
+      ),
+  }
+
+
+def init_adapter(config: TrainConfig, model_config: ModelConfig) -> Any:
+  """The adapter before the first update; a function of the seed."""
+  key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)
+  return lora.init(key, model_config, config.lora, config.model.scan_layers)
+
+
+def join(trainable: Any, frozen: Any) -> dict[str, Any]:
+  """Undoes `split`: the variables that the model takes."""
+  return pytree.prune(pytree.combine(trainable, frozen))

@@ -13,8 +13,9 @@ import optax
 
 from gemma_jax import lora as lora_lib
 from gemma_jax import losses
-from gemma_jax import pytree
+from gemma_jax import train_state
 from gemma_jax.model.transformer import Transformer
+from gemma_jax.train_state import DROPOUT_STREAM
 from gemma_jax.train_state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -81,7 +82,7 @@ def make_train_step(
   """
 
   def loss_sum(trainable, frozen, batch, key):
-    variables = pytree.prune(pytree.combine(trainable, frozen))
+    variables = train_state.join(trainable, frozen)
     hidden = hidden_states(
         model, variables, scale, batch, key if model.dropout > 0 else None
     )
@@ -95,7 +96,8 @@ def make_train_step(
     )
 
   def step(state: TrainState, frozen: Any, batch: Batch):
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(jax.random.key(seed), DROPOUT_STREAM)
+    key = jax.random.fold_in(key, state.step)
     grad_fn = jax.value_and_grad(loss_sum)
 
     def part(carry, xs):
@@ -134,19 +136,20 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Transformer, *, num_pieces: int | None
-) -> Callable[[Any, Any, Batch], jax.Array]:
-  """Makes eval_step(params, effective, batch) -> weighted losses [B, T].
+    model: Transformer, *, scale: float, num_pieces: int | None
+) -> Callable[[Any, Batch], jax.Array]:
+  """Makes eval_step(variables, batch) -> weighted losses, float32 [B, T].
 
-  `effective` is the adapter with its scale folded in (`lora.effective`); zeros
-  of the same shape give the base, by the same compiled program.
+  Args:
+    model: the transformer.
+    scale: `LoraConfig.scale`, or 1 for factors that hold it (`lora.effective`).
+    num_pieces: as in `make_train_step`.
   """
 
-  def eval_step(params, effective, batch):
-    variables = {'params': params, 'lora': effective}
+  def eval_step(variables, batch):
     return losses.token_cross_entropy(
-        hidden_states(model, variables, 1.0, batch),
-        params['embedder']['input_embedding'],
+        hidden_states(model, variables, scale, batch),
+        variables['params']['embedder']['input_embedding'],
         batch['targets'],
         batch['weights'],
         softcap=model.config.final_softcap,

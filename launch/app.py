@@ -6,13 +6,16 @@ Standard output carries the result, standard error the log.
 """
 
 from collections.abc import Callable
+import logging as standard_logging
 import os
+import signal
 import sys
 
 from absl import app
 from absl import flags
 from absl import logging
 import jax
+import tqdm
 
 _DEBUG = flags.DEFINE_bool(
     'debug', False, 'Show the traceback of an error instead of one line.'
@@ -22,7 +25,7 @@ EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 
 # What a user's input or a full disk raises; anything else is our bug and shows
 # its traceback.
-USER_ERRORS = (ValueError, OSError, KeyError)
+USER_ERRORS = (ValueError, OSError, KeyError, FloatingPointError)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -31,8 +34,7 @@ def run(main: Callable[[], int | None]) -> None:
   def guarded(argv):
     if len(argv) > 1:
       fail(f'argument: got {argv[1]!r}, expected flags only; see --help.')
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
+    _set_up_log()
     try:
       return main() or 0
     except USER_ERRORS as e:
@@ -57,6 +59,53 @@ def set_compilation_cache(folder: str) -> None:
   jax.config.update('jax_compilation_cache_dir', folder)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+def stop_on_signal() -> Callable[[], bool]:
+  """Makes SIGTERM and Ctrl-C ask for a stop; a second one ends at once.
+
+  Returns:
+    should_stop(), true once a signal has come.
+  """
+  received = []
+
+  def handle(number, frame):
+    del frame
+    received.append(number)
+    for each in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(each, signal.SIG_DFL)
+    logging.warning(
+        'Received %s: saving, then stopping. A second one ends at once.',
+        signal.Signals(number).name,
+    )
+
+  for each in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(each, handle)
+  return lambda: bool(received)
+
+
+class _Log(standard_logging.Handler):
+  """Our log lines on standard error, above a progress bar if there is one.
+
+  Of the libraries below us only warnings are shown: Orbax logs thirty lines a
+  checkpoint.
+  """
+
+  def emit(self, record):
+    ours = 'site-packages' not in record.pathname
+    if ours or record.levelno >= standard_logging.WARNING:
+      tqdm.tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _set_up_log():
+  handler = _Log()
+  handler.setFormatter(
+      standard_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S')
+  )
+  root = standard_logging.getLogger()
+  root.handlers = [handler]
+  root.setLevel(standard_logging.INFO)
+  logging.set_verbosity(logging.INFO)
 
 
 def _parse(argv):

@@ -1,4 +1,4 @@
-"""Records to token ids and loss masks, and those to rows of a batch. NumPy only.
+"""Records to token ids and loss masks, and those to rows. NumPy only.
 
 A document of n tokens fills n - 1 slots of a row, one for each token that is
 predicted from those before it. Documents that share a row are told apart by
@@ -82,17 +82,17 @@ class Examples(Sequence[Example]):
   """
 
   def __init__(
-      self,
-      examples: Sequence[Example],
-      record_ids: Sequence[int],
-      stats: ExampleStats,
+    self,
+    examples: Sequence[Example],
+    record_ids: Sequence[int],
+    stats: ExampleStats,
   ):
     empty = np.zeros(0, np.int32)
     lengths = [len(example.tokens) for example in examples]
     self.offsets = np.cumsum([0, *lengths], dtype=np.int64)
     self.tokens = np.concatenate([empty, *(e.tokens for e in examples)])
     self.loss_mask = np.concatenate(
-        [empty, *(e.loss_mask for e in examples)]
+      [empty, *(e.loss_mask for e in examples)]
     ).astype(np.int8)
     self.record_ids = np.asarray(record_ids, np.int32)
     self.stats = stats
@@ -113,12 +113,12 @@ class Examples(Sequence[Example]):
 
 
 def make_examples(
-    records: Sequence[records_lib.Record],
-    tokenizer: Tokenizer | None,
-    template: str = 'dolly',
-    loss_on: str = 'response',
-    seq_len: int = 512,
-    vocab_size: int | None = None,
+  records: Sequence[records_lib.Record],
+  tokenizer: Tokenizer | None,
+  template: str = 'dolly',
+  loss_on: str = 'response',
+  seq_len: int = 512,
+  vocab_size: int | None = None,
 ) -> Examples:
   """Tokenizes records.
 
@@ -156,23 +156,23 @@ def make_examples(
     record_ids.append(record_id)
   if not kept:
     raise ValueError(
-        f'data: none of {len(records)} records has a supervised token within '
-        f'data.seq_len={seq_len}; expected at least one. Is every loss_mask 0?'
+      f'data: none of {len(records)} records has a supervised token within '
+      f'data.seq_len={seq_len}; expected at least one. Is every loss_mask 0?'
     )
   stats = ExampleStats(
-      records=len(records),
-      examples=len(kept),
-      tokens=sum(len(e.tokens) for e in kept),
-      supervised_tokens=int(sum(e.loss_mask.sum() for e in kept)),
-      truncated=truncated,
-      dropped=len(records) - len(kept),
-      duplicates=len(kept) - len(seen),
+    records=len(records),
+    examples=len(kept),
+    tokens=sum(len(e.tokens) for e in kept),
+    supervised_tokens=int(sum(e.loss_mask.sum() for e in kept)),
+    truncated=truncated,
+    dropped=len(records) - len(kept),
+    duplicates=len(kept) - len(seen),
   )
   return Examples(kept, record_ids, stats)
 
 
 def prompt_tokens(
-    tokenizer: Tokenizer, template: str, prompt: str
+  tokenizer: Tokenizer, template: str, prompt: str
 ) -> list[int]:
   """BOS and the ids before the response: what generation starts from."""
   spans = templates.render_prompt(template, prompt)
@@ -206,7 +206,7 @@ def truncate(example: Example, seq_len: int) -> Example:
 
 
 def make_row(
-    examples: Examples, example_ids: Sequence[int], seq_len: int
+  examples: Examples, example_ids: Sequence[int], seq_len: int
 ) -> Batch:
   """Lays documents side by side; the module's docstring shows a row.
 
@@ -223,8 +223,8 @@ def make_row(
     ValueError: the documents need more than T slots.
   """
   row = {
-      name: np.zeros(seq_len, np.int32)
-      for name in ('tokens', 'targets', 'segment_ids', 'positions')
+    name: np.zeros(seq_len, np.int32)
+    for name in ('tokens', 'targets', 'segment_ids', 'positions')
   }
   row['weights'] = np.zeros(seq_len, np.float32)
   start = 0
@@ -233,8 +233,8 @@ def make_row(
     end = start + len(tokens) - 1
     if end > seq_len:
       raise ValueError(
-          f'row: examples {tuple(example_ids)} need more slots than '
-          f'seq_len={seq_len}; expected a plan made for this seq_len.'
+        f'row: examples {tuple(example_ids)} need more slots than '
+        f'seq_len={seq_len}; expected a plan made for this seq_len.'
       )
     row['tokens'][start:end] = tokens[:-1]
     row['targets'][start:end] = tokens[1:]
@@ -246,7 +246,7 @@ def make_row(
 
 
 def make_batch(
-    examples: Examples, rows: Iterable[Sequence[int]], seq_len: int
+  examples: Examples, rows: Iterable[Sequence[int]], seq_len: int
 ) -> Batch:
   """Stacks `make_row` of each row: the same names, [B, T]."""
   made = [make_row(examples, row, seq_len) for row in rows]
@@ -254,21 +254,21 @@ def make_batch(
 
 
 def _documents(
-    records: Sequence[records_lib.Record],
-    tokenizer: Tokenizer | None,
-    template: str,
-    vocab_size: int | None,
+  records: Sequence[records_lib.Record],
+  tokenizer: Tokenizer | None,
+  template: str,
+  vocab_size: int | None,
 ) -> Iterable[tuple[Example, bool]]:
   """Yields (whole document, is it text) of each record."""
   for start in range(0, len(records), _CHUNK):
     chunk = records[start : start + _CHUNK]
     rendered = [
-        templates.render(template, r) for r in chunk if 'tokens' not in r
+      templates.render(template, r) for r in chunk if 'tokens' not in r
     ]
     if rendered and tokenizer is None:
       raise ValueError(
-          'model.tokenizer: got none, but there are text records; expected a '
-          'tokenizer.model. Set --config.model.tokenizer=PATH.'
+        'model.tokenizer: got none, but there are text records; expected a '
+        'tokenizer.model. Set --config.model.tokenizer=PATH.'
       )
     texts = iter(_encode(rendered, tokenizer))
     for i, record in enumerate(chunk, start):
@@ -282,35 +282,39 @@ def _documents(
 
 
 def _encode(
-    documents: Sequence[Sequence[templates.Span]], tokenizer: Tokenizer
+  documents: Sequence[Sequence[templates.Span]], tokenizer: Tokenizer
 ) -> list[Example]:
   """BOS and the ids of each document's spans; the mask marks target spans."""
   spans = list(itertools.chain.from_iterable(documents))
   if not spans:
     return []
-  texts = iter(tokenizer.encode_all([s.text for s in spans if not s.is_control]))
+  texts = iter(
+    tokenizer.encode_all([s.text for s in spans if not s.is_control])
+  )
   examples = []
   for document in documents:
     tokens, mask = [tokenizer.bos_id], [0]
     for span in document:
-      ids = [tokenizer.control_id(span.text)] if span.is_control else next(texts)
+      ids = (
+        [tokenizer.control_id(span.text)] if span.is_control else next(texts)
+      )
       tokens += ids
       mask += [int(span.is_target)] * len(ids)
     examples.append(
-        Example(np.array(tokens, np.int32), np.array(mask, np.int32))
+      Example(np.array(tokens, np.int32), np.array(mask, np.int32))
     )
   return examples
 
 
 def _token_example(
-    record: records_lib.Record, record_id: int, vocab_size: int | None
+  record: records_lib.Record, record_id: int, vocab_size: int | None
 ) -> Example:
   """A token record; its first token never counts."""
   tokens = np.array(record['tokens'], np.int32)
   if vocab_size is not None and tokens.max() >= vocab_size:
     raise ValueError(
-        f'data: record {record_id}: got token id {tokens.max()}, expected ids '
-        f"below {vocab_size}, the rows of the model's embedding."
+      f'data: record {record_id}: got token id {tokens.max()}, expected ids '
+      f"below {vocab_size}, the rows of the model's embedding."
     )
   mask = record.get('loss_mask')
   mask = np.ones_like(tokens) if mask is None else np.array(mask, np.int32)

@@ -5,9 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gemma_jax.data import row_plan as row_plan_lib
-from gemma_jax.data.examples import Batch
-from gemma_jax.data.examples import Examples
-from gemma_jax.data.examples import make_batch
+from gemma_jax.data.examples import Batch, Examples, make_batch
 
 # A batch is laid out in well under a millisecond: a few in advance are enough
 # to hide it behind a step, and more would only hold memory.
@@ -16,12 +14,12 @@ _BATCHES_AHEAD = 8
 
 
 def train_batches(
-    examples: Examples,
-    plan: row_plan_lib.RowPlan,
-    start_step: int = 0,
-    stop_step: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+  examples: Examples,
+  plan: row_plan_lib.RowPlan,
+  start_step: int = 0,
+  stop_step: int | None = None,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> Iterator[tuple[int, Batch]]:
   """Batches of steps start_step, start_step + 1, ..., read ahead by threads.
 
@@ -51,22 +49,22 @@ def train_batches(
   # Lengths of grain are C long; 2**40 steps take a while.
   stop = 2**40 if stop_step is None else stop_step
   return _read_ahead(
-      start_step,
-      stop,
-      lambda step: (
-          step,
-          make_batch(examples, plan.rows(step)[part], plan.seq_len),
-      ),
+    start_step,
+    stop,
+    lambda step: (
+      step,
+      make_batch(examples, plan.rows(step)[part], plan.seq_len),
+    ),
   )
 
 
 def eval_batches(
-    examples: Examples,
-    seq_len: int,
-    batch_size: int,
-    packing: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
+  examples: Examples,
+  seq_len: int,
+  batch_size: int,
+  packing: bool = True,
+  process_index: int = 0,
+  process_count: int = 1,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
   """Batches that hold every example exactly once, in a fixed order.
 
@@ -100,8 +98,8 @@ def eval_batches(
     mine = rows[start : start + batch_size][part]
     batch = make_batch(examples, mine, seq_len)
     ids = [
-        np.array([-1, *row], np.int32)[segments]
-        for row, segments in zip(mine, batch['segment_ids'], strict=True)
+      np.array([-1, *row], np.int32)[segments]
+      for row, segments in zip(mine, batch['segment_ids'], strict=True)
     ]
     return batch, np.stack(ids)
 
@@ -115,7 +113,7 @@ def _read_ahead(start: int, stop: int, load) -> Iterator:
   if start >= stop:
     return iter(())
   options = grain.ReadOptions(
-      num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD
+    num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD
   )
   numbers = grain.MapDataset.range(start, stop)
   return iter(numbers.map(load).to_iter_dataset(options))
@@ -125,8 +123,8 @@ def _rows_of_process(batch_size: int, index: int, count: int) -> slice:
   """The block of a global batch that a host lays out."""
   if batch_size % count:
     raise ValueError(
-        f'data.global_batch_size: got {batch_size}, expected a multiple of the '
-        f'{count} processes.'
+      f'data.global_batch_size: got {batch_size}, expected a multiple of the '
+      f'{count} processes.'
     )
   size = batch_size // count
   return slice(index * size, (index + 1) * size)

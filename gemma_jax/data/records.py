@@ -2,12 +2,13 @@
 
     {"instruction", "context"?, "response", "category"?}
     {"prompt", "response"}
-    {"messages": [{"role": "user"|"model"|"assistant"|"system", "content"}, ...]}
+    {"messages": [{"role", "content"}, ...]}    # user, model, ..., see below
     {"tokens": [ids], "loss_mask": [0|1]?}
-    {"en", "ko"}                        # a pair, for templates en_ko and ko_en
+    {"en", "ko"}                                # for templates en_ko and ko_en
 
-Other fields are ignored. A row that is several of these at once is taken as
-tokens, else messages, else instruction, else prompt.
+Messages are an optional system message, then user and model (or assistant) in
+turns, ending with a model. Other fields are ignored. A row that is several of
+these at once is taken as tokens, else messages, else instruction, else prompt.
 """
 
 import collections
@@ -83,8 +84,8 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
   file = epath.Path(path)
   if not file.is_file():
     raise ValueError(
-        f'{name}: got {path!r}, which is no file; expected a .jsonl, .jsonl.gz '
-        'or .jsonl.xz file, tfds:NAME or sample:NAME.'
+      f'{name}: got {path!r}, which is no file; expected a .jsonl, .jsonl.gz '
+      'or .jsonl.xz file, tfds:NAME or sample:NAME.'
     )
   with file.open('rb') as raw:
     opened = {'.gz': gzip.open, '.xz': lzma.open}.get(file.suffix)
@@ -96,16 +97,16 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
           yield f'{path} line {number}', _parse(line, first=number == 1)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
       raise ValueError(
-          f'{name}: {path} cannot be read after line {number}: {e}. Is it whole?'
+        f'{name}: {path} cannot be read after line {number}: {e}. Is it whole?'
       ) from None
 
 
 def usable(
-    rows: Iterable[tuple[str, Any]],
-    template: str,
-    name: str = 'data.path',
-    source: str = '',
-    skip_bad_records: bool = False,
+  rows: Iterable[tuple[str, Any]],
+  template: str,
+  name: str = 'data.path',
+  source: str = '',
+  skip_bad_records: bool = False,
 ) -> tuple[list[Record], dict[str, int]]:
   """Keeps the rows that the template can use.
 
@@ -135,9 +136,9 @@ def usable(
     except BadRecord as e:
       if not skip_bad_records:
         raise ValueError(
-            f'{name}: {place}: {e}. Every record needs one of {_FORMS}; '
-            '--config.data.skip_bad_records=True drops such rows and counts '
-            'them.'
+          f'{name}: {place}: {e}. Every record needs one of {_FORMS}; '
+          '--config.data.skip_bad_records=True drops such rows and counts '
+          'them.'
         ) from None
       skipped[e.reason] += 1
     except ValueError as e:
@@ -152,8 +153,8 @@ def usable(
       reasons = ', '.join(f'{n} x {reason}' for reason, n in skipped.items())
       found = f'skipped {skipped.total()}: {reasons}'
     raise ValueError(
-        f'{name}: {source} holds no usable record ({found}); expected JSON '
-        f'Lines, each with one of {_FORMS}.'
+      f'{name}: {source} holds no usable record ({found}); expected JSON '
+      f'Lines, each with one of {_FORMS}.'
     )
   return records, dict(skipped)
 
@@ -177,14 +178,14 @@ def _check_text(fields: Mapping[str, Any], key: str, prefix: str = ''):
   value = fields[key]
   if not isinstance(value, str):
     raise BadRecord(
-        f'field "{prefix}{key}" is no string', f' (found: {_kind(value)})'
+      f'field "{prefix}{key}" is no string', f' (found: {_kind(value)})'
     )
   try:
     value.encode()
   except UnicodeEncodeError as e:
     raise BadRecord(
-        f'field "{prefix}{key}" is not valid Unicode',
-        f' (lone surrogate at character {e.start})',
+      f'field "{prefix}{key}" is not valid Unicode',
+      f' (lone surrogate at character {e.start})',
     ) from None
 
 
@@ -199,15 +200,15 @@ def _check_messages(messages: Any):
   """[system], user, model, ..., user, model."""
   if not isinstance(messages, list) or not messages:
     raise BadRecord(
-        'field "messages" is no list of messages', f' (found: {_kind(messages)})'
+      'field "messages" is no list of messages', f' (found: {_kind(messages)})'
     )
   roles = []
   for i, message in enumerate(messages):
     prefix = f'messages[{i}].'
     if not isinstance(message, dict):
       raise BadRecord(
-          'field "messages" is no list of messages',
-          f' (found: {_kind(message)} at {i})',
+        'field "messages" is no list of messages',
+        f' (found: {_kind(message)} at {i})',
       )
     _check_text(message, 'role', prefix)
     role = message['role'].replace('assistant', 'model')
@@ -219,9 +220,9 @@ def _check_messages(messages: Any):
   turns = roles[1:] if roles[0] == 'system' else roles
   if not turns or turns != ['user', 'model'] * (len(turns) // 2):
     raise BadRecord(
-        'field "messages" must hold user and model (or assistant) in turns, '
-        'from a user to a model, after at most one system message',
-        f' (found: {", ".join(roles)})',
+      'field "messages" must hold user and model (or assistant) in turns, '
+      'from a user to a model, after at most one system message',
+      f' (found: {", ".join(roles)})',
     )
 
 
@@ -230,28 +231,28 @@ def _check_tokens(record: Mapping[str, Any]):
   tokens = record['tokens']
   mask = record.get('loss_mask')
   if (
-      not isinstance(tokens, list)
-      or not tokens
-      or not all(type(t) is int and 0 <= t < 2**31 for t in tokens)
+    not isinstance(tokens, list)
+    or not tokens
+    or not all(type(t) is int and 0 <= t < 2**31 for t in tokens)
   ):
     raise BadRecord(
-        'field "tokens" is no list of token ids', f' (found: {_kind(tokens)})'
+      'field "tokens" is no list of token ids', f' (found: {_kind(tokens)})'
     )
   if mask is None:
     return
   if not isinstance(mask, list) or not all(m in (0, 1) for m in mask):
     raise BadRecord(
-        'field "loss_mask" is no list of 0 and 1', f' (found: {_kind(mask)})'
+      'field "loss_mask" is no list of 0 and 1', f' (found: {_kind(mask)})'
     )
   if len(mask) != len(tokens):
     raise BadRecord(
-        'field "loss_mask" is not as long as "tokens"',
-        f' (found: {len(mask)} and {len(tokens)})',
+      'field "loss_mask" is not as long as "tokens"',
+      f' (found: {len(mask)} and {len(tokens)})',
     )
 
 
 def _missing(
-    fields: Mapping[str, Any], key: str, prefix: str = ''
+  fields: Mapping[str, Any], key: str, prefix: str = ''
 ) -> BadRecord:
   found = ', '.join(fields) or 'no field'
   return BadRecord(f'field "{prefix}{key}" is missing', f' (found: {found})')

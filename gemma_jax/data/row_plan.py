@@ -15,7 +15,7 @@ resumed; every host computes the same plan from the lengths alone.
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import functools
 import math
 import threading
@@ -37,12 +37,12 @@ class RowPlan:
   """Rows of example ids for every step; thread-safe, computed when asked."""
 
   def __init__(
-      self,
-      slots: Sequence[int],
-      seq_len: int,
-      global_batch_size: int,
-      seed: int,
-      packing: bool = True,
+    self,
+    slots: Sequence[int],
+    seq_len: int,
+    global_batch_size: int,
+    seed: int,
+    packing: bool = True,
   ):
     """Describes the plan; nothing is computed yet.
 
@@ -61,8 +61,8 @@ class RowPlan:
       raise ValueError('data: got 0 examples, expected at least 1.')
     if self._slots.max() > seq_len:
       raise ValueError(
-          f'data.seq_len: got {seq_len}, expected at least '
-          f'{self._slots.max()}, the longest example.'
+        f'data.seq_len: got {seq_len}, expected at least '
+        f'{self._slots.max()}, the longest example.'
       )
     self.seq_len = seq_len
     self.global_batch_size = global_batch_size
@@ -77,7 +77,7 @@ class RowPlan:
     first = step * self.global_batch_size
     with self._lock:
       return [
-          self._row(i) for i in range(first, first + self.global_batch_size)
+        self._row(i) for i in range(first, first + self.global_batch_size)
       ]
 
   def epoch_rows(self, epoch: int) -> list[Row]:
@@ -98,7 +98,9 @@ class RowPlan:
     """
     whole = math.floor(epochs)
     part = self.rows_per_epoch(whole) * (epochs - whole)
-    return max(1, math.ceil((self._ends[whole] + part) / self.global_batch_size))
+    return max(
+      1, math.ceil((self._ends[whole] + part) / self.global_batch_size)
+    )
 
   def _row(self, index: int) -> Row:
     """Row `index` of all epochs."""
@@ -131,7 +133,7 @@ class RowPlan:
 
 
 def eval_rows(
-    slots: Sequence[int], seq_len: int, packing: bool = True
+  slots: Sequence[int], seq_len: int, packing: bool = True
 ) -> list[Row]:
   """Rows that hold each example exactly once: longest first, or unpacked."""
   ids = range(len(slots))
@@ -179,6 +181,4 @@ def pack(ids: Sequence[int], slots: Sequence[int], seq_len: int) -> list[Row]:
 
 def fill(rows: Sequence[Row], slots: Sequence[int], seq_len: int) -> float:
   """The share of places that hold an example."""
-  return sum(int(slots[i]) for row in rows for i in row) / (
-      len(rows) * seq_len
-  )
+  return sum(int(slots[i]) for row in rows for i in row) / (len(rows) * seq_len)

@@ -1,8 +1,8 @@
 """Where records come from, and which of them are held out.
 
-    path/to/file.jsonl[.gz|.xz]   one file; a part is held out by hash
-    sample:seoul_travel           the embedded sample with its held-out file
-    tfds:dolly[:local file]       a builder of `data/tfds`; its validation split
+path/to/file.jsonl[.gz|.xz]   one file; a part is held out by hash
+sample:seoul_travel           the embedded sample with its held-out file
+tfds:dolly[:local file]       a builder of `data/tfds`; its validation split
 """
 
 from collections.abc import Iterator
@@ -49,12 +49,10 @@ def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
   train, skipped = _load(config.path, 'data.path', 'train', config, tfds_dir)
   if config.eval_path:
     heldout, more = _load(
-        config.eval_path, 'data.eval_path', 'heldout', config, tfds_dir
+      config.eval_path, 'data.eval_path', 'heldout', config, tfds_dir
     )
   elif _own_heldout(config.path):
-    heldout, more = _load(
-        config.path, 'data.path', 'heldout', config, tfds_dir
-    )
+    heldout, more = _load(config.path, 'data.path', 'heldout', config, tfds_dir)
   else:
     more = {}
     train, heldout = split(train, source=config.path)
@@ -66,7 +64,7 @@ def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
 
 
 def load_heldout(
-    path: str, template: str, name: str = 'data.eval_path', tfds_dir: str = ''
+  path: str, template: str, name: str = 'data.eval_path', tfds_dir: str = ''
 ) -> list[records_lib.Record]:
   """Reads what a source offers for evaluation, in its order.
 
@@ -85,9 +83,9 @@ def load_heldout(
 
 
 def split(
-    records: list[records_lib.Record],
-    fraction: float = HELDOUT_FRACTION,
-    source: str = 'records',
+  records: list[records_lib.Record],
+  fraction: float = HELDOUT_FRACTION,
+  source: str = 'records',
 ) -> tuple[list[records_lib.Record], list[records_lib.Record]]:
   """Holds out the records whose prompt hashes below `fraction`.
 
@@ -111,8 +109,8 @@ def split(
   different = sorted(set(places))
   if len(different) < 2:
     raise ValueError(
-        f'data.path: {source} holds {len(different)} different prompt(s), '
-        'expected at least 2 to hold one out. Set --config.data.eval_path.'
+      f'data.path: {source} holds {len(different)} different prompt(s), '
+      'expected at least 2 to hold one out. Set --config.data.eval_path.'
     )
   count = sum(place < fraction for place in different)
   chosen = set(different[: min(max(count, 1), len(different) - 1)])
@@ -143,28 +141,28 @@ def _own_heldout(path: str) -> bool:
 
 
 def _load(
-    path: str, name: str, part: str, config: DataConfig, tfds_dir: str
+  path: str, name: str, part: str, config: DataConfig, tfds_dir: str
 ) -> tuple[list[records_lib.Record], dict[str, int]]:
   """The usable records of one part ('train' or 'heldout') of a source."""
   found, skipped = records_lib.usable(
-      _rows(path, name, part, tfds_dir),
-      template=config.template,
-      name=name,
-      source=path,
-      skip_bad_records=config.skip_bad_records,
+    _rows(path, name, part, tfds_dir),
+    template=config.template,
+    name=name,
+    source=path,
+    skip_bad_records=config.skip_bad_records,
   )
   if not config.with_context:
     found = [record for record in found if not record.get('context')]
     if not found:
       raise ValueError(
-          f'{name}: every record of {path} has a context and '
-          'data.with_context is False; nothing is left.'
+        f'{name}: every record of {path} has a context and '
+        'data.with_context is False; nothing is left.'
       )
   return found, skipped
 
 
 def _rows(
-    path: str, name: str, part: str, tfds_dir: str
+  path: str, name: str, part: str, tfds_dir: str
 ) -> Iterator[tuple[str, Any]]:
   kind, _, rest = path.partition(':')
   if kind == 'sample':
@@ -174,8 +172,8 @@ def _rows(
     if not file.is_file():
       there = sorted(f.name.removesuffix('.jsonl') for f in folder.iterdir())
       raise ValueError(
-          f'{name}: got {path!r}, expected one of '
-          f'{", ".join(f"sample:{s}" for s in there if "heldout" not in s)}.'
+        f'{name}: got {path!r}, expected one of '
+        f'{", ".join(f"sample:{s}" for s in there if "heldout" not in s)}.'
       )
     with importlib.resources.as_file(file) as local:
       yield from records_lib.read_jsonl(str(local), name)

@@ -80,15 +80,15 @@ def conversation(record: Mapping[str, Any], template: str) -> Conversation:
     return Conversation(turns, system=system)
   if 'instruction' in record:
     return Conversation(
-        (record['instruction'], record['response']),
-        context=record.get('context') or '',
+      (record['instruction'], record['response']),
+      context=record.get('context') or '',
     )
   if 'prompt' in record:
     return Conversation((record['prompt'], record['response']))
   if template not in ('en_ko', 'ko_en'):
     raise ValueError(
-        f'data.template: got {template!r} for a pair en + ko, expected en_ko or '
-        'ko_en. Set --config.data.template.'
+      f'data.template: got {template!r} for a pair en + ko, expected en_ko or '
+      'ko_en. Set --config.data.template.'
     )
   source, target = template.split('_')
   return Conversation((record[source], record[target]))
@@ -117,7 +117,7 @@ def _dolly(chat: Conversation) -> list[Span]:
   context = f'\n\nContext:\n{chat.context}' if chat.context else ''
   question = _join(chat.system, chat.turns[0])
   return _single(
-      'dolly', chat, f'Instruction:\n{question}{context}\n\nResponse:\n'
+    'dolly', chat, f'Instruction:\n{question}{context}\n\nResponse:\n'
   )
 
 
@@ -134,18 +134,18 @@ def _plain(chat: Conversation) -> list[Span]:
 def _en_ko(chat: Conversation) -> list[Span]:
   source = _first_turn(chat)
   return _single(
-      'en_ko',
-      chat,
-      f'Translate English to Korean.\n\nEnglish:\n{source}\n\nKorean:\n',
+    'en_ko',
+    chat,
+    f'Translate English to Korean.\n\nEnglish:\n{source}\n\nKorean:\n',
   )
 
 
 def _ko_en(chat: Conversation) -> list[Span]:
   source = _first_turn(chat)
   return _single(
-      'ko_en',
-      chat,
-      f'Translate Korean to English.\n\nKorean:\n{source}\n\nEnglish:\n',
+    'ko_en',
+    chat,
+    f'Translate Korean to English.\n\nKorean:\n{source}\n\nEnglish:\n',
   )
 
 
@@ -168,19 +168,19 @@ def _chat(chat: Conversation) -> list[Span]:
 
 
 _TEMPLATES = {
-    'dolly': _dolly,
-    'chat': _chat,
-    'plain': _plain,
-    'korean': _korean,
-    'en_ko': _en_ko,
-    'ko_en': _ko_en,
+  'dolly': _dolly,
+  'chat': _chat,
+  'plain': _plain,
+  'korean': _korean,
+  'en_ko': _en_ko,
+  'ko_en': _ko_en,
 }
 
 
 def _template(name: str):
   if name not in _TEMPLATES:
     raise ValueError(
-        f'data.template: got {name!r}, expected one of {", ".join(_TEMPLATES)}.'
+      f'data.template: got {name!r}, expected one of {", ".join(_TEMPLATES)}.'
     )
   return _TEMPLATES[name]
 
@@ -189,9 +189,9 @@ def _single(name: str, chat: Conversation, prompt: str) -> list[Span]:
   """A prompt, and its response where there is one."""
   if len(chat.turns) > 2:
     raise ValueError(
-        f'data.template: got {name!r} for a conversation of {len(chat.turns)} '
-        'turns, expected chat (the others hold one question and one answer). '
-        'Set --config.data.template=chat.'
+      f'data.template: got {name!r} for a conversation of {len(chat.turns)} '
+      'turns, expected chat (the others hold one question and one answer). '
+      'Set --config.data.template=chat.'
     )
   return [Span(prompt)] + [Span(t, is_target=True) for t in chat.turns[1:]]
 

@@ -19,7 +19,7 @@ END_OF_TURN = '<end_of_turn>'
 # Some releases store these as user-defined pieces, which SentencePiece would
 # find in text; they are loaded as control pieces, whatever the file says.
 _CONTROL_NAME = re.compile(
-    r'<(pad|eos|bos|unk|mask|unused\d+|start_of_turn|end_of_turn)>'
+  r'<(pad|eos|bos|unk|mask|unused\d+|start_of_turn|end_of_turn)>'
 )
 _SPACE = '\u2581'  # SentencePiece's stand-in for a space
 
@@ -86,8 +86,8 @@ class Tokenizer(abc.ABC):
   def _check_id(self, token_id: int):
     if not 0 <= token_id < self.vocab_size:
       raise ValueError(
-          f'token id: got {token_id}, expected one in [0, {self.vocab_size}), '
-          'the pieces of this tokenizer.'
+        f'token id: got {token_id}, expected one in [0, {self.vocab_size}), '
+        'the pieces of this tokenizer.'
       )
 
 
@@ -138,19 +138,21 @@ class SentencePieceTokenizer(Tokenizer):
       if _make_control(proto.pieces):
         loadable = proto.SerializeToString()
       self._pieces = sentencepiece.SentencePieceProcessor(model_proto=loadable)
-    except Exception as e:  # protobuf and SentencePiece raise types of their own
+    except (
+      Exception
+    ) as e:  # protobuf and SentencePiece raise types of their own
       raise ValueError(
-          f'{source}: got {len(model_proto)} bytes that are no SentencePiece '
-          f'model ({str(e).strip()}), expected a tokenizer.model.'
+        f'{source}: got {len(model_proto)} bytes that are no SentencePiece '
+        f'model ({str(e).strip()}), expected a tokenizer.model.'
       ) from None
     got = tuple(
-        getattr(self._pieces, f'{name}_id')()
-        for name in ('pad', 'eos', 'bos', 'unk')
+      getattr(self._pieces, f'{name}_id')()
+      for name in ('pad', 'eos', 'bos', 'unk')
     )
     if got != (self.pad_id, self.eos_id, self.bos_id, self.unk_id):
       raise ValueError(
-          f'{source}: got PAD, EOS, BOS, UNK = {got}, expected (0, 1, 2, 3) as '
-          "in Gemma; is it another model's tokenizer?"
+        f'{source}: got PAD, EOS, BOS, UNK = {got}, expected (0, 1, 2, 3) as '
+        "in Gemma; is it another model's tokenizer?"
       )
     self.model_proto = model_proto
     self.vocab_size = self._pieces.get_piece_size()
@@ -161,8 +163,8 @@ class SentencePieceTokenizer(Tokenizer):
     file = epath.Path(path)
     if not file.is_file():
       raise ValueError(
-          f'tokenizer: got {str(path)!r}, which is no file; expected a '
-          'SentencePiece tokenizer.model. Set --config.model.tokenizer=PATH.'
+        f'tokenizer: got {str(path)!r}, which is no file; expected a '
+        'SentencePiece tokenizer.model. Set --config.model.tokenizer=PATH.'
       )
     return cls(file.read_bytes(), source=str(path))
 
@@ -186,8 +188,8 @@ class SentencePieceTokenizer(Tokenizer):
     token_id = self._pieces.piece_to_id(name)
     if not self._pieces.is_control(token_id):
       raise ValueError(
-          f'control token: got {name!r}, which this tokenizer lacks; the chat '
-          'template needs a Gemma tokenizer, other templates do not.'
+        f'control token: got {name!r}, which this tokenizer lacks; the chat '
+        'template needs a Gemma tokenizer, other templates do not.'
       )
     return token_id
 
@@ -198,7 +200,7 @@ class SentencePieceTokenizer(Tokenizer):
 class ByteTokenizer(Tokenizer):
   """UTF-8 bytes as tokens 4-259, for random models in tests and dry runs.
 
-      encode('aé')    [101, 199, 173]     # 4 + 0x61, 4 + 0xC3, 4 + 0xA9
+  encode('aé')    [101, 199, 173]     # 4 + 0x61, 4 + 0xC3, 4 + 0xA9
   """
 
   vocab_size = 260
@@ -214,8 +216,8 @@ class ByteTokenizer(Tokenizer):
 
   def control_id(self, name: str) -> int:
     raise ValueError(
-        f'control token: got {name!r}, but the byte tokenizer has none; use '
-        'another template than chat, or set --config.model.tokenizer=PATH.'
+      f'control token: got {name!r}, but the byte tokenizer has none; use '
+      'another template than chat, or set --config.model.tokenizer=PATH.'
     )
 
   def fingerprint(self) -> str:
@@ -223,7 +225,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def build_model_proto(
-    pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]
+  pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]
 ) -> bytes:
   """A SentencePiece BPE model from the vocabulary in a GGUF file.
 
@@ -248,8 +250,8 @@ def build_model_proto(
 
   if not 4 <= len(pieces) == len(scores) == len(types):
     raise ValueError(
-        f'vocabulary: got {len(pieces)} pieces, {len(scores)} scores and '
-        f'{len(types)} types, expected as many of each and at least 4.'
+      f'vocabulary: got {len(pieces)} pieces, {len(scores)} scores and '
+      f'{len(types)} types, expected as many of each and at least 4.'
     )
   proto = sentencepiece_model_pb2.ModelProto()
   trainer = proto.trainer_spec
@@ -267,7 +269,7 @@ def build_model_proto(
 
   taken = set(pieces)
   for token_id, (piece, score, kind) in enumerate(
-      zip(pieces, scores, types, strict=True)
+    zip(pieces, scores, types, strict=True)
   ):
     if ' ' in piece and kind != CONTROL:
       spelled = piece.replace(' ', _SPACE)
@@ -283,9 +285,9 @@ def build_model_proto(
 def _make_control(pieces) -> bool:
   """Retypes user-defined control tokens in place; whether there were any."""
   found = [
-      p
-      for p in pieces
-      if p.type == USER_DEFINED and _CONTROL_NAME.fullmatch(p.piece)
+    p
+    for p in pieces
+    if p.type == USER_DEFINED and _CONTROL_NAME.fullmatch(p.piece)
   ]
   for piece in found:
     piece.type = CONTROL

@@ -50,7 +50,7 @@ def open_gguf(path: Path, reference: str) -> BaseSource:
       dequantized. Each message names the file and the tensor or key.
   """
   metadata, infos = gguf_file.read_header(path)
-  if metadata.get('split.count', 1) > 1:
+  if metadata.get('split.count', 1) not in (0, 1):
     raise ValueError(
       f'{path}: one of {metadata["split.count"]} parts, expected one whole '
       'file; join them with gguf-split --merge.'
@@ -157,7 +157,8 @@ def _rope_scale(metadata: dict[str, Any], arch: str, where: str) -> float:
     return 1.0
   factor = metadata.get(f'{arch}.rope.scaling.factor')
   # Only Gemma 3 keeps the positions of local layers unscaled.
-  if kind != 'linear' or arch == 'gemma2' or not factor or factor <= 0:
+  is_positive = isinstance(factor, int | float) and factor > 0
+  if kind != 'linear' or arch == 'gemma2' or not is_positive:
     raise ValueError(
       f'{where}: {arch}.rope.scaling is {kind!r} with factor {factor!r}, '
       'expected none, or linear with a factor > 0 (not in gemma2).'

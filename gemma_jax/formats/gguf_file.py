@@ -71,6 +71,8 @@ class _Cursor:
     return self.take(self.unpack('<Q')).decode('utf-8')
 
   def scalars(self, kind: int, count: int) -> list[Any]:
+    if kind not in _SCALARS:
+      raise ValueError(f'a metadata value has type {kind}, which is not read.')
     dtype = np.dtype(_SCALARS[kind])
     return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
 
@@ -97,6 +99,8 @@ def read_header(
     ValueError: no GGUF file, a version that is not read, or cut short: the
       header itself or a tensor ends beyond the file.
   """
+  if not path.stat().st_size:  # which cannot be mapped
+    raise ValueError(f'{path}: the file is empty; it is truncated.')
   with (
     path.open('rb') as f,
     mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data,
@@ -108,7 +112,7 @@ def read_header(
         f'{path}: the header goes on beyond the {len(data):,} bytes of the '
         'file; it is truncated or damaged, fetch it again.'
       ) from None
-    except (ValueError, KeyError) as e:
+    except ValueError as e:
       raise ValueError(f'{path}: {e}') from None
 
 

@@ -377,6 +377,8 @@ def _replace_folder(folder: Path, fill: Callable[[Path], None]):
       os.rename(folder, old)
     os.rename(new, folder)
   finally:
+    if old.exists() and not folder.exists():
+      os.rename(old, folder)
     shutil.rmtree(new, ignore_errors=True)
   _flush(folder.parent)
   shutil.rmtree(old, ignore_errors=True)

@@ -7,7 +7,7 @@ not needed. Nothing is imported until a function is called.
 
 import contextlib
 import importlib
-import sys
+import io
 from typing import Any
 
 from etils import epath
@@ -16,9 +16,9 @@ DATA_DIR = '~/.cache/gemma_jax/tfds'
 
 # Package of this folder → its builder.
 _BUILDERS = {
-    'dolly': 'Dolly',
-    'korean_chatbot': 'KoreanChatbot',
-    'tatoeba_en_ko': 'TatoebaEnKo',
+  'dolly': 'Dolly',
+  'korean_chatbot': 'KoreanChatbot',
+  'tatoeba_en_ko': 'TatoebaEnKo',
 }
 
 
@@ -37,8 +37,8 @@ def make_builder(name: str, path: str = '', data_dir: str = ''):
   """
   if name not in _BUILDERS:
     raise ValueError(
-        f'data.path: got {f"tfds:{name}"!r}, expected one of '
-        f'{", ".join(f"tfds:{known}" for known in _BUILDERS)}.'
+      f'data.path: got {f"tfds:{name}"!r}, expected one of '
+      f'{", ".join(f"tfds:{known}" for known in _BUILDERS)}.'
     )
   module = importlib.import_module(f'{__name__}.{name}')
   folder = epath.Path(data_dir or DATA_DIR).expanduser()
@@ -46,7 +46,7 @@ def make_builder(name: str, path: str = '', data_dir: str = ''):
 
 
 def read_split(
-    name: str, split: str, path: str = '', data_dir: str = ''
+  name: str, split: str, path: str = '', data_dir: str = ''
 ) -> list[dict[str, Any]]:
   """Records of one split, in the order of the file; prepares it at first use.
 
@@ -59,11 +59,21 @@ def read_split(
   Raises:
     ValueError: as in `make_builder`, or the download failed.
   """
+  import tensorflow_datasets as tfds
+
+  tfds.disable_progress_bar()  # it takes a second
   builder = make_builder(name, path, data_dir)
-  with contextlib.redirect_stdout(sys.stderr):  # where TFDS announces itself
-    builder.download_and_prepare()
+  try:
+    # Standard output is for results; TFDS would announce itself there.
+    with contextlib.redirect_stdout(io.StringIO()):
+      builder.download_and_prepare()
+  except OSError:
+    # Another process of this run may have been faster.
+    builder = make_builder(name, path, data_dir)
+    if not builder.is_prepared():
+      raise
   source = builder.as_data_source(split=split)
   return [
-      {key: value.decode() for key, value in example.items()}
-      for example in source.__getitems__(range(len(source)))
+    {key: value.decode() for key, value in example.items()}
+    for example in source.__getitems__(range(len(source)))
   ]

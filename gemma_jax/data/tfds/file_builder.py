@@ -2,12 +2,16 @@
 
 from collections.abc import Hashable, Iterator, Sequence
 import hashlib
+import http.client
 from typing import Any
+import urllib.request
 
 from etils import epath
 import tensorflow_datasets as tfds
 
 Row = dict[str, str]
+
+_TIMEOUT_SECS = 30
 
 
 class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -38,31 +42,38 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   code_path = None
 
   def __init__(self, *, path: str = '', **kwargs: Any):
-    """Checks the local file, if there is one.
+    """Reads and checks the local file, if there is one.
 
     Args:
-      path: local file; '' downloads it.
+      path: local file; '' downloads it when the data is prepared.
       **kwargs: of `tfds.core.GeneratorBasedBuilder`, e.g. data_dir.
 
     Raises:
       ValueError: no such file, another file, or no path and no address.
     """
-    self._file = epath.Path(path).expanduser() if path else None
-    if not path and not self.URL:
-      raise ValueError(
-          f'data.path: got tfds:{self.name} without a file, expected '
-          f'tfds:{self.name}:PATH with the path of {self.FILE} '
-          f'({self.HOMEPAGE}).'
-      )
+    self._content = b''
     if path:
-      digest = self._check(self._file)
+      file = epath.Path(path).expanduser()
+      if not file.is_file():
+        raise ValueError(
+          f'tfds:{self.name}: got {path!r}, which is no file; expected '
+          f'{self.FILE}.'
+        )
+      self._content = file.read_bytes()
+      digest = self._check(self._content, path)
       if not self.SHA256:
         kwargs['config'] = tfds.core.BuilderConfig(
-            name=digest[:16], version=self.VERSION
+          name=digest[:16], version=self.VERSION
         )
+    elif not self.URL:
+      raise ValueError(
+        f'data.path: got tfds:{self.name} without a file, expected '
+        f'tfds:{self.name}:PATH with the path of {self.FILE} '
+        f'({self.HOMEPAGE}).'
+      )
     super().__init__(file_format='array_record', **kwargs)
 
-  def parse(self, file: epath.Path) -> Iterator[Row]:
+  def parse(self, content: bytes) -> Iterator[Row]:
     """Yields the rows of the file; ValueError with the line if one is bad."""
     raise NotImplementedError
 
@@ -72,67 +83,57 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
-        builder=self,
-        description=self.__doc__,
-        features=tfds.features.FeaturesDict(
-            {field: tfds.features.Text() for field in self.FIELDS}
-        ),
-        homepage=self.HOMEPAGE,
-        license=self.LICENSE,
-        disable_shuffling=True,  # keep the order of the file
+      builder=self,
+      description=self.__doc__,
+      features=tfds.features.FeaturesDict(
+        {field: tfds.features.Text() for field in self.FIELDS}
+      ),
+      homepage=self.HOMEPAGE,
+      license=self.LICENSE,
+      disable_shuffling=True,  # keep the order of the file
     )
 
   def _split_generators(self, dl_manager):
-    file = self._file or self._download(dl_manager)
-    rows = list(self.parse(file))
+    del dl_manager  # it takes minutes to give up where there is no network
+    rows = list(self.parse(self._content or self._download()))
     splits: dict[str, list[Row]] = {'train': [], 'validation': [], 'test': []}
     for row, prompt in zip(rows, self.prompts(rows), strict=True):
       splits[split_of(prompt)].append(row)
     for name, members in splits.items():
       if not members:
         raise ValueError(
-            f'tfds:{self.name}: {file} has {len(rows)} rows, of which none '
-            f'fell into the split {name}; expected some hundreds. Make it a '
-            '.jsonl file to use it as it is.'
+          f'tfds:{self.name}: got {len(rows)} rows, none of which fell into '
+          f'the split {name}; expected some hundreds. Make it a .jsonl file '
+          'to use it as it is.'
         )
     return {
-        name: self._generate_examples(members)
-        for name, members in splits.items()
+      name: self._generate_examples(members) for name, members in splits.items()
     }
 
   def _generate_examples(self, rows: list[Row]):
     yield from enumerate(rows)
 
-  def _download(self, dl_manager) -> epath.Path:
+  def _download(self) -> bytes:
     try:
-      file = epath.Path(dl_manager.download(self.URL))
-    except Exception as e:  # requests, urllib3 and TFDS each have their own
+      with urllib.request.urlopen(self.URL, timeout=_TIMEOUT_SECS) as response:
+        content = response.read()
+    except (OSError, http.client.HTTPException) as e:
       raise ValueError(
-          f'tfds:{self.name}: cannot download {self.URL} '
-          f'({" ".join(str(e).split())[:200] or type(e).__name__}). Get the '
-          f'file elsewhere and name it: tfds:{self.name}:/path/{self.FILE}.'
+        f'tfds:{self.name}: cannot download {self.URL} '
+        f'({" ".join(str(e).split()) or type(e).__name__}). Get the file '
+        f'elsewhere and name it: tfds:{self.name}:/path/{self.FILE}.'
       ) from None
-    try:
-      self._check(file)
-    except ValueError:
-      file.unlink()  # else TFDS would take it for the real one next time
-      raise
-    return file
+    self._check(content, self.URL)
+    return content
 
-  def _check(self, file: epath.Path) -> str:
-    """The file's SHA-256; ValueError if it is not the one expected."""
-    if not file.is_file():
-      raise ValueError(
-          f'tfds:{self.name}: got {str(file)!r}, which is no file; expected '
-          f'{self.FILE}.'
-      )
-    content = file.read_bytes()
+  def _check(self, content: bytes, origin: str) -> str:
+    """The content's SHA-256; ValueError if it is not the one expected."""
     digest = hashlib.sha256(content).hexdigest()
     if self.SHA256 and digest != self.SHA256:
       raise ValueError(
-          f'tfds:{self.name}: {file} has sha256 {digest} ({len(content)} '
-          f'bytes), expected {self.SHA256}, the published {self.FILE}. Use it '
-          'as a .jsonl file if the change is yours.'
+        f'tfds:{self.name}: {origin} has sha256 {digest} ({len(content)} '
+        f'bytes), expected {self.SHA256}, the published {self.FILE}. Use it '
+        'as a .jsonl file if the change is yours.'
       )
     return digest
 

@@ -1,18 +1,15 @@
 """databricks-dolly-15k: instructions and answers written by Databricks staff.
 
-    {"instruction": "When did Virgin Australia start operating?",
-     "context": "Virgin Australia, the trading name of ...",
-     "response": "Virgin Australia commenced services on 31 August 2000 ...",
-     "category": "closed_qa"}
+{"instruction": "When did Virgin Australia start operating?",
+ "context": "Virgin Australia, the trading name of ...",
+ "response": "Virgin Australia commenced services on 31 August 2000 ...",
+ "category": "closed_qa"}
 """
 
 from collections.abc import Iterator
 import json
 
-from etils import epath
-
-from gemma_jax.data.tfds.file_builder import FileBuilder
-from gemma_jax.data.tfds.file_builder import Row
+from gemma_jax.data.tfds.file_builder import FileBuilder, Row
 
 
 class Dolly(FileBuilder):
@@ -31,8 +28,7 @@ class Dolly(FileBuilder):
   SHA256 = '2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec'
   LICENSE = 'CC BY-SA 3.0'
 
-  def parse(self, file: epath.Path) -> Iterator[Row]:
-    with file.open('rb') as lines:
-      for line in lines:
-        record = json.loads(line)
-        yield {field: record[field] for field in self.FIELDS}
+  def parse(self, content: bytes) -> Iterator[Row]:
+    for line in content.splitlines():
+      record = json.loads(line)
+      yield {field: record[field] for field in self.FIELDS}

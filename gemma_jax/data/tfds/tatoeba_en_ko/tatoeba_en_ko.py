@@ -1,14 +1,11 @@
 """kor.txt: English and Korean sentences of the Tatoeba project.
 
-    Hi.	안녕.	CC-BY 2.0 (France) Attribution: tatoeba.org #538123 (CM) & ...
+Hi.	안녕.	CC-BY 2.0 (France) Attribution: tatoeba.org #538123 (CM) & ...
 """
 
 from collections.abc import Iterator, Sequence
 
-from etils import epath
-
-from gemma_jax.data.tfds.file_builder import FileBuilder
-from gemma_jax.data.tfds.file_builder import Row
+from gemma_jax.data.tfds.file_builder import FileBuilder, Row
 
 
 class TatoebaEnKo(FileBuilder):
@@ -24,16 +21,16 @@ class TatoebaEnKo(FileBuilder):
   HOMEPAGE = 'https://www.manythings.org/anki/'
   LICENSE = 'CC BY 2.0 FR'
 
-  def parse(self, file: epath.Path) -> Iterator[Row]:
-    lines = file.read_bytes().decode('utf-8-sig').split('\n')
+  def parse(self, content: bytes) -> Iterator[Row]:
+    lines = content.decode('utf-8-sig').split('\n')
     for number, line in enumerate(lines, 1):
       if not line.strip():
         continue
       fields = line.rstrip('\r').split('\t')
       if len(fields) != 3:
         raise ValueError(
-            f'tfds:{self.name}: {file} line {number}: got {len(fields)} fields '
-            'between tabs, expected 3: English, Korean, attribution.'
+          f'tfds:{self.name}: line {number}: got {len(fields)} fields '
+          'between tabs, expected 3: English, Korean, attribution.'
         )
       yield dict(zip(self.FIELDS, fields, strict=True))
 

@@ -1,0 +1,30 @@
+"""Does a rank-8 adapter teach the smallest Gemma how to answer a traveller?
+
+Question   can 355 question/answer records change what a 270M base says about
+           Seoul, measured on 40 held-out records that are no paraphrases?
+Command    bash launch/quickstart.sh
+Cost       see experiments/README.md#quickstart
+Result     see experiments/README.md#quickstart
+"""
+
+from gemma_jax.config import BaseConfig
+from gemma_jax.config import DataConfig
+from gemma_jax.config import LoraConfig
+from gemma_jax.config import OptimizerConfig
+from gemma_jax.config import TrainConfig
+
+
+def get_config() -> TrainConfig:
+  """The config of `launch/quickstart.sh`."""
+  return TrainConfig(
+      epochs=3,
+      checkpoint_every_steps=25,
+      model=BaseConfig(path='gemma3_270m'),
+      lora=LoraConfig(rank=8, alpha=16.0, targets='all'),
+      optimizer=OptimizerConfig(
+          learning_rate=5e-4, schedule='cosine', warmup_steps=5
+      ),
+      data=DataConfig(
+          path='sample:seoul_travel', seq_len=256, global_batch_size=4
+      ),
+  )

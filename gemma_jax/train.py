@@ -1,0 +1,326 @@
+"""The training loop, in the order in which it happens.
+
+How a run starts. The order is the contract:
+  1. a finished run in the workdir → say so and change nothing;
+  2. a checkpoint in the workdir → resume it, if base, data and config are its
+     own; whatever the config says about a start does not matter then;
+  3. else load the base, then make the adapter (its shapes follow the base's);
+  4. there is no training from random weights unless model.path says random:.
+
+How a step goes: compute; check that loss and gradient of the step before are
+finite; evaluate if due, and keep the best adapter; checkpoint if due; stop if
+asked to, after saving. So a checkpoint at step n holds what evaluation n found,
+and a run resumed from it repeats nothing and misses nothing.
+"""
+
+from collections.abc import Callable
+import time
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import tqdm
+
+from gemma_jax import evaluate as evaluate_lib
+from gemma_jax import metrics as metrics_lib
+from gemma_jax import pytree
+from gemma_jax import run as run_lib
+from gemma_jax import sharding
+from gemma_jax import train_state
+from gemma_jax import workdir as workdir_lib
+from gemma_jax.checkpoint import Checkpoints
+from gemma_jax.config import TrainConfig
+from gemma_jax.data import pipeline
+from gemma_jax.evaluate import Stopped
+from gemma_jax.formats import peft
+
+
+def train(
+    config: TrainConfig,
+    workdir: str,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+  """Trains, or resumes, or reports a finished run.
+
+  Args:
+    config: resolved.
+    workdir: see `gemma_jax.workdir` for what is left there.
+    should_stop: asked at every step and every evaluation batch.
+
+  Returns:
+    `steps`, `tokens` (seen in training, padding not counted), `seconds` (of
+    this process), `loss_base`, `loss_adapted` (held-out, nats per supervised
+    token), `loss_best`, `adapter` (its folder), `peak_memory_bytes`.
+
+  Raises:
+    ValueError: the workdir belongs to another config, base or data.
+    FloatingPointError: a loss or gradient is not finite.
+    Stopped: should_stop said so, and the last finished step is saved.
+  """
+  workdir_lib.check_same_config(workdir, config)
+  finished = workdir_lib.read_json(workdir, 'result.json')
+  if finished is not None:
+    logging.info('This run has finished at step %d.', finished['steps'])
+    return finished
+  workdir_lib.check_writable(workdir)
+  return Trainer(run_lib.prepare(config), workdir, should_stop).train()
+
+
+class Trainer:
+  """A run with weights in memory: what the loop needs besides its order."""
+
+  def __init__(
+      self, run: run_lib.Run, workdir: str, should_stop: Callable[[], bool]
+  ):
+    self.run = run
+    self.workdir = workdir
+    self.should_stop = should_stop
+    self.started = time.perf_counter()
+
+    fingerprints = run.fingerprints()
+    workdir_lib.check_same_fingerprints(workdir, fingerprints)
+    self.checkpoints = Checkpoints(workdir)
+    self.facts = workdir_lib.facts(run.config, run.steps, fingerprints)
+    workdir_lib.write_json(workdir, 'run.json', self.facts)
+    log_start(run)
+
+    self.state, self.frozen, self.found = self._start()
+    self.train_step = run.compile_train_step()
+    self.eval_step = run.compile_eval_step()
+    self.metrics = metrics_lib.MetricsWriter(workdir, self.step)
+
+  @property
+  def step(self) -> int:
+    """Finished updates."""
+    return int(self.state.step)
+
+  def train(self) -> dict[str, Any]:
+    """The loop; see the module's docstring for its order."""
+    config, run = self.run.config, self.run
+    try:
+      if self.step == 0 and not self.found['evals']:
+        self.evaluate(0)
+      step = self.step
+      batches = pipeline.train_batches(
+          run.train,
+          run.plan,
+          step,
+          run.steps,
+          jax.process_index(),
+          jax.process_count(),
+      )
+      with tqdm.tqdm(
+          total=run.steps, initial=step, unit='step', disable=None
+      ) as bar:
+        for step, batch in batches:
+          if self.stops_early():
+            break
+          self.profile(step)
+          self.update(step, batch, bar)
+          step += 1
+          if _due(config.eval_every_steps, step) and step < run.steps:
+            self.evaluate(step)
+          if _due(config.checkpoint_every_steps, step):
+            self.save()
+          if self.should_stop():
+            raise Stopped
+      return self.finish()
+    except Stopped:
+      if self.step > 0:
+        self.save()
+        self.checkpoints.wait()
+      logging.warning('Stopped at step %d of %d.', self.step, run.steps)
+      raise
+    finally:
+      self.metrics.close()
+      self.checkpoints.close()
+
+  def update(self, step: int, batch: Any, bar: tqdm.tqdm) -> None:
+    """One update, its metrics line and its place on the progress bar."""
+    started = time.perf_counter()
+    tokens = int((batch['segment_ids'] > 0).sum()) * jax.process_count()
+    self.state, values = self.train_step(
+        self.state, self.frozen, sharding.put_batch(batch, self.run.mesh)
+    )
+    values = {name: float(x) for name, x in values.items()}  # waits for it
+    seconds = time.perf_counter() - started
+    self.found['tokens'] += tokens
+    line = {
+        'loss_nats_per_token': values['loss'],
+        'learning_rate': values['learning_rate'],
+        'grad_norm': values['grad_norm'],
+        'supervised_tokens': int(values['supervised_tokens']),
+        'tokens': tokens,
+        'step_secs': seconds,
+        'tokens_per_sec': tokens / seconds,
+    }
+    metrics_lib.check_finite(step + 1, line)
+    self.metrics.write(step + 1, line)
+    bar.set_postfix_str(
+        f'loss {values["loss"]:.3f} nats/token, {tokens / seconds:.0f} tokens/s'
+    )
+    bar.update()
+    if (step + 1) % self.run.config.log_every_steps == 0:
+      logging.info(
+          'Step %d/%d: loss %.4f nats/token, grad norm %.3f, lr %.2e, '
+          '%.0f tokens/s',
+          step + 1, self.run.steps, values['loss'], values['grad_norm'],
+          values['learning_rate'], tokens / seconds,
+      )  # fmt: skip
+
+  def evaluate(self, step: int) -> evaluate_lib.Evaluation:
+    """Held-out loss now; the adapter is kept if it is the best so far."""
+    run, started = self.run, time.perf_counter()
+    data = run.config.data
+    found = evaluate_lib.evaluate(
+        lambda batch: self.eval_step(
+            self.state.trainable,
+            self.frozen,
+            sharding.put_batch(batch, run.mesh),
+        ),
+        pipeline.eval_batches(
+            run.heldout,
+            data.seq_len,
+            data.global_batch_size,
+            data.packing,
+        ),
+        len(run.heldout),
+        self.should_stop,
+    )
+    loss, seconds = found.nll_per_token, time.perf_counter() - started
+    if not self.found['evals'] or loss < min(self.found['evals'].values()):
+      self.write_adapter('adapter_best')
+    self.found['evals'][str(step)] = loss
+    if step > 0:
+      self.metrics.write(
+          step,
+          {
+              'eval_loss_nats_per_token': loss,
+              'eval_tokens': int(found.tokens.sum()),
+              'eval_secs': seconds,
+          },
+      )
+    logging.info(
+        'Step %d: held-out loss %.4f nats/token over %d tokens of %d records '
+        '(%.1f s)',
+        step, loss, found.tokens.sum(), len(found.nll), seconds,
+    )  # fmt: skip
+    return found
+
+  def stops_early(self) -> bool:
+    """Whether the last `early_stopping_evals` evaluations brought nothing."""
+    patience = self.run.config.early_stopping_evals
+    losses = list(self.found['evals'].values())
+    if not patience or len(losses) <= patience:
+      return False
+    return min(losses[-patience:]) >= min(losses[:-patience])
+
+  def save(self) -> None:
+    """Starts a checkpoint of the last finished update."""
+    # A copy, since the next step reuses the state's memory at once.
+    state = jax.tree.map(jnp.copy, self.state)
+    self.checkpoints.save(state, {**self.facts, 'found': self.found})
+
+  def write_adapter(self, name: str) -> str:
+    """Writes the adapter as it is now to a folder of the workdir."""
+    folder = f'{self.workdir}/{name}'
+    variables = train_state.join(self.state.trainable, self.frozen)
+    trained_base = pytree.prune(
+        self.state.trainable.get('params', {})
+    )
+    peft.write_adapter(
+        folder,
+        variables['lora'],
+        self.run.config.lora,
+        self.run.source.reference,
+        trained_base,
+    )
+    return folder
+
+  def finish(self) -> dict[str, Any]:
+    """Last evaluation, checkpoint, adapter and result."""
+    step = self.step
+    if str(step) not in self.found['evals']:
+      self.evaluate(step)
+    if step > 0 and self.checkpoints.latest_step() != step:
+      self.save()
+    folder = self.write_adapter('adapter')
+    self.checkpoints.wait()
+    losses = self.found['evals']
+    result = {
+        'steps': step,
+        'tokens': self.found['tokens'],
+        'seconds': round(time.perf_counter() - self.started, 2),
+        'loss_base': losses['0'],
+        'loss_adapted': losses[str(step)],
+        'loss_best': min(losses.values()),
+        'adapter': folder,
+        'peak_memory_bytes': metrics_lib.peak_memory_bytes(),
+    }
+    workdir_lib.write_json(self.workdir, 'result.json', result)
+    return result
+
+  def profile(self, step: int) -> None:
+    """Starts and ends a jax.profiler trace around `profile_steps`."""
+    steps = self.run.config.profile_steps
+    if steps and step == min(steps):
+      jax.profiler.start_trace(f'{self.workdir}/profile')
+    if steps and step == max(steps) + 1:
+      jax.profiler.stop_trace()
+
+  def _start(self):
+    """(state, frozen, what evaluations found) of step 0 or of a checkpoint."""
+    run = self.run
+    abstract_state, abstract_frozen = run.abstract
+    abstract = train_state.join(abstract_state.trainable, abstract_frozen)
+    placed = jax.tree.map(lambda x: x.sharding, abstract)
+    started = time.perf_counter()
+    params = run.source.load_params(
+        run.dtype, run.config.model.scan_layers, placed['params']
+    )
+    logging.info('Loaded the base in %.1f s', time.perf_counter() - started)
+    adapter = jax.device_put(
+        train_state.init_adapter(run.config, run.source.config), placed['lora']
+    )
+    trainable, frozen = train_state.split(
+        {'params': params, 'lora': adapter}, run.config.trainable
+    )
+    step = self.checkpoints.latest_step()
+    if step is not None:
+      notes = self.checkpoints.read_notes(step)
+      state = self.checkpoints.restore(step, abstract_state)
+      logging.info('Resumed from step %d of %s', step, self.workdir)
+      return state, frozen, notes['found']
+    state = train_state.init_state(trainable, run.tx)
+    state = jax.device_put(
+        state, jax.tree.map(lambda x: x.sharding, abstract_state)
+    )
+    return state, frozen, {'tokens': 0, 'evals': {}}
+
+
+def log_start(run: run_lib.Run) -> None:
+  """Parameter table, data and schedule, before anything expensive."""
+  for line in run.summary().table(leaves=False).splitlines():
+    logging.info('%s', line)
+  for name, part in (('training', run.train), ('held-out', run.heldout)):
+    stats = part.stats
+    logging.info(
+        '%s: %d records, %d tokens, %d supervised, %d truncated, %d dropped, '
+        '%d duplicates',
+        name, stats.examples, stats.tokens, stats.supervised_tokens,
+        stats.truncated, stats.dropped, stats.duplicates,
+    )  # fmt: skip
+  for reason, count in run.skipped.items():
+    logging.warning('Skipped %d records: %s', count, reason)
+  data = run.config.data
+  logging.info(
+      '%d steps of %d rows x %d positions (%d rows an epoch); mesh %s on %s',
+      run.steps, data.global_batch_size, data.seq_len,
+      run.plan.rows_per_epoch(), dict(run.mesh.shape),
+      run.mesh.devices.flat[0].device_kind,
+  )  # fmt: skip
+
+
+def _due(every: int, step: int) -> bool:
+  return every > 0 and step % every == 0

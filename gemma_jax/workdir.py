@@ -1,0 +1,112 @@
+"""What a run leaves in its workdir, and who may continue it.
+
+    run.json          config and fingerprints, written before the first step
+    checkpoints/      Orbax, the newest two steps
+    adapter/          the last adapter, PEFT layout, when the run has finished
+    adapter_best/     the adapter with the least held-out loss so far
+    metrics.jsonl     a line an update, one more per evaluation
+    tensorboard/      the same
+    result.json       the result line, when the run has finished
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gemma_jax import config as config_lib
+from gemma_jax.config import TrainConfig
+
+# Changing these does not change what is learnt.
+FREE_FIELDS = (
+    'log_every_steps', 'profile_steps', 'compilation_cache', 'mesh',
+    'checkpoint_every_steps', 'model.remat', 'model.attention',
+)  # fmt: skip
+
+
+def facts(
+    config: TrainConfig, steps: int, fingerprints: dict[str, str]
+) -> dict[str, Any]:
+  """What `run.json` holds.
+
+  Args:
+    config: resolved.
+    steps: updates that the config amounts to.
+    fingerprints: of base, tokenizer and data.
+  """
+  return {
+      'config': config_lib.to_dict(config),
+      'steps': steps,
+      'fingerprints': fingerprints,
+  }
+
+
+def check_same_config(workdir: str, config: TrainConfig) -> None:
+  """ValueError if the workdir was made by another config; names the fields."""
+  saved = read_json(workdir, 'run.json')
+  if saved is None:
+    return
+  before = _flatten(saved['config'])
+  now = _flatten(config_lib.to_dict(config))
+  for name in sorted(before.keys() | now.keys()):
+    if any(name == f or name.startswith(f'{f}.') for f in FREE_FIELDS):
+      continue
+    if before.get(name) != now.get(name):
+      raise ValueError(
+          f'workdir {workdir}: was made with {name}={before.get(name)!r}, this '
+          f'config has {now.get(name)!r}. Use another workdir, or the same '
+          'config.'
+      )
+
+
+def check_same_fingerprints(workdir: str, now: dict[str, str]) -> None:
+  """ValueError if base, tokenizer or data are not those of the workdir."""
+  saved = read_json(workdir, 'run.json')
+  if saved is None:
+    return
+  for name, before in saved['fingerprints'].items():
+    if before != now[name]:
+      raise ValueError(
+          f'workdir {workdir}: its {name} had the fingerprint {before[:16]}, '
+          f'the {name} of this run has {now[name][:16]}. Use another workdir, '
+          f'or the same {name}.'
+      )
+
+
+def read_json(workdir: str, name: str) -> dict[str, Any] | None:
+  """A JSON file of the workdir, or None if it is not there."""
+  path = Path(workdir) / name
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_json(workdir: str, name: str, value: dict[str, Any]) -> None:
+  """Writes a JSON file whole or not at all."""
+  path = Path(workdir) / name
+  temporary = path.with_name(f'.{name}.tmp')
+  with temporary.open('w') as f:
+    json.dump(value, f, indent=2)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(temporary, path)
+
+
+def check_writable(workdir: str) -> None:
+  """ValueError if the workdir cannot be made or written; writes nothing."""
+  path = Path(workdir).absolute()
+  while not path.exists():
+    path = path.parent
+  if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+    raise ValueError(
+        f'workdir: got {workdir}, but {path} is not a folder that can be '
+        'written to; expected one that can.'
+    )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flatten(value, f'{prefix}{key}.')
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat

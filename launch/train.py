@@ -1,0 +1,56 @@
+"""Trains a LoRA adapter, or resumes it from its workdir.
+
+  python -m launch.train --config=experiments/quickstart.py --workdir=DIR
+
+Any field of the config can be set: --config.lora.rank=8. The same command again
+resumes a stopped run, and only reports a finished one. The last line on
+standard output is the result as JSON.
+"""
+
+import json
+
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+from launch import app
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'Experiment file with get_config(), e.g. '
+    'experiments/dolly_lora.py; an argument may follow a colon.',
+)  # fmt: skip
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Folder for checkpoints, adapters and metrics.'
+)
+_DRY_RUN = flags.DEFINE_bool(
+    'dry_run', False,
+    'Read the data, compile the step, check the workdir, print memory and the '
+    'first batch, then stop. Nothing is written.',
+)  # fmt: skip
+
+
+def main() -> int:
+  """Runs the command."""
+  from gemma_jax import dry_run
+  from gemma_jax import train
+
+  if _CONFIG.value is None:
+    app.fail('--config: missing, expected e.g. experiments/dolly_lora.py')
+  config = _CONFIG.value.resolve()
+  app.set_compilation_cache(config.compilation_cache)
+  if _DRY_RUN.value:
+    print(dry_run.dry_run(config, _WORKDIR.value or '.'))
+    return 0
+  if not _WORKDIR.value:
+    app.fail('--workdir: missing, expected a folder for the run')
+  try:
+    result = train.train(config, _WORKDIR.value, app.stop_on_signal())
+  except train.Stopped:
+    logging.warning('Run the same command again to resume.')
+    return app.EXIT_RESUMABLE
+  print(json.dumps(result))
+  return 0
+
+
+if __name__ == '__main__':
+  app.run(main)

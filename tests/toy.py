@@ -1,0 +1,293 @@
+"""Small building blocks that the tests share.
+
+Axis sizes are distinct, and primes where the architecture allows it, so that
+no two axes can be confused. Weights are random in every leaf, norm scales
+included: a switch that is ignored then changes the result.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any, NamedTuple
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gemma_jax import (
+  layout,
+  lora,
+  optimizer,
+  pytree,
+  sharding,
+  train_state,
+  train_step,
+)
+from gemma_jax.config import LoraConfig, MeshConfig, ModelConfig
+from gemma_jax.config import OptimizerConfig
+from gemma_jax.model.transformer import Transformer
+
+# Gemma 1's switches: all layers global, one kv head, no caps, two norms.
+PLAIN = ModelConfig(
+  vocab_size=53,
+  embed_dim=13,
+  hidden_dim=17,
+  num_layers=3,
+  num_heads=5,
+  num_kv_heads=1,
+  head_dim=14,
+)
+
+# Every switch of Gemma 2 and 3 at once; G = 5 query heads for a kv head.
+FULL = dataclasses.replace(
+  PLAIN,
+  num_heads=10,
+  num_kv_heads=2,
+  query_scale=0.31,
+  layer_is_local=(True, False, True),
+  window_size=4,
+  rope_theta=1e6,
+  rope_local_theta=1e4,
+  rope_scale=8.0,
+  use_qk_norm=True,
+  use_post_norms=True,
+  attention_softcap=5.0,
+  final_softcap=3.0,
+)
+
+# D divides by 8; F, N and V divide by 2; K = 3 does not, and is replicated.
+DIVISIBLE = dataclasses.replace(
+  FULL,
+  vocab_size=58,
+  embed_dim=40,
+  hidden_dim=34,
+  num_heads=6,
+  num_kv_heads=3,
+)
+
+CONFIGS = {'plain': PLAIN, 'full': FULL}
+ALL_TARGETS = LoraConfig(rank=3, alpha=5.0, targets='all')
+
+
+def assert_close(got: Any, want: Any, tolerance: float, message: str = ''):
+  """|got - want| <= tolerance * max(1, |want|) in every leaf of two trees."""
+  got, want = dict(pytree.items(got)), dict(pytree.items(want))
+  assert got.keys() == want.keys(), message
+  for name, x in want.items():
+    x = np.asarray(x, np.float64)
+    difference = np.abs(np.asarray(got[name], np.float64) - x)
+    relative = difference / np.maximum(1.0, np.abs(x))
+    worst = relative.max(initial=0.0)
+    # Not `worst > tolerance`, which a NaN would pass.
+    assert worst <= tolerance, f'{message} {name}: {worst:.3g} > {tolerance}'
+
+
+def assert_equal(got: Any, want: Any):
+  """Two trees have the same paths, dtypes and bits."""
+  got, want = dict(pytree.items(got)), dict(pytree.items(want))
+  assert got.keys() == want.keys()
+  for name, x in want.items():
+    assert got[name].dtype == x.dtype, name
+    np.testing.assert_array_equal(got[name], x, err_msg=name)
+
+
+def base(
+  config: ModelConfig = FULL, scan_layers: bool = True, dtype: Any = jnp.float32
+) -> Any:
+  """Random weights of order one in every leaf; the same in both forms."""
+
+  def leaf(name, x):
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    values = rng.standard_normal(x.shape, np.float32)
+    if name.endswith('/scale'):
+      values *= 0.3
+    elif name.endswith('/w'):
+      # Contracted axes are all but the last, roughly; o contracts N and H.
+      fan_in = config.embed_dim
+      if name.endswith('o/w') or name.endswith('down/w'):
+        fan_in = int(np.prod(x.shape[:-1]))
+      values *= fan_in**-0.5
+    return jnp.asarray(values, dtype)
+
+  tree = pytree.map_with_name(
+    leaf, layout.abstract_params(config, dtype, scan_layers=False)
+  )
+  return layout.stack_layers(tree) if scan_layers else tree
+
+
+def factors(
+  config: ModelConfig = FULL,
+  lora_config: LoraConfig = ALL_TARGETS,
+  scan_layers: bool = True,
+) -> Any:
+  """An adapter whose B is not zero."""
+  tree = lora.init(jax.random.key(3), config, lora_config)
+
+  def fill(name, x):
+    if not name.endswith('lora_b'):
+      return x
+    key = jax.random.key(zlib.crc32(name.encode()))
+    return 0.3 * jax.random.normal(key, x.shape)
+
+  tree = pytree.map_with_name(fill, tree)
+  return tree if scan_layers else layout.unstack_layers(tree)
+
+
+def batch(rows: int = 2, length: int = 11, seed: int = 0, vocab_size: int = 53):
+  """Packed rows: two documents each, then padding; some targets count.
+
+  For length 11, row 0:
+
+      segment_ids  1 1 1 1 1 2 2 2 2 2 0
+      positions    0 1 2 3 4 0 1 2 3 4 0
+  """
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(3, vocab_size, (rows, length + 1), np.int32)
+  segment_ids = np.zeros((rows, length), np.int32)
+  positions = np.zeros((rows, length), np.int32)
+  for i in range(rows):
+    half, end = length // 2 - i % 2, length - 1 - i % 3
+    segment_ids[i, :half], segment_ids[i, half:end] = 1, 2
+    positions[i, :half] = np.arange(half)
+    positions[i, half:end] = np.arange(end - half)
+  weights = (rng.random((rows, length)) < 0.7) & (segment_ids > 0)
+  return {
+    'tokens': jnp.asarray(tokens[:, :-1] * (segment_ids > 0)),
+    'targets': jnp.asarray(tokens[:, 1:]),
+    'segment_ids': jnp.asarray(segment_ids),
+    'positions': jnp.asarray(positions),
+    'weights': jnp.asarray(weights, jnp.float32),
+  }
+
+
+class Run(NamedTuple):
+  """What `train` did.
+
+  Attributes:
+    state: after the last step.
+    frozen: what the steps were given as frozen.
+    metrics: of each step.
+    traces: how often the step was traced.
+  """
+
+  state: train_state.TrainState
+  frozen: Any
+  metrics: list[dict[str, float]]
+  traces: int
+
+  @property
+  def losses(self) -> list[float]:
+    return [float(m['loss']) for m in self.metrics]
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """{'params', 'lora'} as the model takes them."""
+    return train_state.join(self.state.trainable, self.frozen)
+
+
+def train(
+  variables: Any,
+  batches: Sequence[Any],
+  *,
+  config: ModelConfig = FULL,
+  lora_config: LoraConfig = ALL_TARGETS,
+  optimizer_config: OptimizerConfig | None = None,
+  trainable: Sequence[str] = ('lora/',),
+  scan_layers: bool = True,
+  mesh_config: MeshConfig | None = None,
+  seed: int = 0,
+) -> Run:
+  """A short run of the real optimizer and step, jitted, state donated.
+
+  Args:
+    variables: {'params', 'lora'}; they are copied, and survive the donation.
+    batches: one for each step.
+    config: architecture.
+    lora_config: gives the scale and the dropout.
+    optimizer_config: default: learning rate 0.01, weight decay 0.1.
+    trainable: regexes over tree paths.
+    scan_layers: form of the variables.
+    mesh_config: a mesh over all devices; None runs on the first alone.
+    seed: of dropout.
+  """
+  optimizer_config = optimizer_config or OptimizerConfig(
+    learning_rate=0.01, weight_decay=0.1
+  )
+  variables = jax.tree.map(jnp.copy, variables)
+  trainable_leaves, frozen = train_state.split(variables, trainable)
+  steps = len(batches)
+  tx = optimizer.make_optimizer(optimizer_config, steps, trainable)
+  state = train_state.init_state(trainable_leaves, tx)
+  jit, hidden_sharding = jax.jit, None
+  if mesh_config is not None:
+    mesh = sharding.make_mesh(mesh_config)
+    hidden_sharding = sharding.batch_sharding(mesh)
+    jit, state, frozen = _on_mesh(mesh, config, state, frozen)
+    batches = [jax.device_put(b, hidden_sharding) for b in batches]
+  model = Transformer(
+    config,
+    scan_layers=scan_layers,
+    dropout=lora_config.dropout,
+    hidden_sharding=hidden_sharding,
+  )
+  step = train_step.make_train_step(
+    model,
+    tx,
+    optimizer.make_schedule(optimizer_config, steps),
+    scale=lora_config.scale,
+    num_pieces=None,
+    accumulate_steps=optimizer_config.accumulate_steps,
+    seed=seed,
+  )
+  traces = 0
+
+  def counted(*args):
+    nonlocal traces
+    traces += 1
+    return step(*args)
+
+  counted = jit(counted, donate_argnums=0)
+  metrics = []
+  for one in batches:
+    state, measured = counted(state, frozen, one)
+    metrics.append(jax.device_get(measured))
+  return Run(state, frozen, metrics, traces)
+
+
+def _on_mesh(mesh, config, state, frozen) -> tuple[Callable, Any, Any]:
+  """jax.jit with shardings, and state and frozen placed accordingly."""
+  state_shardings = sharding.tree_shardings(state, config, mesh)
+  frozen_shardings = sharding.tree_shardings(frozen, config, mesh)
+
+  def jit(function, **options):
+    return jax.jit(
+      function,
+      in_shardings=(
+        state_shardings,
+        frozen_shardings,
+        sharding.batch_sharding(mesh),
+      ),
+      out_shardings=(state_shardings, sharding.replicated(mesh)),
+      **options,
+    )
+
+  return (
+    jit,
+    jax.device_put(state, state_shardings),
+    jax.device_put(frozen, frozen_shardings),
+  )
+
+
+def optimizer_leaves(state: train_state.TrainState) -> dict[str, Any]:
+  """Moments of the optimizer by path, without the counts."""
+  return {
+    name: x
+    for name, x in pytree.items(state.opt_state)
+    if not jnp.issubdtype(x.dtype, jnp.integer)
+  }
+
+
+def sgd() -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """A transformation whose updates are the gradients themselves."""
+  return optax.sgd(1.0), lambda step: 1.0
