@@ -152,13 +152,25 @@ def merge(
 
   Returns:
     A base with the adapter in its kernels.
+
+  Raises:
+    ValueError: factors where the base has no kernel.
   """
-  updates = dict(pytree.items(deltas(factors, scale)))
+  flat = dict(pytree.items(factors))
+  names = {name for name, _ in pytree.items(params)}
+  for module in _modules(flat):
+    if f'{module}/w' not in names:
+      raise ValueError(
+          f'lora: got factors at {module}, where the base has no kernel; '
+          'expected an adapter of its architecture and form (scanned or not).'
+      )
 
   def add(name, w):
-    if name not in updates:
+    module = name.removesuffix('/w')
+    if f'{module}/lora_a' not in flat:
       return w
-    return (w.astype(jnp.float32) + updates[name]).astype(w.dtype)
+    update = _delta(module, flat, scale)
+    return (w.astype(jnp.float32) + update).astype(w.dtype)
 
   return pytree.map_with_name(add, params)
 
@@ -166,26 +178,32 @@ def merge(
 def deltas(factors: pytree.Tree, scale: float) -> pytree.Tree:
   """scale * B A for every adapted kernel, at the kernel's path; float32."""
   flat = dict(pytree.items(factors))
-  tree = {}
-  for name, lora_a in flat.items():
-    if not name.endswith('/lora_a'):
-      continue
-    module = name.removesuffix('/lora_a')
-    layer, path = module.split('/', 1)
-    lora_b = flat[f'{module}/lora_b']
-    equation = layout.PROJECTION_EQUATIONS[path]
-    stacked = 'L' if layer == 'layers' else ''
-    a, b = factor_axes(equation, 'matrix')
-    if len(a) + len(stacked) != lora_a.ndim:
-      a, b = factor_axes(equation, 'keras')
-    _, w, _ = _split(equation)
-    tree[f'{module}/w'] = scale * jnp.einsum(
-        f'{stacked}{a},{stacked}{b}->{stacked}{w}',
-        lora_a.astype(jnp.float32),
-        lora_b.astype(jnp.float32),
-        precision='highest',
-    )
-  return pytree.unflatten(tree)
+  return pytree.unflatten(
+      {f'{module}/w': _delta(module, flat, scale) for module in _modules(flat)}
+  )
+
+
+def _modules(flat: dict[str, jax.Array]) -> list[str]:
+  """Paths of the adapted projections, e.g. layers/attn/q."""
+  return [n.removesuffix('/lora_a') for n in flat if n.endswith('/lora_a')]
+
+
+def _delta(module: str, flat: dict[str, jax.Array], scale: float) -> jax.Array:
+  """scale * B A of one projection, in the shape of its kernel; float32."""
+  lora_a, lora_b = flat[f'{module}/lora_a'], flat[f'{module}/lora_b']
+  layer, path = module.split('/', 1)
+  equation = layout.PROJECTION_EQUATIONS[path]
+  stacked = 'L' if layer == 'layers' else ''
+  a, b = factor_axes(equation, 'matrix')
+  if len(a) + len(stacked) != lora_a.ndim:
+    a, b = factor_axes(equation, 'keras')
+  _, w, _ = _split(equation)
+  return scale * jnp.einsum(
+      f'{stacked}{a},{stacked}{b}->{stacked}{w}',
+      lora_a.astype(jnp.float32),
+      lora_b.astype(jnp.float32),
+      precision='highest',
+  )
 
 
 def _split(equation: str) -> tuple[str, str, str]:

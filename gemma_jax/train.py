@@ -191,6 +191,9 @@ class Trainer:
     loss, seconds = found.nll_per_token, time.perf_counter() - started
     if not self.found['evals'] or loss < min(self.found['evals'].values()):
       self.write_adapter('adapter_best')
+    workdir_lib.write_heldout(
+        self.workdir, step, run.heldout.record_ids, found.nll, found.tokens
+    )
     self.found['evals'][str(step)] = loss
     if step > 0:
       self.metrics.write(

@@ -4,6 +4,7 @@
     checkpoints/      Orbax, the newest two steps
     adapter/          the last adapter, PEFT layout, when the run has finished
     adapter_best/     the adapter with the least held-out loss so far
+    heldout/          step_N.jsonl: index, nll, tokens of every held-out record
     metrics.jsonl     a line an update, one more per evaluation
     tensorboard/      the same
     result.json       the result line, when the run has finished
@@ -81,13 +82,27 @@ def read_json(workdir: str, name: str) -> dict[str, Any] | None:
 
 def write_json(workdir: str, name: str, value: dict[str, Any]) -> None:
   """Writes a JSON file whole or not at all."""
-  path = Path(workdir) / name
-  temporary = path.with_name(f'.{name}.tmp')
-  with temporary.open('w') as f:
-    json.dump(value, f, indent=2)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, path)
+  _write_whole(Path(workdir) / name, json.dumps(value, indent=2) + '\n')
+
+
+def write_heldout(workdir: str, step: int, index, nll, tokens) -> None:
+  """Keeps the losses of an evaluation by record, each [N], nats and tokens."""
+  folder = Path(workdir) / 'heldout'
+  folder.mkdir(exist_ok=True)
+  rows = [
+      {'index': int(i), 'nll': float(n), 'tokens': int(t)}
+      for i, n, t in zip(index, nll, tokens, strict=True)
+  ]
+  _write_whole(
+      folder / f'step_{step}.jsonl',
+      ''.join(json.dumps(row) + '\n' for row in rows),
+  )
+
+
+def read_heldout(workdir: str, step: int) -> list[dict[str, Any]]:
+  """What `write_heldout` kept."""
+  path = Path(workdir) / 'heldout' / f'step_{step}.jsonl'
+  return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def check_writable(workdir: str) -> None:
@@ -110,3 +125,12 @@ def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
     else:
       flat[f'{prefix}{key}'] = value
   return flat
+
+
+def _write_whole(path: Path, text: str) -> None:
+  temporary = path.with_name(f'.{path.name}.tmp')
+  with temporary.open('w', encoding='utf-8') as f:
+    f.write(text)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(temporary, path)

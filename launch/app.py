@@ -6,6 +6,7 @@ Standard output carries the result, standard error the log.
 """
 
 from collections.abc import Callable
+import json
 import logging as standard_logging
 import os
 import signal
@@ -123,3 +124,11 @@ def _one_line(e: Exception) -> str:
   # str(KeyError) is the repr of its message.
   text = e.args[0] if isinstance(e, KeyError) and e.args else e
   return ' '.join(str(text).split()) or type(e).__name__
+
+
+def write_lines(path: str, rows: list[dict]) -> None:
+  """Writes JSON Lines, whole or not at all."""
+  temporary = f'{path}.tmp'
+  with open(temporary, 'w', encoding='utf-8') as f:
+    f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+  os.replace(temporary, path)

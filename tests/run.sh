@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs the tests in .venv, which it makes and fills from setup.py if need be.
+#
+#   bash tests/run.sh                    everything that this machine can run
+#   bash tests/run.sh tests/test_lora.py -k merge     arguments go to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/environment.sh
+ensure_environment gemma3_270m,test
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+exec "$VENV/bin/python" -m pytest "$@"
