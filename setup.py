@@ -6,8 +6,7 @@ has a reason of its own, it stands beside it.
 
 from pathlib import Path
 
-from setuptools import find_packages
-from setuptools import setup
+from setuptools import find_packages, setup
 
 REQUIRED = [
   'absl-py>=2.1',
@@ -22,6 +21,7 @@ REQUIRED = [
   'numpy>=1.26',
   'optax>=0.2.6',  # selective_transform
   'orbax-checkpoint>=0.11.20',
+  'protobuf>=4.25',  # sentencepiece_model_pb2 needs it, undeclared
   'safetensors>=0.4.3',
   'scipy>=1.11',
   'sentencepiece>=0.2.0',
@@ -50,7 +50,7 @@ setup(
   python_requires='>=3.11',
   packages=find_packages(include=['gemma_jax', 'gemma_jax.*']),
   package_data={
-    'gemma_jax': ['data/samples/*.jsonl', 'data/tfds/**/*'],
+    'gemma_jax': ['data/samples/*.jsonl'],
   },
   install_requires=REQUIRED,
   extras_require=EXTRAS,

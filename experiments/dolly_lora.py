@@ -9,31 +9,33 @@ Cost       see experiments/README.md#dolly
 Result     see experiments/README.md#dolly
 """
 
-from gemma_jax.config import BaseConfig
-from gemma_jax.config import DataConfig
-from gemma_jax.config import LoraConfig
-from gemma_jax.config import OptimizerConfig
-from gemma_jax.config import TrainConfig
+from gemma_jax.config import (
+  BaseConfig,
+  DataConfig,
+  LoraConfig,
+  OptimizerConfig,
+  TrainConfig,
+)
 
 
 def get_config() -> TrainConfig:
   """Gemma 3 270M, rank 8 on q and v, loss on the response."""
   return TrainConfig(
-      steps=300,
-      eval_every_steps=100,
-      checkpoint_every_steps=50,
-      model=BaseConfig(path='gemma3_270m'),
-      lora=LoraConfig(rank=8, alpha=16.0, targets='qv'),
-      optimizer=OptimizerConfig(
-          learning_rate=1e-3, schedule='cosine', warmup_steps=10
-      ),
-      data=DataConfig(
-          path='tfds:dolly',
-          template='dolly',
-          loss_on='response',
-          seq_len=512,
-          global_batch_size=2,
-          packing=True,
-          max_eval_records=100,
-      ),
+    steps=300,
+    eval_every_steps=100,
+    checkpoint_every_steps=50,
+    model=BaseConfig(path='gemma3_270m'),
+    lora=LoraConfig(rank=8, alpha=16.0, targets='qv'),
+    optimizer=OptimizerConfig(
+      learning_rate=1e-3, schedule='cosine', warmup_steps=10
+    ),
+    data=DataConfig(
+      path='tfds:dolly',
+      template='dolly',
+      loss_on='response',
+      seq_len=512,
+      global_batch_size=2,
+      packing=True,
+      max_eval_records=100,
+    ),
   )

@@ -15,39 +15,41 @@ Result     1,363,968 adapter parameters on Gemma 1 2B, as published
 Source     ai.google.dev/gemma/docs/core/lora_tuning (the official tutorial)
 """
 
-from gemma_jax.config import BaseConfig
-from gemma_jax.config import DataConfig
-from gemma_jax.config import LoraConfig
-from gemma_jax.config import OptimizerConfig
-from gemma_jax.config import TrainConfig
+from gemma_jax.config import (
+  BaseConfig,
+  DataConfig,
+  LoraConfig,
+  OptimizerConfig,
+  TrainConfig,
+)
 
 
 def get_config(model: str = 'random:gemma_2b') -> TrainConfig:
   """The recipe for a model reference, given behind the file's colon."""
   return TrainConfig(
-      epochs=1,
-      model=BaseConfig(path=model),
-      # Keras's enable_lora(4) leaves lora_alpha at the rank: scale 1.
-      lora=LoraConfig(
-          rank=4,
-          alpha=1.0,
-          scale_rule='constant',
-          targets='qv',
-          factorization='keras',
-          init='keras',
-      ),
-      optimizer=OptimizerConfig(
-          learning_rate=5e-5, weight_decay=0.01, clip_norm=0.0
-      ),
-      data=DataConfig(
-          path='tfds:dolly',
-          template='dolly',
-          with_context=False,
-          max_records=1000,
-          max_eval_records=100,
-          loss_on='all',
-          seq_len=256,
-          global_batch_size=1,
-          packing=False,
-      ),
+    epochs=1,
+    model=BaseConfig(path=model),
+    # Keras's enable_lora(4) leaves lora_alpha at the rank: scale 1.
+    lora=LoraConfig(
+      rank=4,
+      alpha=1.0,
+      scale_rule='constant',
+      targets='qv',
+      factorization='keras',
+      init='keras',
+    ),
+    optimizer=OptimizerConfig(
+      learning_rate=5e-5, weight_decay=0.01, clip_norm=0.0
+    ),
+    data=DataConfig(
+      path='tfds:dolly',
+      template='dolly',
+      with_context=False,
+      max_records=1000,
+      max_eval_records=100,
+      loss_on='all',
+      seq_len=256,
+      global_batch_size=1,
+      packing=False,
+    ),
   )

@@ -19,11 +19,11 @@ def get_config(path: str = 'ChatbotData.csv') -> TrainConfig:
   """`dolly_lora` on the Korean pairs; they are short, so are the rows."""
   config = dolly_lora.get_config()
   return dataclasses.replace(
-      config,
-      data=dataclasses.replace(
-          config.data,
-          path=f'tfds:korean_chatbot:{path}',
-          template='korean',
-          seq_len=256,
-      ),
+    config,
+    data=dataclasses.replace(
+      config.data,
+      path=f'tfds:korean_chatbot:{path}',
+      template='korean',
+      seq_len=256,
+    ),
   )

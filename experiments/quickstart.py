@@ -7,24 +7,27 @@ Cost       see experiments/README.md#quickstart
 Result     see experiments/README.md#quickstart
 """
 
-from gemma_jax.config import BaseConfig
-from gemma_jax.config import DataConfig
-from gemma_jax.config import LoraConfig
-from gemma_jax.config import OptimizerConfig
-from gemma_jax.config import TrainConfig
+from gemma_jax.config import (
+  BaseConfig,
+  DataConfig,
+  LoraConfig,
+  OptimizerConfig,
+  TrainConfig,
+)
 
 
 def get_config() -> TrainConfig:
   """The config of `launch/quickstart.sh`."""
   return TrainConfig(
-      epochs=3,
-      checkpoint_every_steps=25,
-      model=BaseConfig(path='gemma3_270m'),
-      lora=LoraConfig(rank=8, alpha=16.0, targets='all'),
-      optimizer=OptimizerConfig(
-          learning_rate=5e-4, schedule='cosine', warmup_steps=5
-      ),
-      data=DataConfig(
-          path='sample:seoul_travel', seq_len=256, global_batch_size=4
-      ),
+    steps=64,
+    checkpoint_every_steps=16,
+    # Activations of 2 x 256 positions fit in 1 GiB: keep them all.
+    model=BaseConfig(path='gemma3_270m', remat=False),
+    lora=LoraConfig(rank=8, alpha=16.0, targets='all'),
+    optimizer=OptimizerConfig(
+      learning_rate=1e-3, schedule='cosine', warmup_steps=5
+    ),
+    data=DataConfig(
+      path='sample:seoul_travel', seq_len=256, global_batch_size=2
+    ),
   )

@@ -19,8 +19,8 @@ def get_config(path: str = 'kor.txt', template: str = 'en_ko') -> TrainConfig:
   """`korean` on sentence pairs."""
   config = korean.get_config()
   return dataclasses.replace(
-      config,
-      data=dataclasses.replace(
-          config.data, path=f'tfds:tatoeba_en_ko:{path}', template=template
-      ),
+    config,
+    data=dataclasses.replace(
+      config.data, path=f'tfds:tatoeba_en_ko:{path}', template=template
+    ),
   )

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax import lora
-from gemma_jax import pytree
+from gemma_jax import lora, pytree
 from gemma_jax.config import ModelConfig
 
 BASE = 'base'
@@ -35,13 +34,13 @@ class Adapter(NamedTuple):
   def variables(self, params: Any) -> dict[str, Any]:
     """{'params', 'lora'} for the model: the base with this adapter."""
     return {
-        'params': replace_leaves(params, self.trained_base),
-        'lora': self.effective,
+      'params': replace_leaves(params, self.trained_base),
+      'lora': self.effective,
     }
 
 
 def load_adapters(
-    folders: Sequence[str], config: ModelConfig, scan_layers: bool = True
+  folders: Sequence[str], config: ModelConfig, scan_layers: bool = True
 ) -> list[Adapter]:
   """The base, then the adapter of each PEFT folder, all of one shape.
 
@@ -62,8 +61,7 @@ def load_adapters(
     trained.append(peft.read_trained_base(folder))
   names = [BASE, *folders]
   return [
-      Adapter(*parts)
-      for parts in zip(names, align(trees), trained, strict=True)
+    Adapter(*parts) for parts in zip(names, align(trees), trained, strict=True)
   ]
 
 
@@ -94,8 +92,8 @@ def align(trees: Sequence[Any]) -> list[Any]:
     return jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, shape, strict=True)])
 
   return [
-      pytree.unflatten({n: fit(leaves.get(n), s) for n, s in shapes.items()})
-      for leaves in flat
+    pytree.unflatten({n: fit(leaves.get(n), s) for n, s in shapes.items()})
+    for leaves in flat
   ]
 
 
@@ -117,8 +115,8 @@ def replace_leaves(params: Any, leaves: Any) -> Any:
       shape = old.shape if index is None else old.shape[1:]
       if value.shape != shape:
         raise ValueError(
-            f'trained base leaf {name}: got shape {value.shape}, expected '
-            f'{shape}; it belongs to another architecture.'
+          f'trained base leaf {name}: got shape {value.shape}, expected '
+          f'{shape}; it belongs to another architecture.'
         )
       value = jnp.asarray(value, old.dtype)
       flat[target] = value if index is None else old.at[index].set(value)
@@ -130,12 +128,15 @@ def _destinations(name, leaf, flat):
   if name in flat:
     return [(name, None, leaf)]
   one_layer = re.fullmatch(r'layer_(\d+)/(.*)', name)
-  if one_layer and f'layers/{one_layer[2]}' in flat:
-    return [(f'layers/{one_layer[2]}', int(one_layer[1]), leaf)]
+  if one_layer:
+    index, stacked = int(one_layer[1]), f'layers/{one_layer[2]}'
+    if stacked in flat and index < len(flat[stacked]):
+      return [(stacked, index, leaf)]
   rest = name.removeprefix('layers/')
-  if rest != name and f'layer_0/{rest}' in flat:
+  num_layers = sum(n.split('/', 1)[1:] == [rest] for n in flat)
+  if rest != name and len(leaf) == num_layers:
     return [(f'layer_{i}/{rest}', None, x) for i, x in enumerate(leaf)]
   raise ValueError(
-      f'trained base leaf {name}: got a path that this base does not have; it '
-      'belongs to another architecture.'
+    f'trained base leaf {name}: got a path that this base does not have; it '
+    'belongs to another architecture.'
   )

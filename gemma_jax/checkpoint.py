@@ -21,19 +21,23 @@ from gemma_jax.train_state import TrainState
 class Checkpoints:
   """The checkpoints under `workdir/checkpoints`; the newest two are kept."""
 
-  def __init__(self, workdir: str):
+  def __init__(self, workdir: str, read_only: bool = False):
+    """Opens the folder; read_only neither makes nor cleans anything."""
     import orbax.checkpoint as ocp
 
     self._ocp = ocp
     self._manager = ocp.CheckpointManager(
-        Path(os.path.abspath(workdir)) / 'checkpoints',
-        item_handlers={
-            'state': ocp.StandardCheckpointHandler(),
-            'notes': ocp.JsonCheckpointHandler(),
-        },
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=2, cleanup_tmp_directories=True
-        ),
+      Path(os.path.abspath(workdir)) / 'checkpoints',
+      item_handlers={
+        'state': ocp.StandardCheckpointHandler(),
+        'notes': ocp.JsonCheckpointHandler(),
+      },
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=None if read_only else 2,
+        cleanup_tmp_directories=not read_only,
+        create=not read_only,
+        read_only=read_only,
+      ),
     )
 
   def latest_step(self) -> int | None:
@@ -49,17 +53,17 @@ class Checkpoints:
     """
     arrays = _by_path(state)
     self._manager.save(
-        int(state.step),
-        args=self._ocp.args.Composite(
-            state=self._ocp.args.StandardSave(arrays),
-            notes=self._ocp.args.JsonSave(notes),
-        ),
+      int(state.step),
+      args=self._ocp.args.Composite(
+        state=self._ocp.args.StandardSave(arrays),
+        notes=self._ocp.args.JsonSave(notes),
+      ),
     )
 
   def read_notes(self, step: int) -> dict[str, Any]:
     """The facts saved with a step."""
     restored = self._manager.restore(
-        step, args=self._ocp.args.Composite(notes=self._ocp.args.JsonRestore())
+      step, args=self._ocp.args.Composite(notes=self._ocp.args.JsonRestore())
     )
     return restored['notes']
 
@@ -76,10 +80,10 @@ class Checkpoints:
     """
     self._check_leaves(step, abstract)
     restored = self._manager.restore(
-        step,
-        args=self._ocp.args.Composite(
-            state=self._ocp.args.StandardRestore(_by_path(abstract))
-        ),
+      step,
+      args=self._ocp.args.Composite(
+        state=self._ocp.args.StandardRestore(_by_path(abstract))
+      ),
     )
     leaves = dict(pytree.items(restored['state']))
     return pytree.map_with_name(lambda name, _: leaves[name], abstract)
@@ -100,21 +104,19 @@ class Checkpoints:
       missing = sorted(wanted.keys() - saved.keys())
       extra = sorted(saved.keys() - wanted.keys())
       raise ValueError(
-          f'checkpoint {where}: lacks {missing[:3]} and has {extra[:3]} beyond '
-          'what this run trains. Use another workdir.'
+        f'checkpoint {where}: lacks {missing[:3]} and has {extra[:3]} beyond '
+        'what this run trains. Use another workdir.'
       )
     for name, leaf in wanted.items():
       got = (tuple(saved[name].shape), np.dtype(saved[name].dtype))
       want = (tuple(leaf.shape), np.dtype(leaf.dtype))
       if got != want:
         raise ValueError(
-            f'checkpoint {where}: {name} is {got[1]} {got[0]}, expected '
-            f'{want[1]} {want[0]}. Use another workdir.'
+          f'checkpoint {where}: {name} is {got[1]} {got[0]}, expected '
+          f'{want[1]} {want[0]}. Use another workdir.'
         )
 
 
 def _by_path(state: TrainState) -> dict[str, Any]:
   """Nested dicts of the state's leaves, without optax's classes."""
   return pytree.unflatten(dict(pytree.items(state)))
-
-

@@ -1,25 +1,19 @@
 """A base and adapters on it, measured on the same records."""
 
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 
 from gemma_jax import adapters as adapters_lib
-from gemma_jax import evaluate
-from gemma_jax import layout
-from gemma_jax import run
-from gemma_jax import sharding
-from gemma_jax import train_step
+from gemma_jax import evaluate, layout, run, sharding, train_step
 from gemma_jax.config import TrainConfig
 from gemma_jax.data import examples as examples_lib
-from gemma_jax.data import pipeline
-from gemma_jax.data import sources
+from gemma_jax.data import pipeline, sources
 from gemma_jax.formats import source as source_lib
 
 
 def evaluate_adapters(
-    config: TrainConfig, names: Sequence[str]
+  config: TrainConfig, names: Sequence[str]
 ) -> Iterator[tuple[str, examples_lib.Examples, evaluate.Evaluation]]:
   """Evaluates one adapter after the other; one compilation serves all.
 
@@ -42,12 +36,12 @@ def evaluate_adapters(
   tokenizer = source.tokenizer()
   records = sources.load_heldout(data.path, data.template, 'data')
   examples = examples_lib.make_examples(
-      records[: data.max_eval_records or None],
-      tokenizer,
-      data.template,
-      data.loss_on,
-      data.seq_len,
-      source.config.vocab_size,
+    records[: data.max_eval_records or None],
+    tokenizer,
+    data.template,
+    data.loss_on,
+    data.seq_len,
+    source.config.vocab_size,
   )
   folders = [name for name in names if name != adapters_lib.BASE]
   loaded = adapters_lib.load_adapters(folders, source.config)
@@ -55,28 +49,24 @@ def evaluate_adapters(
 
   model = run.make_model(config, source.config, mesh)
   shardings = sharding.tree_shardings(
-      {'params': layout.abstract_params(source.config)}, source.config, mesh
+    {'params': layout.abstract_params(source.config)}, source.config, mesh
   )
-  params = source.load_params(
-      config.model.dtype, shardings=shardings['params']
-  )
+  params = source.load_params(config.model.dtype, shardings=shardings['params'])
   pieces = None if tokenizer is None else tokenizer.vocab_size
-  step = jax.jit(
-      train_step.make_eval_step(model, scale=1.0, num_pieces=pieces)
-  )
+  step = jax.jit(train_step.make_eval_step(model, scale=1.0, num_pieces=pieces))
   for name in names:
     variables = by_name[name].variables(params)
     batches = pipeline.eval_batches(
-        examples, data.seq_len, data.global_batch_size, data.packing
+      examples, data.seq_len, data.global_batch_size, data.packing
     )
     yield (
-        name,
-        examples,
-        evaluate.evaluate(
-            lambda batch, variables=variables: step(
-                variables, sharding.put_batch(batch, mesh)
-            ),
-            batches,
-            len(examples),
+      name,
+      examples,
+      evaluate.evaluate(
+        lambda batch, variables=variables: step(
+          variables, sharding.put_batch(batch, mesh)
         ),
+        batches,
+        len(examples),
+      ),
     )

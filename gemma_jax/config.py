@@ -3,8 +3,8 @@
 A `TrainConfig` is a tree of small mutable dataclasses, so that
 `ml_collections.config_flags` can override any field from the command line
 (`--config.lora.rank=8`) and a misspelt field fails. Overrides do not rerun
-`__post_init__`, hence `resolve()`: it validates every field once, fills the
-`auto` values that need no device, and returns a frozen deep copy.
+`__post_init__`, hence `resolve()`: it validates every field once and returns a
+frozen deep copy.
 
 `ModelConfig` is different: it is the architecture, a frozen value that comes
 from a checkpoint or from `variants.py`, and never from a flag.
@@ -19,9 +19,9 @@ from typing import Any
 # as well, e.g. targets='q|v|gate'.
 PROJECTIONS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
 TARGET_PRESETS = {
-    'qv': 'q|v',
-    'attention': 'q|k|v|o',
-    'all': '|'.join(PROJECTIONS),
+  'qv': 'q|v',
+  'attention': 'q|k|v|o',
+  'all': '|'.join(PROJECTIONS),
 }
 
 
@@ -94,35 +94,46 @@ class ModelConfig:
     ):  # fmt: skip
       value = getattr(self, field)
       _require(
-          isinstance(value, int) and value > 0, field, value, 'an integer > 0'
+        isinstance(value, int) and value > 0, field, value, 'an integer > 0'
       )
     _require(
-        self.num_heads % self.num_kv_heads == 0,
-        'num_kv_heads',
-        self.num_kv_heads,
-        f'a divisor of num_heads={self.num_heads}',
+      self.num_heads % self.num_kv_heads == 0,
+      'num_kv_heads',
+      self.num_kv_heads,
+      f'a divisor of num_heads={self.num_heads}',
     )
     _require(
-        self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number'
+      self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number'
     )
     if self.layer_is_local is not None:
       _require(
-          len(self.layer_is_local) == self.num_layers,
-          'layer_is_local',
-          len(self.layer_is_local),
-          f'one flag for each of {self.num_layers} layers',
+        len(self.layer_is_local) == self.num_layers,
+        'layer_is_local',
+        len(self.layer_is_local),
+        f'one flag for each of {self.num_layers} layers',
       )
       if any(self.layer_is_local):
         _require(
-            self.window_size is not None and self.window_size > 0,
-            'window_size',
-            self.window_size,
-            'an integer > 0, since some layers are local',
+          self.window_size is not None and self.window_size > 0,
+          'window_size',
+          self.window_size,
+          'an integer > 0, since some layers are local',
         )
 
 
+class _Freezable:
+  """Mutable until `resolve` has checked it."""
+
+  def __setattr__(self, name: str, value: Any):
+    if '_is_frozen' in self.__dict__:
+      raise dataclasses.FrozenInstanceError(
+        f'{name}: a resolved config does not change; set it before resolve().'
+      )
+    super().__setattr__(name, value)
+
+
 @dataclasses.dataclass
-class BaseConfig:
+class BaseConfig(_Freezable):
   """Which base model, and how it is computed (`config.model`).
 
   Attributes:
@@ -151,17 +162,17 @@ class BaseConfig:
     for name in ('dtype', 'activation_dtype'):
       value = getattr(self, name)
       _require(
-          value in ('auto', 'bfloat16', 'float32'),
-          f'model.{name}',
-          value,
-          'one of auto, bfloat16, float32',
-          'float16 overflows in Gemma.' if value == 'float16' else '',
+        value in ('auto', 'bfloat16', 'float32'),
+        f'model.{name}',
+        value,
+        'one of auto, bfloat16, float32',
+        'float16 overflows in Gemma.' if value == 'float16' else '',
       )
     _one_of('model.attention', self.attention, ('auto', 'einsum'))
 
 
 @dataclasses.dataclass
-class LoraConfig:
+class LoraConfig(_Freezable):
   """Low-rank adapters: W' = W + scale * B A (Hu et al. 2021, eq. 3).
 
   Attributes:
@@ -188,9 +199,9 @@ class LoraConfig:
   def scale(self) -> float:
     """The factor on B A that the rule gives for this rank."""
     return {
-        'constant': self.alpha,
-        'alpha_over_r': self.alpha / self.rank,
-        'alpha_over_sqrt_r': self.alpha / self.rank**0.5,
+      'constant': self.alpha,
+      'alpha_over_r': self.alpha / self.rank,
+      'alpha_over_sqrt_r': self.alpha / self.rank**0.5,
     }[self.scale_rule]
 
   @property
@@ -201,41 +212,41 @@ class LoraConfig:
 
   def check(self):
     _at_least(
-        'lora.rank',
-        self.rank,
-        1,
-        'To evaluate the base alone, pass no adapter.',
+      'lora.rank',
+      self.rank,
+      1,
+      'To evaluate the base alone, pass no adapter.',
     )
     _require(self.alpha > 0, 'lora.alpha', self.alpha, 'a number > 0')
     _one_of(
-        'lora.scale_rule',
-        self.scale_rule,
-        ('constant', 'alpha_over_r', 'alpha_over_sqrt_r'),
+      'lora.scale_rule',
+      self.scale_rule,
+      ('constant', 'alpha_over_r', 'alpha_over_sqrt_r'),
     )
     _one_of('lora.factorization', self.factorization, ('matrix', 'keras'))
     _one_of('lora.init', self.init, ('peft', 'keras'))
     _require(
-        0 <= self.dropout < 1, 'lora.dropout', self.dropout, 'a rate in [0, 1)'
+      0 <= self.dropout < 1, 'lora.dropout', self.dropout, 'a rate in [0, 1)'
     )
     choices = f'{", ".join(TARGET_PRESETS)} or a regex over {PROJECTIONS}'
     try:
       names = self.target_names
     except re.error as e:
       raise ValueError(
-          f'lora.targets: got {self.targets!r}, which is no regex ({e}); '
-          f'expected {choices}.'
+        f'lora.targets: got {self.targets!r}, which is no regex ({e}); '
+        f'expected {choices}.'
       ) from None
     remedy = ''
     if 'embed' in self.targets:
       remedy = (
-          'The embedding is also the output layer (tied); an adapter on it '
-          'would change both, so it is not offered.'
+        'The embedding is also the output layer (tied); an adapter on it '
+        'would change both, so it is not offered.'
       )
     _require(bool(names), 'lora.targets', self.targets, choices, remedy)
 
 
 @dataclasses.dataclass
-class OptimizerConfig:
+class OptimizerConfig(_Freezable):
   """AdamW on the trainable leaves.
 
   Attributes:
@@ -263,13 +274,13 @@ class OptimizerConfig:
 
   def check(self):
     _require(
-        self.learning_rate > 0,
-        'optimizer.learning_rate',
-        self.learning_rate,
-        'a number > 0',
+      self.learning_rate > 0,
+      'optimizer.learning_rate',
+      self.learning_rate,
+      'a number > 0',
     )
     _one_of(
-        'optimizer.schedule', self.schedule, ('constant', 'linear', 'cosine')
+      'optimizer.schedule', self.schedule, ('constant', 'linear', 'cosine')
     )
     _at_least('optimizer.warmup_steps', self.warmup_steps, 0)
     for name in ('weight_decay', 'clip_norm'):
@@ -283,7 +294,7 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass
-class MeshConfig:
+class MeshConfig(_Freezable):
   """Devices along each mesh axis; -1 takes all that are left, once."""
 
   data: int = 1
@@ -292,14 +303,14 @@ class MeshConfig:
 
   def check(self):
     sizes = (self.data, self.fsdp, self.tensor)
-    for name, size in zip(('data', 'fsdp', 'tensor'), sizes):
+    for name, size in zip(('data', 'fsdp', 'tensor'), sizes, strict=True):
       if size != -1:
         _at_least(f'mesh.{name}', size, 1, '-1 takes what is left.')
     _require(sizes.count(-1) <= 1, 'mesh', sizes, 'at most one axis of size -1')
 
 
 @dataclasses.dataclass
-class DataConfig:
+class DataConfig(_Freezable):
   """Records, and how they become rows.
 
   Attributes:
@@ -341,7 +352,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass
-class TrainConfig:
+class TrainConfig(_Freezable):
   """Everything that decides a run's result, and what it leaves behind.
 
   Attributes:
@@ -373,13 +384,13 @@ class TrainConfig:
   model: BaseConfig = dataclasses.field(default_factory=BaseConfig)
   lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   optimizer: OptimizerConfig = dataclasses.field(
-      default_factory=OptimizerConfig
+    default_factory=OptimizerConfig
   )
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
   def resolve(self) -> 'TrainConfig':
-    """Returns a checked deep copy; raises ValueError on the first bad field.
+    """Returns a checked, frozen copy; ValueError on the first bad field.
 
     Call it once, after the last override. Nothing downstream checks again.
     """
@@ -388,37 +399,40 @@ class TrainConfig:
                  'early_stopping_evals'):  # fmt: skip
       _at_least(name, getattr(config, name), 0)
     _require(
-        config.steps > 0 or config.epochs > 0,
-        'epochs',
-        config.epochs,
-        'a number > 0, since steps is 0',
+      config.steps > 0 or config.epochs > 0,
+      'epochs',
+      config.epochs,
+      'a number > 0, since steps is 0',
     )
     _at_least('log_every_steps', config.log_every_steps, 1)
     # A lone string would be taken letter by letter, and 'p' is all of params/.
     _require(
-        isinstance(config.trainable, tuple | list) and len(config.trainable) > 0,
-        'trainable',
-        config.trainable,
-        'a tuple of regexes, at least one',
+      isinstance(config.trainable, tuple | list) and len(config.trainable) > 0,
+      'trainable',
+      config.trainable,
+      'a tuple of regexes, at least one',
     )
     for pattern in config.trainable:
       try:
         re.compile(pattern)
       except re.error as e:
         raise ValueError(
-            f'trainable: {pattern!r} is not a regular expression ({e}).'
+          f'trainable: {pattern!r} is not a regular expression ({e}).'
         ) from None
-    for part in (
+    parts = (
         config.model, config.lora, config.optimizer, config.mesh, config.data
-    ):  # fmt: skip
+    )  # fmt: skip
+    for part in parts:
       part.check()
-    parts = config.optimizer.accumulate_steps
+    divisor = config.optimizer.accumulate_steps
     _require(
-        config.data.global_batch_size % parts == 0,
-        'data.global_batch_size',
-        config.data.global_batch_size,
-        f'a multiple of optimizer.accumulate_steps={parts}',
+      config.data.global_batch_size % divisor == 0,
+      'data.global_batch_size',
+      config.data.global_batch_size,
+      f'a multiple of optimizer.accumulate_steps={divisor}',
     )
+    for part in (config, *parts):
+      part.__dict__['_is_frozen'] = True
     return config
 
 

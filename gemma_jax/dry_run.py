@@ -30,10 +30,10 @@ def dry_run(config: TrainConfig, workdir: str) -> str:
   run = run_lib.prepare(config)
   workdir_lib.check_same_fingerprints(workdir, run.fingerprints())
   sections = [
-      run.summary().table(),
-      _checkpoint_line(run, workdir),
-      _memory_lines(run),
-      _first_batch(run),
+    run.summary().table(),
+    _checkpoint_line(run, workdir),
+    _memory_lines(run),
+    _first_batch(run),
   ]
   return '\n\n'.join(sections)
 
@@ -41,7 +41,7 @@ def dry_run(config: TrainConfig, workdir: str) -> str:
 def _checkpoint_line(run: run_lib.Run, workdir: str) -> str:
   if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
     return f'workdir {workdir}: writable; the run would start at step 0.'
-  checkpoints = Checkpoints(workdir)
+  checkpoints = Checkpoints(workdir, read_only=True)
   try:
     step = checkpoints.latest_step()
     if step is None:
@@ -72,9 +72,9 @@ def _first_batch(run: run_lib.Run) -> str:
   row = run.plan.rows(0)[0]
   batch = examples_lib.make_batch(run.train, [row], run.config.data.seq_len)
   lines = [
-      f'first batch: row 0 holds {len(row)} records, '
-      f'{int((batch["segment_ids"] > 0).sum())} of '
-      f'{run.config.data.seq_len} positions; targets of the loss in [[ ]]'
+    f'first batch: row 0 holds {len(row)} records, '
+    f'{int((batch["segment_ids"] > 0).sum())} of '
+    f'{run.config.data.seq_len} positions; targets of the loss in [[ ]]'
   ]
   for example_id in row[:2]:
     lines.append(f'--- record {run.train.record_ids[example_id]}')
@@ -87,7 +87,7 @@ def _marked_text(run, tokens, loss_mask) -> str:
   pieces = []
   edges = np.flatnonzero(np.diff(loss_mask)) + 1
   for ids, counts in zip(
-      np.split(tokens, edges), np.split(loss_mask, edges), strict=True
+    np.split(tokens, edges), np.split(loss_mask, edges), strict=True
   ):
     if run.tokenizer is None:
       text = ' '.join(map(str, ids))

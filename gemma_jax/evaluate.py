@@ -5,8 +5,7 @@
 A mean of batch means would weigh short records more.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import dataclasses
 import math
 from typing import Any
@@ -40,19 +39,19 @@ class Evaluation:
     """The result line of `launch.evaluate`, without the adapter's name."""
     mean = self.nll_per_token
     return {
-        'nll': float(self.nll.sum()),
-        'tokens': int(self.tokens.sum()),
-        'nll_per_token': mean,
-        'perplexity': math.exp(min(mean, 700.0)),
-        'examples': len(self.nll),
+      'nll': float(self.nll.sum()),
+      'tokens': int(self.tokens.sum()),
+      'nll_per_token': mean,
+      'perplexity': math.exp(min(mean, 700.0)),
+      'examples': len(self.nll),
     }
 
 
 def evaluate(
-    eval_step: Callable[[dict[str, Any]], jax.Array],
-    batches: Iterable[tuple[dict[str, Any], np.ndarray]],
-    num_examples: int,
-    should_stop: Callable[[], bool] = lambda: False,
+  eval_step: Callable[[dict[str, Any]], jax.Array],
+  batches: Iterable[tuple[dict[str, Any], np.ndarray]],
+  num_examples: int,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
   """Sums losses by example.
 
@@ -79,7 +78,7 @@ def evaluate(
 
 
 def paired_interval(
-    difference: np.ndarray, tokens: np.ndarray, seed: int = 0
+  difference: np.ndarray, tokens: np.ndarray, seed: int = 0
 ) -> tuple[float, float]:
   """95 % bootstrap interval of a token-weighted mean difference per record.
 

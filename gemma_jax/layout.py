@@ -23,34 +23,34 @@ from gemma_jax.config import ModelConfig
 # The seven projections of a layer: where the kernel stands, and the equation
 # that applies it. A LoRA target is a name of this table.
 PROJECTION_EQUATIONS = {
-    'attn/q': 'BTD,NDH->BTNH',
-    'attn/k': 'BTD,KDH->BTKH',
-    'attn/v': 'BTD,KDH->BTKH',
-    'attn/o': 'BTNH,NHD->BTD',
-    'mlp/gate': 'BTD,DF->BTF',
-    'mlp/up': 'BTD,DF->BTF',
-    'mlp/down': 'BTF,FD->BTD',
+  'attn/q': 'BTD,NDH->BTNH',
+  'attn/k': 'BTD,KDH->BTKH',
+  'attn/v': 'BTD,KDH->BTKH',
+  'attn/o': 'BTNH,NHD->BTD',
+  'mlp/gate': 'BTD,DF->BTF',
+  'mlp/up': 'BTD,DF->BTF',
+  'mlp/down': 'BTF,FD->BTD',
 }
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
   """Letter → size."""
   return {
-      'V': config.vocab_size,
-      'D': config.embed_dim,
-      'F': config.hidden_dim,
-      'N': config.num_heads,
-      'K': config.num_kv_heads,
-      'H': config.head_dim,
-      'L': config.num_layers,
+    'V': config.vocab_size,
+    'D': config.embed_dim,
+    'F': config.hidden_dim,
+    'N': config.num_heads,
+    'K': config.num_kv_heads,
+    'H': config.head_dim,
+    'L': config.num_layers,
   }
 
 
 def layer_axes(config: ModelConfig) -> dict[str, str]:
   """Axis letters of every leaf of one layer, by its path in the layer."""
   axes = {
-      f'{name}/w': equation.split(',')[1].split('->')[0]
-      for name, equation in PROJECTION_EQUATIONS.items()
+    f'{name}/w': equation.split(',')[1].split('->')[0]
+    for name, equation in PROJECTION_EQUATIONS.items()
   }
   axes['pre_attention_norm/scale'] = 'D'
   axes['pre_ffw_norm/scale'] = 'D'
@@ -76,20 +76,22 @@ def param_axes(config: ModelConfig, scan_layers: bool = True) -> dict[str, str]:
 
 
 def abstract_params(
-    config: ModelConfig, dtype: Any = jnp.float32, scan_layers: bool = True
+  config: ModelConfig, dtype: Any = jnp.float32, scan_layers: bool = True
 ) -> pytree.Tree:
   """The base's tree of `jax.ShapeDtypeStruct`, nested dicts."""
   sizes = axis_sizes(config)
-  return pytree.unflatten({
+  return pytree.unflatten(
+    {
       name: jax.ShapeDtypeStruct(tuple(sizes[c] for c in letters), dtype)
       for name, letters in param_axes(config, scan_layers).items()
-  })
+    }
+  )
 
 
 def stack_layers(tree: pytree.Tree) -> pytree.Tree:
   """layer_0 ... layer_{L-1} → layers, stacked along a new first axis."""
   numbered = {
-      int(m[1]): key for key in tree if (m := re.fullmatch(r'layer_(\d+)', key))
+    int(m[1]): key for key in tree if (m := re.fullmatch(r'layer_(\d+)', key))
   }
   rest = {k: v for k, v in tree.items() if k not in numbered.values()}
   layers = [tree[numbered[i]] for i in range(len(numbered))]

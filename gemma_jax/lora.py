@@ -20,27 +20,24 @@ import math
 import jax
 import jax.numpy as jnp
 
-from gemma_jax import layout
-from gemma_jax import pytree
-from gemma_jax.config import LoraConfig
-from gemma_jax.config import ModelConfig
-from gemma_jax.config import PROJECTIONS
+from gemma_jax import layout, pytree
+from gemma_jax.config import PROJECTIONS, LoraConfig, ModelConfig
 
 
 def target_paths(lora: LoraConfig) -> dict[str, str]:
   """Path in a layer → equation, for the projections that carry an adapter."""
   return {
-      path: equation
-      for path, equation in layout.PROJECTION_EQUATIONS.items()
-      if path.split('/')[1] in lora.target_names
+    path: equation
+    for path, equation in layout.PROJECTION_EQUATIONS.items()
+    if path.split('/')[1] in lora.target_names
   }
 
 
 def factor_axes(equation: str, factorization: str) -> tuple[str, str]:
   """Axis letters of A and B, R being the rank.
 
-      factor_axes('BTD,NDH->BTNH', 'matrix')    ('DR', 'RNH')
-      factor_axes('BTD,NDH->BTNH', 'keras')     ('NDR', 'RH')
+  factor_axes('BTD,NDH->BTNH', 'matrix')    ('DR', 'RNH')
+  factor_axes('BTD,NDH->BTNH', 'keras')     ('NDR', 'RH')
   """
   x, w, out = _split(equation)
   if factorization == 'keras':
@@ -50,7 +47,7 @@ def factor_axes(equation: str, factorization: str) -> tuple[str, str]:
 
 
 def apply(
-    equation: str, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array
+  equation: str, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array
 ) -> jax.Array:
   """x A B, by two products through the rank; the scale is already in B.
 
@@ -73,10 +70,10 @@ def apply(
 
 
 def init(
-    key: jax.Array,
-    config: ModelConfig,
-    lora: LoraConfig,
-    scan_layers: bool = True,
+  key: jax.Array,
+  config: ModelConfig,
+  lora: LoraConfig,
+  scan_layers: bool = True,
 ) -> pytree.Tree:
   """Factors at the start: A uniform within the rule's limit, B zero; float32.
 
@@ -112,7 +109,7 @@ def init(
     b_shape = (lora.rank, *(sizes[c] for c in b[1:]))
     tree[f'layers/{path}/lora_a'] = lora_a
     tree[f'layers/{path}/lora_b'] = jnp.zeros(
-        (config.num_layers, *b_shape), jnp.float32
+      (config.num_layers, *b_shape), jnp.float32
     )
   tree = pytree.unflatten(tree)
   return tree if scan_layers else layout.unstack_layers(tree)
@@ -124,24 +121,24 @@ def check_rank(config: ModelConfig, lora: LoraConfig) -> None:
   for path, equation in target_paths(lora).items():
     a, b = factor_axes(equation, lora.factorization)
     side = min(
-        math.prod(sizes[c] for c in a[:-1]), math.prod(sizes[c] for c in b[1:])
+      math.prod(sizes[c] for c in a[:-1]), math.prod(sizes[c] for c in b[1:])
     )
     if lora.rank > side:
       raise ValueError(
-          f'lora.rank: got {lora.rank}, expected at most {side}, the smaller '
-          f'side of {path}; a larger rank adds parameters but no freedom.'
+        f'lora.rank: got {lora.rank}, expected at most {side}, the smaller '
+        f'side of {path}; a larger rank adds parameters but no freedom.'
       )
 
 
 def effective(factors: pytree.Tree, scale: float | jax.Array) -> pytree.Tree:
   """The tree that the model applies: B times the scale, A as it is."""
   return pytree.map_with_name(
-      lambda name, x: x * scale if name.endswith('lora_b') else x, factors
+    lambda name, x: x * scale if name.endswith('lora_b') else x, factors
   )
 
 
 def merge(
-    params: pytree.Tree, factors: pytree.Tree, scale: float
+  params: pytree.Tree, factors: pytree.Tree, scale: float
 ) -> pytree.Tree:
   """W' = W + scale * B A, in float32, cast once to W's dtype.
 
@@ -161,8 +158,8 @@ def merge(
   for module in _modules(flat):
     if f'{module}/w' not in names:
       raise ValueError(
-          f'lora: got factors at {module}, where the base has no kernel; '
-          'expected an adapter of its architecture and form (scanned or not).'
+        f'lora: got factors at {module}, where the base has no kernel; '
+        'expected an adapter of its architecture and form (scanned or not).'
       )
 
   def add(name, w):
@@ -179,7 +176,7 @@ def deltas(factors: pytree.Tree, scale: float) -> pytree.Tree:
   """scale * B A for every adapted kernel, at the kernel's path; float32."""
   flat = dict(pytree.items(factors))
   return pytree.unflatten(
-      {f'{module}/w': _delta(module, flat, scale) for module in _modules(flat)}
+    {f'{module}/w': _delta(module, flat, scale) for module in _modules(flat)}
   )
 
 
@@ -199,10 +196,10 @@ def _delta(module: str, flat: dict[str, jax.Array], scale: float) -> jax.Array:
     a, b = factor_axes(equation, 'keras')
   _, w, _ = _split(equation)
   return scale * jnp.einsum(
-      f'{stacked}{a},{stacked}{b}->{stacked}{w}',
-      lora_a.astype(jnp.float32),
-      lora_b.astype(jnp.float32),
-      precision='highest',
+    f'{stacked}{a},{stacked}{b}->{stacked}{w}',
+    lora_a.astype(jnp.float32),
+    lora_b.astype(jnp.float32),
+    precision='highest',
   )
 
 

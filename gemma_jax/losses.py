@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 CHUNK_TOKENS = 256
-_MASK_VALUE = -2.0**30
+_MASK_VALUE = -(2.0**30)
 
 
 class _Options(NamedTuple):
@@ -30,14 +30,14 @@ class _Options(NamedTuple):
 
 
 def linear_cross_entropy(
-    hidden: jax.Array,
-    embedding: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    *,
-    softcap: float | None = None,
-    num_pieces: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+  hidden: jax.Array,
+  embedding: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  *,
+  softcap: float | None = None,
+  num_pieces: int | None = None,
+  chunk_tokens: int = CHUNK_TOKENS,
 ) -> jax.Array:
   """Weighted sum of the next-token losses, in nats.
 
@@ -62,14 +62,14 @@ def linear_cross_entropy(
 
 
 def token_cross_entropy(
-    hidden: jax.Array,
-    embedding: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    *,
-    softcap: float | None = None,
-    num_pieces: int | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+  hidden: jax.Array,
+  embedding: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  *,
+  softcap: float | None = None,
+  num_pieces: int | None = None,
+  chunk_tokens: int = CHUNK_TOKENS,
 ) -> jax.Array:
   """Each supervised position's loss, for evaluation (no gradient).
 
@@ -86,7 +86,7 @@ def token_cross_entropy(
 
   start = jnp.zeros(targets.size, jnp.float32)
   losses = _over_chunks(
-      options, hidden, embedding, targets, weights, visit, start
+    options, hidden, embedding, targets, weights, visit, start
   )
   return losses.reshape(targets.shape)
 
@@ -120,22 +120,22 @@ def _over_chunks(options, hidden, embedding, targets, weights, visit, start):
     take = functools.partial(jnp.take, axis=0, mode='fill', fill_value=0)
     h, y, w = (take(x, index) for x in (hidden, targets, weights))
     logits = jnp.einsum(
-        'CD,VD->CV',
-        h,
-        embedding.astype(h.dtype),
-        preferred_element_type=jnp.float32,
+      'CD,VD->CV',
+      h,
+      embedding.astype(h.dtype),
+      preferred_element_type=jnp.float32,
     )
     if options.softcap is not None:
       logits = options.softcap * jnp.tanh(logits / options.softcap)
     if is_piece is not None:
       logits = jnp.where(is_piece[None], logits, _MASK_VALUE)
     chunk = _Chunk(
-        hidden=h,
-        targets=y,
-        weights=w,
-        logits=logits,
-        logsumexp=jax.nn.logsumexp(logits, axis=-1),
-        target_logit=jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0],
+      hidden=h,
+      targets=y,
+      weights=w,
+      logits=logits,
+      logsumexp=jax.nn.logsumexp(logits, axis=-1),
+      target_logit=jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0],
     )
     return visit(state, index, chunk)
 
@@ -152,7 +152,7 @@ def _piece_mask(options, vocab_size):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss_sum(options, hidden, embedding, targets, weights):
   losses = token_cross_entropy(
-      hidden, embedding, targets, weights, **options._asdict()
+    hidden, embedding, targets, weights, **options._asdict()
   )
   return jnp.sum(losses)
 
@@ -161,7 +161,7 @@ def _loss_sum_forward(options, hidden, embedding, targets, weights):
   """Loss and both gradients in one pass; the embedding's only on demand."""
   trains_embedding = embedding.perturbed
   hidden, embedding, targets, weights = (
-      x.value for x in (hidden, embedding, targets, weights)
+    x.value for x in (hidden, embedding, targets, weights)
   )
   table = embedding.astype(hidden.dtype)
 
@@ -178,13 +178,13 @@ def _loss_sum_forward(options, hidden, embedding, targets, weights):
       d_target = w * slope(chunk.target_logit[:, None])
     target_rows = jnp.take(table, chunk.targets, axis=0).astype(jnp.float32)
     dh = (
-        jnp.einsum(
-            'CV,VD->CD',
-            d_logits.astype(hidden.dtype),
-            table,
-            preferred_element_type=jnp.float32,
-        )
-        - d_target * target_rows
+      jnp.einsum(
+        'CV,VD->CD',
+        d_logits.astype(hidden.dtype),
+        table,
+        preferred_element_type=jnp.float32,
+      )
+      - d_target * target_rows
     )
     d_hidden = d_hidden.at[index].set(dh.astype(d_hidden.dtype), mode='drop')
     if trains_embedding:
@@ -194,12 +194,12 @@ def _loss_sum_forward(options, hidden, embedding, targets, weights):
     return loss, d_hidden, d_embedding
 
   start = (
-      jnp.float32(0),
-      jnp.zeros((targets.size, hidden.shape[-1]), hidden.dtype),
-      jnp.zeros(embedding.shape, jnp.float32) if trains_embedding else None,
+    jnp.float32(0),
+    jnp.zeros((targets.size, hidden.shape[-1]), hidden.dtype),
+    jnp.zeros(embedding.shape, jnp.float32) if trains_embedding else None,
   )
   loss, d_hidden, d_embedding = _over_chunks(
-      options, hidden, embedding, targets, weights, visit, start
+    options, hidden, embedding, targets, weights, visit, start
   )
   return loss, (d_hidden.reshape(hidden.shape), d_embedding, embedding)
 
@@ -210,7 +210,8 @@ def _loss_sum_backward(options, residuals, cotangent):
   scale = cotangent.astype(jnp.float32)
   if d_embedding is not None:
     d_embedding = (scale * d_embedding).astype(embedding.dtype)
-  return (scale * d_hidden).astype(d_hidden.dtype), d_embedding, None, None
+  d_scaled = (scale * d_hidden.astype(jnp.float32)).astype(d_hidden.dtype)
+  return d_scaled, d_embedding, None, None
 
 
 _loss_sum.defvjp(_loss_sum_forward, _loss_sum_backward, symbolic_zeros=True)

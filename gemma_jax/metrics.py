@@ -30,8 +30,8 @@ class MetricsWriter:
     os.replace(temporary, path)
     self._file = path.open('a')
     self._board = SummaryWriter(
-        str(Path(workdir) / 'tensorboard'),
-        purge_step=finished_steps + 1 if finished_steps else None,
+      str(Path(workdir) / 'tensorboard'),
+      purge_step=finished_steps + 1 if finished_steps else None,
     )
 
   def write(self, step: int, values: dict[str, Any]) -> None:
@@ -68,10 +68,10 @@ def check_finite(step: int, values: dict[str, Any]) -> None:
   for name in ('loss_nats_per_token', 'grad_norm'):
     if not math.isfinite(values[name]):
       raise FloatingPointError(
-          f'{name}: got {values[name]} at step {step} (learning rate '
-          f'{values["learning_rate"]:g}), expected a finite number. Nothing of '
-          'this step was saved; lower optimizer.learning_rate or look at the '
-          'data of this step.'
+        f'{name}: got {values[name]} at step {step} (learning rate '
+        f'{values["learning_rate"]:g}), expected a finite number. Nothing of '
+        'this step was saved; lower optimizer.learning_rate or look at the '
+        'data of this step.'
       )
 
 

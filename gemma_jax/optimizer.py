@@ -48,7 +48,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, trainable: Sequence[str]
+  config: OptimizerConfig, steps: int, trainable: Sequence[str]
 ) -> optax.GradientTransformation:
   """Clip by global norm, AdamW, all of it frozen where no regex matches.
 
@@ -61,15 +61,15 @@ def make_optimizer(
     Transformation whose state holds moments of the trainable leaves only.
   """
   decayed = lambda tree: pytree.map_with_name(
-      lambda name, _: not name.endswith('/scale'), tree
+    lambda name, _: not name.endswith('/scale'), tree
   )
   adamw = optax.adamw(
-      make_schedule(config, steps),
-      b1=config.b1,
-      b2=config.b2,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-      mask=decayed,
+    make_schedule(config, steps),
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    weight_decay=config.weight_decay,
+    mask=decayed,
   )
   if config.clip_norm > 0:
     adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
@@ -84,8 +84,8 @@ def _selective(inner, frozen) -> optax.GradientTransformation:
   """`optax.selective_transform` whose mask is a function of the tree given."""
   at = lambda tree: optax.selective_transform(inner, freeze_mask=frozen(tree))
   return optax.GradientTransformation(
-      init=lambda params: at(params).init(params),
-      update=lambda updates, state, params: at(updates).update(
-          updates, state, params
-      ),
+    init=lambda params: at(params).init(params),
+    update=lambda updates, state, params: at(updates).update(
+      updates, state, params
+    ),
   )

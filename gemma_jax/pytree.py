@@ -25,26 +25,26 @@ def path_name(path: tuple[Any, ...]) -> str:
 def items(tree: Tree) -> list[tuple[str, Any]]:
   """(path, leaf) pairs in the tree's own order."""
   return [
-      (path_name(path), leaf)
-      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    (path_name(path), leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   ]
 
 
 def map_with_name(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
   """jax.tree.map whose function takes the path's name first."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest
+    lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest
   )
 
 
 def mask(tree: Tree, patterns: Iterable[str]) -> Tree:
   """Booleans: whether one of the patterns matches a leaf's path at its start.
 
-      mask(variables, ('lora/', 'params/layers/mlp/up'))
+  mask(variables, ('lora/', 'params/layers/mlp/up'))
   """
   compiled = [re.compile(p) for p in patterns]
   return map_with_name(
-      lambda name, _: any(p.match(name) for p in compiled), tree
+    lambda name, _: any(p.match(name) for p in compiled), tree
   )
 
 
@@ -68,7 +68,7 @@ def combine(first: Tree, second: Tree) -> Tree:
   """Undoes `partition`."""
   is_hole = lambda x: isinstance(x, optax.MaskedNode)
   return jax.tree.map(
-      lambda a, b: b if is_hole(a) else a, first, second, is_leaf=is_hole
+    lambda a, b: b if is_hole(a) else a, first, second, is_leaf=is_hole
   )
 
 
@@ -102,6 +102,6 @@ def num_params(tree: Tree) -> int:
 def num_bytes(tree: Tree) -> int:
   """Bytes of all leaves in their own dtypes."""
   return sum(
-      math.prod(x.shape) * np.dtype(x.dtype).itemsize
-      for x in jax.tree.leaves(tree)
+    math.prod(x.shape) * np.dtype(x.dtype).itemsize
+    for x in jax.tree.leaves(tree)
   )

@@ -16,15 +16,10 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from gemma_jax import optimizer
-from gemma_jax import sharding
-from gemma_jax import summary
-from gemma_jax import train_state
-from gemma_jax import train_step
+from gemma_jax import optimizer, sharding, summary, train_state, train_step
 from gemma_jax.config import TrainConfig
 from gemma_jax.data import examples as examples_lib
-from gemma_jax.data import row_plan
-from gemma_jax.data import sources
+from gemma_jax.data import row_plan, sources
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.formats import source as source_lib
 from gemma_jax.formats.base import BaseSource
@@ -75,18 +70,18 @@ class Run:
   def tx(self):
     """The optimizer, frozen where `trainable` says nothing."""
     return optimizer.make_optimizer(
-        self.config.optimizer, self.steps, self.config.trainable
+      self.config.optimizer, self.steps, self.config.trainable
     )
 
   @functools.cached_property
   def abstract(self) -> tuple[train_state.TrainState, Any]:
     """(state, frozen) as `jax.ShapeDtypeStruct`s with their shardings."""
     variables = train_state.abstract_variables(
-        self.config, self.source.config, self.dtype
+      self.config, self.source.config, self.dtype
     )
     trainable, frozen = train_state.split(variables, self.config.trainable)
     state = jax.eval_shape(
-        lambda t: train_state.init_state(t, self.tx), trainable
+      lambda t: train_state.init_state(t, self.tx), trainable
     )
     return self._placed(state), self._placed(frozen)
 
@@ -96,53 +91,53 @@ class Run:
     shape = (self.config.data.global_batch_size, self.config.data.seq_len)
     batch = examples_lib.make_batch(self.train, [()], shape[1])
     return {
-        name: jax.ShapeDtypeStruct(
-            shape, x.dtype, sharding=sharding.batch_sharding(self.mesh)
-        )
-        for name, x in batch.items()
+      name: jax.ShapeDtypeStruct(
+        shape, x.dtype, sharding=sharding.batch_sharding(self.mesh)
+      )
+      for name, x in batch.items()
     }
 
   def compile_train_step(self) -> jax.stages.Compiled:
     """step(state, frozen, batch) -> (state, metrics), state donated."""
     step = train_step.make_train_step(
-        self.model,
-        self.tx,
-        self.schedule,
-        scale=self.config.lora.scale,
-        num_pieces=self.num_pieces,
-        accumulate_steps=self.config.optimizer.accumulate_steps,
-        seed=self.config.seed,
+      self.model,
+      self.tx,
+      self.schedule,
+      scale=self.config.lora.scale,
+      num_pieces=self.num_pieces,
+      accumulate_steps=self.config.optimizer.accumulate_steps,
+      seed=self.config.seed,
     )
     state, frozen = self.abstract
     out = (
-        jax.tree.map(lambda x: x.sharding, state),
-        sharding.replicated(self.mesh),
+      jax.tree.map(lambda x: x.sharding, state),
+      sharding.replicated(self.mesh),
     )
     return _compile(
-        'training step',
-        jax.jit(step, donate_argnums=0, out_shardings=out),
-        state,
-        frozen,
-        self.abstract_batch,
+      'training step',
+      jax.jit(step, donate_argnums=0, out_shardings=out),
+      state,
+      frozen,
+      self.abstract_batch,
     )
 
   def compile_eval_step(self) -> jax.stages.Compiled:
     """eval_step(trainable, frozen, batch) -> losses [B, T]."""
     step = train_step.make_eval_step(
-        self.model, scale=self.config.lora.scale, num_pieces=self.num_pieces
+      self.model, scale=self.config.lora.scale, num_pieces=self.num_pieces
     )
     state, frozen = self.abstract
     return _compile(
-        'evaluation step',
-        jax.jit(
-            lambda trainable, frozen, batch: step(
-                train_state.join(trainable, frozen), batch
-            ),
-            out_shardings=sharding.replicated(self.mesh),
+      'evaluation step',
+      jax.jit(
+        lambda trainable, frozen, batch: step(
+          train_state.join(trainable, frozen), batch
         ),
-        state.trainable,
-        frozen,
-        self.abstract_batch,
+        out_shardings=sharding.replicated(self.mesh),
+      ),
+      state.trainable,
+      frozen,
+      self.abstract_batch,
     )
 
   def summary(self) -> summary.Summary:
@@ -157,17 +152,17 @@ class Run:
         digest.update(np.ascontiguousarray(array).tobytes())
     tokenizer = self.tokenizer
     return {
-        'base': self.source.fingerprint(),
-        'tokenizer': '' if tokenizer is None else tokenizer.fingerprint(),
-        'data': digest.hexdigest(),
+      'base': self.source.fingerprint(),
+      'tokenizer': '' if tokenizer is None else tokenizer.fingerprint(),
+      'data': digest.hexdigest(),
     }
 
   def _placed(self, tree):
     placed = sharding.tree_shardings(tree, self.source.config, self.mesh)
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        tree,
-        placed,
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      tree,
+      placed,
     )
 
 
@@ -183,64 +178,64 @@ def prepare(config: TrainConfig) -> Run:
   mesh = sharding.make_mesh(config.mesh)
   data = config.data
   sharding.check_batch(
-      mesh,
-      data.global_batch_size // config.optimizer.accumulate_steps,
-      'data.global_batch_size / optimizer.accumulate_steps',
+    mesh,
+    data.global_batch_size // config.optimizer.accumulate_steps,
+    'data.global_batch_size / optimizer.accumulate_steps',
   )
   source = source_lib.open_base(config.model.path, config.model.tokenizer)
   if data.seq_len > source.config.max_positions:
     raise ValueError(
-        f'data.seq_len: got {data.seq_len}, expected at most '
-        f'{source.config.max_positions}, the positions of {config.model.path}.'
+      f'data.seq_len: got {data.seq_len}, expected at most '
+      f'{source.config.max_positions}, the positions of {config.model.path}.'
     )
   tokenizer = source.tokenizer()
   started = time.perf_counter()
   records = sources.load_records(data)
   heldout_records = records.heldout[: data.max_eval_records or None]
   train, heldout = (
-      examples_lib.make_examples(
-          part,
-          tokenizer,
-          data.template,
-          data.loss_on,
-          data.seq_len,
-          source.config.vocab_size,
-      )
-      for part in (records.train, heldout_records)
+    examples_lib.make_examples(
+      part,
+      tokenizer,
+      data.template,
+      data.loss_on,
+      data.seq_len,
+      source.config.vocab_size,
+    )
+    for part in (records.train, heldout_records)
   )
   plan = row_plan.RowPlan(
-      train.slots,
-      data.seq_len,
-      data.global_batch_size,
-      config.seed,
-      data.packing,
+    train.slots,
+    data.seq_len,
+    data.global_batch_size,
+    config.seed,
+    data.packing,
   )
   logging.info('Read the records in %.1f s', time.perf_counter() - started)
   dtype = config.model.dtype
   return Run(
-      config=config,
-      source=source,
-      tokenizer=tokenizer,
-      train=train,
-      heldout=heldout,
-      skipped=records.skipped,
-      plan=plan,
-      steps=config.steps or plan.steps_for_epochs(config.epochs),
-      mesh=mesh,
-      dtype=np.dtype(source.stored_dtype if dtype == 'auto' else dtype),
-      model=make_model(config, source.config, mesh),
+    config=config,
+    source=source,
+    tokenizer=tokenizer,
+    train=train,
+    heldout=heldout,
+    skipped=records.skipped,
+    plan=plan,
+    steps=config.steps or plan.steps_for_epochs(config.epochs),
+    mesh=mesh,
+    dtype=np.dtype(source.stored_dtype if dtype == 'auto' else dtype),
+    model=make_model(config, source.config, mesh),
   )
 
 
 def make_model(config: TrainConfig, model_config, mesh: Mesh) -> Transformer:
   """The transformer as a config wants it computed on a mesh."""
   return Transformer(
-      model_config,
-      dtype=activation_dtype(config.model.activation_dtype, mesh),
-      scan_layers=config.model.scan_layers,
-      remat=config.model.remat,
-      dropout=config.lora.dropout,
-      hidden_sharding=sharding.batch_sharding(mesh),
+    model_config,
+    dtype=activation_dtype(config.model.activation_dtype, mesh),
+    scan_layers=config.model.scan_layers,
+    remat=config.model.remat,
+    dropout=config.lora.dropout,
+    hidden_sharding=sharding.batch_sharding(mesh),
   )
 
 

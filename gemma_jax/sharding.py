@@ -10,51 +10,56 @@ import math
 import re
 from typing import Any
 
+from absl import logging
 import jax
-from jax.sharding import AxisType
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from gemma_jax import layout
-from gemma_jax import pytree
-from gemma_jax.config import MeshConfig
-from gemma_jax.config import ModelConfig
+from gemma_jax import layout, pytree
+from gemma_jax.config import MeshConfig, ModelConfig
 
 AXES = ('data', 'fsdp', 'tensor')
 
 # Letters without an entry are replicated.
-RULES = {'V': 'tensor', 'N': 'tensor', 'K': 'tensor', 'F': 'tensor', 'D': 'fsdp'}  # fmt: skip
+RULES = {'D': 'fsdp', **dict.fromkeys('VNKF', 'tensor')}
 BATCH = ('data', 'fsdp')
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
   """A mesh (data, fsdp, tensor); -1 takes the devices that are left.
 
+  Sizes that ask for fewer devices than there are take the first ones, on a
+  single host, and say so.
+
   Args:
     config: sizes.
     devices: default: all that JAX sees.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not fit the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = [config.data, config.fsdp, config.tensor]
   if -1 in sizes:
     known = math.prod(s for s in sizes if s != -1)
     sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-  if math.prod(sizes) != len(devices):
+  count = math.prod(sizes)
+  fewer = count < len(devices) and -1 not in (
+    config.data, config.fsdp, config.tensor
+  )  # fmt: skip
+  if count != len(devices) and not (fewer and jax.process_count() == 1):
     raise ValueError(
-        f'mesh: got data={config.data} fsdp={config.fsdp} '
-        f'tensor={config.tensor}, expected a product of {len(devices)}, the '
-        'number of devices. Set one of them to -1 to fill it.'
+      f'mesh: got data={config.data} fsdp={config.fsdp} '
+      f'tensor={config.tensor}, expected a product of {len(devices)}, the '
+      'number of devices. Set one of them to -1 to fill it.'
     )
+  if fewer:
+    logging.warning('The mesh uses %d of %d devices.', count, len(devices))
   return jax.make_mesh(
-      tuple(sizes),
-      AXES,
-      axis_types=(AxisType.Auto,) * len(AXES),
-      devices=devices,
+    tuple(sizes),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+    devices=devices[:count],
   )
 
 
@@ -73,8 +78,8 @@ def check_batch(mesh: Mesh, rows: int, name: str) -> None:
   parts = mesh.shape['data'] * mesh.shape['fsdp']
   if rows % parts:
     raise ValueError(
-        f'{name}: got {rows} rows at a time, expected a multiple of '
-        f'data x fsdp = {parts}.'
+      f'{name}: got {rows} rows at a time, expected a multiple of '
+      f'data x fsdp = {parts}.'
     )
 
 
@@ -99,8 +104,8 @@ def param_spec(letters: str, sizes: dict[str, int], mesh: Mesh):
         continue
       divisors = [d for d in range(1, 65) if sizes[letter] % d == 0]
       raise ValueError(
-          f'mesh.{axis}: got {mesh.shape[axis]}, expected a divisor of axis '
-          f'{letter} = {sizes[letter]}; up to 64 these are {divisors}.'
+        f'mesh.{axis}: got {mesh.shape[axis]}, expected a divisor of axis '
+        f'{letter} = {sizes[letter]}; up to 64 these are {divisors}.'
       )
     spec.append(axis)
     used.add(axis)
@@ -136,6 +141,6 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """This host's rows [B / hosts, T] → the global batch [B, T] on the mesh."""
   sharding = batch_sharding(mesh)
   return {
-      name: jax.make_array_from_process_local_data(sharding, rows)
-      for name, rows in batch.items()
+    name: jax.make_array_from_process_local_data(sharding, rows)
+    for name, rows in batch.items()
   }

@@ -6,11 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma_jax import optimizer
-from gemma_jax import pytree
-from gemma_jax import train_state
-from gemma_jax.config import ModelConfig
-from gemma_jax.config import TrainConfig
+from gemma_jax import optimizer, pytree, train_state
+from gemma_jax.config import ModelConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +41,8 @@ class Summary:
       lines.append(f'{header} {"parameters":>15}  trained')
       for path, shape, dtype, count, trained in self.rows:
         lines.append(
-            f'{path:<{width}}  {shape!s:<24} {dtype:<8} {count:>15,}  '
-            f'{"yes" if trained else "-"}'
+          f'{path:<{width}}  {shape!s:<24} {dtype:<8} {count:>15,}  '
+          f'{"yes" if trained else "-"}'
         )
       lines.append('')
     for name, count in self.counts.items():
@@ -55,7 +52,7 @@ class Summary:
 
 
 def summarize(
-    config: TrainConfig, model_config: ModelConfig, dtype: Any = jnp.float32
+  config: TrainConfig, model_config: ModelConfig, dtype: Any = jnp.float32
 ) -> Summary:
   """Counts a run's parameters without making any.
 
@@ -73,23 +70,23 @@ def summarize(
   tx = optimizer.make_optimizer(config.optimizer, 1, config.trainable)
   opt_state = jax.eval_shape(tx.init, trainable)
   parts = {
-      'base': variables['params'],
-      'adapter': variables['lora'],
-      'model_total': (trainable, frozen),
-      'trainable': trainable,
-      'frozen': frozen,
-      'optimizer': opt_state,
-      'total_with_optimizer': (trainable, frozen, opt_state),
+    'base': variables['params'],
+    'adapter': variables['lora'],
+    'model_total': (trainable, frozen),
+    'trainable': trainable,
+    'frozen': frozen,
+    'optimizer': opt_state,
+    'total_with_optimizer': (trainable, frozen, opt_state),
   }
   mask = dict(pytree.items(pytree.mask(variables, config.trainable)))
   combined = pytree.combine(trainable, frozen)
   return Summary(
-      counts={name: pytree.num_params(tree) for name, tree in parts.items()},
-      sizes_bytes={name: pytree.num_bytes(tree) for name, tree in parts.items()},
-      rows=tuple(
-          (name, x.shape, str(x.dtype), pytree.num_params(x), mask[name])
-          for name, x in pytree.items(combined)
-      ),
+    counts={name: pytree.num_params(tree) for name, tree in parts.items()},
+    sizes_bytes={name: pytree.num_bytes(tree) for name, tree in parts.items()},
+    rows=tuple(
+      (name, x.shape, str(x.dtype), pytree.num_params(x), mask[name])
+      for name, x in pytree.items(combined)
+    ),
   )
 
 

@@ -24,10 +24,8 @@ import tqdm
 
 from gemma_jax import evaluate as evaluate_lib
 from gemma_jax import metrics as metrics_lib
-from gemma_jax import pytree
+from gemma_jax import pytree, sharding, train_state
 from gemma_jax import run as run_lib
-from gemma_jax import sharding
-from gemma_jax import train_state
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.checkpoint import Checkpoints
 from gemma_jax.config import TrainConfig
@@ -37,9 +35,9 @@ from gemma_jax.formats import peft
 
 
 def train(
-    config: TrainConfig,
-    workdir: str,
-    should_stop: Callable[[], bool] = lambda: False,
+  config: TrainConfig,
+  workdir: str,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
   """Trains, or resumes, or reports a finished run.
 
@@ -71,15 +69,17 @@ class Trainer:
   """A run with weights in memory: what the loop needs besides its order."""
 
   def __init__(
-      self, run: run_lib.Run, workdir: str, should_stop: Callable[[], bool]
+    self, run: run_lib.Run, workdir: str, should_stop: Callable[[], bool]
   ):
     self.run = run
     self.workdir = workdir
     self.should_stop = should_stop
     self.started = time.perf_counter()
 
+    # Whatever can be refused is refused before anything is written.
     fingerprints = run.fingerprints()
     workdir_lib.check_same_fingerprints(workdir, fingerprints)
+    _ = run.abstract
     self.checkpoints = Checkpoints(workdir)
     self.facts = workdir_lib.facts(run.config, run.steps, fingerprints)
     workdir_lib.write_json(workdir, 'run.json', self.facts)
@@ -103,15 +103,15 @@ class Trainer:
         self.evaluate(0)
       step = self.step
       batches = pipeline.train_batches(
-          run.train,
-          run.plan,
-          step,
-          run.steps,
-          jax.process_index(),
-          jax.process_count(),
+        run.train,
+        run.plan,
+        step,
+        run.steps,
+        jax.process_index(),
+        jax.process_count(),
       )
       with tqdm.tqdm(
-          total=run.steps, initial=step, unit='step', disable=None
+        total=run.steps, initial=step, unit='step', disable=None
       ) as bar:
         for step, batch in batches:
           if self.stops_early():
@@ -141,24 +141,24 @@ class Trainer:
     started = time.perf_counter()
     tokens = int((batch['segment_ids'] > 0).sum()) * jax.process_count()
     self.state, values = self.train_step(
-        self.state, self.frozen, sharding.put_batch(batch, self.run.mesh)
+      self.state, self.frozen, sharding.put_batch(batch, self.run.mesh)
     )
     values = {name: float(x) for name, x in values.items()}  # waits for it
     seconds = time.perf_counter() - started
     self.found['tokens'] += tokens
     line = {
-        'loss_nats_per_token': values['loss'],
-        'learning_rate': values['learning_rate'],
-        'grad_norm': values['grad_norm'],
-        'supervised_tokens': int(values['supervised_tokens']),
-        'tokens': tokens,
-        'step_secs': seconds,
-        'tokens_per_sec': tokens / seconds,
+      'loss_nats_per_token': values['loss'],
+      'learning_rate': values['learning_rate'],
+      'grad_norm': values['grad_norm'],
+      'supervised_tokens': int(values['supervised_tokens']),
+      'tokens': tokens,
+      'step_secs': seconds,
+      'tokens_per_sec': tokens / seconds,
     }
     metrics_lib.check_finite(step + 1, line)
     self.metrics.write(step + 1, line)
     bar.set_postfix_str(
-        f'loss {values["loss"]:.3f} nats/token, {tokens / seconds:.0f} tokens/s'
+      f'loss {values["loss"]:.3f} nats/token, {tokens / seconds:.0f} tokens/s'
     )
     bar.update()
     if (step + 1) % self.run.config.log_every_steps == 0:
@@ -174,35 +174,35 @@ class Trainer:
     run, started = self.run, time.perf_counter()
     data = run.config.data
     found = evaluate_lib.evaluate(
-        lambda batch: self.eval_step(
-            self.state.trainable,
-            self.frozen,
-            sharding.put_batch(batch, run.mesh),
-        ),
-        pipeline.eval_batches(
-            run.heldout,
-            data.seq_len,
-            data.global_batch_size,
-            data.packing,
-        ),
-        len(run.heldout),
-        self.should_stop,
+      lambda batch: self.eval_step(
+        self.state.trainable,
+        self.frozen,
+        sharding.put_batch(batch, run.mesh),
+      ),
+      pipeline.eval_batches(
+        run.heldout,
+        data.seq_len,
+        data.global_batch_size,
+        data.packing,
+      ),
+      len(run.heldout),
+      self.should_stop,
     )
     loss, seconds = found.nll_per_token, time.perf_counter() - started
     if not self.found['evals'] or loss < min(self.found['evals'].values()):
       self.write_adapter('adapter_best')
     workdir_lib.write_heldout(
-        self.workdir, step, run.heldout.record_ids, found.nll, found.tokens
+      self.workdir, step, run.heldout.record_ids, found.nll, found.tokens
     )
     self.found['evals'][str(step)] = loss
     if step > 0:
       self.metrics.write(
-          step,
-          {
-              'eval_loss_nats_per_token': loss,
-              'eval_tokens': int(found.tokens.sum()),
-              'eval_secs': seconds,
-          },
+        step,
+        {
+          'eval_loss_nats_per_token': loss,
+          'eval_tokens': int(found.tokens.sum()),
+          'eval_secs': seconds,
+        },
       )
     logging.info(
         'Step %d: held-out loss %.4f nats/token over %d tokens of %d records '
@@ -229,15 +229,13 @@ class Trainer:
     """Writes the adapter as it is now to a folder of the workdir."""
     folder = f'{self.workdir}/{name}'
     variables = train_state.join(self.state.trainable, self.frozen)
-    trained_base = pytree.prune(
-        self.state.trainable.get('params', {})
-    )
+    trained_base = pytree.prune(self.state.trainable.get('params', {}))
     peft.write_adapter(
-        folder,
-        variables['lora'],
-        self.run.config.lora,
-        self.run.source.reference,
-        trained_base,
+      folder,
+      variables['lora'],
+      self.run.config.lora,
+      self.run.source.reference,
+      trained_base,
     )
     return folder
 
@@ -252,14 +250,14 @@ class Trainer:
     self.checkpoints.wait()
     losses = self.found['evals']
     result = {
-        'steps': step,
-        'tokens': self.found['tokens'],
-        'seconds': round(time.perf_counter() - self.started, 2),
-        'loss_base': losses['0'],
-        'loss_adapted': losses[str(step)],
-        'loss_best': min(losses.values()),
-        'adapter': folder,
-        'peak_memory_bytes': metrics_lib.peak_memory_bytes(),
+      'steps': step,
+      'tokens': self.found['tokens'],
+      'seconds': round(time.perf_counter() - self.started, 2),
+      'loss_base': losses['0'],
+      'loss_adapted': losses[str(step)],
+      'loss_best': min(losses.values()),
+      'adapter': folder,
+      'peak_memory_bytes': metrics_lib.peak_memory_bytes(),
     }
     workdir_lib.write_json(self.workdir, 'result.json', result)
     return result
@@ -280,14 +278,14 @@ class Trainer:
     placed = jax.tree.map(lambda x: x.sharding, abstract)
     started = time.perf_counter()
     params = run.source.load_params(
-        run.dtype, run.config.model.scan_layers, placed['params']
+      run.dtype, run.config.model.scan_layers, placed['params']
     )
     logging.info('Loaded the base in %.1f s', time.perf_counter() - started)
     adapter = jax.device_put(
-        train_state.init_adapter(run.config, run.source.config), placed['lora']
+      train_state.init_adapter(run.config, run.source.config), placed['lora']
     )
     trainable, frozen = train_state.split(
-        {'params': params, 'lora': adapter}, run.config.trainable
+      {'params': params, 'lora': adapter}, run.config.trainable
     )
     step = self.checkpoints.latest_step()
     if step is not None:
@@ -297,7 +295,7 @@ class Trainer:
       return state, frozen, notes['found']
     state = train_state.init_state(trainable, run.tx)
     state = jax.device_put(
-        state, jax.tree.map(lambda x: x.sharding, abstract_state)
+      state, jax.tree.map(lambda x: x.sharding, abstract_state)
     )
     return state, frozen, {'tokens': 0, 'evals': {}}
 

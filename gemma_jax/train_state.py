@@ -12,11 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gemma_jax import layout
-from gemma_jax import lora
-from gemma_jax import pytree
-from gemma_jax.config import ModelConfig
-from gemma_jax.config import TrainConfig
+from gemma_jax import layout, lora, pytree
+from gemma_jax.config import ModelConfig, TrainConfig
 
 # Streams of random numbers drawn from one seed.
 INIT_STREAM, DROPOUT_STREAM = 0, 1
@@ -42,25 +39,24 @@ def split(variables: Any, patterns) -> tuple[Any, Any]:
   """Variables → (trainable, frozen), trained leaves in float32.
 
   Raises:
-    ValueError: no leaf matches.
+    ValueError: a pattern that matches no leaf.
   """
+  for pattern in patterns:
+    if not any(jax.tree.leaves(pytree.mask(variables, (pattern,)))):
+      some = [name for name, _ in pytree.items(variables)][:4]
+      raise ValueError(
+        f'trainable: {pattern!r} matches no leaf, expected a regex that '
+        f'matches a path from its start; paths are such as {some}.'
+      )
   mask = pytree.mask(variables, patterns)
-  if not any(jax.tree.leaves(mask)):
-    some = [name for name, _ in pytree.items(variables)][:4]
-    raise ValueError(
-        f'trainable: {tuple(patterns)!r} matches no leaf, expected a regex '
-        f'that matches a path from its start; paths are such as {some}.'
-    )
   trainable, frozen = pytree.partition(variables, mask)
   return jax.tree.map(_float32, trainable), frozen
 
 
-def init_state(
-    trainable: Any, tx: optax.GradientTransformation
-) -> TrainState:
+def init_state(trainable: Any, tx: optax.GradientTransformation) -> TrainState:
   """The state before the first update."""
   return TrainState(
-      step=jnp.int32(0), trainable=trainable, opt_state=tx.init(trainable)
+    step=jnp.int32(0), trainable=trainable, opt_state=tx.init(trainable)
   )
 
 
@@ -71,7 +67,7 @@ def _float32(x):
 
 
 def abstract_variables(
-    config: TrainConfig, model_config: ModelConfig, dtype: Any
+  config: TrainConfig, model_config: ModelConfig, dtype: Any
 ) -> dict[str, Any]:
   """{'params', 'lora'} of a run as `jax.ShapeDtypeStruct`s.
 
@@ -82,10 +78,8 @@ def abstract_variables(
   """
   scan = config.model.scan_layers
   return {
-      'params': layout.abstract_params(model_config, dtype, scan),
-      'lora': jax.eval_shape(
-          lambda: init_adapter(config, model_config)
-      ),
+    'params': layout.abstract_params(model_config, dtype, scan),
+    'lora': jax.eval_shape(lambda: init_adapter(config, model_config)),
   }
 
 

@@ -12,21 +12,19 @@ import jax.numpy as jnp
 import optax
 
 from gemma_jax import lora as lora_lib
-from gemma_jax import losses
-from gemma_jax import train_state
+from gemma_jax import losses, train_state
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.train_state import DROPOUT_STREAM
-from gemma_jax.train_state import TrainState
+from gemma_jax.train_state import DROPOUT_STREAM, TrainState
 
 Batch = dict[str, jax.Array]
 
 
 def hidden_states(
-    model: Transformer,
-    variables: Any,
-    scale: float,
-    batch: Batch,
-    dropout_key: jax.Array | None = None,
+  model: Transformer,
+  variables: Any,
+  scale: float,
+  batch: Batch,
+  dropout_key: jax.Array | None = None,
 ) -> jax.Array:
   """The model's output [B, T, D] for a batch, adapter scaled and applied.
 
@@ -41,23 +39,23 @@ def hidden_states(
   if variables.get('lora'):
     variables['lora'] = lora_lib.effective(variables['lora'], scale)
   return model.apply(
-      variables,
-      batch['tokens'],
-      batch['segment_ids'],
-      batch['positions'],
-      rngs=None if dropout_key is None else {'dropout': dropout_key},
+    variables,
+    batch['tokens'],
+    batch['segment_ids'],
+    batch['positions'],
+    rngs=None if dropout_key is None else {'dropout': dropout_key},
   )
 
 
 def make_train_step(
-    model: Transformer,
-    tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    *,
-    scale: float,
-    num_pieces: int | None,
-    accumulate_steps: int = 1,
-    seed: int = 0,
+  model: Transformer,
+  tx: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  scale: float,
+  num_pieces: int | None,
+  accumulate_steps: int = 1,
+  seed: int = 0,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Any]]]:
   """Makes step(state, frozen, batch) -> (state, metrics).
 
@@ -84,15 +82,15 @@ def make_train_step(
   def loss_sum(trainable, frozen, batch, key):
     variables = train_state.join(trainable, frozen)
     hidden = hidden_states(
-        model, variables, scale, batch, key if model.dropout > 0 else None
+      model, variables, scale, batch, key if model.dropout > 0 else None
     )
     return losses.linear_cross_entropy(
-        hidden,
-        variables['params']['embedder']['input_embedding'],
-        batch['targets'],
-        batch['weights'],
-        softcap=model.config.final_softcap,
-        num_pieces=num_pieces,
+      hidden,
+      variables['params']['embedder']['input_embedding'],
+      batch['targets'],
+      batch['weights'],
+      softcap=model.config.final_softcap,
+      num_pieces=num_pieces,
     )
 
   def step(state: TrainState, frozen: Any, batch: Batch):
@@ -103,7 +101,7 @@ def make_train_step(
     def part(carry, xs):
       index, batch = xs
       new = grad_fn(
-          state.trainable, frozen, batch, jax.random.fold_in(key, index)
+        state.trainable, frozen, batch, jax.random.fold_in(key, index)
       )
       return jax.tree.map(jnp.add, carry, new), None
 
@@ -120,15 +118,15 @@ def make_train_step(
     grads = jax.tree.map(lambda g: g * per_token, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     metrics = {
-        'loss': loss * per_token,
-        'supervised_tokens': tokens,
-        'grad_norm': optax.global_norm(grads),
-        'learning_rate': jnp.float32(schedule(state.step)),
+      'loss': loss * per_token,
+      'supervised_tokens': tokens,
+      'grad_norm': optax.tree.norm(grads),
+      'learning_rate': jnp.float32(schedule(state.step)),
     }
     state = TrainState(
-        step=state.step + 1,
-        trainable=optax.apply_updates(state.trainable, updates),
-        opt_state=opt_state,
+      step=state.step + 1,
+      trainable=optax.apply_updates(state.trainable, updates),
+      opt_state=opt_state,
     )
     return state, metrics
 
@@ -136,7 +134,7 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: Transformer, *, scale: float, num_pieces: int | None
+  model: Transformer, *, scale: float, num_pieces: int | None
 ) -> Callable[[Any, Batch], jax.Array]:
   """Makes eval_step(variables, batch) -> weighted losses, float32 [B, T].
 
@@ -148,12 +146,12 @@ def make_eval_step(
 
   def eval_step(variables, batch):
     return losses.token_cross_entropy(
-        hidden_states(model, variables, scale, batch),
-        variables['params']['embedder']['input_embedding'],
-        batch['targets'],
-        batch['weights'],
-        softcap=model.config.final_softcap,
-        num_pieces=num_pieces,
+      hidden_states(model, variables, scale, batch),
+      variables['params']['embedder']['input_embedding'],
+      batch['targets'],
+      batch['weights'],
+      softcap=model.config.final_softcap,
+      num_pieces=num_pieces,
     )
 
   return eval_step

@@ -1,13 +1,13 @@
 """What a run leaves in its workdir, and who may continue it.
 
-    run.json          config and fingerprints, written before the first step
-    checkpoints/      Orbax, the newest two steps
-    adapter/          the last adapter, PEFT layout, when the run has finished
-    adapter_best/     the adapter with the least held-out loss so far
-    heldout/          step_N.jsonl: index, nll, tokens of every held-out record
-    metrics.jsonl     a line an update, one more per evaluation
-    tensorboard/      the same
-    result.json       the result line, when the run has finished
+run.json          config and fingerprints, written before the first step
+checkpoints/      Orbax, the newest two steps
+adapter/          the last adapter, PEFT layout, when the run has finished
+adapter_best/     the adapter with the least held-out loss so far
+heldout/          step_N.jsonl: index, nll, tokens of every held-out record
+metrics.jsonl     a line an update, one more per evaluation
+tensorboard/      the same
+result.json       the result line, when the run has finished
 """
 
 import json
@@ -26,7 +26,7 @@ FREE_FIELDS = (
 
 
 def facts(
-    config: TrainConfig, steps: int, fingerprints: dict[str, str]
+  config: TrainConfig, steps: int, fingerprints: dict[str, str]
 ) -> dict[str, Any]:
   """What `run.json` holds.
 
@@ -36,9 +36,9 @@ def facts(
     fingerprints: of base, tokenizer and data.
   """
   return {
-      'config': config_lib.to_dict(config),
-      'steps': steps,
-      'fingerprints': fingerprints,
+    'config': config_lib.to_dict(config),
+    'steps': steps,
+    'fingerprints': fingerprints,
   }
 
 
@@ -54,9 +54,9 @@ def check_same_config(workdir: str, config: TrainConfig) -> None:
       continue
     if before.get(name) != now.get(name):
       raise ValueError(
-          f'workdir {workdir}: was made with {name}={before.get(name)!r}, this '
-          f'config has {now.get(name)!r}. Use another workdir, or the same '
-          'config.'
+        f'workdir {workdir}: was made with {name}={before.get(name)!r}, this '
+        f'config has {now.get(name)!r}. Use another workdir, or the same '
+        'config.'
       )
 
 
@@ -68,9 +68,9 @@ def check_same_fingerprints(workdir: str, now: dict[str, str]) -> None:
   for name, before in saved['fingerprints'].items():
     if before != now[name]:
       raise ValueError(
-          f'workdir {workdir}: its {name} had the fingerprint {before[:16]}, '
-          f'the {name} of this run has {now[name][:16]}. Use another workdir, '
-          f'or the same {name}.'
+        f'workdir {workdir}: its {name} had the fingerprint {before[:16]}, '
+        f'the {name} of this run has {now[name][:16]}. Use another workdir, '
+        f'or the same {name}.'
       )
 
 
@@ -90,12 +90,12 @@ def write_heldout(workdir: str, step: int, index, nll, tokens) -> None:
   folder = Path(workdir) / 'heldout'
   folder.mkdir(exist_ok=True)
   rows = [
-      {'index': int(i), 'nll': float(n), 'tokens': int(t)}
-      for i, n, t in zip(index, nll, tokens, strict=True)
+    {'index': int(i), 'nll': float(n), 'tokens': int(t)}
+    for i, n, t in zip(index, nll, tokens, strict=True)
   ]
   _write_whole(
-      folder / f'step_{step}.jsonl',
-      ''.join(json.dumps(row) + '\n' for row in rows),
+    folder / f'step_{step}.jsonl',
+    ''.join(json.dumps(row) + '\n' for row in rows),
   )
 
 
@@ -112,8 +112,8 @@ def check_writable(workdir: str) -> None:
     path = path.parent
   if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
     raise ValueError(
-        f'workdir: got {workdir}, but {path} is not a folder that can be '
-        'written to; expected one that can.'
+      f'workdir: got {workdir}, but {path} is not a folder that can be '
+      'written to; expected one that can.'
     )
 
 

@@ -12,14 +12,12 @@ import os
 import signal
 import sys
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 import jax
 import tqdm
 
 _DEBUG = flags.DEFINE_bool(
-    'debug', False, 'Show the traceback of an error instead of one line.'
+  'debug', False, 'Show the traceback of an error instead of one line.'
 )
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
@@ -43,6 +41,8 @@ def run(main: Callable[[], int | None]) -> None:
         raise
       fail(_one_line(e))
 
+  # --help lists the flags of the command's own file and those declared here.
+  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['debug'])
   app.run(guarded, flags_parser=_parse)
 
 
@@ -76,8 +76,8 @@ def stop_on_signal() -> Callable[[], bool]:
     for each in (signal.SIGTERM, signal.SIGINT):
       signal.signal(each, signal.SIG_DFL)
     logging.warning(
-        'Received %s: saving, then stopping. A second one ends at once.',
-        signal.Signals(number).name,
+      'Received %s: saving, then stopping. A second one ends at once.',
+      signal.Signals(number).name,
     )
 
   for each in (signal.SIGTERM, signal.SIGINT):
@@ -101,7 +101,7 @@ class _Log(standard_logging.Handler):
 def _set_up_log():
   handler = _Log()
   handler.setFormatter(
-      standard_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S')
+    standard_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S')
   )
   root = standard_logging.getLogger()
   root.handlers = [handler]

@@ -9,8 +9,7 @@ adapter: adapter, nll (sum, nats), tokens, nll_per_token, perplexity, examples.
 
 import json
 
-from absl import flags
-from absl import logging
+from absl import flags, logging
 
 from launch import app
 
@@ -19,10 +18,10 @@ _MODEL = flags.DEFINE_string(
     'folder, or random:VARIANT.',
 )  # fmt: skip
 _TOKENIZER = flags.DEFINE_string(
-    'tokenizer', '', 'tokenizer.model to use instead of the one of the base.'
+  'tokenizer', '', 'tokenizer.model to use instead of the one of the base.'
 )
 _ADAPTERS = flags.DEFINE_multi_string(
-    'adapter', [], 'PEFT folder; may be repeated. `base` names the base itself.'
+  'adapter', [], 'PEFT folder; may be repeated. `base` names the base itself.'
 )
 _DATA = flags.DEFINE_string(
     'data', None, 'JSON Lines file, sample:NAME (its held-out records) or '
@@ -30,19 +29,19 @@ _DATA = flags.DEFINE_string(
 )  # fmt: skip
 _TEMPLATE = flags.DEFINE_string('template', 'dolly', 'For text records.')
 _LOSS_ON = flags.DEFINE_enum(
-    'loss_on', 'response', ['response', 'all'], 'Tokens that count.'
+  'loss_on', 'response', ['response', 'all'], 'Tokens that count.'
 )
 _SEQ_LEN = flags.DEFINE_integer('seq_len', 512, 'Positions in a row.')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 4, 'Rows at a time.')
 _MAX_RECORDS = flags.DEFINE_integer(
-    'max_records', 0, 'Use only the first so many records; 0 is all.'
+  'max_records', 0, 'Use only the first so many records; 0 is all.'
 )
 _PER_EXAMPLE = flags.DEFINE_string(
     'per_example', '', 'Write adapter, index, nll and tokens of every record '
     "to this JSON Lines file, in the data's order.",
 )  # fmt: skip
 _DTYPE = flags.DEFINE_enum(
-    'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base in memory.'
+  'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base in memory.'
 )
 
 
@@ -67,19 +66,21 @@ def main() -> int:
   names = _ADAPTERS.value or ['base']
   rows = []
   for name, examples, found in compare.evaluate_adapters(
-      config.resolve(), names
+    config.resolve(), names
   ):
     logging.info('%s: %.4f nats/token', name, found.nll_per_token)
     print(json.dumps({'adapter': name, **found.line()}), flush=True)
     for index, nll, tokens in zip(
-        examples.record_ids, found.nll, found.tokens, strict=True
+      examples.record_ids, found.nll, found.tokens, strict=True
     ):
-      rows.append({
+      rows.append(
+        {
           'adapter': name,
           'index': int(index),
           'nll': float(nll),
           'tokens': int(tokens),
-      })
+        }
+      )
   if _PER_EXAMPLE.value:
     app.write_lines(_PER_EXAMPLE.value, rows)
   return 0

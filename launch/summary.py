@@ -13,13 +13,13 @@ from ml_collections import config_flags
 from launch import app
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', 'experiments/quickstart.py', 'Experiment file with get_config().'
+  'config', 'experiments/quickstart.py', 'Experiment file with get_config().'
 )
 _MODEL = flags.DEFINE_string(
-    'model', '', "Base to use instead of the config's model.path."
+  'model', '', "Base to use instead of the config's model.path."
 )
 _FORMAT = flags.DEFINE_enum(
-    'format', 'text', ['text', 'json'], 'Table, or one JSON line.'
+  'format', 'text', ['text', 'json'], 'Table, or one JSON line.'
 )
 
 
@@ -34,10 +34,10 @@ def main() -> int:
   base = source.open_base(config.model.path)
   dtype = config.model.dtype
   found = summary.summarize(
-      config, base.config, jnp.dtype('float32' if dtype == 'auto' else dtype)
+    config, base.config, jnp.dtype('float32' if dtype == 'auto' else dtype)
   )
   print(
-      json.dumps(found.to_json()) if _FORMAT.value == 'json' else found.table()
+    json.dumps(found.to_json()) if _FORMAT.value == 'json' else found.table()
   )
   return 0
 

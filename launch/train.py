@@ -9,8 +9,7 @@ standard output is the result as JSON.
 
 import json
 
-from absl import flags
-from absl import logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from launch import app
@@ -20,7 +19,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     'experiments/dolly_lora.py; an argument may follow a colon.',
 )  # fmt: skip
 _WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Folder for checkpoints, adapters and metrics.'
+  'workdir', None, 'Folder for checkpoints, adapters and metrics.'
 )
 _DRY_RUN = flags.DEFINE_bool(
     'dry_run', False,
@@ -31,8 +30,7 @@ _DRY_RUN = flags.DEFINE_bool(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import dry_run
-  from gemma_jax import train
+  from gemma_jax import dry_run, train
 
   if _CONFIG.value is None:
     app.fail('--config: missing, expected e.g. experiments/dolly_lora.py')

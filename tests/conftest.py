@@ -1,9 +1,23 @@
 """The suite's set-up: eight CPU devices, strict numerics, the real weights."""
 
 import importlib.util
+import os
+from pathlib import Path
+import tempfile
 
 import jax
 import pytest
+
+# Programs compiled once serve the whole suite, the commands that it starts and
+# the next time; JAX keys them by program, options and version.
+_CACHE = Path(tempfile.gettempdir()) / f'gemma_jax_tests_{os.getuid()}'
+for _name, _value in (
+  ('jax_compilation_cache_dir', str(_CACHE)),
+  ('jax_persistent_cache_min_compile_time_secs', 0.2),
+  ('jax_persistent_cache_min_entry_size_bytes', -1),
+):
+  jax.config.update(_name, _value)
+  os.environ[_name.upper()] = str(_value)
 
 # Before any array exists: the count of devices is fixed by the first one.
 jax.config.update('jax_platforms', 'cpu')
@@ -30,3 +44,15 @@ def strict():
     jax.numpy_rank_promotion('raise'),
   ):
     yield
+
+
+@pytest.fixture(scope='module')
+def quick_compile():
+  """Compiles without XLA's costly passes, twice as fast, for the whole module.
+
+  For modules that compare a step with itself in another form; numbers of other
+  implementations are compared with what users run.
+  """
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)

@@ -91,13 +91,16 @@ def test_a_bad_field_is_refused_by_name_in_one_line(path, value):
   assert path == 'trainable' or 'expected' in message
 
 
-def test_the_defaults_resolve_to_an_equal_copy():
+def test_resolved_is_an_equal_copy_that_does_not_change():
   config = TrainConfig()
   resolved = config.resolve()
-  assert resolved == config
-  resolved_lora = resolved.lora
+  assert resolved == config == resolved.resolve()
   config.lora.rank = 99
-  assert resolved_lora.rank == 8
+  assert resolved.lora.rank == 8
+  for part, name in ((resolved, 'steps'), (resolved.lora, 'rank')):
+    with pytest.raises(dataclasses.FrozenInstanceError, match=name):
+      setattr(part, name, 5)
+  assert dataclasses.replace(resolved, steps=5).steps == 5
 
 
 def test_the_embedding_as_a_target_is_refused_with_the_reason():
@@ -118,7 +121,7 @@ def test_only_one_axis_of_the_mesh_may_take_the_rest():
 
 def test_a_batch_divides_into_its_parts():
   config = with_field('optimizer.accumulate_steps', 3)
-  with pytest.raises(ValueError, match='a multiple of optimizer.accumulate'):
+  with pytest.raises(ValueError, match=r'a multiple of optimizer\.accumulate'):
     config.resolve()
 
 

@@ -101,8 +101,8 @@ def test_gelu_is_the_tanh_approximation():
     y = np.asarray(x, np.float64)
     return (gelu(y @ gate) * (y @ up)) @ down
 
-  tanh = lambda z: 0.5 * z * (
-    1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
+  tanh = lambda z: (
+    0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
   )
   exact = lambda z: 0.5 * z * (1 + np.vectorize(math.erf)(z / math.sqrt(2)))
   toy.assert_close(got, mlp(tanh), 1e-5)
@@ -127,7 +127,9 @@ def test_einsum_adds_the_adapter_that_it_is_given(dtype):
 
 def test_a_float32_kernel_does_not_widen_bfloat16_activations():
   x = normal(0, (B, T, D), jnp.bfloat16)
-  y = Einsum('BTD,DF->BTF', (D, F)).apply({'params': {'w': normal(1, (D, F))}}, x)
+  y = Einsum('BTD,DF->BTF', (D, F)).apply(
+    {'params': {'w': normal(1, (D, F))}}, x
+  )
   assert y.dtype == jnp.bfloat16
 
 

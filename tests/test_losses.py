@@ -10,23 +10,20 @@ from gemma_jax import losses
 B, T, D, V = 3, 7, 5, 53
 
 
-@pytest.fixture(autouse=True)
-def strict():
-  with (
-      jax.numpy_dtype_promotion('strict'),
-      jax.numpy_rank_promotion('raise'),
-  ):
-    yield
+pytestmark = [
+  pytest.mark.usefixtures('strict'),
+  pytest.mark.filterwarnings('error'),
+]
 
 
 @pytest.fixture(scope='module')
 def case():
   keys = jax.random.split(jax.random.key(0), 4)
   return (
-      jax.random.normal(keys[0], (B, T, D)),
-      jax.random.normal(keys[1], (V, D)),
-      jax.random.randint(keys[2], (B, T), 0, V - 6),
-      jax.random.bernoulli(keys[3], 0.5, (B, T)).astype(jnp.float32),
+    jax.random.normal(keys[0], (B, T, D)),
+    jax.random.normal(keys[1], (V, D)),
+    jax.random.randint(keys[2], (B, T), 0, V - 6),
+    jax.random.bernoulli(keys[3], 0.5, (B, T)).astype(jnp.float32),
   )
 
 
@@ -43,10 +40,10 @@ def plain(hidden, embedding, targets, weights, softcap=None, num_pieces=None):
 
 
 OPTIONS = [
-    {},
-    {'softcap': 3.0},
-    {'num_pieces': V - 6},
-    {'softcap': 3.0, 'num_pieces': V - 6},
+  {},
+  {'softcap': 3.0},
+  {'num_pieces': V - 6},
+  {'softcap': 3.0, 'num_pieces': V - 6},
 ]
 
 
@@ -57,7 +54,7 @@ def test_equals_the_plain_loss_and_both_gradients(case, options, chunk_tokens):
 
   def chunked_sum(h, e):
     return 0.3 * losses.linear_cross_entropy(
-        h, e, targets, weights, chunk_tokens=chunk_tokens, **options
+      h, e, targets, weights, chunk_tokens=chunk_tokens, **options
     )
 
   def plain_sum(h, e):
@@ -65,7 +62,7 @@ def test_equals_the_plain_loss_and_both_gradients(case, options, chunk_tokens):
 
   value, grads = jax.value_and_grad(chunked_sum, (0, 1))(hidden, embedding)
   expected, expected_grads = jax.value_and_grad(plain_sum, (0, 1))(
-      hidden, embedding
+    hidden, embedding
   )
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   for got, want in zip(grads, expected_grads, strict=True):
@@ -76,6 +73,26 @@ def test_equals_the_plain_loss_and_both_gradients(case, options, chunk_tokens):
 def test_token_losses_equal_the_plain_ones(case, options):
   got = losses.token_cross_entropy(*case, chunk_tokens=4, **options)
   np.testing.assert_allclose(got, plain(*case, **options), atol=1e-5)
+
+
+def test_bfloat16_states_keep_float32_logits_and_loss(case):
+  """Logits of about 30 in bfloat16 would be off by a tenth."""
+  hidden, embedding, targets, weights = case
+  hidden, embedding = (
+    x.astype(jnp.bfloat16) for x in (10 * hidden, 3 * embedding)
+  )
+  loss = lambda h, e: losses.linear_cross_entropy(h, e, targets, weights)
+  value, grads = jax.value_and_grad(loss, (0, 1))(hidden, embedding)
+  wide = (x.astype(jnp.float32) for x in (hidden, embedding))
+  expected, expected_grads = jax.value_and_grad(loss, (0, 1))(*wide)
+  assert value.dtype == jnp.float32
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  for got, want in zip(grads, expected_grads, strict=True):
+    assert got.dtype == jnp.bfloat16
+    largest = float(jnp.abs(want).max())
+    np.testing.assert_allclose(
+      got.astype(jnp.float32), want, atol=0.01 * largest
+    )
 
 
 def test_a_frozen_embedding_gets_no_gradient_buffer(case):
@@ -92,7 +109,7 @@ def test_a_frozen_embedding_gets_no_gradient_buffer(case):
 def test_nothing_supervised_gives_zero_and_finite_gradients(case):
   hidden, embedding, targets, _ = case
   loss = lambda h: losses.linear_cross_entropy(
-      h, embedding, targets, jnp.zeros((B, T))
+    h, embedding, targets, jnp.zeros((B, T))
   )
   value, grad = jax.value_and_grad(loss)(hidden)
   assert value == 0

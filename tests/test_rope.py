@@ -41,9 +41,10 @@ def test_rotates_the_halves_against_each_other():
   positions = jnp.broadcast_to(jnp.arange(T)[None] + 3, (B, T))
   got = rope.apply(x, *rope.rotations(positions, H, 100.0))
   angles = reference(np.asarray(positions), 100.0, 1.0)[:, :, None]
-  pairs = np.asarray(x, np.float64)[..., : H // 2] + 1j * np.asarray(
-    x, np.float64
-  )[..., H // 2 :]
+  pairs = (
+    np.asarray(x, np.float64)[..., : H // 2]
+    + 1j * np.asarray(x, np.float64)[..., H // 2 :]
+  )
   turned = pairs * np.exp(1j * angles)
   want = np.concatenate([turned.real, turned.imag], axis=-1)
   np.testing.assert_allclose(got, want, atol=1e-5)

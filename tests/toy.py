@@ -5,8 +5,9 @@ no two axes can be confused. Weights are random in every leaf, norm scales
 included: a switch that is ignored then changes the result.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 import zlib
 
@@ -24,8 +25,7 @@ from gemma_jax import (
   train_state,
   train_step,
 )
-from gemma_jax.config import LoraConfig, MeshConfig, ModelConfig
-from gemma_jax.config import OptimizerConfig
+from gemma_jax.config import LoraConfig, ModelConfig, OptimizerConfig
 from gemma_jax.model.transformer import Transformer
 
 # Gemma 1's switches: all layers global, one kv head, no caps, two norms.
@@ -182,7 +182,7 @@ class Run(NamedTuple):
     state: after the last step.
     frozen: what the steps were given as frozen.
     metrics: of each step.
-    traces: how often the step was traced.
+    traces: how often the step was traced in this process so far.
   """
 
   state: train_state.TrainState
@@ -200,97 +200,94 @@ class Run(NamedTuple):
     return train_state.join(self.state.trainable, self.frozen)
 
 
+ADAMW = OptimizerConfig(learning_rate=0.01, weight_decay=0.1)
+
+
 def train(
   variables: Any,
   batches: Sequence[Any],
   *,
   config: ModelConfig = FULL,
   lora_config: LoraConfig = ALL_TARGETS,
-  optimizer_config: OptimizerConfig | None = None,
-  trainable: Sequence[str] = ('lora/',),
+  optimizer_config: OptimizerConfig = ADAMW,
+  trainable: tuple[str, ...] = ('lora/',),
   scan_layers: bool = True,
-  mesh_config: MeshConfig | None = None,
+  mesh: jax.sharding.Mesh | None = None,
   seed: int = 0,
 ) -> Run:
   """A short run of the real optimizer and step, jitted, state donated.
+
+  Equal settings share one compiled step within a process.
 
   Args:
     variables: {'params', 'lora'}; they are copied, and survive the donation.
     batches: one for each step.
     config: architecture.
     lora_config: gives the scale and the dropout.
-    optimizer_config: default: learning rate 0.01, weight decay 0.1.
+    optimizer_config: gives the accumulation, too.
     trainable: regexes over tree paths.
     scan_layers: form of the variables.
-    mesh_config: a mesh over all devices; None runs on the first alone.
+    mesh: where state, base and batches are sharded; None is one device.
     seed: of dropout.
   """
-  optimizer_config = optimizer_config or OptimizerConfig(
-    learning_rate=0.01, weight_decay=0.1
-  )
-  variables = jax.tree.map(jnp.copy, variables)
-  trainable_leaves, frozen = train_state.split(variables, trainable)
-  steps = len(batches)
-  tx = optimizer.make_optimizer(optimizer_config, steps, trainable)
-  state = train_state.init_state(trainable_leaves, tx)
-  jit, hidden_sharding = jax.jit, None
-  if mesh_config is not None:
-    mesh = sharding.make_mesh(mesh_config)
-    hidden_sharding = sharding.batch_sharding(mesh)
-    jit, state, frozen = _on_mesh(mesh, config, state, frozen)
-    batches = [jax.device_put(b, hidden_sharding) for b in batches]
-  model = Transformer(
+  tx, step, traces = _jitted_step(
     config,
-    scan_layers=scan_layers,
-    dropout=lora_config.dropout,
-    hidden_sharding=hidden_sharding,
+    (lora_config.scale, lora_config.dropout, seed),
+    dataclasses.astuple(optimizer_config),
+    trainable,
+    scan_layers,
+    mesh,
   )
+  leaves, frozen = train_state.split(
+    jax.tree.map(jnp.copy, variables), trainable
+  )
+  state = train_state.init_state(leaves, tx)
+  if mesh is not None:
+    batches = jax.device_put(batches, sharding.batch_sharding(mesh))
+    state, frozen = (
+      jax.device_put(tree, sharding.tree_shardings(tree, config, mesh))
+      for tree in (state, frozen)
+    )
+  metrics = []
+  for batch in batches:
+    state, measured = step(state, frozen, batch)
+    metrics.append(jax.device_get(measured))
+  return Run(state, frozen, metrics, len(traces))
+
+
+@functools.cache
+def _jitted_step(
+  config, lora_options, optimizer_options, trainable, scan_layers, mesh
+):
+  """(optimizer, jitted step, a list that grows by one at each trace)."""
+  scale, dropout, seed = lora_options
+  optimizer_config = OptimizerConfig(*optimizer_options)
+  tx = optimizer.make_optimizer(optimizer_config, 100, trainable)
   step = train_step.make_train_step(
-    model,
+    Transformer(
+      config,
+      scan_layers=scan_layers,
+      dropout=dropout,
+      hidden_sharding=None if mesh is None else sharding.batch_sharding(mesh),
+    ),
     tx,
-    optimizer.make_schedule(optimizer_config, steps),
-    scale=lora_config.scale,
+    optimizer.make_schedule(optimizer_config, 100),
+    scale=scale,
     num_pieces=None,
     accumulate_steps=optimizer_config.accumulate_steps,
     seed=seed,
   )
-  traces = 0
+  traces = []
 
-  def counted(*args):
-    nonlocal traces
-    traces += 1
-    return step(*args)
+  def counted(state, frozen, batch):
+    traces.append(1)
+    new_state, metrics = step(state, frozen, batch)
+    if mesh is not None:  # what the step gives back lies where it was taken
+      shardings = sharding.tree_shardings(new_state, config, mesh)
+      new_state = jax.lax.with_sharding_constraint(new_state, shardings)
+    return new_state, metrics
 
-  counted = jit(counted, donate_argnums=0)
-  metrics = []
-  for one in batches:
-    state, measured = counted(state, frozen, one)
-    metrics.append(jax.device_get(measured))
-  return Run(state, frozen, metrics, traces)
-
-
-def _on_mesh(mesh, config, state, frozen) -> tuple[Callable, Any, Any]:
-  """jax.jit with shardings, and state and frozen placed accordingly."""
-  state_shardings = sharding.tree_shardings(state, config, mesh)
-  frozen_shardings = sharding.tree_shardings(frozen, config, mesh)
-
-  def jit(function, **options):
-    return jax.jit(
-      function,
-      in_shardings=(
-        state_shardings,
-        frozen_shardings,
-        sharding.batch_sharding(mesh),
-      ),
-      out_shardings=(state_shardings, sharding.replicated(mesh)),
-      **options,
-    )
-
-  return (
-    jit,
-    jax.device_put(state, state_shardings),
-    jax.device_put(frozen, frozen_shardings),
-  )
+  return tx, jax.jit(counted, donate_argnums=0), traces
 
 
 def optimizer_leaves(state: train_state.TrainState) -> dict[str, Any]:

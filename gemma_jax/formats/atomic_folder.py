@@ -31,7 +31,7 @@ def replace(folder: Path, fill: Callable[[Path], None]):
   try:
     new.mkdir()
     fill(new)
-    for path in (*new.iterdir(), new):
+    for path in (*new.rglob('*'), new):
       _flush(path)
     if folder.exists():
       os.rename(folder, old)

@@ -139,7 +139,7 @@ class BaseSource:
     Raises:
       ValueError: a file changed since it was opened.
     """
-    dtype = self.stored_dtype if dtype == 'auto' else jnp.dtype(dtype)
+    dtype = weight_dtype(self, dtype)
     abstract = layout.abstract_params(self.config, dtype, scan_layers)
     placed = dict(pytree.items(shardings)) if shardings is not None else {}
     leaves = {}
@@ -152,10 +152,19 @@ class BaseSource:
         else:
           parts = [(path, host)]
         jobs = [job for p, out in parts for job in self._jobs(p, out)]
-        for _ in pool.map(lambda job: job(), jobs):
-          pass  # takes up what a thread raised
+        _run(jobs, pool)
         leaves[path] = _to_devices(host, placed.get(path))
     return pytree.unflatten(leaves)
+
+  def read_into(self, path: str, out: np.ndarray, pool: futures.Executor):
+    """Fills an array of our own layout, of any strides and dtype.
+
+    Args:
+      path: a leaf of the unrolled tree, e.g. 'layer_3/attn/q/w'.
+      out: [N, D, H] for that one; written to, cast once.
+      pool: its threads do the work.
+    """
+    _run(self._jobs(path, out), pool)
 
   def _jobs(self, path: str, out: np.ndarray) -> list[Callable[[], None]]:
     """Calls that together fill one leaf of one layer."""
@@ -172,6 +181,27 @@ class BaseSource:
       lambda i=i: fill(i, min(i + step, len(view)))
       for i in range(0, len(view), step)
     ]
+
+
+def _run(jobs: list[Callable[[], None]], pool: futures.Executor):
+  for _ in pool.map(lambda job: job(), jobs):
+    pass  # takes up what a thread raised
+
+
+def weight_dtype(source: BaseSource, dtype: Any) -> np.dtype:
+  """float32 or bfloat16; 'auto' is the base's own."""
+  dtype = source.stored_dtype if dtype == 'auto' else jnp.dtype(dtype)
+  if dtype not in (np.float32, jnp.bfloat16):
+    raise ValueError(
+      f'dtype: got {dtype.name}, expected auto, float32 or bfloat16 (float16 '
+      'overflows in Gemma).'
+    )
+  return dtype
+
+
+def chunk_rows(shape: tuple[int, ...]) -> int:
+  """How many rows of a stored tensor are read at a time."""
+  return max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
 
 
 def projection_axes(path: str) -> tuple[str, str] | None:

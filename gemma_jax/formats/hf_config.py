@@ -1,4 +1,4 @@
-"""Hugging Face's config.json, both dialects, as a `ModelConfig`.
+"""Hugging Face's config.json, both dialects, to a `ModelConfig` and back.
 
 Released Gemma folders have the old dialect (`rope_theta`, `rope_scaling`,
 `sliding_window_pattern`), transformers 5 writes the new one
@@ -7,8 +7,11 @@ defaults of the transformers class it was made with; tensor shapes are checked
 against the result, so a wrong guess cannot pass.
 """
 
+import dataclasses
 import math
 from typing import Any
+
+import numpy as np
 
 from gemma_jax import variants
 from gemma_jax.config import ModelConfig
@@ -36,6 +39,12 @@ _DEFAULTS = {
     'query_pre_attn_scalar': 256,
     'sliding_window': 4096,
   },
+}
+
+_CLASSES = {
+  'gemma': 'GemmaForCausalLM',
+  'gemma2': 'Gemma2ForCausalLM',
+  'gemma3_text': 'Gemma3ForCausalLM',
 }
 
 _SIZES = {
@@ -205,3 +214,110 @@ def _positive(config: dict[str, Any], key: str, where: str) -> float:
   if not isinstance(value, int | float) or not 0 < value < math.inf:
     raise ValueError(f'{where}: {key} is {value!r}, expected a number > 0.')
   return float(value)
+
+
+def to_json(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
+  """The config.json of an architecture, in both dialects at once.
+
+  transformers 5 takes `rope_parameters` and `layer_types`, older releases
+  `rope_theta` and what goes with it; the two say the same, so that either
+  loads the folder.
+
+  Args:
+    config: a Gemma 1, 2 or 3.
+    dtype: of the weights beside it.
+
+  Raises:
+    ValueError: an architecture that no Gemma class of transformers has; names
+      the field.
+  """
+  kind = 'gemma3_text' if config.use_qk_norm else 'gemma2'
+  if not (config.use_qk_norm or config.use_post_norms):
+    kind = 'gemma'
+  raw = {theirs: getattr(config, ours) for ours, theirs in _SIZES.items()}
+  raw |= {
+    'model_type': kind,
+    'architectures': [_CLASSES[kind]],
+    'attention_bias': False,
+    'attention_dropout': 0.0,
+    'bos_token_id': 2,
+    'dtype': dtype.name,
+    'eos_token_id': 1,
+    'hidden_activation': 'gelu_pytorch_tanh',
+    'initializer_range': 0.02,
+    'pad_token_id': 0,
+    'tie_word_embeddings': True,
+    'torch_dtype': dtype.name,
+    'use_cache': True,
+  }
+  scaling = None
+  if config.rope_scale != 1.0:
+    scaling = {'rope_type': 'linear', 'factor': config.rope_scale}
+  full = {
+    'rope_theta': config.rope_theta,
+    **(scaling or {'rope_type': 'default'}),
+  }
+  raw |= {'rope_theta': config.rope_theta, 'rope_scaling': scaling}
+  raw['rope_parameters'] = full
+  if kind == 'gemma':
+    raw['hidden_act'] = 'gelu_pytorch_tanh'
+  else:
+    scalar = config.head_dim
+    if config.query_scale is not None:
+      scalar = round(config.query_scale**-2, 6)
+      scalar = int(scalar) if scalar == int(scalar) else scalar
+    pattern = config.layer_is_local or (False,) * config.num_layers
+    raw |= {
+      'attn_logit_softcapping': config.attention_softcap,
+      'final_logit_softcapping': config.final_softcap,
+      'layer_types': [
+        'sliding_attention' if local else 'full_attention' for local in pattern
+      ],
+      'query_pre_attn_scalar': scalar,
+      'sliding_window': config.window_size,
+    }
+  if kind == 'gemma3_text':
+    local_theta = config.rope_local_theta or config.rope_theta
+    raw['rope_local_base_freq'] = local_theta
+    raw['rope_parameters'] = {
+      'full_attention': full,
+      'sliding_attention': {'rope_type': 'default', 'rope_theta': local_theta},
+    }
+    period = pattern.index(False) + 1 if False in pattern else len(pattern) + 1
+    if pattern == variants.alternating(len(pattern), period - 1):
+      raw['sliding_window_pattern'] = period
+  _check_says(raw, config)
+  return raw
+
+
+def _check_says(raw: dict[str, Any], config: ModelConfig):
+  """Raises ValueError unless the JSON, read again, is the architecture."""
+
+  def plain(c: ModelConfig) -> dict[str, Any]:
+    fields = dataclasses.asdict(c)
+    fields['query_scale'] = c.query_scale or c.head_dim**-0.5
+    fields['rope_local_theta'] = c.rope_local_theta or c.rope_theta
+    fields['local rope_scale'] = 1.0 if c.rope_local_theta else c.rope_scale
+    if not any(c.layer_is_local or ()):  # then none of these is looked at
+      fields |= dict.fromkeys(
+        (
+          'layer_is_local',
+          'window_size',
+          'rope_local_theta',
+          'local rope_scale',
+        )
+      )
+    return fields
+
+  want = plain(config)
+  got = plain(model_config(raw, config.num_layers, 'config.json'))
+  for field, value in want.items():
+    same = got[field] == value
+    if isinstance(value, float) and isinstance(got[field], float):
+      same = math.isclose(got[field], value, rel_tol=1e-5)
+    if not same:
+      raise ValueError(
+        f'{field}: got {value!r}, expected {got[field]!r}; config.json of '
+        f'{raw["model_type"]} cannot say anything else, so this architecture '
+        'has no Hugging Face form.'
+      )

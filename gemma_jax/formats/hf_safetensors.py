@@ -69,7 +69,7 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
     entries = {n: e for n, e in entries.items() if not _VISION.match(n)}
   heads = [entries.pop(name) for name in list(entries) if _HEAD.fullmatch(name)]
   found = {n: StoredTensor(n, e.shape, e.read) for n, e in entries.items()}
-  names = _tensor_names(config, prefix)
+  names = tensor_names(config, prefix)
   tensors = base.match_tensors(names, config, found, str(folder))
   dtypes = {entry.dtype for entry in entries.values()}
   for head in heads:
@@ -98,7 +98,7 @@ def read_json(path: Path) -> Any:
     raise ValueError(f'{path}: this is no valid JSON ({e}).') from None
 
 
-def _tensor_names(config: ModelConfig, prefix: str) -> dict[str, str]:
+def tensor_names(config: ModelConfig, prefix: str = 'model.') -> dict[str, str]:
   """Names of the tensors by path in the unrolled tree."""
   in_layer = {f'{path}/w': name for path, name in MODULES.items()}
   in_layer['attn/q_norm/scale'] = 'self_attn.q_norm'

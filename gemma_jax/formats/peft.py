@@ -78,6 +78,7 @@ def read_adapter(
   )
   factors = _read_factors(folder / WEIGHTS_NAME, model_config)
   names = _check_targets(factors, options, model_config.num_layers)
+  options.check_patterns([module for module, _, _ in factors.values()])
   modules = {key: options.module(m) for key, (m, _, _) in factors.items()}
   for key, (module, a, _) in factors.items():
     if len(a) != modules[key].rank:
@@ -136,7 +137,8 @@ def write_adapter(
   """Writes an adapter that PEFT, and `read_adapter`, apply as we do.
 
   A `keras` factorization of q, k or v becomes one block of rank r for each
-  head, N r in all: exact, and larger. The folder appears whole or not at all;
+  head, N r in all: exact, and larger. Ranks that `read_adapter` padded with
+  zeros get their true size again. The folder appears whole or not at all;
   an adapter that is there already is replaced.
 
   Args:
@@ -294,8 +296,9 @@ def _check_targets(
 def _export(
   leaves: dict[str, np.ndarray], lora_config: LoraConfig
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-  """PEFT's tensors, and the rank of each projection, from an unrolled tree."""
-  tensors, ranks = {}, {}
+  """PEFT's tensors, and the ranks that `peft_config.to_json` takes."""
+  tensors = {}
+  ranks: dict[str, dict[str, int]] = {}  # of each module, by projection
   for path in leaves:
     match = _LEAF.fullmatch(path)
     if not match or match[2] not in hf_safetensors.MODULES:
@@ -308,25 +311,40 @@ def _export(
     if not path.endswith('lora_a'):
       continue
     layer, name, _ = _LEAF.fullmatch(path).groups()
-    b = leaves[f'{path[:-1]}b']
-    if lora_config.factorization == 'keras' and name in _PER_HEAD:
-      a, b = _keras_matrices(a, b)
-    else:
-      rank = a.shape[-1]
-      a, b = a.reshape(-1, rank).T, b.reshape(rank, -1).T
-    if ranks.setdefault(name, len(a)) != len(a):
-      raise ValueError(
-        f'adapter: {path} has rank {len(a)}, expected {ranks[name]} as in the '
-        'other layers.'
-      )
-    stem = (
-      f'base_model.model.model.layers.{layer}.{hf_safetensors.MODULES[name]}'
-    )
+    a, b = matrices(name, a, leaves[f'{path[:-1]}b'], lora_config)
+    # Ranks that differ between layers were padded with zeros in both factors.
+    used = np.flatnonzero(a.any(axis=1) | b.any(axis=0))
+    rank = int(used[-1]) + 1 if used.size else len(a)
+    a, b = a[:rank], b[:, :rank]
+    module = f'model.layers.{layer}.{hf_safetensors.MODULES[name]}'
+    ranks.setdefault(module.rpartition('.')[2], {})[module] = rank
     for key, x in (('lora_A', a), ('lora_B', b)):
-      tensors[f'{stem}.{key}.weight'] = np.ascontiguousarray(x, np.float32)
+      tensor = f'base_model.model.{module}.{key}.weight'
+      tensors[tensor] = np.ascontiguousarray(x, np.float32)
   if not tensors:
     raise ValueError('adapter: the tree has no factors, nothing to write.')
-  return tensors, ranks
+  patterns: dict[str, int] = {}
+  for projection, by_module in ranks.items():
+    common = set(by_module.values())
+    patterns |= {projection: common.pop()} if len(common) == 1 else by_module
+  return tensors, patterns
+
+
+def matrices(
+  name: str, a: np.ndarray, b: np.ndarray, lora_config: LoraConfig
+) -> tuple[np.ndarray, np.ndarray]:
+  """One layer's factors as PEFT has them: A [r, inputs], B [outputs, r].
+
+  Args:
+    name: the projection, e.g. 'attn/q'.
+    a: lora_a of one layer, in the factorization of `lora_config`.
+    b: lora_b of that layer.
+    lora_config: tells the factorization; of `keras`, r is N times its rank.
+  """
+  if lora_config.factorization == 'keras' and name in _PER_HEAD:
+    return _keras_matrices(a, b)
+  rank = a.shape[-1]
+  return a.reshape(-1, rank).T, b.reshape(rank, -1).T
 
 
 # Projections whose outputs have a heads axis: the factorizations differ there.

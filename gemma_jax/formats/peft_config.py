@@ -1,12 +1,12 @@
 """PEFT's adapter_config.json: what it says of each module, and back."""
 
+from collections.abc import Collection
 import dataclasses
 import math
 import re
 from typing import Any
 
 from gemma_jax.config import TARGET_PRESETS, LoraConfig
-from gemma_jax.formats import hf_safetensors
 
 # Options that decide nothing about a finished adapter.
 _IGNORED = frozenset({
@@ -145,6 +145,16 @@ class Options:
     scale = alpha / (rank**0.5 if self.use_rslora else rank)
     return Module(rank, alpha, scale)
 
+  def check_patterns(self, modules: Collection[str]):
+    """Raises ValueError for a pattern that none of these modules matches."""
+    for option in ('rank_pattern', 'alpha_pattern'):
+      for pattern in getattr(self, option):
+        if not any(_matches(pattern, module) for module in modules):
+          raise ValueError(
+            f'{self.where}: {option} {pattern!r} matches no module of the '
+            f'adapter, expected the end of a name such as {min(modules)}.'
+          )
+
   def lora_config(
     self, projections: tuple[str, ...], modules: set[Module]
   ) -> LoraConfig:
@@ -180,17 +190,16 @@ def to_json(
 ) -> dict[str, Any]:
   """The adapter_config.json of factors with `lora_config.scale`.
 
-      ranks {'attn/q': 32, 'attn/v': 4}, rank 4, alpha 8, alpha_over_r
+      ranks {'q_proj': 32, 'v_proj': 4}, rank 4, alpha 8, alpha_over_r
       → r 4, lora_alpha 8, rank_pattern {q_proj: 32}, alpha_pattern {q_proj: 64}
 
   Args:
-    ranks: of each projection, by its path in the layer.
+    ranks: by module, or by the last part of the name for those of all layers.
     lora_config: the rank, scale and dropout of the training run.
     base_name: name or path of the base.
   """
   rank, scale = lora_config.rank, lora_config.scale
-  names = {p: hf_safetensors.MODULES[p].split('.')[1] for p in ranks}
-  own = {names[p]: r for p, r in sorted(ranks.items()) if r != rank}
+  own = {name: r for name, r in sorted(ranks.items()) if r != rank}
   # With patterns, plain alpha / r says any scale, and more readers know it.
   rslora = lora_config.scale_rule == 'alpha_over_sqrt_r' and not own
   if rslora or lora_config.scale_rule == 'alpha_over_r':
@@ -211,7 +220,7 @@ def to_json(
     'peft_type': 'LORA',
     'r': rank,
     'rank_pattern': own,
-    'target_modules': sorted(names.values()),
+    'target_modules': sorted({name.rpartition('.')[2] for name in ranks}),
     'task_type': 'CAUSAL_LM',
     'use_dora': False,
     'use_rslora': rslora,
@@ -257,6 +266,11 @@ def _selected(selection: str | list[str], module: str) -> bool:
 
 def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
   for pattern, value in patterns.items():
-    if re.match(rf'(.*\.)?({pattern})$', module):
+    if _matches(pattern, module):
       return value
   return default
+
+
+def _matches(pattern: str, module: str) -> bool:
+  """PEFT's rule for the keys of rank_pattern and alpha_pattern."""
+  return re.match(rf'(.*\.)?({pattern})$', module) is not None

@@ -1,20 +1,25 @@
-"""The safetensors container: a checked header, and rows read on demand.
+"""The safetensors container: checked, and read and written by rows.
 
 Layout (https://github.com/huggingface/safetensors#format): header size u64,
 little-endian; a JSON object {name: {dtype, shape, data_offsets}}; the data.
 NumPy has no bfloat16, which the `safetensors` package wants for it, so rows
-are read here with `ml_dtypes`. The header is believed only after it was
+are handled here with `ml_dtypes`. The header is believed only after it was
 compared with the size of the file.
 """
 
+from collections.abc import Mapping
+from concurrent import futures
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from gemma_jax.formats import base
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -131,3 +136,61 @@ def read_header(path: Path) -> dict[str, Entry]:
 def _span(name: str, entry: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
   begin, end = map(int, entry['data_offsets'])
   return begin, end, name, str(entry['dtype']), tuple(map(int, entry['shape']))
+
+
+def write(
+  path: Path, tensors: Mapping[str, 'base.StoredTensor'], dtype: np.dtype
+):
+  """Writes a file, each tensor read in ranges of rows, cast and put in place.
+
+  Args:
+    path: to be made.
+    tensors: by name, in the order in which they are to lie.
+    dtype: float32 or bfloat16, of all of them.
+  """
+  (dtype_name,) = (n for n, d in _WEIGHT_DTYPES.items() if d == dtype)
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  offsets = {}
+  position = 0
+  for name, tensor in tensors.items():
+    offsets[name] = position
+    position += math.prod(tensor.shape) * dtype.itemsize
+    header[name] = {
+      'dtype': dtype_name,
+      'shape': list(tensor.shape),
+      'data_offsets': [offsets[name], position],
+    }
+  text = json.dumps(header).encode()
+  text += b' ' * (-len(text) % 8)  # so that the data is aligned
+  with path.open('wb') as f:
+    f.write(len(text).to_bytes(8, 'little') + text)
+    f.truncate(8 + len(text) + position)
+  descriptor = os.open(path, os.O_WRONLY)
+  try:
+    with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+      for name, tensor in tensors.items():
+        row_bytes = math.prod(tensor.shape[1:]) * dtype.itemsize
+        begin = 8 + len(text) + offsets[name]
+
+        def copy(start, tensor=tensor, row_bytes=row_bytes, begin=begin):
+          stop = min(start + base.chunk_rows(tensor.shape), tensor.shape[0])
+          rows = np.ascontiguousarray(tensor.read(start, stop), dtype)
+          _write_at(
+            descriptor,
+            rows.reshape(-1).view(np.uint8),
+            begin + start * row_bytes,
+          )
+
+        step = base.chunk_rows(tensor.shape)
+        for _ in pool.map(copy, range(0, tensor.shape[0], step)):
+          pass  # takes up what a thread raised
+  finally:
+    os.close(descriptor)
+
+
+def _write_at(descriptor: int, content: np.ndarray, offset: int):
+  """os.pwrite until all is written; a full disk is an OSError."""
+  view = memoryview(content)
+  while view:
+    written = os.pwrite(descriptor, view, offset)
+    view, offset = view[written:], offset + written

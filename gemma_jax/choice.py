@@ -1,0 +1,183 @@
+"""Which token comes next, given the logits: greedy, temperature, top-k, top-p.
+
+What decides is a traced input (`Settings`), so that changing it costs no
+compilation.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+  """How tokens are chosen.
+
+  Attributes:
+    max_new_tokens: longest continuation, the stop token included.
+    temperature: divides the logits; 0 is greedy, the rest is then ignored.
+    top_k: choose among the k most likely tokens; 0 is all.
+    top_p: choose among the most likely tokens whose probabilities, after top_k,
+      reach p together (Holtzman et al. 2019, 1904.09751); 1 is all.
+    seed: of the draws.
+  """
+
+  max_new_tokens: int = 128
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int = 0
+
+  def check(self):
+    """ValueError on a value that makes no sense."""
+    for name, ok, expected in (
+      ('max_new_tokens', self.max_new_tokens >= 1, 'an integer >= 1'),
+      ('temperature', 0 <= self.temperature < np.inf, 'a number >= 0'),
+      ('top_k', self.top_k >= 0, 'an integer >= 0 (0 is all tokens)'),
+      ('top_p', 0 < self.top_p <= 1, 'a number in (0, 1]'),
+      ('seed', 0 <= self.seed < 2**32, 'an integer in [0, 2^32)'),
+    ):
+      if not ok:
+        raise ValueError(
+          f'{name}: got {getattr(self, name)}, expected {expected}.'
+        )
+
+
+class Settings(NamedTuple):
+  """A `SamplingConfig` as inputs of a program.
+
+  Attributes:
+    temperature: float32 [].
+    top_k: float32 [], infinite for all tokens.
+    top_p: float32 [], infinite for all tokens.
+    seed: uint32 [].
+    row_ids: int32 [B], what tells the rows' draws apart.
+  """
+
+  temperature: jax.Array
+  top_k: jax.Array
+  top_p: jax.Array
+  seed: jax.Array
+  row_ids: jax.Array
+
+  @classmethod
+  def of(cls, sampling: SamplingConfig, row_ids: Sequence[int]) -> 'Settings':
+    """NumPy arrays."""
+    return cls(
+      temperature=np.float32(sampling.temperature),
+      top_k=np.float32(sampling.top_k or np.inf),
+      top_p=np.float32(sampling.top_p if sampling.top_p < 1 else np.inf),
+      seed=np.uint32(sampling.seed),
+      row_ids=np.array(row_ids, np.int32),
+    )
+
+
+def choose_tokens(
+  logits: jax.Array, settings: Settings, step: jax.Array
+) -> jax.Array:
+  """Draws a token for every row.
+
+  A row draws with the key (seed, row id, step): neither the other rows nor
+  the number of tokens made at a time change its text.
+
+  Args:
+    logits: float32 [B, V]; -inf is never drawn.
+    settings: how.
+    step: int32 [], tokens chosen before.
+
+  Returns:
+    int32 [B].
+  """
+
+  def greedy(logits):
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+  def draw(logits):
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    logits = keep_likely(logits / settings.temperature, settings)
+    key = jax.random.key(settings.seed)
+
+    def draw_row(row_id, weights):
+      row_key = jax.random.fold_in(key, row_id)
+      return draw_index(jax.random.fold_in(row_key, step), weights)
+
+    return jax.vmap(draw_row)(settings.row_ids, jnp.exp(logits))
+
+  return jax.lax.cond(settings.temperature > 0, draw, greedy, logits)
+
+
+def draw_index(key: jax.Array, weights: jax.Array) -> jax.Array:
+  """Draws an index with probability proportional to its weight.
+
+  First a block of sqrt(V) indices by its sum, then an index in it, each where
+  the cumulative sum passes a uniform number: two numbers are drawn, not V, and
+  the cumulative sums are short. An index of weight 0 is never drawn.
+
+  Args:
+    key: PRNG key.
+    weights: float32 [V], not negative, not all 0.
+
+  Returns:
+    int32 [].
+  """
+  width = math.isqrt(weights.shape[0] - 1) + 1
+  blocks = jnp.pad(weights, (0, -weights.shape[0] % width))
+  blocks = blocks.reshape(-1, width)
+
+  def one(key, weights):
+    # Rounding may move a sum even where the weight is 0: 0 passes nothing.
+    # uniform() < 1, so the largest sum always passes.
+    total = jnp.where(weights > 0, jnp.cumsum(weights), 0.0)
+    passed = total > jax.random.uniform(key) * jnp.max(total)
+    return jnp.argmax(passed).astype(jnp.int32)
+
+  block_key, index_key = jax.random.split(key)
+  block = one(block_key, jnp.sum(blocks, axis=1))
+  return block * width + one(index_key, blocks[block])
+
+
+def keep_likely(logits: jax.Array, settings: Settings) -> jax.Array:
+  """Logits with -inf for tokens that top-k or, of the rest, top-p leaves out.
+
+  Both are one rule, for weights 1 and for probabilities: a token stays if the
+  tokens above it weigh less than the limit. Tokens of equal logits stay or go
+  together.
+
+  Args:
+    logits: float32 [B, V], the largest of each row 0.
+    settings: top_k and top_p.
+  """
+  logits = _keep(logits, jnp.ones_like(logits), settings.top_k)
+  return _keep(logits, jax.nn.softmax(logits, axis=-1), settings.top_p)
+
+
+def _keep(logits, weights, limit):
+  """-inf where tokens of larger logits weigh `limit` or more together.
+
+  Finds each row's smallest logit to keep without sorting the vocabulary. The
+  bits of -logit >= 0, read as an integer, are ordered as the numbers are, so
+  the cut is found bit by bit: the largest integer such that the tokens below
+  it weigh less than the limit.
+  """
+  depth = jax.lax.bitcast_convert_type(jnp.abs(logits), jnp.int32)
+  bits = 31  # the sign is 0
+
+  def try_bit(i, cut):
+    trial = cut | (1 << (bits - 1 - i))
+    above = jnp.where(depth < trial[:, None], weights, 0.0)
+    return jnp.where(jnp.sum(above, axis=1) < limit, trial, cut)
+
+  is_all = limit == jnp.inf  # then no bit needs a try
+  first = jnp.where(is_all, jnp.int32(2**bits - 1), jnp.int32(0))
+  cut = jax.lax.fori_loop(
+    jnp.int32(0),
+    jnp.where(is_all, jnp.int32(0), jnp.int32(bits)),
+    try_bit,
+    jnp.full(logits.shape[0], first),
+  )
+  return jnp.where(depth <= cut[:, None], logits, -jnp.inf)

@@ -1,0 +1,364 @@
+"""The Flax release of Gemma 1, 2 and 3 (Orbax), read and written.
+
+    gemma-2b/tokenizer.model
+    gemma-2b/2b/                   Orbax: an array for each name below
+      transformer/embedder                     input_embedding [V, D]
+      transformer/layer_0/attn/q_einsum        w [N, D, H]
+      transformer/layer_0/attn/kv_einsum       w [2, K, D, H]     k, v
+      transformer/layer_0/mlp/gating_einsum    w [2, D, F]        gate, up
+
+With as many kv heads as query heads `qkv_einsum` [3, N, D, H] stands for the
+first two; Gemma 3 stores gate and up as [2, F, D]. Names are flat (as above)
+or nested dicts, with or without the `w` of the MLP: all of these are read. The
+arrays are read through TensorStore, one at a time; nothing is unpickled.
+"""
+
+from collections.abc import Mapping
+from concurrent import futures
+import dataclasses
+import functools
+import os
+from pathlib import Path
+import re
+import threading
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from gemma_jax import layout, pytree
+from gemma_jax.config import ModelConfig
+from gemma_jax.formats import base, flax_config, hf_writer
+from gemma_jax.formats.base import BaseSource, StoredTensor
+
+FOLDER_NAME = 'params'
+_MARKERS = ('_METADATA', 'manifest.ocdbt', 'checkpoint')
+_ARRAY_FILES = {'zarr': '.zarray', 'zarr3': 'zarr.json'}
+_VISION = re.compile(
+  r'(vision_encoder|SigLiP\w*)/|embedder/mm_(input_projection|soft_embedding)'
+)
+_DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
+
+# Arrays are stored in blocks of at most this size, so that a reader need not
+# hold the embedding twice.
+_BLOCK_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where a leaf of our tree lies in the release.
+
+  Attributes:
+    name: of the array, e.g. 'layer_3/attn/kv_einsum/w'.
+    shape: of the array.
+    index: of the leaf along the array's first axis; None if it is all of it.
+    swapped: whether the leaf's two axes are stored the other way round.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  index: int | None = None
+  swapped: bool = False
+
+  def view(self, array: np.ndarray) -> np.ndarray:
+    """The leaf within the array, as a view; an array of a part stays whole."""
+    return array.swapaxes(0, 1) if self.swapped else array
+
+
+def find(folder: Path) -> Path | None:
+  """The Orbax folder: the given one, or the only one in it; None if neither.
+
+  Raises:
+    ValueError: there are several.
+  """
+  if _is_orbax(folder):
+    return folder
+  inner = sorted(p for p in folder.iterdir() if p.is_dir() and _is_orbax(p))
+  if len(inner) > 1:
+    names = ', '.join(p.name for p in inner)
+    raise ValueError(f'{folder}: there are several models in it ({names}); '
+                     'give the path of one.')  # fmt: skip
+  return inner[0] if inner else None
+
+
+def open_folder(folder: Path, reference: str) -> BaseSource:
+  """A Flax release as a base model; reads names and shapes only.
+
+  Args:
+    folder: the Orbax folder, or the one that holds it and tokenizer.model.
+    reference: what the user called it.
+
+  Raises:
+    ValueError: no Flax release of Gemma, or an array is missing, unexpected,
+      wrongly shaped or of an unknown dtype; names the folder and the array.
+  """
+  root = find(folder)
+  if root is None:
+    raise ValueError(f'{folder}: there is no Orbax checkpoint in it.')
+  arrays = _open_arrays(root)
+  shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+  tokenizer = root / 'tokenizer.model'
+  if not tokenizer.is_file():
+    tokenizer = root.parent / 'tokenizer.model'
+  config = flax_config.model_config(shapes, root)
+  fused = 'layer_0/attn/qkv_einsum/w' in shapes
+  gating = shapes.get('layer_0/mlp/gating_einsum/w', ())
+  D, F = config.embed_dim, config.hidden_dim
+  swapped = gating == (2, F, D) and (D != F or config.use_qk_norm)
+  places = make_places(config, fused, swapped)
+  _check(places, arrays, root)
+  dtypes = {array.dtype.numpy_dtype for array in arrays.values()}
+  cache = _Cache(arrays, root)
+  tensors = {
+    path: StoredTensor(
+      places[path].name,
+      shape,
+      functools.partial(cache.read, path, places[path], shape),
+    )
+    for path, shape in base.stored_shapes(config).items()
+  }
+  return BaseSource(
+    reference=reference,
+    config=config,
+    stored_dtype=np.dtype(
+      ml_dtypes.bfloat16
+      if dtypes == {np.dtype(ml_dtypes.bfloat16)}
+      else np.float32
+    ),
+    tensors=tensors,
+    files=tuple(
+      p
+      for p in sorted(root.rglob('*'))
+      if p.is_file() and p.name != '_CHECKPOINT_METADATA'
+    ),
+    make_tokenizer=functools.partial(_tokenizer, tokenizer),
+  )
+
+
+def write_folder(
+  folder: Path, source: BaseSource, dtype: Any = 'auto', nested: bool = False
+):
+  """Fills an empty folder with `params/` (Orbax) and tokenizer.model.
+
+  The whole model is in memory while Orbax writes it. An embedding of 256000
+  rows gets the 128 rows of zeros that the release has and its readers expect.
+
+  Args:
+    folder: exists and is empty; `atomic_folder.replace` makes it appear whole.
+    source: any base, also a merged one.
+    dtype: 'auto' (the base's own), 'float32' or 'bfloat16'.
+    nested: names as nested dicts, not flat.
+
+  Raises:
+    ValueError: a dtype that is not one of these.
+  """
+  import orbax.checkpoint as ocp
+
+  dtype = base.weight_dtype(source, dtype)
+  config = source.config
+  places = make_places(
+    exported_config(config),
+    fused=config.num_heads == config.num_kv_heads,
+    swapped=config.use_qk_norm,
+  )
+  leaves: dict[str, np.ndarray] = {}
+  with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    for path, place in places.items():
+      if place.name not in leaves:
+        leaves[place.name] = np.zeros(place.shape, dtype)
+      array = leaves[place.name]
+      leaf = place.view(array if place.index is None else array[place.index])
+      if path == 'embedder/input_embedding':
+        leaf = leaf[: config.vocab_size]
+      source.read_into(path, leaf, pool)
+  if nested:
+    tree = pytree.unflatten({f'transformer/{n}': x for n, x in leaves.items()})
+  else:
+    tree = {}
+    for name, x in leaves.items():
+      module, _, last = name.rpartition('/')
+      tree.setdefault(f'transformer/{module}', {})[last] = x
+  registry = ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    (jax.Array, ocp.type_handlers.ArrayHandler()),
+  )
+  handler = ocp.PyTreeCheckpointHandler(
+    save_concurrent_gb=1,
+    use_compression=False,  # trained weights hardly shrink
+    type_handler_registry=registry,
+  )
+  save_args = jax.tree.map(
+    lambda _: ocp.SaveArgs(chunk_byte_size=_BLOCK_BYTES), tree
+  )
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(
+      folder.absolute() / FOLDER_NAME,
+      args=ocp.args.PyTreeSave(tree, save_args=save_args),
+    )
+  tokenizer = source.tokenizer()
+  if tokenizer is not None and tokenizer.model_proto is not None:
+    (folder / 'tokenizer.model').write_bytes(tokenizer.model_proto)
+
+
+def exported_config(config: ModelConfig) -> ModelConfig:
+  """The architecture with the rows that the release's embedding has."""
+  padded = {tokens: rows for rows, tokens in hf_writer.TOKEN_ROWS.items()}
+  rows = padded.get(config.vocab_size, config.vocab_size)
+  return dataclasses.replace(config, vocab_size=rows)
+
+
+def make_places(
+  config: ModelConfig, fused: bool, swapped: bool
+) -> dict[str, Place]:
+  """Where each leaf of the unrolled tree lies.
+
+  Args:
+    config: the architecture, its vocabulary with the release's rows.
+    fused: q, k and v in one array (`qkv_einsum`).
+    swapped: gate and up as [2, F, D].
+  """
+  sizes = layout.axis_sizes(config)
+  places = {}
+  for path, letters in layout.param_axes(config, scan_layers=False).items():
+    shape = tuple(sizes[c] for c in letters)
+    layer, _, name = path.partition('/')
+    if name in ('mlp/gate/w', 'mlp/up/w'):
+      places[path] = Place(
+        f'{layer}/mlp/gating_einsum/w',
+        (2, *(shape[::-1] if swapped else shape)),
+        int(name == 'mlp/up/w'),
+        swapped,
+      )
+    elif fused and name in _IN_QKV:
+      places[path] = Place(
+        f'{layer}/attn/qkv_einsum/w', (3, *shape), _IN_QKV.index(name)
+      )
+    elif name in _IN_KV:
+      places[path] = Place(
+        f'{layer}/attn/kv_einsum/w', (2, *shape), _IN_KV.index(name)
+      )
+    else:
+      places[path] = Place(f'{layer}/{_NAMES.get(name, name)}', shape)
+  return places
+
+
+_IN_QKV = ('attn/q/w', 'attn/k/w', 'attn/v/w')
+_IN_KV = ('attn/k/w', 'attn/v/w')
+_NAMES = {
+  'attn/q/w': 'attn/q_einsum/w',
+  'attn/o/w': 'attn/attn_vec_einsum/w',
+  'attn/q_norm/scale': 'attn/_query_norm/scale',
+  'attn/k_norm/scale': 'attn/_key_norm/scale',
+  'mlp/down/w': 'mlp/linear/w',
+}
+
+
+def _is_orbax(folder: Path) -> bool:
+  return any((folder / name).is_file() for name in _MARKERS)
+
+
+def _open_arrays(root: Path) -> dict[str, Any]:
+  """TensorStore handles by name: 'layer_0/attn/q_einsum/w', ...
+
+  Flat and nested names, and those of Orbax with and without OCDBT, differ in
+  where '/' and '.' stand; as paths they are equal.
+  """
+  import tensorstore as ts
+
+  kvstore = {'driver': 'file', 'path': f'{root.absolute()}/'}
+  if (root / 'manifest.ocdbt').is_file():
+    kvstore = {'driver': 'ocdbt', 'base': f'file://{root.absolute()}/'}
+  arrays = {}
+  try:
+    keys = [
+      k.decode() for k in ts.KvStore.open(kvstore).result().list().result()
+    ]
+    for driver, marker in _ARRAY_FILES.items():
+      for key in keys:
+        stem, _, last = key.rpartition('/')
+        if last != marker:
+          continue
+        path = stem.replace('.', '/').removeprefix('params/')
+        path = path.removeprefix('transformer/')
+        if re.fullmatch(r'layer_\d+/mlp/(gating_einsum|linear)', path):
+          path += '/w'
+        if _VISION.match(path):
+          continue
+        own = {**kvstore, 'path': kvstore.get('path', '') + f'{stem}/'}
+        spec = {'driver': driver, 'kvstore': own}
+        arrays[path] = ts.open(spec, open=True).result()
+  except ValueError as e:
+    raise ValueError(
+      f'{root}: this is no whole Orbax checkpoint ({e}).'
+    ) from None
+  if not arrays:
+    raise ValueError(f'{root}: this Orbax checkpoint holds no arrays.')
+  return arrays
+
+
+def _check(places: Mapping[str, Place], arrays: Mapping[str, Any], root: Path):
+  """The arrays are exactly those that the places ask for."""
+  shapes = {place.name: place.shape for place in places.values()}
+  for name, shape in shapes.items():
+    if name not in arrays:
+      raise ValueError(f'{root}: array {name} is missing.')
+    got = tuple(arrays[name].shape)
+    if got != shape:
+      raise ValueError(
+        f'{root}: array {name} has shape {list(got)}, expected {list(shape)}, '
+        'as the other arrays say.'
+      )
+    kind = arrays[name].dtype.name
+    if kind not in _DTYPES:
+      raise ValueError(
+        f'{root}: array {name} has dtype {kind}, expected one of '
+        f'{", ".join(_DTYPES)}.'
+      )
+  unexpected = sorted(arrays.keys() - shapes.keys())
+  if unexpected:
+    raise ValueError(
+      f'{root}: array {unexpected[0]} is unexpected ({len(unexpected)} such), '
+      'expected only the weights of a Gemma language model.'
+    )
+
+
+class _Cache:
+  """The last leaves that were read, as rows: a leaf is asked for in ranges."""
+
+  def __init__(self, arrays: Mapping[str, Any], root: Path):
+    self._arrays, self._root = arrays, root
+    self._lock = threading.Lock()
+    self._rows: dict[str, np.ndarray] = {}
+
+  def read(
+    self, path: str, place: Place, shape: tuple[int, ...], start: int, stop: int
+  ) -> np.ndarray:
+    with self._lock:
+      if path not in self._rows:
+        while len(self._rows) > 1:
+          del self._rows[next(iter(self._rows))]
+        self._rows[path] = self._load(path, place).reshape(shape)
+      rows = self._rows[path]
+    return rows[start:stop]
+
+  def _load(self, path: str, place: Place) -> np.ndarray:
+    array = self._arrays[place.name]
+    if place.index is not None:
+      array = array[place.index]
+    try:
+      leaf = place.view(array.read().result())
+    except ValueError as e:
+      raise ValueError(
+        f'{self._root}: array {place.name} cannot be read; the checkpoint is '
+        f'damaged or cut short ({str(e).splitlines()[0]}).'
+      ) from None
+    return base.stored_view(path, leaf)
+
+
+def _tokenizer(path: Path):
+  from gemma_jax.data import tokenizer
+
+  if not path.is_file():
+    return None
+  return tokenizer.SentencePieceTokenizer.from_file(str(path))

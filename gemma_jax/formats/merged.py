@@ -1,0 +1,121 @@
+"""A base with an adapter in its kernels, as a base: merged while it is read.
+
+    W' = W + scale * B A, in float32 and by rows: W'[i] = W[i] + scale * B[i] A
+
+Whoever reads it casts once, to the dtype that is wanted. Nothing is held but
+the factors, so a model of any size is merged in the memory of its adapter.
+"""
+
+from collections.abc import Iterable
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+
+from gemma_jax import layout, pytree
+from gemma_jax.config import LoraConfig
+from gemma_jax.formats import base, peft
+from gemma_jax.formats.base import BaseSource, StoredTensor
+
+
+def merge(
+  source: BaseSource,
+  lora_config: LoraConfig,
+  lora: pytree.Tree,
+  trained_base: pytree.Tree | None = None,
+) -> BaseSource:
+  """The base that computes what `source` computes with the adapter.
+
+  Args:
+    source: the base.
+    lora_config: gives the scale and the factorization.
+    lora: the adapter's tree, scanned or unrolled.
+    trained_base: base leaves that were trained along, which replace the base's.
+
+  Returns:
+    A source whose changed tensors are read in float32; the others and
+    `stored_dtype` are the base's.
+
+  Raises:
+    ValueError: a leaf that does not fit the base.
+  """
+  tensors = dict(source.tensors)
+  for path, leaf in pytree.items(_unrolled(trained_base or {})):
+    if path not in tensors:
+      raise ValueError(
+        f'trained base leaf {path}: {source.reference} has none of that name; '
+        'it belongs to another architecture.'
+      )
+    shape = tensors[path].shape
+    if leaf.size != math.prod(shape):
+      raise ValueError(
+        f'trained base leaf {path}: got {leaf.size} values, expected a kernel '
+        f'of {list(shape)}; it belongs to another architecture.'
+      )
+    rows = base.stored_view(path, leaf).reshape(shape)
+    tensors[path] = StoredTensor(path, shape, lambda i, j, rows=rows: rows[i:j])
+  factors = dict(pytree.items(_unrolled(lora)))
+  for path, a in factors.items():
+    module, _, factor = path.rpartition('/')
+    if factor != 'lora_a':
+      continue
+    a, b = peft.matrices(
+      module.split('/', 1)[1], a, factors[f'{module}/lora_b'], lora_config
+    )
+    old = tensors.get(f'{module}/w')
+    if old is None or old.shape != (len(b), a.shape[1]):
+      found = None if old is None else list(old.shape)
+      raise ValueError(
+        f'adapter: {module} is made for a kernel {[len(b), a.shape[1]]}, but '
+        f'that of {source.reference} is {found}; it belongs to another base.'
+      )
+    tensors[f'{module}/w'] = StoredTensor(
+      old.name,
+      old.shape,
+      functools.partial(
+        _merged_rows,
+        old,
+        np.ascontiguousarray(a, np.float32),
+        np.ascontiguousarray(b * np.float32(lora_config.scale), np.float32),
+      ),
+    )
+  return dataclasses.replace(source, tensors=tensors)
+
+
+def changes(
+  source: BaseSource, result: BaseSource, paths: Iterable[str], dtype: np.dtype
+) -> bool:
+  """Whether one of these tensors differs once both are cast to `dtype`."""
+  for path in paths:
+    before, after = source.tensors[path], result.tensors[path]
+    step = base.chunk_rows(before.shape)
+    for start in range(0, before.shape[0], step):
+      stop = min(start + step, before.shape[0])
+      pair = [x.read(start, stop).astype(dtype) for x in (before, after)]
+      if not np.array_equal(*pair):
+        return True
+  return False
+
+
+def changed_paths(
+  lora: pytree.Tree, trained_base: pytree.Tree | None = None
+) -> list[str]:
+  """Leaves of the unrolled base that merging changes."""
+  paths = [path for path, _ in pytree.items(_unrolled(trained_base or {}))]
+  for path, _ in pytree.items(_unrolled(lora)):
+    if path.endswith('/lora_a'):
+      paths.append(f'{path.removesuffix("/lora_a")}/w')
+  return paths
+
+
+def _unrolled(tree: pytree.Tree) -> pytree.Tree:
+  tree = jax.device_get(tree)
+  return layout.unstack_layers(tree) if 'layers' in tree else tree
+
+
+def _merged_rows(
+  old: StoredTensor, a: np.ndarray, b: np.ndarray, start: int, stop: int
+) -> np.ndarray:
+  return old.read(start, stop).astype(np.float32) + b[start:stop] @ a

@@ -1,0 +1,374 @@
+"""Decoding: prompts in, new tokens out, with a cache of keys and values.
+
+    sampler = Sampler(config, tokenizer)
+    for adapter in load_adapters(folders, config):
+      sampler.generate(adapter.variables(params), prompts, SamplingConfig())
+
+A `Sampler` holds two compiled programs: `prefill` reads the prompts and chooses
+each row's first token, `decode` chooses up to so many more. Weights, adapter,
+temperature, top-k, top-p and seed are inputs of both, so none of them costs a
+compilation when it changes. The number of rows, the padded length of the
+prompts and the length of the cache do; lengths are rounded up, so that prompts
+of similar length share a program.
+"""
+
+from collections.abc import Callable, Sequence
+import time
+from typing import Any, NamedTuple
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_jax.choice import SamplingConfig, Settings, choose_tokens
+from gemma_jax.config import ModelConfig
+from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.model.attention import Cache, init_cache
+from gemma_jax.model.layers import softcap
+from gemma_jax.model.transformer import Transformer
+
+PAD_ID = 0
+
+# Prompt tokens that go through the model at a time: bounds the memory of the
+# attention scores, [B, N, PREFILL_TOKENS, S].
+PREFILL_TOKENS = 512
+
+# Tokens a row that one call of `decode` can return, and that it returns while
+# somebody watches.
+DECODE_TOKENS = 64
+STREAM_TOKENS = 1
+
+# Keeps bfloat16 weights bfloat16 on a CPU: each layer's are widened where they
+# are used, and XLA would move that out of the loops over layers and tokens, to
+# hold a float32 copy of the whole base beside it.
+_CPU_OPTIONS = {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
+
+
+class Generation(NamedTuple):
+  """What `Sampler.generate` made.
+
+  Attributes:
+    tokens: the new ids of each row, with the stop token where one came.
+    decoded_tokens: how many of them `decode` chose: all but each row's first.
+    decode_seconds: that it took, without compilation and without the prompts.
+  """
+
+  tokens: list[list[int]]
+  decoded_tokens: int
+  decode_seconds: float
+
+  @property
+  def tokens_per_second(self) -> float | None:
+    """Of all rows together; None where every row ended with its first token."""
+    if not self.decoded_tokens:
+      return None
+    return self.decoded_tokens / self.decode_seconds
+
+
+class Sampler:
+  """Decodes with one architecture; keep it, since it keeps what it compiled."""
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    scan_layers: bool = True,
+    stop_ids: Sequence[int] | None = None,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      config: architecture.
+      tokenizer: embedding rows beyond its pieces are never chosen; None takes
+        every row for a token.
+      dtype: of the activations and the cache; default: float32 on a CPU, else
+        bfloat16.
+      scan_layers: form of the variables.
+      stop_ids: a row ends with any of these; default: EOS, and <end_of_turn>
+        where the tokenizer has it.
+    """
+    on_cpu = jax.default_backend() == 'cpu'
+    if dtype is None:
+      dtype = jnp.float32 if on_cpu else jnp.bfloat16
+    if stop_ids is None:
+      end_of_turn = None if tokenizer is None else tokenizer.end_of_turn_id
+      stop_ids = {Tokenizer.eos_id, end_of_turn} - {None}
+    self.config = config
+    self.num_pieces = (
+      config.vocab_size if tokenizer is None else tokenizer.vocab_size
+    )
+    self.stop_ids = frozenset(stop_ids)
+    self.dtype = dtype
+    self.model = Transformer(config, dtype, scan_layers, remat=False)
+    options = _CPU_OPTIONS if on_cpu else None
+    self.prefill = jax.jit(
+      self._prefill, static_argnames='cache_length', compiler_options=options
+    )
+    self.decode = jax.jit(
+      self._decode, donate_argnames='state', compiler_options=options
+    )
+
+  def generate(
+    self,
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+    row_ids: Sequence[int] | None = None,
+  ) -> Generation:
+    """Continues every prompt.
+
+    Args:
+      variables: {'params'} or {'params', 'lora'}, `adapters.Adapter.variables`.
+      prompts: token ids with BOS, each of any length; a row of the batch each.
+      sampling: how tokens are chosen.
+      on_tokens: called with (row, its new ids) as soon as they are there; all
+        calls together give what is returned.
+      row_ids: whole numbers that tell the draws of the rows apart; default: 0,
+        1, 2, ... A row of the same id draws alike alone and among others.
+
+    Raises:
+      ValueError: no prompt, an empty one, one that leaves no room for
+        max_new_tokens, or an id that is no row of the embedding.
+    """
+    sampling.check()
+    check_prompts(prompts, sampling.max_new_tokens, self.config)
+    settings = Settings.of(
+      sampling, range(len(prompts)) if row_ids is None else row_ids
+    )
+    rows: list[list[int]] = [[] for _ in prompts]
+
+    def take(tokens):  # [rows, n]
+      for row, new in enumerate(tokens.tolist()):
+        new = self._until_stop(rows[row], new)
+        rows[row] += new
+        if new and on_tokens is not None:
+          on_tokens(row, new)
+
+    tokens, segment_ids = pad_prompts(prompts)
+    state = self.prefill(
+      variables,
+      tokens,
+      segment_ids,
+      settings,
+      cache_length=round_up(tokens.shape[1] + sampling.max_new_tokens),
+    )
+    take(np.asarray(state.token)[:, None])
+    # No token is asked for: it only compiles, which the clock must not see.
+    state, _, _ = self.decode(variables, state, settings, np.int32(0))
+    jax.block_until_ready(state)
+
+    remaining = sampling.max_new_tokens - 1
+    at_a_time = DECODE_TOKENS if on_tokens is None else STREAM_TOKENS
+    started = time.perf_counter()
+    while remaining > 0:
+      limit = min(remaining, at_a_time)
+      state, tokens, count = self.decode(
+        variables, state, settings, np.int32(limit)
+      )
+      count = int(count)
+      take(np.asarray(tokens)[:, :count])
+      remaining = 0 if count < limit else remaining - limit
+    return Generation(
+      tokens=rows,
+      decoded_tokens=sum(map(len, rows)) - len(rows),
+      decode_seconds=time.perf_counter() - started,
+    )
+
+  def _until_stop(self, before: list[int], new: list[int]) -> list[int]:
+    """The new ids up to the first stop id; none if that came before."""
+    if before and before[-1] in self.stop_ids:
+      return []
+    ends = [i for i, token in enumerate(new) if token in self.stop_ids]
+    return new[: ends[0] + 1] if ends else new
+
+  def _prefill(self, variables, tokens, segment_ids, settings, cache_length):
+    """Prompts [B, P], padded on the left → `State` with the first tokens."""
+    B, P = tokens.shape
+    positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
+    width = min(P, PREFILL_TOKENS)
+
+    def read(cache, part):
+      hidden, cache = self.model.apply(variables, *part, cache)
+      return cache, hidden[:, -1]
+
+    parts = [
+      jnp.moveaxis(x.reshape(B, P // width, width), 1, 0)
+      for x in (tokens, segment_ids, positions)
+    ]
+    cache = init_cache(self.config, B, cache_length, self.dtype)
+    cache, hidden = jax.lax.scan(read, cache, parts)  # [P / width, B, D]
+    return self._choose(
+      variables,
+      hidden[-1],
+      settings,
+      State(
+        cache=cache,
+        token=jnp.zeros(B, jnp.int32),
+        position=positions[:, -1],
+        done=jnp.zeros(B, bool),
+        step=jnp.int32(0),
+      ),
+    )
+
+  def _decode(self, variables, state, settings, limit):
+    """Chooses up to `limit` tokens, fewer if all rows end before.
+
+    Args:
+      variables: as in `generate`.
+      state: `State`; donated.
+      settings: `Settings`.
+      limit: int32 [], at most DECODE_TOKENS.
+
+    Returns:
+      The next state; tokens int32 [B, DECODE_TOKENS], PAD after a row's end;
+      how many of them were made, int32 [].
+    """
+
+    def unfinished(loop):
+      i, state, _ = loop
+      return (i < limit) & ~jnp.all(state.done)
+
+    def one_token(loop):
+      i, state, tokens = loop
+      hidden, cache = self.model.apply(
+        variables,
+        state.token[:, None],
+        jnp.ones_like(state.token)[:, None],
+        state.position[:, None],
+        state.cache,
+      )
+      state = self._choose(
+        variables, hidden[:, 0], settings, state.replace(cache=cache)
+      )
+      tokens = jax.lax.dynamic_update_slice(
+        tokens, state.token[:, None], (jnp.int32(0), i)
+      )
+      return i + 1, state, tokens
+
+    tokens = jnp.full((state.token.shape[0], DECODE_TOKENS), PAD_ID, jnp.int32)
+    count, state, tokens = jax.lax.while_loop(
+      unfinished, one_token, (jnp.int32(0), state, tokens)
+    )
+    return state, tokens, count
+
+  def _choose(self, variables, hidden, settings, state):
+    """The state with its next token, from hidden [B, D]."""
+    embedding = variables['params']['embedder']['input_embedding']
+    logits = softcap(
+      vocabulary_product(hidden, embedding), self.config.final_softcap
+    )
+    is_piece = jnp.arange(logits.shape[1]) < self.num_pieces
+    logits = jnp.where(is_piece[None], logits, -jnp.inf)
+    token = choose_tokens(logits, settings, state.step)
+    token = jnp.where(state.done, PAD_ID, token)
+    ends = jnp.zeros_like(state.done)
+    for stop_id in self.stop_ids:
+      ends |= token == stop_id
+    return state.replace(
+      token=token,
+      position=state.position + 1,
+      done=state.done | ends,
+      step=state.step + 1,
+    )
+
+
+@struct.dataclass
+class State:
+  """Where decoding stands.
+
+  Attributes:
+    cache: of all tokens but the last.
+    token: int32 [B], the last one chosen; PAD in rows that ended before.
+    position: int32 [B], its position.
+    done: bool [B], whether the row has ended.
+    step: int32 [], tokens chosen so far.
+  """
+
+  cache: Cache
+  token: jax.Array
+  position: jax.Array
+  done: jax.Array
+  step: jax.Array
+
+
+def check_prompts(
+  prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig
+):
+  """ValueError unless the model can continue all of them so far."""
+  if not prompts:
+    raise ValueError('prompts: got none, expected at least one.')
+  for i, prompt in enumerate(prompts):
+    if not prompt:
+      raise ValueError(f'prompt {i}: got no token, expected at least BOS.')
+    if len(prompt) + max_new_tokens > config.max_positions:
+      raise ValueError(
+        f'prompt {i}: got {len(prompt)} tokens and max_new_tokens='
+        f'{max_new_tokens}, expected at most {config.max_positions} together, '
+        'the positions of the model.'
+      )
+    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+      raise ValueError(
+        f'prompt {i}: got token ids from {min(prompt)} to {max(prompt)}, '
+        f'expected ids in [0, {config.vocab_size}), the rows of the embedding.'
+      )
+
+
+def pad_prompts(
+  prompts: Sequence[Sequence[int]],
+) -> tuple[np.ndarray, np.ndarray]:
+  """Rows of one length, padded on the left so that all end together.
+
+      prompts      [[2, 10, 11], [2, 12]]
+      tokens       [[0, ..., 0, 2, 10, 11], [0, ..., 0, 0, 2, 12]]
+      segment_ids  [[0, ..., 0, 1,  1,  1], [0, ..., 0, 0, 1,  1]]
+
+  Returns:
+    tokens, segment_ids int32 [B, P]; P is `round_up` of the longest, above
+    PREFILL_TOKENS a multiple of it.
+  """
+  length = round_up(max(map(len, prompts)))
+  if length > PREFILL_TOKENS:
+    length = -(-length // PREFILL_TOKENS) * PREFILL_TOKENS
+  tokens = np.full((len(prompts), length), PAD_ID, np.int32)
+  segment_ids = np.zeros_like(tokens)
+  for row, prompt in enumerate(prompts):
+    tokens[row, length - len(prompt) :] = prompt
+    segment_ids[row, length - len(prompt) :] = 1
+  return tokens, segment_ids
+
+
+def round_up(length: int) -> int:
+  """The next of four sizes an octave, so that few programs are compiled.
+
+  16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ...
+  """
+  step = max(16, 2 ** (length.bit_length() - 3))
+  return -(-length // step) * step
+
+
+def vocabulary_product(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+  """hidden [B, D] times embedding [V, D] → float32 [B, V].
+
+  It reads the whole table for every token. A table narrower than the
+  activations (bfloat16 weights on a CPU) is multiplied row by row, widened on
+  the way, since a matrix product would first write a widened copy of it.
+  """
+  # Else the widening could be merged with that of the embedding's lookup, and
+  # would then be written out.
+  embedding = jax.lax.optimization_barrier(embedding)
+  if embedding.dtype.itemsize < hidden.dtype.itemsize:
+    return jax.lax.map(
+      lambda h: jnp.sum(
+        embedding.astype(jnp.float32) * h.astype(jnp.float32)[None], axis=1
+      ),
+      hidden,
+    )
+  return jnp.einsum(
+    'BD,VD->BV',
+    hidden,
+    embedding.astype(hidden.dtype),
+    preferred_element_type=jnp.float32,
+  )

@@ -1,0 +1,69 @@
+"""Converts a model to another format, merging an adapter if one is given.
+
+  python -m launch.convert --model=gemma3_270m --adapter=DIR/adapter \\
+      --to=hf --output=my_gemma
+
+The output is read again and its logits compared before the folder appears. One
+JSON line on standard output: output, files, bytes, parameters, dtype,
+largest_logit_difference.
+"""
+
+import json
+
+from absl import flags
+
+from launch import app
+
+_MODEL = flags.DEFINE_string(
+    'model', 'gemma3_270m', 'Base: gemma3_270m, a .gguf file, a Hugging Face '
+    'or Flax folder, hf:OWNER/NAME, or random:VARIANT.',
+)  # fmt: skip
+_TOKENIZER = flags.DEFINE_string(
+  'tokenizer', '', 'tokenizer.model to use instead of the one of the base.'
+)
+_ADAPTER = flags.DEFINE_string(
+    'adapter', '', 'PEFT folder or .lora.h5 file to merge into the base (with '
+    '--to=peft: to write as a PEFT folder).',
+)  # fmt: skip
+_TO = flags.DEFINE_enum(
+    'to', 'hf', ['hf', 'flax', 'peft'], 'Hugging Face folder, Flax release '
+    '(Orbax), or PEFT adapter.',
+)  # fmt: skip
+_OUTPUT = flags.DEFINE_string('output', None, 'New or empty folder.')
+_DTYPE = flags.DEFINE_enum(
+    'dtype', 'auto', ['auto', 'float32', 'bfloat16'], 'Of the weights written; '
+    "auto: the base's own.",
+)  # fmt: skip
+_VERIFY = flags.DEFINE_enum(
+    'verify', 'on', ['on', 'off'], 'Read the output again and compare logits; '
+    'off is for models that do not fit into memory.',
+)  # fmt: skip
+_MAX_SHARD_BYTES = flags.DEFINE_integer(
+    'max_shard_bytes', 5_000_000_000, 'Largest file of weights (--to=hf).',
+    lower_bound=1,
+)  # fmt: skip
+
+
+def main() -> int:
+  """Runs the command."""
+  from gemma_jax import convert
+
+  if not _OUTPUT.value:
+    app.fail('--output: missing, expected a new or empty folder')
+  app.set_compilation_cache('')
+  result = convert.convert(
+    _MODEL.value,
+    _OUTPUT.value,
+    _TO.value,
+    adapter=_ADAPTER.value,
+    dtype=_DTYPE.value,
+    tokenizer=_TOKENIZER.value,
+    verify=_VERIFY.value == 'on',
+    max_shard_bytes=_MAX_SHARD_BYTES.value,
+  )
+  print(json.dumps(result), flush=True)
+  return 0
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,217 @@
+"""Continues prompts with a base, and with adapters on it side by side.
+
+  python -m launch.generate --model=gemma3_270m --adapter=DIR/adapter \\
+      --prompt='What should I do on a trip to Seoul?' --stream
+  python -m launch.generate --adapter=A --adapter=B --prompt=Hi --format=json
+
+With one adapter its text alone is decoded; with several, the base's too, first
+(`--adapter=base` names it). Standard output carries the text, in labelled
+blocks where there are several, or with --format=json one line for each prompt
+and adapter:
+
+  adapter            the folder, or base
+  prompt             the text, or the token ids
+  text               the continuation
+  tokens             its ids, with the stop token if it ended with one
+  tokens_per_second  of all prompts of this adapter together, after each one's
+                     first token: without compilation and without the time to
+                     read the prompts; null if nothing came after the first
+"""
+
+import json
+
+from absl import flags, logging
+
+from gemma_jax.data import examples
+from gemma_jax.data.tokenizer import StreamDecoder, Tokenizer
+from launch import app
+
+_MODEL = flags.DEFINE_string(
+  'model',
+  'gemma3_270m',
+  'Base: gemma3_270m, a .gguf file, a Hugging Face folder, or random:VARIANT.',
+)
+_TOKENIZER = flags.DEFINE_string(
+  'tokenizer', '', 'tokenizer.model to use instead of the one of the base.'
+)
+_ADAPTERS = flags.DEFINE_multi_string(
+  'adapter',
+  [],
+  'PEFT folder; may be repeated. `base` names the base itself, which several '
+  'adapters are always compared with.',
+)
+_PROMPTS = flags.DEFINE_multi_string(
+  'prompt', [], 'What to answer or continue; may be repeated.'
+)
+_TOKENS = flags.DEFINE_multi_string(
+  'tokens',
+  [],
+  'Ids in place of a prompt, taken as they are (no BOS is added): 2,5,7; may '
+  'be repeated.',
+)
+_TEMPLATE = flags.DEFINE_string(
+  'template',
+  'dolly',
+  'Text around each prompt, as in training: dolly, chat, plain (none), korean, '
+  'en_ko or ko_en.',
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  'max_new_tokens', 128, 'Longest continuation.'
+)
+_TEMPERATURE = flags.DEFINE_float(
+  'temperature', 0.0, '0 is greedy; larger is more random.'
+)
+_TOP_K = flags.DEFINE_integer(
+  'top_k', 0, 'Draw from the k most likely tokens; 0 is all.'
+)
+_TOP_P = flags.DEFINE_float(
+  'top_p',
+  1.0,
+  'Draw from the most likely tokens whose probabilities reach p together.',
+)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
+_STREAM = flags.DEFINE_bool(
+  'stream', False, 'Print text as it comes, one prompt after the other.'
+)
+_FORMAT = flags.DEFINE_enum(
+  'format', 'text', ['text', 'json'], 'Of the output.'
+)
+_WEIGHTS = flags.DEFINE_enum(
+  'weights',
+  'auto',
+  ['auto', 'float32', 'bfloat16'],
+  'Of the base in memory; auto is as in its file (dequantized: float32).',
+)
+_COMPILATION_CACHE = flags.DEFINE_string(
+  'compilation_cache', '', 'Folder of compiled programs; off keeps none.'
+)
+
+
+def main() -> int:
+  """Runs the command."""
+  from gemma_jax import adapters, sample
+  from gemma_jax.choice import SamplingConfig
+  from gemma_jax.formats import source as source_lib
+
+  sampling = SamplingConfig(
+    max_new_tokens=_MAX_NEW_TOKENS.value,
+    temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+    seed=_SEED.value,
+  )
+  sampling.check()
+  if _STREAM.value and _FORMAT.value == 'json':
+    app.fail('--stream: got --format=json, expected --format=text')
+  app.set_compilation_cache(_COMPILATION_CACHE.value)
+
+  # All that can be wrong is found before the weights are read.
+  source = source_lib.open_base(_MODEL.value, _TOKENIZER.value)
+  tokenizer = source.tokenizer()
+  prompts = [*_PROMPTS.value, *map(_parse_ids, _TOKENS.value)]
+  if not prompts:
+    app.fail('--prompt: missing, expected --prompt=TEXT or --tokens=2,5,7')
+  rows = [_row(prompt, tokenizer) for prompt in prompts]
+  sample.check_prompts(rows, sampling.max_new_tokens, source.config)
+  names = _ADAPTERS.value or [adapters.BASE]
+  if len(names) > 1 and adapters.BASE not in names:
+    names = [adapters.BASE, *names]
+  folders = [name for name in names if name != adapters.BASE]
+  loaded = adapters.load_adapters(folders, source.config)
+  by_name = {adapter.name: adapter for adapter in loaded}
+
+  params = source.load_params(_WEIGHTS.value)
+  sampler = sample.Sampler(source.config, tokenizer)
+
+  def generate(name, indices, on_tokens=None):
+    generation = sampler.generate(
+      by_name[name].variables(params),
+      [rows[i] for i in indices],
+      sampling,
+      on_tokens,
+      row_ids=indices,
+    )
+    speed = generation.tokens_per_second
+    if speed is not None:
+      logging.info('%s: %.1f tokens/s', name, speed)
+    return generation
+
+  everything = range(len(rows))
+  if _FORMAT.value == 'json':
+    for name in names:
+      _print_json(name, prompts, generate(name, everything), tokenizer)
+    return 0
+  label = len(names) * len(rows) > 1
+  made = {}
+  if not _STREAM.value:
+    made = {name: generate(name, everything) for name in names}
+  for i, prompt in enumerate(prompts):
+    if label:
+      print(f'>>> {prompt}\n')
+    for name in names:
+      if label:
+        print(f'[{name}]')
+      show = _Printer(tokenizer)
+      if made:
+        show(0, made[name].tokens[i])
+      else:
+        generate(name, [i], show)
+      show.end()
+      if label:
+        print(flush=True)
+  return 0
+
+
+class _Printer:
+  """Prints new tokens as text; as ids where there is no tokenizer."""
+
+  def __init__(self, tokenizer):
+    self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
+
+  def __call__(self, row: int, ids: list[int]):
+    del row
+    if self._decoder is None:
+      text = ''.join(f'{i} ' for i in ids)
+    else:
+      text = self._decoder.push(ids)
+    print(text, end='', flush=True)
+
+  def end(self):
+    """What is left of a character, and the end of the line."""
+    print('' if self._decoder is None else self._decoder.flush(), flush=True)
+
+
+def _print_json(name, prompts, generation, tokenizer):
+  for prompt, ids in zip(prompts, generation.tokens, strict=True):
+    line = {
+      'adapter': name,
+      'prompt': prompt,
+      'text': None if tokenizer is None else tokenizer.decode(ids),
+      'tokens': ids,
+      'tokens_per_second': generation.tokens_per_second,
+    }
+    print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def _parse_ids(text: str) -> list[int]:
+  try:
+    return [int(part) for part in text.split(',')]
+  except ValueError:
+    raise ValueError(
+      f'--tokens: got {text!r}, expected ids with commas between them: 2,5,7.'
+    ) from None
+
+
+def _row(prompt: str | list[int], tokenizer: Tokenizer | None) -> list[int]:
+  if isinstance(prompt, list):
+    return prompt
+  if tokenizer is None:
+    raise ValueError(
+      f'--prompt: {_MODEL.value} has no tokenizer, expected one; set '
+      '--tokenizer=PATH, or give ids with --tokens.'
+    )
+  return examples.prompt_tokens(tokenizer, _TEMPLATE.value, prompt)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,108 @@
+"""Trains the quickstart's adapter and shows what it changed.
+
+  bash launch/quickstart.sh
+
+Prints the parameter table, the base's and the adapted answer to one question
+(greedy), and the held-out loss before and after. The last line is the result of
+launch.train with `answer_base`, `answer_adapted` and `difference_interval`, the
+paired 95 % interval of the held-out difference (adapted minus base, nats per
+token, bootstrap over records).
+"""
+
+import json
+import textwrap
+
+from absl import flags, logging
+from ml_collections import config_flags
+import numpy as np
+
+from launch import app
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', 'experiments/quickstart.py', 'Experiment file with get_config().'
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', 'runs/quickstart', 'Folder for checkpoints, adapters and metrics.'
+)
+_PROMPT = flags.DEFINE_string(
+  'prompt', 'What should I do on a trip to Seoul?', 'Asked before and after.'
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  'max_new_tokens', 120, 'Longest answer, in tokens.'
+)
+
+
+def main() -> int:
+  """Runs the command."""
+  from gemma_jax import summary, train
+  from gemma_jax.formats import source as source_lib
+
+  config = _CONFIG.value.resolve()
+  app.set_compilation_cache(config.compilation_cache)
+  source = source_lib.open_base(config.model.path, config.model.tokenizer)
+  print(summary.summarize(config, source.config, source.stored_dtype).table())
+  print(flush=True)
+  try:
+    result = train.train(config, _WORKDIR.value, app.stop_on_signal())
+  except train.Stopped:
+    logging.warning('Run the same command again to resume.')
+    return app.EXIT_RESUMABLE
+
+  answers = _answers(config, source, result['adapter'])
+  low, high = _interval(_WORKDIR.value, result['steps'])
+  for name, answer in zip(('base', 'adapted'), answers, strict=True):
+    print(f'{name}: {_PROMPT.value}')
+    print(textwrap.indent(textwrap.fill(answer.strip(), 76), '  ') + '\n')
+  base, adapted = result['loss_base'], result['loss_adapted']
+  print(
+    f'held-out loss, nats per token: {base:.4f} before, {adapted:.4f} after '
+    f'({100 * (adapted / base - 1):+.1f} %); 95 % interval of the difference '
+    f'[{low:.4f}, {high:.4f}]'
+  )
+  result |= {
+    'answer_base': answers[0],
+    'answer_adapted': answers[1],
+    'difference_interval': [low, high],
+  }
+  print(json.dumps(result, ensure_ascii=False))
+  return 0
+
+
+def _answers(config, source, adapter: str) -> list[str]:
+  """Greedy answers of the base and of the adapter, by one compilation."""
+  from gemma_jax import adapters, sample
+  from gemma_jax.choice import SamplingConfig
+  from gemma_jax.data import examples
+
+  tokenizer = source.tokenizer()
+  prompt = examples.prompt_tokens(
+    tokenizer, config.data.template, _PROMPT.value
+  )
+  params = source.load_params(config.model.dtype)
+  sampler = sample.Sampler(
+    source.config,
+    num_pieces=tokenizer.vocab_size,
+    stop_ids=sample.stop_ids(tokenizer),
+  )
+  greedy = SamplingConfig(max_new_tokens=_MAX_NEW_TOKENS.value, temperature=0.0)
+  texts = []
+  for each in adapters.load_adapters([adapter], source.config):
+    made = sampler.generate(each.variables(params), [prompt], greedy)
+    texts.append(tokenizer.decode(made.tokens[0]))
+  return texts
+
+
+def _interval(workdir: str, step: int) -> tuple[float, float]:
+  """Of the paired difference between the first and the last evaluation."""
+  from gemma_jax import evaluate
+  from gemma_jax import workdir as workdir_lib
+
+  base, adapted = (workdir_lib.read_heldout(workdir, s) for s in (0, step))
+  column = lambda rows, name: np.array([row[name] for row in rows])
+  return evaluate.paired_interval(
+    column(adapted, 'nll') - column(base, 'nll'), column(base, 'tokens')
+  )
+
+
+if __name__ == '__main__':
+  app.run(main)

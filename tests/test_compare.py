@@ -1,0 +1,69 @@
+"""Base and adapters on the same records, from one compilation."""
+
+import numpy as np
+import pytest
+
+from gemma_jax import compare, train
+from gemma_jax import run as run_lib
+from tests import run_toy
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  """(config, result) of a run whose held-out records are a file."""
+  folder = tmp_path_factory.mktemp('run')
+  config = run_toy.config(run_toy.write_records(folder))
+  held = folder / 'held'
+  held.mkdir()
+  config.data.eval_path = run_toy.write_records(held, 9)
+  return config, train.train(config.resolve(), str(folder / 'workdir'))
+
+
+def evaluate(config, names):
+  config = run_toy.config(config.data.eval_path).resolve()
+  return list(compare.evaluate_adapters(config, names))
+
+
+def test_gives_the_losses_of_training(trained):
+  config, result = trained
+  base, adapted = evaluate(config, ['base', result['adapter']])
+  np.testing.assert_allclose(
+    base[2].nll_per_token, result['loss_base'], rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    adapted[2].nll_per_token, result['loss_adapted'], rtol=1e-6
+  )
+  assert len(base[2].nll) == 9
+
+
+def test_a_second_adapter_costs_no_compilation(trained, monkeypatch):
+  config, result = trained
+  traces = []
+  original = run_lib.Transformer.__call__
+
+  def counting(self, *arguments, **options):
+    traces.append(1)
+    return original(self, *arguments, **options)
+
+  monkeypatch.setattr(run_lib.Transformer, '__call__', counting)
+  evaluate(config, ['base'])
+  alone = len(traces)
+  traces.clear()
+  evaluate(config, ['base', result['adapter']])
+  assert len(traces) == alone
+
+
+def test_packing_does_not_change_a_record(trained):
+  config, _ = trained
+  packed = evaluate(config, ['base'])[0][2]
+  config = run_toy.config(config.data.eval_path)
+  config.data.packing = False
+  ((_, _, padded),) = compare.evaluate_adapters(config.resolve(), ['base'])
+  np.testing.assert_allclose(packed.nll, padded.nll, rtol=1e-5)
+  np.testing.assert_array_equal(packed.tokens, padded.tokens)
+
+
+def test_an_adapter_that_is_not_there(trained):
+  config, _ = trained
+  with pytest.raises(ValueError, match='nowhere'):
+    evaluate(config, ['nowhere'])

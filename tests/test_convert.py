@@ -1,0 +1,262 @@
+import dataclasses
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from gemma_jax import convert, pytree
+from gemma_jax import lora as lora_lib
+from gemma_jax.config import LoraConfig
+from gemma_jax.formats import adapter as adapter_lib
+from gemma_jax.formats import hf_writer, peft, source
+from gemma_jax.formats.base import StoredTensor
+from tests import hf_toy, logits_toy, peft_toy, toy
+
+TOKENS = np.random.default_rng(1).integers(4, 250, (2, 13))
+
+
+def write_adapter(path, model, size=0.2, **kwargs):
+  base = source.open_base(model)
+  config = LoraConfig(rank=3, alpha=6.0, **kwargs)
+  factors = jax.tree.map(
+    lambda x: x * np.float32(size), peft_toy.make_lora(base.config, config)
+  )
+  peft.write_adapter(path, factors, config, model)
+  return config, factors
+
+
+def model_logits(reference, lora=None):
+  base = source.open_base(str(reference))
+  return logits_toy.logits(base.config, base.load_params(), TOKENS, lora)
+
+
+@pytest.mark.parametrize('to', ['hf', 'flax'])
+@pytest.mark.parametrize('variant', ['tiny', 'tiny2', 'tiny3'])
+def test_converted_base_is_bit_equal(to, variant, tmp_path):
+  reference = f'random:{variant}'
+  result = convert.convert(reference, str(tmp_path / 'out'), to)
+  again = source.open_base(str(tmp_path / 'out'))
+  base = source.open_base(reference)
+  assert again.config == base.config
+  hf_toy.assert_trees_equal(again.load_params(), base.load_params())
+  assert result['largest_logit_difference'] == 0.0
+  assert result['parameters'] == pytree.num_params(base.load_params())
+  assert result['files'] == sorted(
+    str(p.relative_to(tmp_path / 'out'))
+    for p in (tmp_path / 'out').rglob('*')
+    if p.is_file()
+  )
+  assert [p.name for p in tmp_path.iterdir()] == ['out']
+
+
+@pytest.mark.parametrize('family', hf_toy.FAMILIES)
+def test_there_and_back_through_both_formats(family, tmp_path):
+  """transformers' folder → Flax → HF: settings that no shape tells survive."""
+  start = hf_toy.PARITY / family
+  convert.convert(str(start), str(tmp_path / 'flax'), 'flax')
+  convert.convert(str(tmp_path / 'flax'), str(tmp_path / 'hf'), 'hf')
+  first, last = source.open_base(str(start)), source.open_base(
+    str(tmp_path / 'hf')
+  )  # fmt: skip
+  assert first.config == last.config
+  hf_toy.assert_trees_equal(last.load_params(), first.load_params())
+
+
+@pytest.mark.parametrize('to', ['hf', 'flax'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_merged_model_computes_what_the_adapter_does(to, dtype, tmp_path):
+  config, factors = write_adapter(tmp_path / 'a', 'random:tiny3', targets='all')
+  result = convert.convert(
+    'random:tiny3', str(tmp_path / 'm'), to, str(tmp_path / 'a'), dtype
+  )
+  lora = lora_lib.effective(factors, np.float32(config.scale))
+  want = model_logits('random:tiny3', lora)
+  got = model_logits(tmp_path / 'm')
+  base = model_logits('random:tiny3')
+  toy.assert_close(got, want, 1e-4 if dtype == 'float32' else 0.1)
+  assert np.abs(want - base).max() > 1
+  assert 0 < result['largest_logit_difference'] < 0.1
+  record = json.loads((tmp_path / 'm' / 'conversion.json').read_text())
+  assert (
+    record['largest_logit_difference'] == (result['largest_logit_difference'])
+  )
+  assert record['adapter'] == str(tmp_path / 'a')
+  assert record['dtype'] == dtype
+  assert record['base_fingerprint'] == (
+    source.open_base('random:tiny3').fingerprint()
+  )
+
+
+def test_trained_base_leaves_are_merged(tmp_path):
+  base = source.open_base('random:tiny')
+  config = LoraConfig(rank=3, alpha=6.0, targets='q')
+  factors = peft_toy.make_lora(base.config, config)
+  shape = base.load_params()['layers']['attn']['v']['w'].shape
+  trained = np.random.default_rng(5).standard_normal(shape, np.float32)
+  peft.write_adapter(
+    tmp_path / 'a', factors, config, 'b',
+    {'layers': {'attn': {'v': {'w': trained}}}},
+  )  # fmt: skip
+  convert.convert('random:tiny', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'))
+  got = source.open_base(str(tmp_path / 'm')).load_params()
+  np.testing.assert_array_equal(got['layers']['attn']['v']['w'], trained)
+
+
+def test_keras_factors_become_a_peft_folder(tmp_path):
+  """Also without a PEFT folder to begin with; here from one of ranks N r."""
+  write_adapter(tmp_path / 'a', 'random:tiny2', factorization='keras')
+  result = convert.convert(
+    'random:tiny2', str(tmp_path / 'b'), 'peft', str(tmp_path / 'a')
+  )
+  config = source.open_base('random:tiny2').config
+  _, want, _ = adapter_lib.read_adapter(tmp_path / 'a', config)
+  _, got, _ = adapter_lib.read_adapter(tmp_path / 'b', config)
+  hf_toy.assert_trees_equal(got, want)
+  assert result['parameters'] == pytree.num_params(want)
+  assert result['largest_logit_difference'] == 0.0
+  assert (tmp_path / 'b' / 'conversion.json').is_file()
+
+
+def test_adapter_that_changes_nothing_is_refused(tmp_path):
+  base = source.open_base('random:tiny')
+  config = LoraConfig(rank=3)
+  factors = lora_lib.init(jax.random.key(0), base.config, config)
+  peft.write_adapter(tmp_path / 'a', factors, config, 'b')
+  with pytest.raises(ValueError, match='changes nothing'):
+    convert.convert(
+      'random:tiny', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a')
+    )
+  assert not (tmp_path / 'm').exists()
+
+
+@pytest.mark.parametrize('verify', [True, False])
+def test_update_that_is_lost_in_rounding_is_refused(verify, tmp_path):
+  """A bfloat16 base and an update far below its last bit."""
+  convert.convert('random:tiny', str(tmp_path / 'b'), 'hf', dtype='bfloat16')
+  write_adapter(tmp_path / 'a', 'random:tiny', size=1e-7)
+  with pytest.raises(ValueError, match='equal the base in bfloat16'):
+    convert.convert(
+      str(tmp_path / 'b'), str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'),
+      verify=verify,
+    )  # fmt: skip
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b']
+
+
+@pytest.mark.parametrize('to', ['hf', 'flax'])
+def test_output_that_computes_something_else_is_refused(
+  to, tmp_path, monkeypatch
+):
+  """A writer that puts one kernel in another's place leaves nothing behind."""
+  writer = convert._write_model
+
+  def wrong(new, base, *rest):
+    tensors = dict(base.tensors)
+    a, b = 'layer_0/mlp/gate/w', 'layer_0/mlp/up/w'
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+    return writer(new, dataclasses.replace(base, tensors=tensors), *rest)
+
+  monkeypatch.setattr(convert, '_write_model', wrong)
+  for dtype in ('float32', 'bfloat16'):
+    with pytest.raises(ValueError, match=r'logits differ .* expected at most'):
+      convert.convert('random:tiny', str(tmp_path / 'm'), to, dtype=dtype)
+  assert not list(tmp_path.iterdir())
+
+
+def test_nan_is_not_taken_for_equal(tmp_path, monkeypatch):
+  base = logits_toy.source_of(source.open_base('random:tiny').config)
+  bad = StoredTensor(
+    'x', (34,), lambda i, j: np.full(j - i, np.nan, np.float32)
+  )
+  broken = dataclasses.replace(
+    base, tensors={**base.tensors, 'final_norm/scale': bad}
+  )
+  real = source.open_base
+  monkeypatch.setattr(
+    source, 'open_base', lambda r, t='': broken if r == 'toy' else real(r, t)
+  )
+  with pytest.raises(ValueError, match='logits differ'):
+    convert.convert('toy', str(tmp_path / 'm'), 'hf')
+
+
+def test_rows_of_the_flax_release(tmp_path):
+  config = dataclasses.replace(
+    source.open_base('random:tiny').config,
+    vocab_size=256_000,
+    embed_dim=6,
+    num_layers=1,
+  )
+  hf = tmp_path / 'hf'
+  hf.mkdir()
+  toy_base = logits_toy.source_of(config)
+  hf_writer.write_folder(hf, toy_base)
+  convert.convert(str(hf), str(tmp_path / 'flax'), 'flax')
+  padded = source.open_base(str(tmp_path / 'flax'))
+  assert padded.config.vocab_size == 256_128
+  table = np.asarray(padded.load_params()['embedder']['input_embedding'])
+  assert not table[256_000:].any()
+  convert.convert(str(tmp_path / 'flax'), str(tmp_path / 'back'), 'hf')
+  back = source.open_base(str(tmp_path / 'back'))
+  assert back.config == config
+  hf_toy.assert_trees_equal(back.load_params(), toy_base.load_params())
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'message'),
+  [
+    ({'to': 'onnx'}, "to: got 'onnx', expected one of hf, flax, peft"),
+    ({'to': 'peft'}, 'adapter: missing'),
+    ({'to': 'peft', 'adapter': 'a', 'dtype': 'bfloat16'}, 'dtype: got'),
+    ({'to': 'hf', 'adapter': 'nowhere'}, 'neither a file nor a folder'),
+    ({'to': 'hf', 'dtype': 'float16'}, 'dtype: got float16'),
+    ({'to': 'hf', 'model': 'random:none'}, 'variant: got'),
+  ],
+)
+def test_arguments_that_do_not_fit(kwargs, message, tmp_path):
+  kwargs = {'model': 'random:tiny', 'output': str(tmp_path / 'm'), **kwargs}
+  with pytest.raises(ValueError, match=message):
+    convert.convert(**kwargs)
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_not_replaced(tmp_path):
+  (tmp_path / 'mine').write_text('text')
+  for output in (tmp_path, tmp_path / 'mine'):
+    with pytest.raises(ValueError, match='is there already'):
+      convert.convert('random:tiny', str(output), 'hf')
+  assert (tmp_path / 'mine').read_text() == 'text'
+
+
+def test_command(tmp_path):
+  command = [
+    sys.executable, '-m', 'launch.convert', '--model=random:tiny', '--to=hf',
+    f'--output={tmp_path / "m"}', '--dtype=bfloat16', '--max_shard_bytes=30000',
+  ]  # fmt: skip
+  done = subprocess.run(
+    command,
+    capture_output=True,
+    text=True,
+    cwd=Path(__file__).parent.parent,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    check=True,
+  )
+  (line,) = done.stdout.splitlines()
+  result = json.loads(line)
+  assert result['dtype'] == 'bfloat16'
+  assert sum(f.endswith('.safetensors') for f in result['files']) > 1
+  assert 0 < result['largest_logit_difference'] < 0.1
+  again = subprocess.run(
+    command,
+    capture_output=True,
+    text=True,
+    cwd=Path(__file__).parent.parent,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    check=False,
+  )
+  assert again.returncode == 1
+  (line,) = again.stderr.splitlines()
+  assert line.startswith('error: output:')

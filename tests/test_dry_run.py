@@ -1,0 +1,42 @@
+"""A dry run shows what a run would do, and leaves nothing behind."""
+
+import pytest
+
+from gemma_jax import dry_run, train
+from tests import run_toy
+
+
+@pytest.fixture(scope='module')
+def records(tmp_path_factory):
+  return run_toy.write_records(tmp_path_factory.mktemp('records'))
+
+
+def test_shows_parameters_memory_and_the_first_batch(records, tmp_path):
+  workdir = tmp_path / 'run'
+  text = dry_run.dry_run(run_toy.config(records).resolve(), str(workdir))
+  assert 'lora/layers/mlp/gate/lora_a' in text
+  assert 'the run would start at step 0' in text
+  assert 'temporaries (activations, gradients)' in text
+  assert '<bos>Instruction:\nWhere is' in text
+  assert 'Response:\n[[Past the ' in text
+  assert '.<eos>]]' in text
+  assert not workdir.exists()
+
+
+def test_reads_the_checkpoint_that_is_there(records, tmp_path):
+  config = run_toy.config(records).resolve()
+  asked = iter(range(6))
+  with pytest.raises(train.Stopped):
+    train.train(config, str(tmp_path), lambda: next(asked, None) is None)
+  before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file()}
+  text = dry_run.dry_run(config, str(tmp_path))
+  after = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file()}
+  assert 'the run would resume at step' in text
+  assert after == before
+
+
+def test_refuses_what_the_run_would_refuse(records, tmp_path):
+  config = run_toy.config(records)
+  config.data.seq_len = 5000
+  with pytest.raises(ValueError, match=r'data\.seq_len: got 5000'):
+    dry_run.dry_run(config.resolve(), str(tmp_path))

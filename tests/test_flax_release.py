@@ -1,0 +1,317 @@
+import dataclasses
+import json
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from gemma_jax import layout, pytree, variants
+from gemma_jax.formats import flax_config, flax_release, source
+from tests import hf_toy, logits_toy
+
+# 7B's layout: as many kv heads as query heads, hence qkv_einsum.
+MHA = dataclasses.replace(variants.TINY, num_kv_heads=4, max_positions=8192)
+
+
+def release_tree(config, params):
+  """The release's arrays of an unrolled tree, spelt out here."""
+  p = {name: np.asarray(x) for name, x in pytree.items(params)}
+  gemma3 = config.use_qk_norm
+  tree = {
+    'transformer/embedder': {'input_embedding': p['embedder/input_embedding']},
+    'transformer/final_norm': {'scale': p['final_norm/scale']},
+  }
+  for i in range(config.num_layers):
+    get = lambda name, i=i: p[f'layer_{i}/{name}']
+    stem = f'transformer/layer_{i}'
+    q, k, v = (get(f'attn/{n}/w') for n in 'qkv')
+    if config.num_heads == config.num_kv_heads:
+      tree[f'{stem}/attn/qkv_einsum'] = {'w': np.stack([q, k, v])}
+    else:
+      tree[f'{stem}/attn/q_einsum'] = {'w': q}
+      tree[f'{stem}/attn/kv_einsum'] = {'w': np.stack([k, v])}
+    tree[f'{stem}/attn/attn_vec_einsum'] = {'w': get('attn/o/w')}
+    gating = np.stack([get('mlp/gate/w'), get('mlp/up/w')])
+    if gemma3:
+      gating = np.ascontiguousarray(gating.swapaxes(1, 2))
+      for n in 'qk':
+        norm = 'query' if n == 'q' else 'key'
+        tree[f'{stem}/attn/_{norm}_norm'] = {
+          'scale': get(f'attn/{n}_norm/scale')
+        }
+    tree[f'{stem}/mlp/gating_einsum'] = {'w': gating}
+    tree[f'{stem}/mlp/linear'] = {'w': get('mlp/down/w')}
+    norms = ['pre_attention_norm', 'pre_ffw_norm']
+    if config.use_post_norms:
+      norms += ['post_attention_norm', 'post_ffw_norm']
+    for norm in norms:
+      tree[f'{stem}/{norm}'] = {'scale': get(f'{norm}/scale')}
+  return tree
+
+
+def nest(tree):
+  return pytree.unflatten(
+    {
+      f'{module}/{n}': x
+      for module, part in tree.items()
+      for n, x in part.items()
+    }
+  )
+
+
+def save(folder, tree, **kwargs):
+  handler = ocp.PyTreeCheckpointHandler(**kwargs)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))
+  return folder
+
+
+def open_folder(path):
+  return flax_release.open_folder(path, str(path))
+
+
+def params_of(config, dtype='float32', scan_layers=True):
+  return logits_toy.source_of(config).load_params(dtype, scan_layers)
+
+
+CONFIGS = {
+  'gemma1': variants.TINY,
+  'gemma1 7b': MHA,
+  'gemma2': variants.TINY2,
+  'gemma3': variants.TINY3,
+}
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('nested', [False, True])
+@pytest.mark.parametrize('name', CONFIGS)
+def test_release_is_read(name, nested, dtype, tmp_path):
+  config = CONFIGS[name]
+  tree = release_tree(config, params_of(config, dtype, scan_layers=False))
+  save(tmp_path / '2b', nest(tree) if nested else tree)
+  for folder in (tmp_path, tmp_path / '2b'):
+    base = open_folder(folder)
+    assert base.config == config
+    assert base.stored_dtype == (
+      ml_dtypes.bfloat16 if dtype == 'bfloat16' else np.float32
+    )
+    hf_toy.assert_trees_equal(base.load_params(), params_of(config, dtype))
+
+
+@pytest.mark.parametrize(
+  'kwargs',
+  [{'use_ocdbt': False}, {'use_zarr3': True}, {'use_compression': False}],
+)
+def test_all_forms_of_orbax_are_read(kwargs, tmp_path):
+  tree = release_tree(
+    variants.TINY2, params_of(variants.TINY2, scan_layers=False)
+  )
+  for nested in (False, True):
+    folder = tmp_path / str(nested) / 'x'
+    save(folder, nest(tree) if nested else tree, **kwargs)
+    hf_toy.assert_trees_equal(
+      open_folder(folder).load_params(), params_of(variants.TINY2)
+    )
+
+
+def test_mlp_without_a_w_and_a_params_level_are_read(tmp_path):
+  """As the library's own modules name them."""
+  tree = nest(
+    release_tree(variants.TINY, params_of(variants.TINY, scan_layers=False))
+  )
+  for i in range(variants.TINY.num_layers):
+    mlp = tree['transformer'][f'layer_{i}']['mlp']
+    tree['transformer'][f'layer_{i}']['mlp'] = {
+      k: x['w'] for k, x in mlp.items()
+    }
+  save(tmp_path / 'x', {'params': tree['transformer']})
+  hf_toy.assert_trees_equal(
+    open_folder(tmp_path / 'x').load_params(), params_of(variants.TINY)
+  )
+
+
+def test_vision_is_passed_over(tmp_path):
+  tree = release_tree(
+    variants.TINY3, params_of(variants.TINY3, scan_layers=False)
+  )
+  tree['transformer/embedder']['mm_soft_embedding_norm'] = np.ones(5)
+  tree['vision_encoder/siglip'] = {'w': np.ones((5, 7), np.float32)}
+  save(tmp_path / 'x', tree)
+  hf_toy.assert_trees_equal(
+    open_folder(tmp_path / 'x').load_params(), params_of(variants.TINY3)
+  )
+
+
+@pytest.mark.parametrize('nested', [False, True])
+@pytest.mark.parametrize('name', CONFIGS)
+def test_what_is_written_is_the_release(name, nested, tmp_path):
+  """Orbax itself restores the names and bits that the release would have."""
+  config = CONFIGS[name]
+  flax_release.write_folder(
+    tmp_path, logits_toy.source_of(config), 'bfloat16', nested
+  )
+  got = ocp.PyTreeCheckpointer().restore(tmp_path / flax_release.FOLDER_NAME)
+  want = release_tree(config, params_of(config, 'bfloat16', scan_layers=False))
+  hf_toy.assert_trees_equal(got, nest(want) if nested else want)
+  if not nested:
+    assert got.keys() == want.keys()
+  base = open_folder(tmp_path)
+  assert base.config == config
+  hf_toy.assert_trees_equal(base.load_params(), params_of(config, 'bfloat16'))
+
+
+@pytest.mark.parametrize(
+  'name', ['gemma_2b', 'gemma_7b', 'gemma2_2b', 'gemma3_270m', 'gemma3_1b']
+)
+def test_variant_is_recognised_by_the_shapes(name, tmp_path):
+  """From the shapes alone, with the 256128 rows of the release."""
+  config = flax_release.exported_config(variants.get(name))
+  rows = 262_144 if name.startswith('gemma3') else 256_128
+  assert config.vocab_size == rows
+  fused = config.num_heads == config.num_kv_heads
+  places = flax_release.make_places(config, fused, config.use_qk_norm)
+  shapes = {place.name: place.shape for place in places.values()}
+  if name == 'gemma_2b':
+    assert shapes['layer_17/attn/q_einsum/w'] == (8, 2048, 256)
+    assert shapes['layer_17/attn/kv_einsum/w'] == (2, 1, 2048, 256)
+    assert shapes['layer_17/attn/attn_vec_einsum/w'] == (8, 256, 2048)
+    assert shapes['layer_17/mlp/gating_einsum/w'] == (2, 2048, 16384)
+    assert shapes['layer_17/mlp/linear/w'] == (16384, 2048)
+  if name == 'gemma_7b':
+    assert shapes['layer_27/attn/qkv_einsum/w'] == (3, 16, 3072, 256)
+  if name == 'gemma3_1b':
+    assert shapes['layer_25/mlp/gating_einsum/w'] == (2, 6912, 1152)
+  assert flax_config.model_config(shapes, tmp_path / 'x') == config
+
+
+def test_other_sizes_take_what_their_family_shares(tmp_path):
+  def settings(config, num_layers):
+    config = dataclasses.replace(
+      config, num_layers=num_layers, layer_is_local=None
+    )
+    places = flax_release.make_places(config, False, config.use_qk_norm)
+    shapes = {p.name: p.shape for p in places.values()}
+    return flax_config.model_config(shapes, tmp_path / 'x')
+
+  gemma2 = settings(variants.TINY2, 42)
+  assert gemma2.layer_is_local == variants.alternating(42, 1)
+  assert (gemma2.window_size, gemma2.query_scale) == (4096, None)
+  assert (gemma2.attention_softcap, gemma2.final_softcap) == (50.0, 30.0)
+  assert settings(variants.TINY2, 46).query_scale == (34 / 4) ** -0.5
+  gemma3 = settings(variants.TINY3, 34)
+  assert gemma3.layer_is_local == variants.alternating(34, 5)
+  assert (gemma3.window_size, gemma3.rope_scale) == (1024, 8.0)
+  assert (gemma3.rope_theta, gemma3.rope_local_theta) == (1e6, 1e4)
+  assert gemma3.max_positions == 131_072
+  assert settings(variants.TINY, 7).layer_is_local is None
+
+
+def test_tokenizer_stands_beside_or_within(tmp_path):
+  config = dataclasses.replace(variants.TINY, vocab_size=307)
+  tree = release_tree(config, params_of(config, scan_layers=False))
+  save(tmp_path / '2b', tree)
+  assert open_folder(tmp_path).tokenizer() is None
+  proto = logits_toy.tokenizer_proto()
+  (tmp_path / 'tokenizer.model').write_bytes(proto)
+  base = source.open_base(str(tmp_path))
+  assert base.tokenizer().model_proto == proto
+  assert source.open_base(str(tmp_path / '2b')).tokenizer().model_proto == proto
+  out = tmp_path / 'out'
+  out.mkdir()
+  flax_release.write_folder(out, base)
+  assert (out / 'tokenizer.model').read_bytes() == proto
+
+
+def test_one_model_among_several_is_not_guessed(tmp_path):
+  tree = release_tree(
+    variants.TINY, params_of(variants.TINY, scan_layers=False)
+  )
+  save(tmp_path / '2b', tree)
+  save(tmp_path / '2b-it', tree)
+  with pytest.raises(ValueError, match=r'several models in it \(2b, 2b-it\)'):
+    source.open_base(str(tmp_path))
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(ValueError, match=r'without config\.json or Orbax'):
+    source.open_base(str(tmp_path / 'empty'))
+
+
+GATE = 'transformer/layer_1/mlp/gating_einsum'
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda t: t.pop(GATE), 'layer_1/mlp/gating_einsum/w is missing'),
+    (lambda t: t.update(other={'w': np.ones(3)}), 'other/w is unexpected'),
+    (
+      lambda t: t[GATE].update(w=t[GATE]['w'][:, :31]),
+      r'gating_einsum/w has shape \[2, 31, 46\], expected \[2, 34, 46\]',
+    ),
+    (
+      lambda t: t[GATE].update(w=t[GATE]['w'].astype(np.float16)),
+      'gating_einsum/w has dtype float16',
+    ),
+    (
+      lambda t: t.pop('transformer/embedder'),
+      'embedder/input_embedding is missing',
+    ),
+    (
+      lambda t: t.update({'transformer/layer_77777777/x': {'w': np.ones(3)}}),
+      'got 77777778 layers',
+    ),
+  ],
+)
+def test_arrays_are_exactly_those_expected(change, message, tmp_path):
+  tree = release_tree(
+    variants.TINY, params_of(variants.TINY, scan_layers=False)
+  )
+  change(tree)
+  save(tmp_path / 'bad', tree)
+  with pytest.raises(ValueError, match=message) as e:
+    open_folder(tmp_path / 'bad')
+  assert str(tmp_path / 'bad') in str(e.value)
+  assert '\n' not in str(e.value)
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+  (tmp_path / 'm').mkdir()
+  flax_release.write_folder(tmp_path / 'm', logits_toy.source_of(variants.TINY))
+  data = max(
+    (p for p in (tmp_path / 'm').rglob('*') if p.is_file()),
+    key=lambda p: p.stat().st_size,
+  )
+  whole = data.read_bytes()
+  for content in (whole[: len(whole) // 2], None):
+    data.unlink() if content is None else data.write_bytes(content)
+    with pytest.raises(
+      ValueError, match=r'm/params: .*(damaged|no whole)'
+    ) as e:
+      open_folder(tmp_path / 'm').load_params()
+    assert '\n' not in str(e.value)
+
+
+def test_record_of_a_conversion_must_be_an_architecture(tmp_path):
+  (tmp_path / 'm').mkdir()
+  flax_release.write_folder(tmp_path / 'm', logits_toy.source_of(variants.TINY))
+  record = tmp_path / 'm' / flax_config.RECORD_NAME
+  config = dataclasses.replace(variants.TINY, rope_theta=9973.0)
+  record.write_text(json.dumps({'model_config': flax_config.to_record(config)}))
+  assert open_folder(tmp_path / 'm').config == config
+  for text in ('{', '[]', '{"model_config": {"vocab_size": 3}}'):
+    record.write_text(text)
+    with pytest.raises(ValueError, match=r'conversion\.json: model_config'):
+      open_folder(tmp_path / 'm')
+
+
+def test_layers_of_the_tree_are_complete():
+  """Every leaf has a place, and every place's array is filled by its leaves."""
+  for config in CONFIGS.values():
+    fused = config.num_heads == config.num_kv_heads
+    places = flax_release.make_places(config, fused, config.use_qk_norm)
+    assert places.keys() == layout.param_axes(config, False).keys()
+    size = lambda s: int(np.prod(s))
+    arrays = {p.name: p.shape for p in places.values()}
+    assert sum(map(size, arrays.values())) == pytree.num_params(
+      layout.abstract_params(config)
+    )

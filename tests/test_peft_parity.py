@@ -1,0 +1,97 @@
+"""Adapters that we write, as PEFT itself applies them on transformers."""
+
+import jax
+import numpy as np
+import pytest
+
+from gemma_jax import lora as lora_lib
+from gemma_jax.config import LoraConfig
+from gemma_jax.formats import peft, source
+from tests import hf_toy, logits_toy, peft_toy, toy
+
+torch = pytest.importorskip('torch')
+peft_package = pytest.importorskip('peft')
+transformers = pytest.importorskip('transformers')
+
+pytestmark = pytest.mark.parity
+
+TOKENS = np.random.default_rng(0).integers(4, 512, (2, 13))
+
+
+def write(folder, family, **kwargs):
+  """Random factors; ranks differ by layer on q, as PEFT's patterns allow."""
+  base = source.open_base(str(hf_toy.PARITY / family))
+  config = LoraConfig(rank=3, alpha=6.0, **kwargs)
+  factors = jax.tree.map(
+    lambda x: x * np.float32(0.1), peft_toy.make_lora(base.config, config)
+  )
+  if config.factorization == 'matrix':
+    q = factors['layers']['attn']['q']
+    q['lora_a'][0, ..., 2:] = q['lora_b'][0, 2:] = 0
+  peft.write_adapter(folder, factors, config, family)
+  return base, config, factors
+
+
+def load(family, folder):
+  base = transformers.AutoModelForCausalLM.from_pretrained(
+    hf_toy.PARITY / family
+  )
+  return peft_package.PeftModel.from_pretrained(base, folder)
+
+
+def torch_logits(model):
+  with torch.no_grad():
+    return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+CASES = pytest.mark.parametrize(
+  ('factorization', 'rule', 'targets'),
+  [
+    ('matrix', 'alpha_over_r', 'qv'),
+    ('matrix', 'alpha_over_sqrt_r', 'all'),
+    ('matrix', 'constant', 'attention'),
+    ('keras', 'alpha_over_r', 'qv'),
+    ('keras', 'alpha_over_sqrt_r', 'all'),
+  ],
+)
+
+
+@CASES
+@pytest.mark.parametrize('family', hf_toy.FAMILIES)
+def test_updates_are_equal(family, factorization, rule, targets, tmp_path):
+  base, config, factors = write(
+    tmp_path / 'a', family, factorization=factorization, scale_rule=rule,
+    targets=targets,
+  )  # fmt: skip
+  model = load(family, tmp_path / 'a')
+  got = {
+    name.removeprefix('base_model.model.'): module.get_delta_weight('default')
+    .detach()
+    .numpy()
+    for name, module in model.named_modules()
+    if hasattr(module, 'get_delta_weight')
+  }
+  want = peft_toy.our_updates(factors, config, base.config)
+  assert got.keys() == want.keys()
+  for name, x in want.items():
+    np.testing.assert_allclose(got[name], x, 1e-5, 1e-5, err_msg=name)
+
+
+@CASES
+@pytest.mark.parametrize('family', hf_toy.FAMILIES)
+def test_logits_are_equal_active_and_merged(
+  family, factorization, rule, targets, tmp_path
+):
+  base, config, factors = write(
+    tmp_path / 'a', family, factorization=factorization, scale_rule=rule,
+    targets=targets,
+  )  # fmt: skip
+  params = base.load_params()
+  lora = lora_lib.effective(factors, np.float32(config.scale))
+  want = logits_toy.logits(base.config, params, TOKENS, lora)
+  plain = logits_toy.logits(base.config, params, TOKENS)
+  assert np.abs(want - plain).max() > 0.01
+  model = load(family, tmp_path / 'a')
+  toy.assert_close(torch_logits(model), want, 1e-4, 'active')
+  merged = model.merge_and_unload()
+  toy.assert_close(torch_logits(merged), want, 1e-4, 'merged')

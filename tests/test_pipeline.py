@@ -1,0 +1,133 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from gemma_jax.data import pipeline
+from gemma_jax.data.examples import make_batch, make_examples
+from gemma_jax.data.row_plan import RowPlan
+
+SEQ_LEN = 23
+RNG = np.random.default_rng(0)
+EXAMPLES = make_examples(
+  [
+    {
+      'tokens': [2, *RNG.integers(4, 997, n - 1).tolist()],
+      'loss_mask': [0, *RNG.integers(0, 2, n - 2).tolist(), 1],
+    }
+    for n in RNG.integers(2, SEQ_LEN, 103)
+  ],
+  None,
+)
+
+
+def make_plan(global_batch_size=6, packing=True):
+  return RowPlan(EXAMPLES.slots, SEQ_LEN, global_batch_size, 7, packing)
+
+
+def train(start_step=0, count=29, **kwargs):
+  batches = pipeline.train_batches(
+    EXAMPLES, make_plan(), start_step=start_step, **kwargs
+  )
+  return list(itertools.islice(batches, count))
+
+
+def assert_equal(a, b):
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.mark.parametrize('packing', [True, False])
+def test_batches_are_the_rows_of_the_plan(packing):
+  plan = make_plan(packing=packing)
+  batches = pipeline.train_batches(EXAMPLES, plan, stop_step=41)
+  steps = []
+  for step, batch in batches:
+    steps.append(step)
+    assert_equal(batch, make_batch(EXAMPLES, plan.rows(step), SEQ_LEN))
+  assert steps == list(range(41))
+  # The last steps are of a later epoch.
+  assert plan.rows_per_epoch(0) < 41 * 6
+
+
+@pytest.mark.parametrize('start_step', [1, 13, 28])
+def test_a_resumed_run_sees_what_an_uninterrupted_one_does(start_step):
+  whole = train()
+  resumed = train(start_step, 29 - start_step)
+  for (step, batch), (again, same) in zip(
+    whole[start_step:], resumed, strict=True
+  ):
+    assert step == again
+    assert_equal(batch, same)
+
+
+@pytest.mark.parametrize('process_count', [2, 3, 6])
+def test_hosts_share_the_batch_of_one_host(process_count):
+  alone = train(5, 7)
+  hosts = [
+    train(5, 7, process_index=i, process_count=process_count)
+    for i in range(process_count)
+  ]
+  for (step, batch), *parts in zip(alone, *hosts, strict=True):
+    assert all(part_step == step for part_step, _ in parts)
+    joined = {
+      name: np.concatenate([part[name] for _, part in parts]) for name in batch
+    }
+    assert_equal(batch, joined)
+
+
+def test_nothing_is_left_of_a_finished_run():
+  assert train(start_step=4, stop_step=4) == []
+  assert [step for step, _ in train(start_step=2, stop_step=4)] == [2, 3]
+
+
+@pytest.mark.parametrize('packing', [True, False])
+@pytest.mark.parametrize('process_count', [1, 5])
+def test_evaluation_sees_every_example_once(packing, process_count):
+  """Sums over slots by example are the examples' own sums."""
+  slots, weights, tokens = np.zeros((3, len(EXAMPLES)))
+  shapes = set()
+  for i in range(process_count):
+    for batch, ids in pipeline.eval_batches(
+      EXAMPLES, SEQ_LEN, 10, packing, i, process_count
+    ):
+      real = ids >= 0
+      np.testing.assert_array_equal(real, batch['segment_ids'] > 0)
+      np.add.at(slots, ids[real], 1)
+      np.add.at(weights, ids[real], batch['weights'][real])
+      np.add.at(tokens, ids[real], batch['targets'][real])
+      shapes |= {array.shape for array in (*batch.values(), ids)}
+  assert shapes == {(10 // process_count, SEQ_LEN)}
+  np.testing.assert_array_equal(slots, EXAMPLES.slots)
+  np.testing.assert_array_equal(weights, [e.loss_mask.sum() for e in EXAMPLES])
+  np.testing.assert_array_equal(tokens, [e.tokens[1:].sum() for e in EXAMPLES])
+
+
+def test_the_last_evaluation_batch_is_filled_with_empty_rows():
+  """As the docstring shows it."""
+  made = make_examples(
+    [{'tokens': list(range(2, 2 + n))} for n in (5, 4, 3)], None
+  )
+  found = list(pipeline.eval_batches(made, 7, 2, packing=False))
+  assert [ids.tolist() for _, ids in found] == [
+    [[0, 0, 0, 0, -1, -1, -1], [1, 1, 1, -1, -1, -1, -1]],
+    [[2, 2, -1, -1, -1, -1, -1], [-1] * 7],
+  ]
+  assert not any(array[1].any() for array in found[1][0].values())
+
+
+def test_evaluation_is_repeatable():
+  first, second = (
+    list(pipeline.eval_batches(EXAMPLES, SEQ_LEN, 4)) for _ in range(2)
+  )
+  for (batch, ids), (same, same_ids) in zip(first, second, strict=True):
+    assert_equal(batch, same)
+    np.testing.assert_array_equal(ids, same_ids)
+
+
+def test_rows_must_divide_among_processes():
+  with pytest.raises(ValueError, match='got 6, expected a multiple of the 4'):
+    train(process_count=4)
+  with pytest.raises(ValueError, match='got 6, expected a multiple of the 4'):
+    pipeline.eval_batches(EXAMPLES, SEQ_LEN, 6, process_count=4)

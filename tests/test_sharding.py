@@ -1,0 +1,178 @@
+"""Where leaves live, and that a mesh changes no result."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+import numpy as np
+import pytest
+
+from gemma_jax import layout, optimizer, pytree, sharding, train_state
+from gemma_jax.config import MeshConfig, OptimizerConfig
+from tests import toy
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
+CUBE = MeshConfig(data=2, fsdp=2, tensor=2)
+CONFIG = toy.DIVISIBLE
+
+
+class TestMesh:
+  def test_axes_are_auto(self):
+    """jax.make_mesh's own default is Explicit, which linen cannot trace."""
+    mesh = sharding.make_mesh(CUBE)
+    assert mesh.axis_names == ('data', 'fsdp', 'tensor')
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+
+  @pytest.mark.parametrize(
+    ('sizes', 'shape'),
+    [
+      ((1, -1, 1), (1, 8, 1)),
+      ((-1, 2, 2), (2, 2, 2)),
+      ((2, 4, -1), (2, 4, 1)),
+      ((8, 1, 1), (8, 1, 1)),
+    ],
+  )
+  def test_minus_one_takes_what_is_left(self, sizes, shape):
+    mesh = sharding.make_mesh(MeshConfig(*sizes))
+    assert tuple(mesh.shape.values()) == shape
+
+  @pytest.mark.parametrize('sizes', [(3, -1, 1), (4, 4, 1), (16, -1, 1)])
+  def test_sizes_that_do_not_fit_are_refused(self, sizes):
+    with pytest.raises(ValueError, match=r'mesh: got data=.*8, the number of'):
+      sharding.make_mesh(MeshConfig(*sizes))
+
+  def test_rows_must_divide(self):
+    mesh = sharding.make_mesh(CUBE)
+    sharding.check_batch(mesh, 12, 'rows')
+    with pytest.raises(ValueError, match=r'rows: got 6 .* data x fsdp = 4'):
+      sharding.check_batch(mesh, 6, 'rows')
+
+
+class TestSpecs:
+  SIZES = layout.axis_sizes(CONFIG)
+
+  @pytest.mark.parametrize(
+    ('letters', 'spec'),
+    [
+      ('VD', ('tensor', 'fsdp')),
+      ('LNDH', (None, 'tensor', 'fsdp', None)),
+      ('LKDH', (None, None, 'fsdp', None)),  # 3 kv heads: each shard has all
+      ('LNHD', (None, 'tensor', None, 'fsdp')),
+      ('LDF', (None, 'fsdp', 'tensor')),
+      ('LD', (None, 'fsdp')),
+      ('FN', ('tensor', None)),  # a mesh axis is used once
+      ('', ()),
+    ],
+  )
+  def test_letters_to_mesh_axes(self, letters, spec):
+    mesh = sharding.make_mesh(CUBE)
+    got = sharding.param_spec(letters, self.SIZES, mesh)
+    assert got == PartitionSpec(*spec)
+
+  def test_kv_heads_are_split_where_they_divide(self):
+    mesh = sharding.make_mesh(CUBE)
+    sizes = {**self.SIZES, 'K': 4}
+    assert sharding.param_spec('KDH', sizes, mesh) == PartitionSpec(
+      'tensor', 'fsdp', None
+    )
+
+  def test_a_size_that_does_not_divide_is_refused_by_name(self):
+    mesh = sharding.make_mesh(MeshConfig(tensor=4, fsdp=2))
+    with pytest.raises(ValueError, match=r'mesh.tensor: got 4, .* axis F = 34'):
+      sharding.param_spec('DF', self.SIZES, mesh)
+
+  def test_every_leaf_of_a_state(self):
+    """Moments of a trained kernel lie as the kernel; adapters everywhere."""
+    mesh = sharding.make_mesh(CUBE)
+    patterns = ('lora/', 'params/layers/mlp/up', 'params/final_norm')
+    variables = {'params': toy.base(CONFIG), 'lora': toy.factors(CONFIG)}
+    leaves, frozen = train_state.split(variables, patterns)
+    tx = optimizer.make_optimizer(OptimizerConfig(), 3, patterns)
+    state = train_state.init_state(leaves, tx)
+    placed = sharding.tree_shardings((state, frozen), CONFIG, mesh)
+    wanted = {
+      'mlp/up/w': PartitionSpec(None, 'fsdp', 'tensor'),
+      'final_norm/scale': PartitionSpec('fsdp'),
+      'input_embedding': PartitionSpec('tensor', 'fsdp'),
+      'attn/q/w': PartitionSpec(None, 'tensor', 'fsdp', None),
+      'lora_a': PartitionSpec(),
+      'lora_b': PartitionSpec(),
+      'count': PartitionSpec(),
+      'step': PartitionSpec(),
+    }
+    seen = set()
+    for name, leaf in pytree.items(placed):
+      for end, spec in wanted.items():
+        if name.endswith(end):
+          assert leaf.spec == spec, name
+          seen.add((end, name.split('/')[1]))
+    assert {end for end, _ in seen} == wanted.keys()
+    assert {part for end, part in seen if end == 'mlp/up/w'} == {
+      'trainable', 'opt_state'
+    }  # fmt: skip
+
+
+TRAINABLE = ('lora/', 'params/layers/attn/q', 'params/layers/attn/k')
+
+
+@pytest.fixture(scope='module')
+def variables():
+  return {'params': toy.base(CONFIG), 'lora': toy.factors(CONFIG)}
+
+
+def train(variables, mesh=None, accumulate_steps=1):
+  batches = [toy.batch(rows=8, seed=i, vocab_size=58) for i in range(3)]
+  return toy.train(
+    variables,
+    batches,
+    config=CONFIG,
+    optimizer_config=dataclasses.replace(
+      toy.ADAMW, accumulate_steps=accumulate_steps
+    ),
+    trainable=TRAINABLE,
+    mesh=mesh,
+  )
+
+
+def first_moments(run):
+  leaves = toy.optimizer_leaves(run.state)
+  return {name: x for name, x in leaves.items() if '/mu/' in name}
+
+
+@pytest.fixture(scope='module')
+def unsharded(variables):
+  return train(variables)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'accumulate_steps'),
+  [((2, 2, 2), 1), ((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 2)],
+)
+def test_a_mesh_changes_no_result(
+  variables, unsharded, sizes, accumulate_steps
+):
+  mesh = sharding.make_mesh(MeshConfig(*sizes))
+  run = train(variables, mesh, accumulate_steps)
+  for got, want in zip(run.metrics, unsharded.metrics, strict=True):
+    toy.assert_close(got, want, 1e-5)
+  # Moments are linear in the gradients; AdamW's updates divide by their size,
+  # which turns the rounding of a gradient near zero into a step.
+  toy.assert_close(first_moments(run), first_moments(unsharded), 1e-5)
+  assert run.traces == 1
+  kernel = run.state.trainable['params']['layers']['attn']['q']['w']
+  held = math.prod(kernel.addressable_shards[0].data.shape)
+  assert kernel.size == held * sizes[1] * sizes[2]
+  for name, x in pytree.items(run.state.trainable['lora']):
+    assert x.is_fully_replicated, name
+
+
+def test_the_frozen_base_is_bit_equal_on_a_mesh(variables):
+  mesh = sharding.make_mesh(CUBE)
+  run = train(variables, mesh)
+  for name, x in pytree.items(run.frozen):
+    before = dict(pytree.items(variables))[name]
+    assert jnp.issubdtype(x.dtype, jnp.float32), name
+    np.testing.assert_array_equal(jax.device_get(x), before, err_msg=name)

@@ -1,0 +1,203 @@
+"""A run from start to finish, stopped, killed, resumed and refused."""
+
+import json
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from gemma_jax import metrics, train
+from gemma_jax import run as run_lib
+from gemma_jax.formats import peft
+from tests import run_toy
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope='module')
+def records(tmp_path_factory):
+  return run_toy.write_records(tmp_path_factory.mktemp('records'))
+
+
+@pytest.fixture(scope='module')
+def finished(records, tmp_path_factory):
+  """(workdir, result) of an undisturbed run."""
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  result = train.train(run_toy.config(records).resolve(), str(workdir))
+  return workdir, result
+
+
+def adapter_bytes(workdir, name='adapter'):
+  return (Path(workdir) / name / 'adapter_model.safetensors').read_bytes()
+
+
+def stop_after(batches):
+  """should_stop that says yes when it is asked for the n-th time."""
+  asked = iter(range(batches))
+  return lambda: next(asked, None) is None
+
+
+def test_learns_and_reports(finished):
+  workdir, result = finished
+  assert result['steps'] == 7
+  assert result['loss_adapted'] < result['loss_base']
+  assert result['loss_best'] <= result['loss_adapted']
+  assert json.loads((workdir / 'result.json').read_text()) == result
+  rows = metrics.read(workdir / 'metrics.jsonl')
+  updates = [row for row in rows if 'loss_nats_per_token' in row]
+  evaluations = [row for row in rows if 'eval_loss_nats_per_token' in row]
+  assert [row['step'] for row in updates] == [1, 2, 3, 4, 5, 6, 7]
+  assert [row['step'] for row in evaluations] == [3, 6, 7]
+  assert sum(row['tokens'] for row in updates) == result['tokens']
+  assert list((workdir / 'tensorboard').iterdir())
+
+
+def test_held_out_losses_are_kept_by_record(finished):
+  workdir, result = finished
+  for step, name in ((0, 'loss_base'), (7, 'loss_adapted')):
+    lines = (workdir / 'heldout' / f'step_{step}.jsonl').read_text()
+    rows = [json.loads(line) for line in lines.splitlines()]
+    nll = sum(row['nll'] for row in rows) / sum(row['tokens'] for row in rows)
+    np.testing.assert_allclose(nll, result[name], rtol=1e-12)
+
+
+def test_finished_run_changes_nothing(finished, records):
+  workdir, result = finished
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+  again = train.train(run_toy.config(records).resolve(), str(workdir))
+  assert again == result
+  assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before
+
+
+@pytest.mark.parametrize('asked', [1, 4, 5, 8])
+def test_stopped_and_resumed_equals_uninterrupted(
+  finished, records, tmp_path, asked
+):
+  """Stops in the first evaluation, between checkpoints and in a later one."""
+  config = run_toy.config(records).resolve()
+  with pytest.raises(train.Stopped):
+    train.train(config, str(tmp_path), stop_after(asked))
+  result = train.train(config, str(tmp_path))
+  assert adapter_bytes(tmp_path) == adapter_bytes(finished[0])
+  assert adapter_bytes(tmp_path, 'adapter_best') == adapter_bytes(
+    finished[0], 'adapter_best'
+  )
+  timeless = lambda rows: [
+    {k: v for k, v in row.items() if not k.endswith(('secs', 'per_sec'))}
+    for row in rows
+  ]
+  assert timeless(metrics.read(tmp_path / 'metrics.jsonl')) == timeless(
+    metrics.read(finished[0] / 'metrics.jsonl')
+  )
+  for name in ('steps', 'tokens', 'loss_base', 'loss_adapted', 'loss_best'):
+    assert result[name] == finished[1][name], name
+
+
+def launch(config, workdir):
+  command = [sys.executable, '-m', 'launch.train', f'--config={config}']
+  return subprocess.Popen(
+    [*command, f'--workdir={workdir}'],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGKILL])
+def test_signal_and_the_same_command_again(records, tmp_path, number):
+  """The real process, the real signal, bit-equal to one that ran through."""
+  config = run_toy.config_file(
+    tmp_path, records, steps=61, eval_every_steps=9, checkpoint_every_steps=5
+  )
+  whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+  undisturbed = launch(config, whole)
+  process = launch(config, broken)
+  lines = broken / 'metrics.jsonl'
+  deadline = time.monotonic() + 240
+  while time.monotonic() < deadline and process.poll() is None:
+    if lines.exists() and len(lines.read_text().splitlines()) >= 12:
+      break
+    time.sleep(0.02)
+  process.send_signal(number)
+  _, log = process.communicate(timeout=240)
+  assert process.returncode == (75 if number == signal.SIGTERM else -9), log
+  assert not (broken / 'result.json').exists()
+
+  process = launch(config, broken)
+  out, log = process.communicate(timeout=240)
+  assert process.returncode == 0, log
+  assert 'Resumed from step' in log
+  _, log = undisturbed.communicate(timeout=240)
+  assert undisturbed.returncode == 0, log
+  assert adapter_bytes(broken) == adapter_bytes(whole)
+  assert json.loads(out.splitlines()[-1])['steps'] == 61
+
+
+def test_another_config_is_refused_by_field(finished, records):
+  config = run_toy.config(records)
+  config.lora.rank = 4
+  with pytest.raises(ValueError, match=r'lora\.rank=3, this config has 4'):
+    train.train(config.resolve(), str(finished[0]))
+
+
+def test_other_records_in_the_same_file_are_refused(tmp_path):
+  records = run_toy.write_records(tmp_path)
+  config = run_toy.config(records).resolve()
+  with pytest.raises(train.Stopped):
+    train.train(config, str(tmp_path / 'run'), stop_after(5))
+  run_toy.write_records(tmp_path, count=23)
+  with pytest.raises(ValueError, match='its data had the fingerprint'):
+    train.train(config, str(tmp_path / 'run'))
+
+
+def test_trained_base_leaf_is_written_beside_the_adapter(records, tmp_path):
+  config = run_toy.config(records, steps=2)
+  config.model.scan_layers = False
+  config.trainable = ('lora/', 'params/layer_1/attn/v/w')
+  config = config.resolve()
+  train.train(config, str(tmp_path))
+  trained = peft.read_trained_base(tmp_path / 'adapter')
+  source = run_lib.prepare(config).source
+  before = source.load_params('float32', scan_layers=False)
+  change = trained['layer_1']['attn']['v']['w'] - np.asarray(
+    before['layer_1']['attn']['v']['w']
+  )
+  assert jax.tree.leaves(jax.tree.map(np.shape, trained)) != []
+  assert list(trained) == ['layer_1']
+  assert np.abs(change).max() > 0
+
+
+def test_early_stopping(records, tmp_path):
+  config = run_toy.config(records, steps=50, early_stopping_evals=2)
+  config.optimizer.learning_rate = 3.0  # learns nothing but noise
+  result = train.train(config.resolve(), str(tmp_path))
+  assert result['steps'] < 50
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(records, tmp_path):
+  config = run_toy.config(records, steps=30)
+  config.optimizer.learning_rate = 1e30
+  config.optimizer.clip_norm = 0.0
+  with pytest.raises(FloatingPointError, match='at step'):
+    train.train(config.resolve(), str(tmp_path))
+  assert not (tmp_path / 'adapter').exists()
+
+
+def test_one_compilation_of_each_step(records, tmp_path, monkeypatch):
+  compiled = []
+  original = run_lib._compile
+
+  def counting(name, *arguments):
+    compiled.append(name)
+    return original(name, *arguments)
+
+  monkeypatch.setattr(run_lib, '_compile', counting)
+  with jax.log_compiles(False):
+    train.train(run_toy.config(records).resolve(), str(tmp_path))
+  assert sorted(compiled) == ['evaluation step', 'training step']

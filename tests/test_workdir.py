@@ -1,0 +1,95 @@
+"""What a workdir remembers of its run, and which changes it accepts."""
+
+import os
+
+import pytest
+
+from gemma_jax import workdir
+from tests import run_toy
+
+
+@pytest.fixture
+def made(tmp_path):
+  """A workdir with the facts of a run."""
+  config = run_toy.config('records.jsonl').resolve()
+  facts = workdir.facts(
+    config, 7, {'base': 'aa', 'tokenizer': 'b', 'data': 'c'}
+  )
+  workdir.write_json(str(tmp_path), 'run.json', facts)
+  return str(tmp_path)
+
+
+def test_the_same_config_is_accepted(made):
+  workdir.check_same_config(made, run_toy.config('records.jsonl').resolve())
+
+
+@pytest.mark.parametrize(
+  ('section', 'field', 'value'),
+  [
+    ('', 'log_every_steps', 3),
+    ('', 'checkpoint_every_steps', 11),
+    ('', 'profile_steps', (2,)),
+    ('mesh', 'data', 2),
+    ('model', 'remat', False),
+  ],
+)
+def test_fields_that_change_nothing_learnt_may_change(
+  made, section, field, value
+):
+  config = run_toy.config('records.jsonl')
+  setattr(getattr(config, section) if section else config, field, value)
+  workdir.check_same_config(made, config.resolve())
+
+
+@pytest.mark.parametrize(
+  ('section', 'field', 'value'),
+  [
+    ('', 'seed', 5),
+    ('', 'trainable', ('lora/layers/attn/q',)),
+    ('model', 'path', 'random:tiny2'),
+    ('optimizer', 'learning_rate', 0.5),
+    ('data', 'seq_len', 64),
+  ],
+)
+def test_other_fields_may_not(made, section, field, value):
+  config = run_toy.config('records.jsonl')
+  setattr(getattr(config, section) if section else config, field, value)
+  name = f'{section}.{field}' if section else field
+  with pytest.raises(ValueError, match=f'was made with {name}='):
+    workdir.check_same_config(made, config.resolve())
+
+
+def test_another_base_is_refused_with_both_values(made):
+  with pytest.raises(ValueError, match='base had the fingerprint aa.* has zz'):
+    workdir.check_same_fingerprints(
+      made, {'base': 'zz', 'tokenizer': 'b', 'data': 'c'}
+    )
+
+
+def test_an_empty_workdir_accepts_everything(tmp_path):
+  workdir.check_same_config(str(tmp_path), run_toy.config('x').resolve())
+  workdir.check_same_fingerprints(str(tmp_path), {'base': 'zz'})
+
+
+def test_writable_is_checked_without_writing(tmp_path):
+  workdir.check_writable(str(tmp_path / 'a' / 'b'))
+  assert not list(tmp_path.iterdir())
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match='workdir: got .*not a folder'):
+    workdir.check_writable(str(tmp_path / 'file' / 'run'))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
+def test_read_only_parent_is_refused(tmp_path):
+  tmp_path.chmod(0o500)
+  with pytest.raises(ValueError, match='can be written to'):
+    workdir.check_writable(str(tmp_path / 'run'))
+
+
+def test_held_out_losses_round_trip(tmp_path):
+  workdir.write_heldout(str(tmp_path), 3, [5, 2], [1.5, 0.25], [7, 1])
+  assert workdir.read_heldout(str(tmp_path), 3) == [
+    {'index': 5, 'nll': 1.5, 'tokens': 7},
+    {'index': 2, 'nll': 0.25, 'tokens': 1},
+  ]
+  assert [p.name for p in (tmp_path / 'heldout').iterdir()] == ['step_3.jsonl']
