@@ -24,7 +24,7 @@ def get_config() -> TrainConfig:
     steps=300,
     eval_every_steps=100,
     checkpoint_every_steps=50,
-    model=BaseConfig(path='gemma3_270m'),
+    model=BaseConfig(path='gemma3_270m', remat=False),
     lora=LoraConfig(rank=8, alpha=16.0, targets='qv'),
     optimizer=OptimizerConfig(
       learning_rate=1e-3, schedule='cosine', warmup_steps=10
@@ -34,7 +34,7 @@ def get_config() -> TrainConfig:
       template='dolly',
       loss_on='response',
       seq_len=512,
-      global_batch_size=2,
+      global_batch_size=1,
       packing=True,
       max_eval_records=100,
     ),

@@ -2,7 +2,8 @@
 
 Question   5,749 sentence pairs: how far does the held-out loss per Korean token
            fall?
-Command    python -m launch.train --config=experiments/translate_en_ko.py:PATH \\
+Command    python -m launch.train \\
+             --config=experiments/translate_en_ko.py:PATH \\
              --workdir=DIR     with PATH the kor.txt of
              manythings.org/anki/kor-eng.zip (CC BY 2.0 FR)
 Cost       see experiments/README.md#korean-and-translation

@@ -1,7 +1,8 @@
 """The translation sequel, Korean to English; the other way round is its base.
 
 Question   is the way back easier for a model that has read more English?
-Command    python -m launch.train --config=experiments/translate_ko_en.py:PATH \\
+Command    python -m launch.train \\
+             --config=experiments/translate_ko_en.py:PATH \\
              --workdir=DIR     with PATH as in translate_en_ko.py
 Cost       see experiments/README.md#korean-and-translation
 Result     see experiments/README.md#korean-and-translation

@@ -1,7 +1,7 @@
 """Everything that a run is made of, before a weight is read.
 
-`prepare` opens the base (its header), reads and tokenizes the records, plans the
-rows, and derives shapes, shardings and the step from the config. Training, dry
+`prepare` opens the base (its header), reads and tokenizes the records, plans
+the rows, and derives shapes and shardings from the config. Training, dry
 run and tests start from the same `Run`, so they cannot differ.
 """
 

@@ -9,12 +9,13 @@ from gemma_jax.model import attention
 from tests import toy
 
 pytestmark = [
-  pytest.mark.usefixtures('strict'),
+  pytest.mark.usefixtures('strict', 'quick_compile'),
   pytest.mark.filterwarnings('error'),
 ]
 
 B, T, S, K, G, H = 2, 5, 11, 3, 7, 13
 N = K * G
+ATTEND = jax.jit(attention.einsum_attention, static_argnums=4)
 
 
 def context(q_positions, q_segment_ids, k_positions, k_segment_ids):
@@ -90,7 +91,7 @@ def reference(q, k, v, mask, cap):
 
 @pytest.mark.parametrize('cap', [None, 2.0])
 def test_einsum_attention_equals_float64(case, cap):
-  got = attention.einsum_attention(*map(jnp.asarray, case), cap)
+  got = ATTEND(*map(jnp.asarray, case), cap)
   toy.assert_close(got, reference(*case, cap), 1e-5)
 
 
@@ -98,16 +99,22 @@ def test_bfloat16_inputs_keep_a_float32_softmax(case):
   *qkv, mask = case
   qkv = [jnp.asarray(x, jnp.bfloat16) for x in qkv]
   qkv[0] *= 3  # scores of up to 40, whose exponents bfloat16 cannot hold
-  got = attention.einsum_attention(*qkv, jnp.asarray(mask), None)
+  got = ATTEND(*qkv, jnp.asarray(mask), None)
   assert got.dtype == jnp.bfloat16
   toy.assert_close(got, reference(*qkv, mask, None), 0.02)
 
 
 def test_a_query_that_sees_nothing_gives_zeros_and_no_nan_gradient(case):
   *qkv, mask = (jnp.asarray(x) for x in case)
-  attend = lambda qkv: attention.einsum_attention(*qkv, mask, 2.0)
-  np.testing.assert_array_equal(attend(qkv)[1, 3], np.zeros((N, H)))
-  grads = jax.grad(lambda qkv: jnp.sum(attend(qkv) ** 2))(qkv)
+
+  @jax.jit
+  @jax.grad
+  def gradients(qkv):
+    return jnp.sum(attention.einsum_attention(*qkv, mask, 2.0) ** 2)
+
+  out = ATTEND(*qkv, mask, 2.0)
+  np.testing.assert_array_equal(out[1, 3], np.zeros((N, H)))
+  grads = gradients(qkv)
   for grad in grads:
     assert np.isfinite(grad).all()
   np.testing.assert_array_equal(grads[0][1, 3], np.zeros((N, H)))

@@ -223,6 +223,34 @@ def test_arguments_that_do_not_fit(kwargs, message, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_killed_conversion_leaves_no_output_and_the_next_one_works(tmp_path):
+  """SIGKILL while the weights are written: a folder of another name is left."""
+  program = """
+import os, signal, sys
+from gemma_jax import convert
+from gemma_jax.formats import safetensors_file
+writer = safetensors_file.write
+def kill(*args):
+  writer(*args)
+  os.kill(os.getpid(), signal.SIGKILL)
+safetensors_file.write = kill
+convert.convert('random:tiny', sys.argv[1], 'hf')
+"""
+  output = tmp_path / 'm'
+  killed = subprocess.run(
+    [sys.executable, '-c', program, str(output)],
+    cwd=Path(__file__).parent.parent,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    check=False,
+  )
+  assert killed.returncode == -9
+  assert (tmp_path / '.m.new' / 'model.safetensors').is_file()
+  assert not output.exists()
+  convert.convert('random:tiny', str(output), 'hf')
+  assert [p.name for p in tmp_path.iterdir()] == ['m']
+
+
 def test_what_is_there_is_not_replaced(tmp_path):
   (tmp_path / 'mine').write_text('text')
   for output in (tmp_path, tmp_path / 'mine'):

@@ -16,7 +16,7 @@ from gemma_jax.model.transformer import Transformer
 from tests import toy
 
 pytestmark = [
-  pytest.mark.usefixtures('strict'),
+  pytest.mark.usefixtures('strict', 'quick_compile'),
   pytest.mark.filterwarnings('error'),
 ]
 
@@ -131,26 +131,24 @@ class TestInit:
     self, factorization, rule, fan_in_q, fan_in_v, numerator
   ):
     """sqrt(numerator / fan-in), reached by the extreme of many samples."""
-    config = dataclasses.replace(toy.FULL, embed_dim=101)
     tree = init(
-      config,
+      toy.FULL,
       LoraConfig(rank=R, factorization=factorization, init=rule, targets='qv'),
     )
-    sizes = layout.axis_sizes(config)
+    sizes = layout.axis_sizes(toy.FULL)
     for target, letters in (('q', fan_in_q), ('v', fan_in_v)):
       a = tree['layers']['attn'][target]['lora_a']
       limit = math.sqrt(numerator / math.prod(sizes[c] for c in letters))
-      assert 0.98 * limit < np.abs(a).max() <= limit
-      assert abs(a.mean()) < 0.1 * limit
+      assert 0.95 * limit < np.abs(a).max() <= limit
+      assert abs(a.mean()) < 0.2 * limit
 
   def test_kerass_limit_is_sqrt_six_over_heads_times_pefts(self):
-    """0.87 for q and 2.45 for v of Gemma 1 2B: a hidden variable, named."""
-    config = dataclasses.replace(toy.PLAIN, num_heads=8)
+    """For Gemma 1 2B 0.87 for q and 2.45 for v: a hidden variable, named."""
     keras, peft = (
-      init(config, LoraConfig(rank=R, factorization='keras', init=rule))
+      init(toy.FULL, LoraConfig(rank=R, factorization='keras', init=rule))
       for rule in ('keras', 'peft')
     )
-    for target, ratio in (('q', math.sqrt(6 / 8)), ('v', math.sqrt(6))):
+    for target, ratio in (('q', math.sqrt(6 / 10)), ('v', math.sqrt(6 / 2))):
       a, b = (t['layers']['attn'][target]['lora_a'] for t in (keras, peft))
       np.testing.assert_allclose(a, ratio * b, rtol=1e-5)
 

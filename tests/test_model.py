@@ -14,7 +14,7 @@ from gemma_jax.model.transformer import Transformer
 from tests import toy
 
 pytestmark = [
-  pytest.mark.usefixtures('strict'),
+  pytest.mark.usefixtures('strict', 'quick_compile'),
   pytest.mark.filterwarnings('error'),
 ]
 
@@ -165,19 +165,19 @@ def test_a_bfloat16_base_under_float32_activations_is_only_cast():
   tokens = jnp.asarray(random_tokens(2, 11))
   params = toy.base(dtype=jnp.bfloat16)
   cast = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-  got = MODEL.apply({'params': params}, tokens)
-  toy.assert_equal(got, MODEL.apply({'params': cast}, tokens))
+  apply = jax.jit(lambda params: MODEL.apply({'params': params}, tokens))
+  toy.assert_equal(apply(params), apply(cast))
 
 
 def test_bfloat16_activations_give_bfloat16_states_and_float32_logits():
   model = Transformer(toy.FULL, dtype=jnp.bfloat16)
   params = {'params': toy.base()}
   tokens = jnp.asarray(random_tokens(2, 11))
-  hidden = model.apply(params, tokens)
+  hidden = jax.jit(model.apply)(params, tokens)
   logits = model.apply(params, hidden, method='logits')
   assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
   # Three layers of 8-bit mantissas: a correlation, not a tolerance.
-  want = np.asarray(MODEL.apply(params, tokens)).ravel()
+  want = np.asarray(jax.jit(MODEL.apply)(params, tokens)).ravel()
   got = np.asarray(hidden, np.float32).ravel()
   assert np.corrcoef(got, want)[0, 1] > 0.99
 

@@ -103,6 +103,7 @@ class Adapted(NamedTuple):
   factors: Any
   logits: np.ndarray
   loss: np.ndarray
+  start_logits: np.ndarray  # with B = 0
   reference: dict[str, np.ndarray]
 
 
@@ -120,9 +121,12 @@ def adapted(name: str, tag: str) -> Adapted:
     logits = model.apply(variables, hidden, method='logits')
     return logits, toy.loss(model, variables, family.batch, scale)
 
-  logits, loss = jax.jit(run)({'params': family.params, 'lora': factors})
+  run = jax.jit(run)
+  logits, loss = run({'params': family.params, 'lora': factors})
+  start = lora.effective(factors, np.float32(0))
+  start_logits, _ = run({'params': family.params, 'lora': start})
   reference = load_file(family.folder / f'ref_{tag}.safetensors')
-  return Adapted(lora_config, factors, logits, loss, reference)
+  return Adapted(lora_config, factors, logits, loss, start_logits, reference)
 
 
 @functools.cache
@@ -189,6 +193,12 @@ def test_logits_and_loss(name):
   real = family.is_real
   toy.assert_close(logits[real], family.reference['base.logits'][real], 1e-4)
   toy.assert_close(loss, family.meta['base.loss'], 1e-5)
+
+
+@pytest.mark.parametrize(('name', 'tag'), CASES)
+def test_before_its_first_update_an_adapter_changes_no_bit(name, tag):
+  *_, logits, _ = forward(name)(load(name).params)
+  np.testing.assert_array_equal(adapted(name, tag).start_logits, logits)
 
 
 @pytest.mark.parametrize(('name', 'tag'), CASES)

@@ -105,6 +105,22 @@ def test_keras_factors_are_exported_exactly(rule, tmp_path):
   )
 
 
+@pytest.mark.parametrize('factorization', ['matrix', 'keras'])
+def test_keras_factors_as_matrices_make_the_same_update(factorization):
+  config = LoraConfig(
+    rank=4, alpha=8.0, targets='all', factorization=factorization
+  )
+  lora = peft_toy.make_lora(peft_toy.MODEL, config, whole_numbers=True)
+  got = peft.as_matrix(lora, config, peft_toy.MODEL)
+  matrix = dataclasses.replace(config, factorization='matrix')
+  peft_toy.assert_updates_equal(
+    peft_toy.our_updates(got, matrix, peft_toy.MODEL),
+    peft_toy.our_updates(lora, config, peft_toy.MODEL),
+  )
+  if factorization == 'matrix':
+    hf_toy.assert_trees_equal(got, lora)
+
+
 @pytest.fixture
 def adapter(tmp_path):
   """An adapter on q and v of peft_toy.MODEL, rank 5, alpha 10."""

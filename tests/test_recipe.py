@@ -52,9 +52,7 @@ def ours(folder):
   tokenizer = base.tokenizer()
   prompts = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in PROMPTS]
   params = base.load_params()
-  sampler = sample.Sampler(
-    base.config, tokenizer.vocab_size, sample.stop_ids(tokenizer)
-  )
+  sampler = sample.Sampler(base.config, tokenizer)
   texts = []
   for adapter in adapters.load_adapters([str(folder / 'adapter')], base.config):
     made = sampler.generate(

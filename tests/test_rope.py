@@ -8,7 +8,7 @@ import pytest
 from gemma_jax.model import rope
 
 pytestmark = [
-  pytest.mark.usefixtures('strict'),
+  pytest.mark.usefixtures('strict', 'quick_compile'),
   pytest.mark.filterwarnings('error'),
 ]
 

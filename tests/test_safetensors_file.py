@@ -1,7 +1,11 @@
 import json
 
+import ml_dtypes
+import numpy as np
 import pytest
+import safetensors.numpy
 
+from gemma_jax.formats import base, safetensors_file
 from tests import hf_toy
 
 
@@ -84,3 +88,28 @@ def test_lying_header_is_refused_before_memory_is_taken(content, tmp_path):
   with pytest.raises(ValueError, match=r'model\.safetensors: ') as e:
     hf_toy.open_folder(folder)
   assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
+def test_written_file_is_what_the_package_reads(dtype, tmp_path, monkeypatch):
+  """In ranges of rows, rounded once to nearest even."""
+  monkeypatch.setattr('gemma_jax.formats.base.CHUNK_ELEMENTS', 3 * 11)
+  rng = np.random.default_rng(0)
+  arrays = {
+    name: rng.standard_normal(shape, np.float32)
+    for name, shape in {'b': (17, 11), 'a': (13,), 'c': (2, 11)}.items()
+  }
+  tensors = {
+    name: base.StoredTensor(name, x.shape, lambda i, j, x=x: x[i:j])
+    for name, x in arrays.items()
+  }
+  path = tmp_path / 'x.safetensors'
+  safetensors_file.write(path, tensors, np.dtype(dtype))
+  got = safetensors.numpy.load_file(path)
+  assert got.keys() == arrays.keys()
+  for name, x in arrays.items():
+    assert got[name].dtype == dtype
+    np.testing.assert_array_equal(got[name], x.astype(dtype), err_msg=name)
+  entries = safetensors_file.read_header(path)
+  assert list(entries) == ['b', 'a', 'c']
+  assert entries['b'].offset % 8 == 0

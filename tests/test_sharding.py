@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gemma_jax import layout, optimizer, pytree, sharding, train_state
-from gemma_jax.config import MeshConfig, OptimizerConfig
+from gemma_jax.config import LoraConfig, MeshConfig, OptimizerConfig
 from tests import toy
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -115,12 +115,14 @@ class TestSpecs:
     }  # fmt: skip
 
 
+# Kernels whose inputs, outputs or neither are split over `tensor`.
+LORA = LoraConfig(rank=3, targets='q|v|down')
 TRAINABLE = ('lora/', 'params/layers/attn/q', 'params/layers/attn/k')
 
 
 @pytest.fixture(scope='module')
 def variables():
-  return {'params': toy.base(CONFIG), 'lora': toy.factors(CONFIG)}
+  return {'params': toy.base(CONFIG), 'lora': toy.factors(CONFIG, LORA)}
 
 
 def train(variables, mesh=None, accumulate_steps=1):
@@ -129,6 +131,7 @@ def train(variables, mesh=None, accumulate_steps=1):
     variables,
     batches,
     config=CONFIG,
+    lora_config=LORA,
     optimizer_config=dataclasses.replace(
       toy.ADAMW, accumulate_steps=accumulate_steps
     ),

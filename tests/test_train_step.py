@@ -114,7 +114,9 @@ class TestAccumulation:
 
   def run(self, parts, batch):
     config = dataclasses.replace(toy.ADAMW, accumulate_steps=parts)
-    return toy.train(variables(), [batch] * 2, optimizer_config=config)
+    return toy.train(
+      variables(jnp.bfloat16), [batch] * 2, optimizer_config=config
+    )
 
   @pytest.fixture(scope='class', name='batch')
   @classmethod

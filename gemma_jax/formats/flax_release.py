@@ -35,9 +35,7 @@ from gemma_jax.formats.base import BaseSource, StoredTensor
 FOLDER_NAME = 'params'
 _MARKERS = ('_METADATA', 'manifest.ocdbt', 'checkpoint')
 _ARRAY_FILES = {'zarr': '.zarray', 'zarr3': 'zarr.json'}
-_VISION = re.compile(
-  r'(vision_encoder|SigLiP\w*)/|embedder/mm_(input_projection|soft_embedding)'
-)
+_VISION = re.compile(r'(vision_encoder|SigLiP\w*)/|embedder/mm_')
 _DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
 
 # Arrays are stored in blocks of at most this size, so that a reader need not
@@ -62,7 +60,7 @@ class Place:
   swapped: bool = False
 
   def view(self, array: np.ndarray) -> np.ndarray:
-    """The leaf within the array, as a view; an array of a part stays whole."""
+    """The leaf (of the array, or of its part at `index`) with its own axes."""
     return array.swapaxes(0, 1) if self.swapped else array
 
 

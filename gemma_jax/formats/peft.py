@@ -347,6 +347,34 @@ def matrices(
   return a.reshape(-1, rank).T, b.reshape(rank, -1).T
 
 
+def as_matrix(
+  factors: pytree.Tree, lora_config: LoraConfig, model_config: ModelConfig
+) -> pytree.Tree:
+  """The same adapter in the factorization `matrix`, of the same scale.
+
+  `keras` factors of q, k and v take rank N r (K r); others stay as they are.
+
+  Args:
+    factors: scanned tree in the factorization of `lora_config`.
+    lora_config: tells the factorization.
+    model_config: the base's architecture.
+  """
+  leaves = dict(pytree.items(jax.device_get(factors)))
+  for path in [path for path in leaves if path.endswith('/lora_a')]:
+    module = path.removesuffix('/lora_a')
+    name = module.removeprefix('layers/')
+    pairs = [
+      matrices(name, a, b, lora_config)
+      for a, b in zip(leaves[path], leaves[f'{module}/lora_b'], strict=True)
+    ]
+    a_shape, b_shape = factor_shapes(name, model_config, len(pairs[0][0]))
+    leaves[path] = np.stack([a.T.reshape(a_shape) for a, _ in pairs])
+    leaves[f'{module}/lora_b'] = np.stack(
+      [b.T.reshape(b_shape) for _, b in pairs]
+    )
+  return pytree.unflatten(leaves)
+
+
 # Projections whose outputs have a heads axis: the factorizations differ there.
 _PER_HEAD = ('attn/q', 'attn/k', 'attn/v')
 
