@@ -21,18 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax import prompts as prompts_lib
 from gemma_jax.choice import SamplingConfig, Settings, choose_tokens
 from gemma_jax.config import ModelConfig
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.model.attention import Cache, init_cache
 from gemma_jax.model.layers import softcap
 from gemma_jax.model.transformer import Transformer
-
-PAD_ID = 0
-
-# Prompt tokens that go through the model at a time: bounds the memory of the
-# attention scores, [B, N, PREFILL_TOKENS, S].
-PREFILL_TOKENS = 512
 
 # Tokens a row that one call of `decode` can return, and that it returns while
 # somebody watches.
@@ -134,7 +129,7 @@ class Sampler:
         max_new_tokens, or an id that is no row of the embedding.
     """
     sampling.check()
-    check_prompts(prompts, sampling.max_new_tokens, self.config)
+    prompts_lib.check(prompts, sampling.max_new_tokens, self.config)
     settings = Settings.of(
       sampling, range(len(prompts)) if row_ids is None else row_ids
     )
@@ -147,13 +142,15 @@ class Sampler:
         if new and on_tokens is not None:
           on_tokens(row, new)
 
-    tokens, segment_ids = pad_prompts(prompts)
+    tokens, segment_ids = prompts_lib.pad(prompts)
     state = self.prefill(
       variables,
       tokens,
       segment_ids,
       settings,
-      cache_length=round_up(tokens.shape[1] + sampling.max_new_tokens),
+      cache_length=prompts_lib.round_up(
+        tokens.shape[1] + sampling.max_new_tokens
+      ),
     )
     take(np.asarray(state.token)[:, None])
     # No token is asked for: it only compiles, which the clock must not see.
@@ -188,7 +185,7 @@ class Sampler:
     """Prompts [B, P], padded on the left → `State` with the first tokens."""
     B, P = tokens.shape
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
-    width = min(P, PREFILL_TOKENS)
+    width = min(P, prompts_lib.PREFILL_TOKENS)
 
     def read(cache, part):
       hidden, cache = self.model.apply(variables, *part, cache)
@@ -248,7 +245,9 @@ class Sampler:
       )
       return i + 1, state, tokens
 
-    tokens = jnp.full((state.token.shape[0], DECODE_TOKENS), PAD_ID, jnp.int32)
+    tokens = jnp.full(
+      (state.token.shape[0], DECODE_TOKENS), prompts_lib.PAD_ID, jnp.int32
+    )
     count, state, tokens = jax.lax.while_loop(
       unfinished, one_token, (jnp.int32(0), state, tokens)
     )
@@ -263,7 +262,7 @@ class Sampler:
     is_piece = jnp.arange(logits.shape[1]) < self.num_pieces
     logits = jnp.where(is_piece[None], logits, -jnp.inf)
     token = choose_tokens(logits, settings, state.step)
-    token = jnp.where(state.done, PAD_ID, token)
+    token = jnp.where(state.done, prompts_lib.PAD_ID, token)
     ends = jnp.zeros_like(state.done)
     for stop_id in self.stop_ids:
       ends |= token == stop_id
@@ -292,61 +291,6 @@ class State:
   position: jax.Array
   done: jax.Array
   step: jax.Array
-
-
-def check_prompts(
-  prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig
-):
-  """ValueError unless the model can continue all of them so far."""
-  if not prompts:
-    raise ValueError('prompts: got none, expected at least one.')
-  for i, prompt in enumerate(prompts):
-    if not prompt:
-      raise ValueError(f'prompt {i}: got no token, expected at least BOS.')
-    if len(prompt) + max_new_tokens > config.max_positions:
-      raise ValueError(
-        f'prompt {i}: got {len(prompt)} tokens and max_new_tokens='
-        f'{max_new_tokens}, expected at most {config.max_positions} together, '
-        'the positions of the model.'
-      )
-    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-      raise ValueError(
-        f'prompt {i}: got token ids from {min(prompt)} to {max(prompt)}, '
-        f'expected ids in [0, {config.vocab_size}), the rows of the embedding.'
-      )
-
-
-def pad_prompts(
-  prompts: Sequence[Sequence[int]],
-) -> tuple[np.ndarray, np.ndarray]:
-  """Rows of one length, padded on the left so that all end together.
-
-      prompts      [[2, 10, 11], [2, 12]]
-      tokens       [[0, ..., 0, 2, 10, 11], [0, ..., 0, 0, 2, 12]]
-      segment_ids  [[0, ..., 0, 1,  1,  1], [0, ..., 0, 0, 1,  1]]
-
-  Returns:
-    tokens, segment_ids int32 [B, P]; P is `round_up` of the longest, above
-    PREFILL_TOKENS a multiple of it.
-  """
-  length = round_up(max(map(len, prompts)))
-  if length > PREFILL_TOKENS:
-    length = -(-length // PREFILL_TOKENS) * PREFILL_TOKENS
-  tokens = np.full((len(prompts), length), PAD_ID, np.int32)
-  segment_ids = np.zeros_like(tokens)
-  for row, prompt in enumerate(prompts):
-    tokens[row, length - len(prompt) :] = prompt
-    segment_ids[row, length - len(prompt) :] = 1
-  return tokens, segment_ids
-
-
-def round_up(length: int) -> int:
-  """The next of four sizes an octave, so that few programs are compiled.
-
-  16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ...
-  """
-  step = max(16, 2 ** (length.bit_length() - 3))
-  return -(-length // step) * step
 
 
 def vocabulary_product(hidden: jax.Array, embedding: jax.Array) -> jax.Array:

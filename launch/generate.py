@@ -90,6 +90,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 def main() -> int:
   """Runs the command."""
   from gemma_jax import adapters, sample
+  from gemma_jax import prompts as prompts_lib
   from gemma_jax.choice import SamplingConfig
   from gemma_jax.formats import source as source_lib
 
@@ -112,7 +113,7 @@ def main() -> int:
   if not prompts:
     app.fail('--prompt: missing, expected --prompt=TEXT or --tokens=2,5,7')
   rows = [_row(prompt, tokenizer) for prompt in prompts]
-  sample.check_prompts(rows, sampling.max_new_tokens, source.config)
+  prompts_lib.check(rows, sampling.max_new_tokens, source.config)
   names = _ADAPTERS.value or [adapters.BASE]
   if len(names) > 1 and adapters.BASE not in names:
     names = [adapters.BASE, *names]

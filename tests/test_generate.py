@@ -1,0 +1,165 @@
+"""launch.generate as a user calls it: both formats, adapters, bad input."""
+
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+from gemma_jax import adapters, variants
+from gemma_jax.choice import SamplingConfig
+from gemma_jax.config import LoraConfig
+from gemma_jax.data import examples
+from gemma_jax.formats import peft, source
+from gemma_jax.sample import Sampler
+from tests import toy
+
+ROOT = Path(__file__).parent.parent
+MODEL = 'random:tiny3'
+QUESTION = 'Where is 서울?'
+FLAGS = ('--max_new_tokens=23', '--temperature=0.7', '--top_k=50', '--seed=7')
+SAMPLING = SamplingConfig(max_new_tokens=23, temperature=0.7, top_k=50, seed=7)
+
+
+def call(*flags):
+  """Runs launch.generate from the repository root."""
+  return subprocess.run(
+    [sys.executable, '-m', 'launch.generate', f'--model={MODEL}', *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+def output_of(*flags):
+  done = call(*flags)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+  """Two PEFT adapters, of rank 3 on q and v and of rank 2 on all."""
+  root = tmp_path_factory.mktemp('adapters')
+  paths = []
+  for name, config in (
+    ('A', LoraConfig(rank=3)),
+    ('B', LoraConfig(rank=2, targets='all')),
+  ):
+    factors = toy.factors(variants.get('tiny3'), config)
+    peft.write_adapter(root / name, factors, config, MODEL)
+    paths.append(str(root / name))
+  return paths
+
+
+@pytest.fixture(scope='module')
+def expected(folders):
+  """(tokenizer, {name: tokens of QUESTION and of 2,5,7}) from the library."""
+  found = source.open_base(MODEL)
+  tokenizer = found.tokenizer()
+  sampler = Sampler(found.config, tokenizer)
+  params = found.load_params()
+  rows = [examples.prompt_tokens(tokenizer, 'dolly', QUESTION), [2, 5, 7]]
+  return tokenizer, {
+    adapter.name: sampler.generate(
+      adapter.variables(params), rows, SAMPLING
+    ).tokens
+    for adapter in adapters.load_adapters(folders, found.config)
+  }
+
+
+@pytest.fixture(scope='module')
+def adapter_flags(folders):
+  return [f'--adapter={folder}' for folder in folders]
+
+
+def test_json_has_a_line_for_each_adapter_and_prompt(
+  folders, adapter_flags, expected
+):
+  out = output_of(
+    *FLAGS,
+    *adapter_flags,
+    f'--prompt={QUESTION}',
+    '--tokens=2,5,7',
+    '--format=json',
+  )
+  lines = [json.loads(line) for line in out.splitlines()]
+  tokenizer, tokens = expected
+  names = ['base', *folders]
+  assert len({str(tokens[name]) for name in names}) == 3
+  pairs = [(name, i) for name in names for i in range(2)]
+  for line, (name, i) in zip(lines, pairs, strict=True):
+    assert line.pop('tokens_per_second') > 0
+    assert line == {
+      'adapter': name,
+      'prompt': [QUESTION, [2, 5, 7]][i],
+      'text': tokenizer.decode(tokens[name][i]),
+      'tokens': tokens[name][i],
+    }
+
+
+@pytest.mark.parametrize('stream', ['--stream', '--nostream'])
+def test_text_shows_base_and_adapters_side_by_side(
+  folders, adapter_flags, expected, stream
+):
+  out = output_of(
+    *FLAGS, *adapter_flags, f'--prompt={QUESTION}', '--tokens=2,5,7', stream
+  )
+  tokenizer, tokens = expected
+  shown = ''
+  for i, prompt in enumerate((QUESTION, [2, 5, 7])):
+    shown += f'>>> {prompt}\n\n'
+    for name in ('base', *folders):
+      shown += f'[{name}]\n{tokenizer.decode(tokens[name][i])}\n\n'
+  # Universal newlines read \r as \n, which random bytes may contain.
+  assert out == shown.replace('\r\n', '\n').replace('\r', '\n')
+
+
+def test_one_adapter_prints_its_text_alone(folders, expected):
+  out = output_of(*FLAGS, f'--adapter={folders[0]}', f'--prompt={QUESTION}')
+  tokenizer, tokens = expected
+  text = tokenizer.decode(tokens[folders[0]][0]) + '\n'
+  assert out == text.replace('\r\n', '\n').replace('\r', '\n')
+
+
+def test_tokens_need_no_tokenizer():
+  folder = Path(__file__).parent / 'golden' / 'parity' / 'gemma2'
+  out = output_of(
+    f'--model={folder}', '--tokens=2,5', '--max_new_tokens=5', '--format=json'
+  )
+  line = json.loads(out)
+  assert line['text'] is None
+  assert len(line['tokens']) <= 5
+  ids = output_of(f'--model={folder}', '--tokens=2,5', '--max_new_tokens=5')
+  assert [int(i) for i in ids.split()] == line['tokens']
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ((), '--prompt: missing, expected --prompt=TEXT or --tokens=2,5,7'),
+    (('--tokens=2,x',), "--tokens: got '2,x', expected ids with commas"),
+    (('--prompt=Hi', '--top_p=0'), 'top_p: got 0.0, expected a number in'),
+    (('--prompt=Hi', '--template=chat'), "control token: got '<start_of_turn"),
+    (('--prompt=Hi', '--stream', '--format=json'), '--stream: got --format=j'),
+  ],
+)
+def test_bad_input_is_one_line(flags, message):
+  done = call(*flags)
+  assert done.returncode == 1
+  assert done.stdout == ''
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: ')
+  assert message in line
+
+
+def test_help_explains_every_flag():
+  done = call('--helpfull')
+  for name in ('adapter', 'prompt', 'tokens', 'template', 'max_new_tokens',
+               'temperature', 'top_k', 'top_p', 'seed', 'stream', 'format',
+               'weights'):  # fmt: skip
+    assert f'--{name}:' in done.stdout or f'--[no]{name}:' in done.stdout, name
+  assert 'Continues prompts with a base' in done.stdout
