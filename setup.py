@@ -35,7 +35,15 @@ EXTRAS = {
   'tpu': ['jax[tpu]>=0.10'],
   'cuda': ['jax[cuda12]>=0.10'],
   'gcs': ['etils[epath-gcs]>=1.9', 'gcsfs>=2024.2'],
-  'test': ['hypothesis>=6.100', 'pytest>=8', 'ruff>=0.14'],
+  'hub': ['huggingface_hub>=1.0'],  # --model=hf:owner/name
+  'keras': ['h5py>=3.10'],  # .lora.h5 adapters
+  'test': [
+    'h5py>=3.10',
+    'huggingface_hub>=1.0',
+    'hypothesis>=6.100',
+    'pytest>=8',
+    'ruff>=0.14',
+  ],
   # torch 2.13.0 has a CPU build on PyPI mirrors; newer ones pull CUDA.
   'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.18'],
 }

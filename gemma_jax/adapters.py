@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax import lora, pytree
+from gemma_jax import layout, lora, pytree
 from gemma_jax.config import ModelConfig
 
 BASE = 'base'
@@ -42,23 +42,27 @@ class Adapter(NamedTuple):
 def load_adapters(
   folders: Sequence[str], config: ModelConfig, scan_layers: bool = True
 ) -> list[Adapter]:
-  """The base, then the adapter of each PEFT folder, all of one shape.
+  """The base, then the adapter of each path, all of one shape.
 
   Args:
-    folders: as `formats.peft.write_adapter` or PEFT wrote them.
+    folders: PEFT folders, or .lora.h5 files of Keras.
     config: the base's architecture.
     scan_layers: form of the trees.
 
   Raises:
     ValueError: a folder that cannot be read or fits another architecture.
   """
-  from gemma_jax.formats import peft
+  from gemma_jax.formats import adapter, peft
 
   trees, trained = [{}], [{}]
   for folder in folders:
-    lora_config, factors = peft.read_adapter(folder, config, scan_layers)
+    lora_config, factors, trained_base = adapter.read_adapter(folder, config)
+    if lora_config.factorization == 'keras':
+      factors = peft.as_matrix(factors, lora_config, config)
+    if not scan_layers:
+      factors = layout.unstack_layers(factors)
     trees.append(lora.effective(factors, np.float32(lora_config.scale)))
-    trained.append(peft.read_trained_base(folder))
+    trained.append(trained_base)
   names = [BASE, *folders]
   return [
     Adapter(*parts) for parts in zip(names, align(trees), trained, strict=True)

@@ -137,8 +137,8 @@ class BaseConfig(_Freezable):
   """Which base model, and how it is computed (`config.model`).
 
   Attributes:
-    path: model reference: `gemma3_270m`, a .gguf file, a Hugging Face folder,
-      or `random:VARIANT`.
+    path: model reference: `gemma3_270m`, a .gguf file, a Hugging Face or Flax
+      release folder, `hf:owner/name[@revision]`, or `random:VARIANT`.
     tokenizer: path of a tokenizer.model; '' takes the one beside the weights.
     dtype: of the base in memory: auto (the file's own; dequantized: float32),
       bfloat16 or float32.
@@ -251,8 +251,8 @@ class OptimizerConfig(_Freezable):
 
   Attributes:
     learning_rate: peak.
-    schedule: constant, linear or cosine, after the warm-up; the last two decay
-      to zero at the last step.
+    schedule: constant, linear or cosine, after the warm-up; the last two would
+      reach zero at the update after the last.
     warmup_steps: updates of linear warm-up from zero.
     weight_decay: decoupled, on every trainable leaf but norm scales.
     b1: decay of the first moment.

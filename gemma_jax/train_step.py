@@ -37,6 +37,7 @@ def hidden_states(
   """
   variables = dict(variables)
   if variables.get('lora'):
+    _check_form(variables)
     variables['lora'] = lora_lib.effective(variables['lora'], scale)
   return model.apply(
     variables,
@@ -155,6 +156,19 @@ def make_eval_step(
     )
 
   return eval_step
+
+
+def _check_form(variables: Any) -> None:
+  """ValueError for an adapter that the model would not find."""
+  base, adapter = (
+    'scanned' if 'layers' in variables[name] else 'unrolled'
+    for name in ('params', 'lora')
+  )
+  if base != adapter:
+    raise ValueError(
+      f'lora: got a {adapter} adapter for a {base} base, expected one form; '
+      'see layout.stack_layers and layout.unstack_layers.'
+    )
 
 
 def _split_rows(x: jax.Array, parts: int) -> jax.Array:

@@ -29,7 +29,8 @@ from launch import app
 _MODEL = flags.DEFINE_string(
   'model',
   'gemma3_270m',
-  'Base: gemma3_270m, a .gguf file, a Hugging Face folder, or random:VARIANT.',
+  'Base: gemma3_270m, a .gguf file, a Hugging Face or Flax release folder, '
+  'hf:owner/name, or random:VARIANT.',
 )
 _TOKENIZER = flags.DEFINE_string(
   'tokenizer', '', 'tokenizer.model to use instead of the one of the base.'

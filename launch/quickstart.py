@@ -79,11 +79,7 @@ def _answers(config, source, adapter: str) -> list[str]:
     tokenizer, config.data.template, _PROMPT.value
   )
   params = source.load_params(config.model.dtype)
-  sampler = sample.Sampler(
-    source.config,
-    num_pieces=tokenizer.vocab_size,
-    stop_ids=sample.stop_ids(tokenizer),
-  )
+  sampler = sample.Sampler(source.config, tokenizer)
   greedy = SamplingConfig(max_new_tokens=_MAX_NEW_TOKENS.value, temperature=0.0)
   texts = []
   for each in adapters.load_adapters([adapter], source.config):

@@ -3,14 +3,13 @@
 import importlib.util
 import os
 from pathlib import Path
-import tempfile
 
 import jax
 import pytest
 
 # Programs compiled once serve the whole suite, the commands that it starts and
 # the next time; JAX keys them by program, options and version.
-_CACHE = Path(tempfile.gettempdir()) / f'gemma_jax_tests_{os.getuid()}'
+_CACHE = Path.home() / '.cache' / 'gemma_jax' / 'tests'
 for _name, _value in (
   ('jax_compilation_cache_dir', str(_CACHE)),
   ('jax_persistent_cache_min_compile_time_secs', 0.2),

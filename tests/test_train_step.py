@@ -262,3 +262,15 @@ def test_a_frozen_bases_gradient_is_not_even_traced():
   # Down's kernel is read in this shape and never written in it.
   assert (V, D) not in shapes
   assert (toy.FULL.num_layers, F, D) not in shapes
+
+
+def test_an_adapter_of_the_other_form_is_refused():
+  """The model would find no factors and compute the base."""
+  config = toy.PLAIN
+  model = Transformer(config, scan_layers=True, remat=False)
+  variables = {
+    'params': toy.base(config),
+    'lora': toy.factors(config, toy.ALL_TARGETS, scan_layers=False),
+  }
+  with pytest.raises(ValueError, match='unrolled adapter for a scanned base'):
+    train_step.hidden_states(model, variables, 1.0, toy.batch(2, 7))
