@@ -326,7 +326,7 @@ def test_bfloat16_weights_decode_as_their_values_do():
 def test_bfloat16_weights_are_never_widened_all_at_once(rows):
   config = dataclasses.replace(
     variants.get('tiny3'),
-    vocab_size=10_007,
+    vocab_size=100_003,
     hidden_dim=4099,
     num_layers=7,
     layer_is_local=None,
