@@ -1,7 +1,7 @@
 """Packaging: `pip install -e .` from a checkout, with extras for what you run.
 
-Lower bounds are the first releases that have what is used here; where a bound
-has a reason of its own, it stands beside it.
+A lower bound keeps out releases older than jax 0.10, with which nothing here
+is tested; where it has a reason of its own, that stands beside it.
 """
 
 from pathlib import Path
@@ -16,14 +16,12 @@ REQUIRED = [
   'gguf>=0.17',
   'grain>=0.2.12',
   'jax>=0.10',  # make_mesh with axis_types; Python 3.11 still has it
-  'matplotlib>=3.8',
   'ml_collections>=1.0',  # config_flags for dataclasses
   'numpy>=1.26',
   'optax>=0.2.6',  # selective_transform
   'orbax-checkpoint>=0.11.20',
   'protobuf>=4.25',  # sentencepiece_model_pb2 needs it, undeclared
   'safetensors>=0.4.3',
-  'scipy>=1.11',
   'sentencepiece>=0.2.0',
   'tensorboardX>=2.6',
   'tensorflow-datasets>=4.9.7',  # array_record files without TensorFlow
@@ -42,9 +40,9 @@ EXTRAS = {
     'huggingface_hub>=1.0',
     'hypothesis>=6.100',
     'pytest>=8',
-    'ruff>=0.14',
+    'ruff==0.17.*',
   ],
-  # torch 2.13.0 has a CPU build on PyPI mirrors; newer ones pull CUDA.
+  # The torch that made tests/golden/parity.
   'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.18'],
 }
 

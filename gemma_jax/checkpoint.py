@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import pytree
@@ -51,7 +53,8 @@ class Checkpoints:
       state: may be donated to the next step right after.
       notes: JSON-able facts of the run at this step.
     """
-    arrays = _by_path(state)
+    # A copy on the device: Orbax reads it in the background.
+    arrays = _by_path(jax.tree.map(jnp.copy, state))
     self._manager.save(
       int(state.step),
       args=self._ocp.args.Composite(

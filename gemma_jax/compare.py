@@ -33,6 +33,7 @@ def evaluate_adapters(
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(mesh, data.global_batch_size, 'batch_size')
   source = source_lib.open_base(config.model.path, config.model.tokenizer)
+  run.check_length(data.seq_len, source)
   tokenizer = source.tokenizer()
   records = sources.load_heldout(data.path, data.template, 'data')
   examples = examples_lib.make_examples(
@@ -43,6 +44,7 @@ def evaluate_adapters(
     data.seq_len,
     source.config.vocab_size,
   )
+  examples.stats.log('data')
   folders = [name for name in names if name != adapters_lib.BASE]
   loaded = adapters_lib.load_adapters(folders, source.config)
   by_name = {adapter.name: adapter for adapter in loaded}

@@ -242,7 +242,8 @@ class LoraConfig(_Freezable):
         'The embedding is also the output layer (tied); an adapter on it '
         'would change both, so it is not offered.'
       )
-    _require(bool(names), 'lora.targets', self.targets, choices, remedy)
+    is_fine = bool(names) and not remedy
+    _require(is_fine, 'lora.targets', self.targets, choices, remedy)
 
 
 @dataclasses.dataclass
@@ -253,7 +254,7 @@ class OptimizerConfig(_Freezable):
     learning_rate: peak.
     schedule: constant, linear or cosine, after the warm-up; the last two would
       reach zero at the update after the last.
-    warmup_steps: updates of linear warm-up from zero.
+    warmup_steps: updates of linear warm-up; the first has peak / warmup_steps.
     weight_decay: decoupled, on every trainable leaf but norm scales.
     b1: decay of the first moment.
     b2: decay of the second moment.
@@ -367,7 +368,8 @@ class TrainConfig(_Freezable):
     profile_steps: updates to trace with jax.profiler, e.g. (3, 4).
     trainable: regexes over tree paths ('params/...' is the base, 'lora/...'
       the adapter); a leaf that one of them matches from its start is trained.
-    compilation_cache: folder of compiled programs; '' is ~/.cache/gemma_jax,
+    compilation_cache: folder of compiled programs; '' is
+      ~/.cache/gemma_jax/compiled,
       'off' keeps none.
   """
 

@@ -15,8 +15,9 @@ from gemma_jax.data import examples as examples_lib
 def dry_run(config: TrainConfig, workdir: str) -> str:
   """Goes through a run's start and returns what it found, as text.
 
-  Nothing is written and no weight is read. The step is compiled for the
-  devices that are there.
+  Nothing is written to the workdir and no weight is read; downloads, prepared
+  data sets and compiled programs are cached as in a run. The step is compiled
+  for the devices that are there.
 
   Args:
     config: resolved.
@@ -29,25 +30,29 @@ def dry_run(config: TrainConfig, workdir: str) -> str:
   workdir_lib.check_writable(workdir)
   run = run_lib.prepare(config)
   workdir_lib.check_same_fingerprints(workdir, run.fingerprints())
+  step = _start(run, workdir)
+  what = f'would resume at step {step}' if step else 'would start at step 0'
+  if workdir_lib.read_json(workdir, 'result.json') is not None:
+    what = 'has finished'
   sections = [
     run.summary().table(),
-    _checkpoint_line(run, workdir),
+    f'workdir {workdir}: writable; the run {what}.',
     _memory_lines(run),
-    _first_batch(run),
+    _first_batch(run, step),
   ]
   return '\n\n'.join(sections)
 
 
-def _checkpoint_line(run: run_lib.Run, workdir: str) -> str:
+def _start(run: run_lib.Run, workdir: str) -> int:
+  """The step at which the run would go on; its checkpoint can be read."""
   if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
-    return f'workdir {workdir}: writable; the run would start at step 0.'
+    return 0
   checkpoints = Checkpoints(workdir, read_only=True)
   try:
     step = checkpoints.latest_step()
-    if step is None:
-      return f'workdir {workdir}: writable; the run would start at step 0.'
-    checkpoints.restore(step, run.abstract[0])
-    return f'workdir {workdir}: writable; the run would resume at step {step}.'
+    if step is not None:
+      checkpoints.restore(step, run.abstract[0])
+    return step or 0
   finally:
     checkpoints.close()
 
@@ -67,18 +72,20 @@ def _memory_lines(run: run_lib.Run) -> str:
   return '\n'.join(lines)
 
 
-def _first_batch(run: run_lib.Run) -> str:
-  """The first row of step 0 as text; what counts in the loss in brackets."""
-  row = run.plan.rows(0)[0]
-  batch = examples_lib.make_batch(run.train, [row], run.config.data.seq_len)
-  lines = [
-    f'first batch: row 0 holds {len(row)} records, '
-    f'{int((batch["segment_ids"] > 0).sum())} of '
-    f'{run.config.data.seq_len} positions; targets of the loss in [[ ]]'
-  ]
-  for example_id in row[:2]:
-    lines.append(f'--- record {run.train.record_ids[example_id]}')
-    lines.append(_marked_text(run, *run.train[example_id]))
+def _first_batch(run: run_lib.Run, step: int) -> str:
+  """The rows of a step as text; what counts in the loss in brackets."""
+  rows = run.plan.rows(step)
+  batch = examples_lib.make_batch(run.train, rows, run.config.data.seq_len)
+  filled = (batch['segment_ids'] > 0).sum(axis=1)
+  lines = [f'batch of step {step}; targets of the loss in [[ ]]']
+  for i, row in enumerate(rows):
+    lines.append(
+      f'=== row {i}: {len(row)} records, {filled[i]} of '
+      f'{run.config.data.seq_len} positions'
+    )
+    for example_id in row:
+      lines.append(f'--- record {run.train.record_ids[example_id]}')
+      lines.append(_marked_text(run, *run.train[example_id]))
   return '\n'.join(lines)
 
 

@@ -65,13 +65,14 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def check_finite(step: int, values: dict[str, Any]) -> None:
   """Raises FloatingPointError that names the step and the rate."""
-  for name in ('loss_nats_per_token', 'grad_norm'):
-    if not math.isfinite(values[name]):
+  for name, value in values.items():
+    if not math.isfinite(value):
+      rate = values.get('learning_rate')
       raise FloatingPointError(
-        f'{name}: got {values[name]} at step {step} (learning rate '
-        f'{values["learning_rate"]:g}), expected a finite number. Nothing of '
-        'this step was saved; lower optimizer.learning_rate or look at the '
-        'data of this step.'
+        f'{name}: got {value} at step {step}'
+        + (f' (learning rate {rate:g})' if rate is not None else '')
+        + ', expected a finite number. Nothing of this step was saved; lower '
+        'optimizer.learning_rate or look at the data of this step.'
       )
 
 

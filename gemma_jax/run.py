@@ -140,6 +140,10 @@ class Run:
       self.abstract_batch,
     )
 
+  def check(self) -> None:
+    """ValueError if the trainable leaves or the mesh do not fit the base."""
+    _ = self.abstract
+
   def summary(self) -> summary.Summary:
     """The parameter table of this run."""
     return summary.summarize(self.config, self.source.config, self.dtype)
@@ -183,11 +187,7 @@ def prepare(config: TrainConfig) -> Run:
     'data.global_batch_size / optimizer.accumulate_steps',
   )
   source = source_lib.open_base(config.model.path, config.model.tokenizer)
-  if data.seq_len > source.config.max_positions:
-    raise ValueError(
-      f'data.seq_len: got {data.seq_len}, expected at most '
-      f'{source.config.max_positions}, the positions of {config.model.path}.'
-    )
+  check_length(data.seq_len, source)
   tokenizer = source.tokenizer()
   started = time.perf_counter()
   records = sources.load_records(data)
@@ -225,6 +225,15 @@ def prepare(config: TrainConfig) -> Run:
     dtype=np.dtype(source.stored_dtype if dtype == 'auto' else dtype),
     model=make_model(config, source.config, mesh),
   )
+
+
+def check_length(seq_len: int, source: BaseSource) -> None:
+  """ValueError if a row is longer than the base's positions."""
+  if seq_len > source.config.max_positions:
+    raise ValueError(
+      f'data.seq_len: got {seq_len}, expected at most '
+      f'{source.config.max_positions}, the positions of {source.reference}.'
+    )
 
 
 def make_model(config: TrainConfig, model_config, mesh: Mesh) -> Transformer:

@@ -7,10 +7,10 @@ How a run starts. The order is the contract:
   3. else load the base, then make the adapter (its shapes follow the base's);
   4. there is no training from random weights unless model.path says random:.
 
-How a step goes: compute; check that loss and gradient of the step before are
-finite; evaluate if due, and keep the best adapter; checkpoint if due; stop if
-asked to, after saving. So a checkpoint at step n holds what evaluation n found,
-and a run resumed from it repeats nothing and misses nothing.
+How a step goes: compute; check that its loss and gradient are finite;
+evaluate if due, and keep the best adapter; checkpoint if due; stop if asked to,
+after saving. So a checkpoint at step n holds what evaluation n found, or the
+resumed run evaluates first: it repeats nothing and misses nothing.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,6 @@ from typing import Any
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 import tqdm
 
 from gemma_jax import evaluate as evaluate_lib
@@ -61,25 +60,37 @@ def train(
   if finished is not None:
     logging.info('This run has finished at step %d.', finished['steps'])
     return finished
+  started = time.perf_counter()
   workdir_lib.check_writable(workdir)
-  return Trainer(run_lib.prepare(config), workdir, should_stop).train()
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'processes: got {jax.process_count()}, expected 1; evaluation and the '
+      'files of the workdir are not shared between hosts yet.'
+    )
+  run = run_lib.prepare(config)
+  return Trainer(run, workdir, should_stop, started).train()
 
 
 class Trainer:
   """A run with weights in memory: what the loop needs besides its order."""
 
   def __init__(
-    self, run: run_lib.Run, workdir: str, should_stop: Callable[[], bool]
+    self,
+    run: run_lib.Run,
+    workdir: str,
+    should_stop: Callable[[], bool],
+    started: float,
   ):
     self.run = run
     self.workdir = workdir
     self.should_stop = should_stop
-    self.started = time.perf_counter()
+    self.started = started  # of time.perf_counter()
+    self.is_tracing = False
 
     # Whatever can be refused is refused before anything is written.
     fingerprints = run.fingerprints()
     workdir_lib.check_same_fingerprints(workdir, fingerprints)
-    _ = run.abstract
+    run.check()
     self.checkpoints = Checkpoints(workdir)
     self.facts = workdir_lib.facts(run.config, run.steps, fingerprints)
     workdir_lib.write_json(workdir, 'run.json', self.facts)
@@ -99,9 +110,8 @@ class Trainer:
     """The loop; see the module's docstring for its order."""
     config, run = self.run.config, self.run
     try:
-      if self.step == 0 and not self.found['evals']:
-        self.evaluate(0)
       step = self.step
+      self.evaluate_if_due(step)  # also one that a stop cut short
       batches = pipeline.train_batches(
         run.train,
         run.plan,
@@ -119,8 +129,7 @@ class Trainer:
           self.profile(step)
           self.update(step, batch, bar)
           step += 1
-          if _due(config.eval_every_steps, step) and step < run.steps:
-            self.evaluate(step)
+          self.evaluate_if_due(step)
           if _due(config.checkpoint_every_steps, step):
             self.save()
           if self.should_stop():
@@ -133,6 +142,7 @@ class Trainer:
       logging.warning('Stopped at step %d of %d.', self.step, run.steps)
       raise
     finally:
+      self.stop_profile()
       self.metrics.close()
       self.checkpoints.close()
 
@@ -169,6 +179,13 @@ class Trainer:
           values['learning_rate'], tokens / seconds,
       )  # fmt: skip
 
+  def evaluate_if_due(self, step: int) -> None:
+    """Evaluates at the ends and in between, once at each step."""
+    is_end = step in (0, self.run.steps)
+    is_due = is_end or _due(self.run.config.eval_every_steps, step)
+    if is_due and str(step) not in self.found['evals']:
+      self.evaluate(step)
+
   def evaluate(self, step: int) -> evaluate_lib.Evaluation:
     """Held-out loss now; the adapter is kept if it is the best so far."""
     run, started = self.run, time.perf_counter()
@@ -189,6 +206,7 @@ class Trainer:
       self.should_stop,
     )
     loss, seconds = found.nll_per_token, time.perf_counter() - started
+    metrics_lib.check_finite(step, {'eval_loss_nats_per_token': loss})
     if not self.found['evals'] or loss < min(self.found['evals'].values()):
       self.write_adapter('adapter_best')
     workdir_lib.write_heldout(
@@ -221,9 +239,7 @@ class Trainer:
 
   def save(self) -> None:
     """Starts a checkpoint of the last finished update."""
-    # A copy, since the next step reuses the state's memory at once.
-    state = jax.tree.map(jnp.copy, self.state)
-    self.checkpoints.save(state, {**self.facts, 'found': self.found})
+    self.checkpoints.save(self.state, {**self.facts, 'found': self.found})
 
   def write_adapter(self, name: str) -> str:
     """Writes the adapter as it is now to a folder of the workdir."""
@@ -267,8 +283,15 @@ class Trainer:
     steps = self.run.config.profile_steps
     if steps and step == min(steps):
       jax.profiler.start_trace(f'{self.workdir}/profile')
+      self.is_tracing = True
     if steps and step == max(steps) + 1:
+      self.stop_profile()
+
+  def stop_profile(self) -> None:
+    """Writes the trace, if one is being taken."""
+    if self.is_tracing:
       jax.profiler.stop_trace()
+      self.is_tracing = False
 
   def _start(self):
     """(state, frozen, what evaluations found) of step 0 or of a checkpoint."""
@@ -304,14 +327,8 @@ def log_start(run: run_lib.Run) -> None:
   """Parameter table, data and schedule, before anything expensive."""
   for line in run.summary().table(leaves=False).splitlines():
     logging.info('%s', line)
-  for name, part in (('training', run.train), ('held-out', run.heldout)):
-    stats = part.stats
-    logging.info(
-        '%s: %d records, %d tokens, %d supervised, %d truncated, %d dropped, '
-        '%d duplicates',
-        name, stats.examples, stats.tokens, stats.supervised_tokens,
-        stats.truncated, stats.dropped, stats.duplicates,
-    )  # fmt: skip
+  run.train.stats.log('training')
+  run.heldout.stats.log('held-out')
   for reason, count in run.skipped.items():
     logging.warning('Skipped %d records: %s', count, reason)
   data = run.config.data

@@ -44,7 +44,7 @@ def facts(
 
 def check_same_config(workdir: str, config: TrainConfig) -> None:
   """ValueError if the workdir was made by another config; names the fields."""
-  saved = read_json(workdir, 'run.json')
+  saved = _facts_to_keep(workdir)
   if saved is None:
     return
   before = _flatten(saved['config'])
@@ -62,7 +62,7 @@ def check_same_config(workdir: str, config: TrainConfig) -> None:
 
 def check_same_fingerprints(workdir: str, now: dict[str, str]) -> None:
   """ValueError if base, tokenizer or data are not those of the workdir."""
-  saved = read_json(workdir, 'run.json')
+  saved = _facts_to_keep(workdir)
   if saved is None:
     return
   for name, before in saved['fingerprints'].items():
@@ -72,6 +72,15 @@ def check_same_fingerprints(workdir: str, now: dict[str, str]) -> None:
         f'the {name} of this run has {now[name][:16]}. Use another workdir, '
         f'or the same {name}.'
       )
+
+
+def _facts_to_keep(workdir: str) -> dict[str, Any] | None:
+  """run.json, if there is something that a run has finished or can resume."""
+  path = Path(workdir)
+  has_steps = any(p.name.isdecimal() for p in path.glob('checkpoints/*'))
+  if not has_steps and not (path / 'result.json').exists():
+    return None
+  return read_json(workdir, 'run.json')
 
 
 def read_json(workdir: str, name: str) -> dict[str, Any] | None:
@@ -107,6 +116,11 @@ def read_heldout(workdir: str, step: int) -> list[dict[str, Any]]:
 
 def check_writable(workdir: str) -> None:
   """ValueError if the workdir cannot be made or written; writes nothing."""
+  if '://' in workdir:
+    raise ValueError(
+      f'workdir: got {workdir}, expected a folder of this machine; object '
+      'stores are not supported yet.'
+    )
   path = Path(workdir).absolute()
   while not path.exists():
     path = path.parent

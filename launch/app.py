@@ -5,7 +5,8 @@ Exit code 0; 1 with one clear line on standard error (a traceback only with
 Standard output carries the result, standard error the log.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import json
 import logging as standard_logging
 import os
@@ -22,8 +23,8 @@ _DEBUG = flags.DEFINE_bool(
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 
-# What a user's input or a full disk raises; anything else is our bug and shows
-# its traceback.
+# What a user's input or a full disk raises, with a message of its own;
+# anything else is shown with the name of its type.
 USER_ERRORS = (ValueError, OSError, KeyError, FloatingPointError)
 
 
@@ -36,10 +37,14 @@ def run(main: Callable[[], int | None]) -> None:
     _set_up_log()
     try:
       return main() or 0
-    except USER_ERRORS as e:
-      if _DEBUG.value or '--debug' in sys.argv:
+    except KeyboardInterrupt:
+      sys.exit(130)
+    except Exception as e:
+      if _DEBUG.value:
         raise
-      fail(_one_line(e))
+      if isinstance(e, USER_ERRORS):
+        fail(_one_line(e))
+      fail(f'{type(e).__name__}: {_one_line(e)} (--debug shows where)')
 
   # --help lists the flags of the command's own file and those declared here.
   flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['debug'])
@@ -62,10 +67,11 @@ def set_compilation_cache(folder: str) -> None:
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-def stop_on_signal() -> Callable[[], bool]:
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
   """Makes SIGTERM and Ctrl-C ask for a stop; a second one ends at once.
 
-  Returns:
+  Yields:
     should_stop(), true once a signal has come.
   """
   received = []
@@ -80,9 +86,15 @@ def stop_on_signal() -> Callable[[], bool]:
       signal.Signals(number).name,
     )
 
-  for each in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(each, handle)
-  return lambda: bool(received)
+  before = {
+    each: signal.signal(each, handle)
+    for each in (signal.SIGTERM, signal.SIGINT)
+  }
+  try:
+    yield lambda: bool(received)
+  finally:
+    for each, handler in before.items():
+      signal.signal(each, handler)
 
 
 class _Log(standard_logging.Handler):
@@ -93,7 +105,7 @@ class _Log(standard_logging.Handler):
   """
 
   def emit(self, record):
-    ours = 'site-packages' not in record.pathname
+    ours = '-packages' not in record.pathname
     if ours or record.levelno >= standard_logging.WARNING:
       tqdm.tqdm.write(self.format(record), file=sys.stderr)
 

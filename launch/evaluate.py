@@ -8,6 +8,7 @@ adapter: adapter, nll (sum, nats), tokens, nll_per_token, perplexity, examples.
 """
 
 import json
+from pathlib import Path
 
 from absl import flags, logging
 
@@ -54,6 +55,9 @@ def main() -> int:
 
   if not _DATA.value:
     app.fail('--data: missing, expected a JSON Lines file of records')
+  folder = Path(_PER_EXAMPLE.value).absolute().parent
+  if _PER_EXAMPLE.value and not folder.is_dir():
+    app.fail(f'--per_example: {folder} is no folder, expected one')
   app.set_compilation_cache('')
   config = TrainConfig()
   config.model.path = _MODEL.value

@@ -13,6 +13,7 @@ import json
 import textwrap
 
 from absl import flags, logging
+import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 
@@ -40,10 +41,13 @@ def main() -> int:
   config = _CONFIG.value.resolve()
   app.set_compilation_cache(config.compilation_cache)
   source = source_lib.open_base(config.model.path, config.model.tokenizer)
-  print(summary.summarize(config, source.config, source.stored_dtype).table())
+  dtype = config.model.dtype
+  dtype = source.stored_dtype if dtype == 'auto' else jnp.dtype(dtype)
+  print(summary.summarize(config, source.config, dtype).table())
   print(flush=True)
   try:
-    result = train.train(config, _WORKDIR.value, app.stop_on_signal())
+    with app.stop_on_signal() as should_stop:
+      result = train.train(config, _WORKDIR.value, should_stop)
   except train.Stopped:
     logging.warning('Run the same command again to resume.')
     return app.EXIT_RESUMABLE

@@ -24,7 +24,7 @@ _WORKDIR = flags.DEFINE_string(
 _DRY_RUN = flags.DEFINE_bool(
     'dry_run', False,
     'Read the data, compile the step, check the workdir, print memory and the '
-    'first batch, then stop. Nothing is written.',
+    'first batch, then stop. Nothing is written to the workdir.',
 )  # fmt: skip
 
 
@@ -34,15 +34,16 @@ def main() -> int:
 
   if _CONFIG.value is None:
     app.fail('--config: missing, expected e.g. experiments/dolly_lora.py')
+  if not _WORKDIR.value:
+    app.fail('--workdir: missing, expected a folder for the run')
   config = _CONFIG.value.resolve()
   app.set_compilation_cache(config.compilation_cache)
   if _DRY_RUN.value:
-    print(dry_run.dry_run(config, _WORKDIR.value or '.'))
+    print(dry_run.dry_run(config, _WORKDIR.value))
     return 0
-  if not _WORKDIR.value:
-    app.fail('--workdir: missing, expected a folder for the run')
   try:
-    result = train.train(config, _WORKDIR.value, app.stop_on_signal())
+    with app.stop_on_signal() as should_stop:
+      result = train.train(config, _WORKDIR.value, should_stop)
   except train.Stopped:
     logging.warning('Run the same command again to resume.')
     return app.EXIT_RESUMABLE

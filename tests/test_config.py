@@ -199,3 +199,9 @@ def test_configs_do_not_share_their_parts():
   before = copy.deepcopy(second)
   first.lora.rank = 64
   assert second == before
+
+
+def test_an_embedding_among_other_targets_is_refused_too():
+  config = TrainConfig(lora=LoraConfig(targets='q|v|embedder'))
+  with pytest.raises(ValueError, match=r'lora\.targets.*tied'):
+    config.resolve()

@@ -74,7 +74,7 @@ def test_finished_run_changes_nothing(finished, records):
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before
 
 
-@pytest.mark.parametrize('asked', [1, 4, 5, 8])
+@pytest.mark.parametrize('asked', [0, 1, 3, 4, 5, 7, 10])
 def test_stopped_and_resumed_equals_uninterrupted(
   finished, records, tmp_path, asked
 ):
@@ -201,3 +201,9 @@ def test_one_compilation_of_each_step(records, tmp_path, monkeypatch):
   with jax.log_compiles(False):
     train.train(run_toy.config(records).resolve(), str(tmp_path))
   assert sorted(compiled) == ['evaluation step', 'training step']
+
+
+def test_a_profile_is_written_also_at_the_end(records, tmp_path):
+  config = run_toy.config(records, steps=2, profile_steps=(1,)).resolve()
+  train.train(config, str(tmp_path))
+  assert list((tmp_path / 'profile').rglob('*.xplane.pb'))

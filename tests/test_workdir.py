@@ -1,6 +1,7 @@
 """What a workdir remembers of its run, and which changes it accepts."""
 
 import os
+from pathlib import Path
 import re
 
 import pytest
@@ -17,6 +18,7 @@ def made(tmp_path):
     config, 7, {'base': 'aa', 'tokenizer': 'b', 'data': 'c'}
   )
   workdir.write_json(str(tmp_path), 'run.json', facts)
+  (tmp_path / 'checkpoints' / '4').mkdir(parents=True)
   return str(tmp_path)
 
 
@@ -70,6 +72,19 @@ def test_another_base_is_refused_with_both_values(made):
 def test_an_empty_workdir_accepts_everything(tmp_path):
   workdir.check_same_config(str(tmp_path), run_toy.config('x').resolve())
   workdir.check_same_fingerprints(str(tmp_path), {'base': 'zz'})
+
+
+def test_a_run_that_saved_nothing_may_be_changed(made):
+  """Its first loss was not finite, say, and the remedy is another rate."""
+  (Path(made) / 'checkpoints' / '4').rmdir()
+  config = run_toy.config('records.jsonl')
+  config.optimizer.learning_rate = 0.5
+  workdir.check_same_config(made, config.resolve())
+
+
+def test_object_stores_are_refused():
+  with pytest.raises(ValueError, match='object stores are not supported'):
+    workdir.check_writable('gs://bucket/run')
 
 
 def test_writable_is_checked_without_writing(tmp_path):

@@ -21,6 +21,7 @@ import dataclasses
 import itertools
 from typing import NamedTuple
 
+from absl import logging
 import numpy as np
 
 from gemma_jax.data import records as records_lib
@@ -67,6 +68,20 @@ class ExampleStats:
   truncated: int
   dropped: int
   duplicates: int
+
+  def log(self, name: str) -> None:
+    """One log line about the records called `name`."""
+    logging.info(
+      '%s: %d records, %d tokens, %d supervised, %d truncated to seq_len, '
+      '%d dropped, %d duplicates',
+      name,
+      self.examples,
+      self.tokens,
+      self.supervised_tokens,
+      self.truncated,
+      self.dropped,
+      self.duplicates,
+    )
 
 
 class Examples(Sequence[Example]):
