@@ -19,7 +19,7 @@ from gemma_jax.config import (
 def get_config() -> TrainConfig:
   """The config of `launch/quickstart.sh`."""
   return TrainConfig(
-    steps=120,
+    steps=100,
     checkpoint_every_steps=20,
     # The activations of one row of 256 positions are small: keep them all.
     model=BaseConfig(path='gemma3_270m', remat=False),
