@@ -5,8 +5,8 @@ Question   how far does the held-out loss of Gemma 3 270M fall in the first
 Command    python -m launch.train --config=experiments/dolly_lora.py \\
              --workdir=DIR [--config.data.path=databricks-dolly-15k.jsonl]
            (the default fetches the official file and prepares it with TFDS)
-Cost       see experiments/README.md#dolly
-Result     see experiments/README.md#dolly
+Cost       about 8 s a step of 512 positions on two cores, 3 GiB
+Result     1.957 -> 1.872 nats/token after 100 steps; see experiments/README.md
 """
 
 from gemma_jax.config import (
