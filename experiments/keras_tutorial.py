@@ -1,4 +1,4 @@
-"""The Keras tutorial "Fine-tune Gemma with LoRA", its recipe to the letter.
+"""The Keras tutorial "Fine-tune Gemma with LoRA", its recipe.
 
 Question   does the same recipe (Keras's factorization and initial A, scale 1,
            AdamW 5e-5 with decay 0.01, loss on every token, rows of one padded
