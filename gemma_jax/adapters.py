@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import layout, lora, pytree
-from gemma_jax.config import ModelConfig
+from gemma_jax.model_config import ModelConfig
 
 BASE = 'base'
 

@@ -6,8 +6,8 @@ A `TrainConfig` is a tree of small mutable dataclasses, so that
 `__post_init__`, hence `resolve()`: it validates every field once and returns a
 frozen deep copy.
 
-`ModelConfig` is different: it is the architecture, a frozen value that comes
-from a checkpoint or from `variants.py`, and never from a flag.
+The architecture is not part of it: a `model_config.ModelConfig` comes from a
+checkpoint or from `variants.py`, and never from a flag.
 """
 
 import copy
@@ -25,7 +25,8 @@ TARGET_PRESETS = {
 }
 
 
-def _require(ok: bool, name: str, got: Any, expected: str, remedy: str = ''):
+def require(ok: bool, name: str, got: Any, expected: str, remedy: str = ''):
+  """ValueError that says name, got, expected and remedy, unless ok."""
   if not ok:
     tail = f' {remedy}' if remedy else ''
     raise ValueError(f'{name}: got {got!r}, expected {expected}.{tail}')
@@ -33,92 +34,11 @@ def _require(ok: bool, name: str, got: Any, expected: str, remedy: str = ''):
 
 def _at_least(name: str, got: Any, low: int, remedy: str = ''):
   is_integer = isinstance(got, int) and not isinstance(got, bool)
-  _require(is_integer and got >= low, name, got, f'an integer >= {low}', remedy)
+  require(is_integer and got >= low, name, got, f'an integer >= {low}', remedy)
 
 
 def _one_of(name: str, got: Any, choices: tuple[str, ...]):
-  _require(got in choices, name, got, 'one of ' + ', '.join(choices))
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """A Gemma architecture. Letters as in `gemma_jax.model`.
-
-  Attributes:
-    vocab_size: V, rows of the embedding (may exceed the tokenizer's pieces).
-    embed_dim: D.
-    hidden_dim: F, width of each of gate and up.
-    num_layers: L.
-    num_heads: N, query heads.
-    num_kv_heads: K, key and value heads; divides N.
-    head_dim: H.
-    query_scale: factor on the queries; None means H ** -0.5.
-    layer_is_local: for each layer, whether it attends within `window_size`
-      only; None means that all layers are global.
-    window_size: number of positions a local layer sees, itself included.
-    rope_theta: RoPE base of global layers.
-    rope_local_theta: RoPE base of local layers; None means `rope_theta`.
-    rope_scale: positions of global layers are divided by it (linear scaling).
-    use_qk_norm: RMSNorm on each query and key head before RoPE (Gemma 3).
-    use_post_norms: RMSNorm after attention and after the MLP (Gemma 2, 3).
-    attention_softcap: cap * tanh(score / cap) on attention scores, or None.
-    final_softcap: the same on the output logits, or None.
-    norm_eps: epsilon of every RMSNorm.
-    max_positions: longest sequence the model was made for, in tokens.
-  """
-
-  vocab_size: int
-  embed_dim: int
-  hidden_dim: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  query_scale: float | None = None
-  layer_is_local: tuple[bool, ...] | None = None
-  window_size: int | None = None
-  rope_theta: float = 10_000.0
-  rope_local_theta: float | None = None
-  rope_scale: float = 1.0
-  use_qk_norm: bool = False
-  use_post_norms: bool = False
-  attention_softcap: float | None = None
-  final_softcap: float | None = None
-  norm_eps: float = 1e-6
-  max_positions: int = 8192
-
-  def __post_init__(self):
-    for field in (
-        'vocab_size', 'embed_dim', 'hidden_dim', 'num_layers', 'num_heads',
-        'num_kv_heads', 'head_dim', 'max_positions',
-    ):  # fmt: skip
-      value = getattr(self, field)
-      _require(
-        isinstance(value, int) and value > 0, field, value, 'an integer > 0'
-      )
-    _require(
-      self.num_heads % self.num_kv_heads == 0,
-      'num_kv_heads',
-      self.num_kv_heads,
-      f'a divisor of num_heads={self.num_heads}',
-    )
-    _require(
-      self.head_dim % 2 == 0, 'head_dim', self.head_dim, 'an even number'
-    )
-    if self.layer_is_local is not None:
-      _require(
-        len(self.layer_is_local) == self.num_layers,
-        'layer_is_local',
-        len(self.layer_is_local),
-        f'one flag for each of {self.num_layers} layers',
-      )
-      if any(self.layer_is_local):
-        _require(
-          self.window_size is not None and self.window_size > 0,
-          'window_size',
-          self.window_size,
-          'an integer > 0, since some layers are local',
-        )
+  require(got in choices, name, got, 'one of ' + ', '.join(choices))
 
 
 class _Freezable:
@@ -158,10 +78,10 @@ class BaseConfig(_Freezable):
   remat: bool = True
 
   def check(self):
-    _require(bool(self.path), 'model.path', self.path, 'a model reference')
+    require(bool(self.path), 'model.path', self.path, 'a model reference')
     for name in ('dtype', 'activation_dtype'):
       value = getattr(self, name)
-      _require(
+      require(
         value in ('auto', 'bfloat16', 'float32'),
         f'model.{name}',
         value,
@@ -217,7 +137,7 @@ class LoraConfig(_Freezable):
       1,
       'To evaluate the base alone, pass no adapter.',
     )
-    _require(self.alpha > 0, 'lora.alpha', self.alpha, 'a number > 0')
+    require(self.alpha > 0, 'lora.alpha', self.alpha, 'a number > 0')
     _one_of(
       'lora.scale_rule',
       self.scale_rule,
@@ -225,7 +145,7 @@ class LoraConfig(_Freezable):
     )
     _one_of('lora.factorization', self.factorization, ('matrix', 'keras'))
     _one_of('lora.init', self.init, ('peft', 'keras'))
-    _require(
+    require(
       0 <= self.dropout < 1, 'lora.dropout', self.dropout, 'a rate in [0, 1)'
     )
     choices = f'{", ".join(TARGET_PRESETS)} or a regex over {PROJECTIONS}'
@@ -243,7 +163,7 @@ class LoraConfig(_Freezable):
         'would change both, so it is not offered.'
       )
     is_fine = bool(names) and not remedy
-    _require(is_fine, 'lora.targets', self.targets, choices, remedy)
+    require(is_fine, 'lora.targets', self.targets, choices, remedy)
 
 
 @dataclasses.dataclass
@@ -274,7 +194,7 @@ class OptimizerConfig(_Freezable):
   accumulate_steps: int = 1
 
   def check(self):
-    _require(
+    require(
       self.learning_rate > 0,
       'optimizer.learning_rate',
       self.learning_rate,
@@ -286,11 +206,11 @@ class OptimizerConfig(_Freezable):
     _at_least('optimizer.warmup_steps', self.warmup_steps, 0)
     for name in ('weight_decay', 'clip_norm'):
       value = getattr(self, name)
-      _require(value >= 0, f'optimizer.{name}', value, 'a number >= 0')
+      require(value >= 0, f'optimizer.{name}', value, 'a number >= 0')
     for name in ('b1', 'b2'):
       value = getattr(self, name)
-      _require(0 <= value < 1, f'optimizer.{name}', value, 'a number in [0, 1)')
-    _require(self.eps > 0, 'optimizer.eps', self.eps, 'a number > 0')
+      require(0 <= value < 1, f'optimizer.{name}', value, 'a number in [0, 1)')
+    require(self.eps > 0, 'optimizer.eps', self.eps, 'a number > 0')
     _at_least('optimizer.accumulate_steps', self.accumulate_steps, 1)
 
 
@@ -307,7 +227,7 @@ class MeshConfig(_Freezable):
     for name, size in zip(('data', 'fsdp', 'tensor'), sizes, strict=True):
       if size != -1:
         _at_least(f'mesh.{name}', size, 1, '-1 takes what is left.')
-    _require(sizes.count(-1) <= 1, 'mesh', sizes, 'at most one axis of size -1')
+    require(sizes.count(-1) <= 1, 'mesh', sizes, 'at most one axis of size -1')
 
 
 @dataclasses.dataclass
@@ -344,7 +264,7 @@ class DataConfig(_Freezable):
   skip_bad_records: bool = False
 
   def check(self):
-    _require(bool(self.path), 'data.path', self.path, 'a file or tfds:NAME')
+    require(bool(self.path), 'data.path', self.path, 'a file or tfds:NAME')
     _one_of('data.loss_on', self.loss_on, ('response', 'all'))
     _at_least('data.seq_len', self.seq_len, 2)
     _at_least('data.global_batch_size', self.global_batch_size, 1)
@@ -400,7 +320,7 @@ class TrainConfig(_Freezable):
     for name in ('seed', 'steps', 'eval_every_steps', 'checkpoint_every_steps',
                  'early_stopping_evals'):  # fmt: skip
       _at_least(name, getattr(config, name), 0)
-    _require(
+    require(
       config.steps > 0 or config.epochs > 0,
       'epochs',
       config.epochs,
@@ -408,7 +328,7 @@ class TrainConfig(_Freezable):
     )
     _at_least('log_every_steps', config.log_every_steps, 1)
     # A lone string would be taken letter by letter, and 'p' is all of params/.
-    _require(
+    require(
       isinstance(config.trainable, tuple | list) and len(config.trainable) > 0,
       'trainable',
       config.trainable,
@@ -427,7 +347,7 @@ class TrainConfig(_Freezable):
     for part in parts:
       part.check()
     divisor = config.optimizer.accumulate_steps
-    _require(
+    require(
       config.data.global_batch_size % divisor == 0,
       'data.global_batch_size',
       config.data.global_batch_size,

@@ -20,7 +20,7 @@ import numpy as np
 
 from gemma_jax import lora as lora_lib
 from gemma_jax import pytree, streamed
-from gemma_jax.config import LoraConfig, ModelConfig
+from gemma_jax.config import LoraConfig
 from gemma_jax.formats import adapter as adapter_lib
 from gemma_jax.formats import (
   atomic_folder,
@@ -33,6 +33,7 @@ from gemma_jax.formats import (
 )
 from gemma_jax.formats import source as source_lib
 from gemma_jax.formats.base import BaseSource
+from gemma_jax.model_config import ModelConfig
 
 FORMS = ('hf', 'flax', 'peft')
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import pytree
-from gemma_jax.config import ModelConfig
+from gemma_jax.model_config import ModelConfig
 
 # The seven projections of a layer: where the kernel stands, and the equation
 # that applies it. A LoRA target is a name of this table.

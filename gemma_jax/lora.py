@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax import layout, pytree
-from gemma_jax.config import PROJECTIONS, LoraConfig, ModelConfig
+from gemma_jax.config import PROJECTIONS, LoraConfig
+from gemma_jax.model_config import ModelConfig
 
 
 def target_paths(lora: LoraConfig) -> dict[str, str]:

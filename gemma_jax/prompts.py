@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemma_jax.config import ModelConfig
+from gemma_jax.model_config import ModelConfig
 
 PAD_ID = 0
 

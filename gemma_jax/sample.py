@@ -23,11 +23,11 @@ import numpy as np
 
 from gemma_jax import prompts as prompts_lib
 from gemma_jax.choice import SamplingConfig, Settings, choose_tokens
-from gemma_jax.config import ModelConfig
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.model.attention import Cache, init_cache
 from gemma_jax.model.layers import softcap
 from gemma_jax.model.transformer import Transformer
+from gemma_jax.model_config import ModelConfig
 
 # Tokens a row that one call of `decode` can return, and that it returns while
 # somebody watches.

@@ -16,7 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from gemma_jax import layout, pytree
-from gemma_jax.config import MeshConfig, ModelConfig
+from gemma_jax.config import MeshConfig
+from gemma_jax.model_config import ModelConfig
 
 AXES = ('data', 'fsdp', 'tensor')
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax import optimizer, pytree, train_state
-from gemma_jax.config import ModelConfig, TrainConfig
+from gemma_jax.config import TrainConfig
+from gemma_jax.model_config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

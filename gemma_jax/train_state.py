@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from gemma_jax import layout, lora, pytree
-from gemma_jax.config import ModelConfig, TrainConfig
+from gemma_jax.config import TrainConfig
+from gemma_jax.model_config import ModelConfig
 
 # Streams of random numbers drawn from one seed.
 INIT_STREAM, DROPOUT_STREAM = 0, 1

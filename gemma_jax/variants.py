@@ -7,7 +7,7 @@ all of these sizes.
 
 import dataclasses
 
-from gemma_jax.config import ModelConfig
+from gemma_jax.model_config import ModelConfig
 
 
 def alternating(num_layers: int, locals_per_global: int) -> tuple[bool, ...]:

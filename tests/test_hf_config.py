@@ -1,8 +1,8 @@
 import pytest
 
 from gemma_jax import variants
-from gemma_jax.config import ModelConfig
 from gemma_jax.formats import hf_config
+from gemma_jax.model_config import ModelConfig
 from tests import hf_toy
 
 

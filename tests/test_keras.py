@@ -7,8 +7,9 @@ import pytest
 
 from gemma_jax import convert, layout, pytree
 from gemma_jax import lora as lora_lib
-from gemma_jax.config import LoraConfig, ModelConfig
+from gemma_jax.config import LoraConfig
 from gemma_jax.formats import adapter, keras
+from gemma_jax.model_config import ModelConfig
 from tests import hf_toy, logits_toy
 
 h5py = pytest.importorskip('h5py')

@@ -17,9 +17,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gemma_jax import lora, optimizer, pytree, train_state, train_step
-from gemma_jax.config import LoraConfig, ModelConfig, OptimizerConfig
+from gemma_jax.config import LoraConfig, OptimizerConfig
 from gemma_jax.formats import peft, source
 from gemma_jax.model.transformer import Transformer
+from gemma_jax.model_config import ModelConfig
 from tests import toy
 
 GOLDEN = Path(__file__).parent / 'golden' / 'parity'

@@ -25,8 +25,9 @@ from gemma_jax import (
   train_state,
   train_step,
 )
-from gemma_jax.config import LoraConfig, ModelConfig, OptimizerConfig
+from gemma_jax.config import LoraConfig, OptimizerConfig
 from gemma_jax.model.transformer import Transformer
+from gemma_jax.model_config import ModelConfig
 
 # Gemma 1's switches: all layers global, one kv head, no caps, two norms.
 PLAIN = ModelConfig(

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from gemma_jax import pytree
-from gemma_jax.config import LoraConfig, ModelConfig
+from gemma_jax.config import LoraConfig
 from gemma_jax.formats import keras, peft
+from gemma_jax.model_config import ModelConfig
 
 
 def read_adapter(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import layout, pytree
-from gemma_jax.config import ModelConfig
+from gemma_jax.model_config import ModelConfig
 
 if TYPE_CHECKING:
   from gemma_jax.data.tokenizer import Tokenizer

@@ -12,8 +12,8 @@ import re
 from typing import Any
 
 from gemma_jax import variants
-from gemma_jax.config import ModelConfig
 from gemma_jax.formats import base, hf_writer
+from gemma_jax.model_config import ModelConfig
 
 RECORD_NAME = 'conversion.json'
 

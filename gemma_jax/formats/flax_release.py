@@ -28,9 +28,9 @@ import ml_dtypes
 import numpy as np
 
 from gemma_jax import layout, pytree
-from gemma_jax.config import ModelConfig
 from gemma_jax.formats import base, flax_config, hf_writer
 from gemma_jax.formats.base import BaseSource, StoredTensor
+from gemma_jax.model_config import ModelConfig
 
 FOLDER_NAME = 'params'
 _MARKERS = ('_METADATA', 'manifest.ocdbt', 'checkpoint')

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from gemma_jax import layout, variants
-from gemma_jax.config import ModelConfig
 from gemma_jax.formats import base, gguf_file
 from gemma_jax.formats.base import BaseSource, StoredTensor
+from gemma_jax.model_config import ModelConfig
 
 _EMBED = 'token_embd.weight'
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from gemma_jax import variants
-from gemma_jax.config import ModelConfig
 from gemma_jax.formats import base
+from gemma_jax.model_config import ModelConfig
 
 _COMMON = {'head_dim': 256, 'rms_norm_eps': 1e-6}
 _DEFAULTS = {

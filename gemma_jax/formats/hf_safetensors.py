@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 
 from gemma_jax import layout
-from gemma_jax.config import ModelConfig
 from gemma_jax.formats import base, hf_config, safetensors_file
 from gemma_jax.formats.base import BaseSource, StoredTensor
+from gemma_jax.model_config import ModelConfig
 
 INDEX_NAME = 'model.safetensors.index.json'
 

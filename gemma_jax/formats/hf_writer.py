@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax.config import ModelConfig
 from gemma_jax.formats import base, hf_config, hf_safetensors, safetensors_file
 from gemma_jax.formats.base import BaseSource, StoredTensor
+from gemma_jax.model_config import ModelConfig
 
 MAX_SHARD_BYTES = 5_000_000_000
 

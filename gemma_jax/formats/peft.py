@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from gemma_jax import layout, pytree
-from gemma_jax.config import LoraConfig, ModelConfig
+from gemma_jax.config import LoraConfig
 from gemma_jax.formats import (
   atomic_folder,
   base,
@@ -27,6 +27,7 @@ from gemma_jax.formats import (
   peft_config,
   safetensors_file,
 )
+from gemma_jax.model_config import ModelConfig
 
 CONFIG_NAME = 'adapter_config.json'
 WEIGHTS_NAME = 'adapter_model.safetensors'

@@ -12,11 +12,11 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.config import ModelConfig
 from gemma_jax.layout import PROJECTION_EQUATIONS
 from gemma_jax.model import rope
 from gemma_jax.model.attention import Attention, Cache, Context
 from gemma_jax.model.layers import Einsum, Embedder, RMSNorm, softcap
+from gemma_jax.model_config import ModelConfig
 
 
 class Mlp(nn.Module):
