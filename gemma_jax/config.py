@@ -249,6 +249,8 @@ class DataConfig(_Freezable):
     max_records: use only the first so many training records; 0 is all.
     max_eval_records: use only the first so many held-out records; 0 is all.
     skip_bad_records: drop and count unusable records instead of stopping.
+    order_seed: of the order of the records; -1 takes the run's seed, any other
+      value keeps the order while seeds change.
   """
 
   path: str = 'sample:seoul_travel'
@@ -262,6 +264,7 @@ class DataConfig(_Freezable):
   max_records: int = 0
   max_eval_records: int = 0
   skip_bad_records: bool = False
+  order_seed: int = -1
 
   def check(self):
     require(bool(self.path), 'data.path', self.path, 'a file or tfds:NAME')
@@ -270,6 +273,7 @@ class DataConfig(_Freezable):
     _at_least('data.global_batch_size', self.global_batch_size, 1)
     for name in ('max_records', 'max_eval_records'):
       _at_least(f'data.{name}', getattr(self, name), 0)
+    _at_least('data.order_seed', self.order_seed, -1)
 
 
 @dataclasses.dataclass

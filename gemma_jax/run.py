@@ -113,7 +113,7 @@ class Run:
       jax.tree.map(lambda x: x.sharding, state),
       sharding.replicated(self.mesh),
     )
-    return _compile(
+    return compile_step(
       'training step',
       jax.jit(step, donate_argnums=0, out_shardings=out),
       state,
@@ -127,7 +127,7 @@ class Run:
       self.model, scale=self.config.lora.scale, num_pieces=self.num_pieces
     )
     state, frozen = self.abstract
-    return _compile(
+    return compile_step(
       'evaluation step',
       jax.jit(
         lambda trainable, frozen, batch: step(
@@ -207,7 +207,7 @@ def prepare(config: TrainConfig) -> Run:
     train.slots,
     data.seq_len,
     data.global_batch_size,
-    config.seed,
+    config.seed if data.order_seed < 0 else data.order_seed,
     data.packing,
   )
   logging.info('Read the records in %.1f s', time.perf_counter() - started)
@@ -256,7 +256,10 @@ def activation_dtype(name: str, mesh: Mesh) -> np.dtype:
   return np.dtype(jax.numpy.dtype(name))
 
 
-def _compile(name: str, function: Any, *abstract: Any) -> jax.stages.Compiled:
+def compile_step(
+  name: str, function: Any, *abstract: Any
+) -> jax.stages.Compiled:
+  """Compiles a jitted function for abstract arguments and logs how long."""
   started = time.perf_counter()
   compiled = function.lower(*abstract).compile()
   logging.info('Compiled the %s in %.1f s', name, time.perf_counter() - started)

@@ -22,7 +22,7 @@ Batch = dict[str, jax.Array]
 def hidden_states(
   model: Transformer,
   variables: Any,
-  scale: float,
+  scale: float | jax.Array,
   batch: Batch,
   dropout_key: jax.Array | None = None,
 ) -> jax.Array:
@@ -53,10 +53,11 @@ def make_train_step(
   tx: optax.GradientTransformation,
   schedule: optax.Schedule,
   *,
-  scale: float,
+  scale: float | jax.Array,
   num_pieces: int | None,
   accumulate_steps: int = 1,
-  seed: int = 0,
+  seed: int | jax.Array = 0,
+  chunk_tokens: int = losses.CHUNK_TOKENS,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Any]]]:
   """Makes step(state, frozen, batch) -> (state, metrics).
 
@@ -73,6 +74,7 @@ def make_train_step(
     num_pieces: the tokenizer's pieces; later embedding rows are masked.
     accumulate_steps: parts of a batch.
     seed: of dropout; its key is a function of (seed, step, part).
+    chunk_tokens: positions whose logits exist at one time.
 
   Returns:
     A pure function; metrics are float32 scalars: `loss` (nats per supervised
@@ -92,6 +94,7 @@ def make_train_step(
       batch['weights'],
       softcap=model.config.final_softcap,
       num_pieces=num_pieces,
+      chunk_tokens=chunk_tokens,
     )
 
   def step(state: TrainState, frozen: Any, batch: Batch):
@@ -135,7 +138,11 @@ def make_train_step(
 
 
 def make_eval_step(
-  model: Transformer, *, scale: float, num_pieces: int | None
+  model: Transformer,
+  *,
+  scale: float | jax.Array,
+  num_pieces: int | None,
+  chunk_tokens: int = losses.CHUNK_TOKENS,
 ) -> Callable[[Any, Batch], jax.Array]:
   """Makes eval_step(variables, batch) -> weighted losses, float32 [B, T].
 
@@ -143,6 +150,7 @@ def make_eval_step(
     model: the transformer.
     scale: `LoraConfig.scale`, or 1 for factors that hold it (`lora.effective`).
     num_pieces: as in `make_train_step`.
+    chunk_tokens: as in `make_train_step`.
   """
 
   def eval_step(variables, batch):
@@ -153,6 +161,7 @@ def make_eval_step(
       batch['weights'],
       softcap=model.config.final_softcap,
       num_pieces=num_pieces,
+      chunk_tokens=chunk_tokens,
     )
 
   return eval_step

@@ -191,13 +191,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(records, tmp_path):
 
 def test_one_compilation_of_each_step(records, tmp_path, monkeypatch):
   compiled = []
-  original = run_lib._compile
+  original = run_lib.compile_step
 
   def counting(name, *arguments):
     compiled.append(name)
     return original(name, *arguments)
 
-  monkeypatch.setattr(run_lib, '_compile', counting)
+  monkeypatch.setattr(run_lib, 'compile_step', counting)
   with jax.log_compiles(False):
     train.train(run_toy.config(records).resolve(), str(tmp_path))
   assert sorted(compiled) == ['evaluation step', 'training step']

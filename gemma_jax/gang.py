@@ -1,0 +1,295 @@
+"""K adapters trained at once over one base: the same step, mapped.
+
+Members may differ in rank, scale, learning rate, seed and initial A; they see
+the same batches. The base lives once in memory and the step is compiled once.
+
+Ranks are made equal by zeros, and that is exact. Where a column of A and its
+row of B are zero, so are their gradients (each is a product with the other),
+hence their moments, updates and decay, and what they add to the clipped norm:
+
+    rank 2 among 4    A [a1 a2 0 0]    B [b1 b2 0 0]^T    A B = a1 b1 + a2 b2
+
+The rate and the scale enter the step as arguments. The leaves of a gang have a
+leading axis K.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gemma_jax import config as config_lib
+from gemma_jax import (
+  losses,
+  optimizer,
+  pytree,
+  sharding,
+  train_state,
+  train_step,
+)
+from gemma_jax import run as run_lib
+from gemma_jax.config import TrainConfig
+from gemma_jax.train_state import TrainState
+
+# In these fields the members of a gang may differ.
+MEMBER_FIELDS = (
+    'seed', 'lora/rank', 'lora/alpha', 'lora/scale_rule', 'lora/init',
+    'optimizer/learning_rate',
+)  # fmt: skip
+
+# Logits of a chunk exist for all members at a time: chunks get shorter, so that
+# they take no more memory than one run's.
+_MIN_CHUNK_TOKENS = 32
+
+# A state's axes under vmap: all members have finished the same updates.
+_STATE_AXES = TrainState(step=None, trainable=0, opt_state=0)
+
+
+@struct.dataclass
+class Members:
+  """What the step must know of each member besides its state; all [K]."""
+
+  scale: jax.Array
+  learning_rate: jax.Array
+  seed: jax.Array
+
+
+def common_fields(config: TrainConfig) -> dict[str, Any]:
+  """The fields, by path, that all members of a gang share.
+
+  The seed is one of them if the order of the data hangs on it.
+  """
+  fields = dict(pytree.items(config_lib.to_dict(config)))
+  own = set(MEMBER_FIELDS)
+  if config.data.order_seed < 0:
+    own.remove('seed')
+  return {name: x for name, x in fields.items() if name not in own}
+
+
+class Gang:
+  """Members with one base and one stream of batches; nothing is loaded yet.
+
+  Attributes:
+    configs: of the members, resolved.
+    run: what they share, prepared for the largest rank.
+  """
+
+  def __init__(self, configs: Sequence[TrainConfig]):
+    """Prepares the run that the members share.
+
+    Args:
+      configs: resolved; they differ in `MEMBER_FIELDS` only.
+
+    Raises:
+      ValueError: no member, base leaves to train, or configs that differ in
+        more.
+    """
+    if not configs:
+      raise ValueError('gang: got no member, expected at least one config.')
+    first = configs[0]
+    if any(not pattern.startswith('lora') for pattern in first.trainable):
+      raise ValueError(
+        f'trainable: got {first.trainable}, expected adapters only: the '
+        'members of a gang share their base. Train this config alone.'
+      )
+    want = common_fields(first)
+    for config in configs[1:]:
+      got = common_fields(config)
+      for name in sorted(want.keys() | got.keys()):
+        if want.get(name) != got.get(name):
+          raise ValueError(
+            f'gang: {name.replace("/", ".")} is {want.get(name)!r} for one '
+            f'member and {got.get(name)!r} for another, expected one value. '
+            'Train them in different gangs.'
+          )
+    self.configs = tuple(configs)
+    self.run = run_lib.prepare(max(configs, key=lambda c: c.lora.rank))
+
+  def __len__(self) -> int:
+    return len(self.configs)
+
+  @property
+  def members(self) -> Members:
+    """The step's arguments."""
+    column = lambda values, dtype: jnp.asarray(list(values), dtype)
+    configs = self.configs
+    return Members(
+      scale=column((c.lora.scale for c in configs), jnp.float32),
+      learning_rate=column(
+        (c.optimizer.learning_rate for c in configs), jnp.float32
+      ),
+      seed=column((c.seed for c in configs), jnp.int32),
+    )
+
+  def init_adapters(self) -> pytree.Tree:
+    """Every member's own initial factors, padded; leaves [K, ...]."""
+    rank = self.run.config.lora.rank
+    return stack(
+      [
+        pad(train_state.init_adapter(config, self.run.source.config), rank)
+        for config in self.configs
+      ]
+    )
+
+  @property
+  def abstract(self) -> tuple[TrainState, Any]:
+    """(state, frozen) as `jax.ShapeDtypeStruct`s; adapters are replicated."""
+    state, frozen = self.run.abstract
+    everywhere = sharding.replicated(self.run.mesh)
+    stacked = jax.eval_shape(
+      lambda leaves: init_state(stack([leaves] * len(self)), self.run.tx),
+      state.trainable,
+    )
+    place = lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=everywhere
+    )
+    return jax.tree.map(place, stacked), frozen
+
+  def compile_train_step(self) -> jax.stages.Compiled:
+    """step(state, members, frozen, batch) -> (state, metrics [K])."""
+    run = self.run
+    step = make_train_step(
+      run.model,
+      run.config,
+      run.steps,
+      num_pieces=run.num_pieces,
+      size=len(self),
+    )
+    state, frozen = self.abstract
+    everywhere = sharding.replicated(run.mesh)
+    return run_lib.compile_step(
+      f'training step of a gang of {len(self)}',
+      jax.jit(step, donate_argnums=0, out_shardings=everywhere),
+      state,
+      jax.eval_shape(lambda: self.members),
+      frozen,
+      run.abstract_batch,
+    )
+
+  def compile_eval_step(self) -> jax.stages.Compiled:
+    """eval_step(trainable, members, frozen, batch) -> losses [K, B, T]."""
+    run = self.run
+    step = make_eval_step(run.model, num_pieces=run.num_pieces, size=len(self))
+    state, frozen = self.abstract
+    return run_lib.compile_step(
+      f'evaluation step of a gang of {len(self)}',
+      jax.jit(step, out_shardings=sharding.replicated(run.mesh)),
+      state.trainable,
+      jax.eval_shape(lambda: self.members),
+      frozen,
+      run.abstract_batch,
+    )
+
+
+def init_state(trainable: Any, tx: optax.GradientTransformation) -> TrainState:
+  """The state before the first update, from leaves [K, ...]."""
+  return TrainState(jnp.int32(0), trainable, jax.vmap(tx.init)(trainable))
+
+
+def make_train_step(
+  model, config: TrainConfig, steps: int, *, num_pieces: int | None, size: int
+):
+  """Makes step(state, members, frozen, batch) -> (state, metrics).
+
+  Args:
+    model: the transformer.
+    config: what the members share.
+    steps: updates in the run, for the schedule.
+    num_pieces: as in `train_step.make_train_step`.
+    size: K.
+
+  Returns:
+    A pure function; state and metrics have a leading axis K, but for the
+    finished updates, which the members share.
+  """
+
+  def one(state, member, frozen, batch):
+    settings = dataclasses.replace(
+      config.optimizer, learning_rate=member.learning_rate
+    )
+    step = train_step.make_train_step(
+      model,
+      optimizer.make_optimizer(settings, steps, config.trainable),
+      optimizer.make_schedule(settings, steps),
+      scale=member.scale,
+      num_pieces=num_pieces,
+      accumulate_steps=settings.accumulate_steps,
+      seed=member.seed,
+      chunk_tokens=_chunk_tokens(size),
+    )
+    return step(state, frozen, batch)
+
+  return jax.vmap(
+    one, in_axes=(_STATE_AXES, 0, None, None), out_axes=(_STATE_AXES, 0)
+  )
+
+
+def make_eval_step(model, *, num_pieces: int | None, size: int):
+  """Makes eval_step(trainable, members, frozen, batch) -> [K, B, T]."""
+
+  def one(trainable, member, frozen, batch):
+    step = train_step.make_eval_step(
+      model,
+      scale=member.scale,
+      num_pieces=num_pieces,
+      chunk_tokens=_chunk_tokens(size),
+    )
+    return step(train_state.join(trainable, frozen), batch)
+
+  return jax.vmap(one, in_axes=(0, 0, None, None))
+
+
+def pad(factors: pytree.Tree, rank: int) -> pytree.Tree:
+  """Zeros behind the columns of A and the rows of B, up to a rank."""
+
+  def leaf(name, x):
+    axis = _rank_axis(name, x)
+    if axis is None:
+      return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, rank - x.shape[axis])
+    return jnp.pad(x, widths)
+
+  return pytree.map_with_name(leaf, factors)
+
+
+def cut(factors: pytree.Tree, rank: int) -> pytree.Tree:
+  """Undoes `pad`: the first `rank` columns of A and rows of B."""
+
+  def leaf(name, x):
+    axis = _rank_axis(name, x)
+    return x if axis is None else np.take(x, range(rank), axis)
+
+  return pytree.map_with_name(leaf, factors)
+
+
+def stack(trees: Sequence[pytree.Tree]) -> pytree.Tree:
+  """Trees of one form → one whose leaves have a leading axis K."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def member(tree: pytree.Tree, index: int) -> pytree.Tree:
+  """The leaves of one member."""
+  return jax.tree.map(lambda x: x[index], tree)
+
+
+def _rank_axis(name: str, x: Any) -> int | None:
+  """Where R stands: last in A; first in B, behind L where layers are stacked.
+
+  'lora/layers/attn/q/lora_b' [L, R, N, H]    1
+  'lora/layer_0/attn/q/lora_b' [R, N, H]      0
+  """
+  if name.endswith('/lora_a'):
+    return x.ndim - 1
+  if name.endswith('/lora_b'):
+    return 1 if 'layers' in name.split('/') else 0
+  return None
+
+
+def _chunk_tokens(size: int) -> int:
+  return max(losses.CHUNK_TOKENS // size, _MIN_CHUNK_TOKENS)
