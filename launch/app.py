@@ -7,9 +7,12 @@ Standard output carries the result, standard error the log.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
+import importlib
 import json
 import logging as standard_logging
 import os
+import re
 import signal
 import sys
 
@@ -26,6 +29,11 @@ EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 # What a user's input or a full disk raises, with a message of its own;
 # anything else is shown with the name of its type.
 USER_ERRORS = (ValueError, OSError, KeyError, FloatingPointError)
+
+# How ml_collections says what `_explain` says.
+_NO_FIELD = re.compile(r"Field (\w+) not found .*'([\w.]+)\.(\w+)'")
+_NO_FILE = re.compile(r"Failed loading config file .* '(.*)'", re.DOTALL)
+_BROKEN_FILE = 'Error whilst parsing config file'
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -124,18 +132,42 @@ def _set_up_log():
 def _parse(argv):
   try:
     return flags.FLAGS(argv)
+  except SystemExit:  # --help has printed its text, and ends with 1 in absl
+    sys.exit(0)
   except flags.Error as e:  # an unknown flag or a value of another type
     fail(f'{_one_line(e)} See --help.')
-  except USER_ERRORS as e:  # a config file that does not load, a wrong field
+  except Exception as e:  # an experiment file that does not load, a wrong field
     if '--debug' in argv:
       raise
-    fail(_one_line(e))
+    kind = (
+      '' if isinstance(e, USER_ERRORS) else f'--config: {type(e).__name__}: '
+    )
+    fail(f'{kind}{_one_line(e)}')
 
 
 def _one_line(e: Exception) -> str:
   # str(KeyError) is the repr of its message.
   text = e.args[0] if isinstance(e, KeyError) and e.args else e
-  return ' '.join(str(text).split()) or type(e).__name__
+  return ' '.join(_explain(str(text)).split()) or type(e).__name__
+
+
+def _explain(text: str) -> str:
+  """What is wrong with --config; any other message as it is."""
+  if found := _NO_FIELD.search(text):
+    field, module, name = found.groups()
+    fields = dataclasses.fields(getattr(importlib.import_module(module), name))
+    return (
+      f'--config: got the field {field!r}, expected one of '
+      f'{", ".join(f.name for f in fields)}.'
+    )
+  if found := _NO_FILE.search(text):
+    return (
+      f'--config: got {found[1]!r}, which is no file; expected an experiment '
+      'file with get_config(), e.g. experiments/dolly_lora.py.'
+    )
+  if _BROKEN_FILE in text:  # followed by a traceback
+    return f'--config: {text.strip().splitlines()[-1]}.'
+  return text
 
 
 def write_lines(path: str, rows: list[dict]) -> None:

@@ -55,9 +55,9 @@ def main() -> int:
 
   if not _DATA.value:
     app.fail('--data: missing, expected a JSON Lines file of records')
-  folder = Path(_PER_EXAMPLE.value).absolute().parent
-  if _PER_EXAMPLE.value and not folder.is_dir():
-    app.fail(f'--per_example: {folder} is no folder, expected one')
+  per_example = Path(_PER_EXAMPLE.value).expanduser().absolute()
+  if _PER_EXAMPLE.value and not per_example.parent.is_dir():
+    app.fail(f'--per_example: {per_example.parent} is no folder, expected one')
   app.set_compilation_cache('')
   config = TrainConfig()
   config.model.path = _MODEL.value
@@ -88,7 +88,7 @@ def main() -> int:
         }
       )
   if _PER_EXAMPLE.value:
-    app.write_lines(_PER_EXAMPLE.value, rows)
+    app.write_lines(str(per_example), rows)
   return 0
 
 

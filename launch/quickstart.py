@@ -10,6 +10,7 @@ token, bootstrap over records).
 """
 
 import json
+import os
 import textwrap
 
 from absl import flags, logging
@@ -38,6 +39,7 @@ def main() -> int:
   from gemma_jax import summary, train
   from gemma_jax.formats import source as source_lib
 
+  workdir = os.path.expanduser(_WORKDIR.value)
   config = _CONFIG.value.resolve()
   app.set_compilation_cache(config.compilation_cache)
   source = source_lib.open_base(config.model.path, config.model.tokenizer)
@@ -47,13 +49,13 @@ def main() -> int:
   print(flush=True)
   try:
     with app.stop_on_signal() as should_stop:
-      result = train.train(config, _WORKDIR.value, should_stop)
+      result = train.train(config, workdir, should_stop)
   except train.Stopped:
     logging.warning('Run the same command again to resume.')
     return app.EXIT_RESUMABLE
 
   answers = _answers(config, source, result['adapter'])
-  low, high = _interval(_WORKDIR.value, result['steps'])
+  low, high = _interval(workdir, result['steps'])
   for name, answer in zip(('base', 'adapted'), answers, strict=True):
     print(f'{name}: {_PROMPT.value}')
     print(textwrap.indent(textwrap.fill(answer.strip(), 76), '  ') + '\n')

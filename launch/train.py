@@ -2,12 +2,15 @@
 
   python -m launch.train --config=experiments/quickstart.py --workdir=DIR
 
-Any field of the config can be set: --config.lora.rank=8. The same command again
-resumes a stopped run, and only reports a finished one. The last line on
-standard output is the result as JSON.
+Any field of the config (gemma_jax/config.py explains them) can be set:
+--config.lora.rank=8. The same command again resumes a stopped run, and only
+reports a finished one. The last line on standard output is the result as JSON:
+steps, tokens, seconds, loss_base and loss_adapted (held-out, nats per token),
+loss_best, adapter (its folder), peak_memory_bytes.
 """
 
 import json
+import os
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -36,14 +39,15 @@ def main() -> int:
     app.fail('--config: missing, expected e.g. experiments/dolly_lora.py')
   if not _WORKDIR.value:
     app.fail('--workdir: missing, expected a folder for the run')
+  workdir = os.path.expanduser(_WORKDIR.value)
   config = _CONFIG.value.resolve()
   app.set_compilation_cache(config.compilation_cache)
   if _DRY_RUN.value:
-    print(dry_run.dry_run(config, _WORKDIR.value))
+    print(dry_run.dry_run(config, workdir))
     return 0
   try:
     with app.stop_on_signal() as should_stop:
-      result = train.train(config, _WORKDIR.value, should_stop)
+      result = train.train(config, workdir, should_stop)
   except train.Stopped:
     logging.warning('Run the same command again to resume.')
     return app.EXIT_RESUMABLE

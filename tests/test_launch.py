@@ -128,7 +128,9 @@ def test_dry_run_prints_and_leaves_nothing(folder, records):
 
 @pytest.mark.parametrize('command', ['train', 'evaluate', 'summary'])
 def test_help_explains(command):
-  text = call(command, '--help').stdout
+  done = call(command, '--help')
+  assert done.returncode == 0
+  text = done.stdout
   assert f'python -m launch.{command}' in text
   assert '--debug' in text.replace('--[no]debug', '--debug')
 
@@ -137,7 +139,7 @@ def test_help_explains(command):
   ('flags', 'message'),
   [
     (['--config.lora.rank=0'], 'lora.rank: got 0'),
-    (['--config.lora.rnk=8'], 'rnk'),
+    (['--config.lora.rnk=8'], "field 'rnk', expected one of rank, alpha, "),
     (['--config.lora.rank=x'], 'config.lora.rank'),
     (['--config.lora.targets=nothing'], 'lora.targets'),
     (['--config.lora.targets=embedder'], 'tied'),
@@ -148,7 +150,7 @@ def test_help_explains(command):
     (['--config.data.template=nothing'], 'template'),
     (['--config.data.seq_len=9999'], 'data.seq_len'),
     (['--confg=x'], 'confg'),
-    (['--config=missing.py'], 'missing.py'),
+    (['--config=missing.py'], "got 'missing.py', which is no file"),
   ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
@@ -163,6 +165,25 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
   assert message in errors[0]
   assert 'Traceback' not in done.stderr
   assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    ('def get_config(:\n', 'SyntaxError: invalid syntax'),
+    ('x = 1\n', "no attribute 'get_config'"),
+    ('import missing_package\n', "No module named 'missing_package'"),
+    ('def get_config():\n  raise ValueError("no luck")\n', 'no luck'),
+  ],
+)
+def test_a_broken_experiment_file_is_one_line(folder, content, message):
+  path = folder / 'broken.py'
+  path.write_text(content)
+  done = call('train', f'--config={path}', f'--workdir={folder}/broken')
+  assert done.returncode == 1
+  assert done.stderr.startswith('error: ')
+  assert message in done.stderr
+  assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,12 @@ def test_no_file(tmp_path):
       read(str(path))
 
 
+def test_a_path_may_begin_at_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  data_toy.write_jsonl(tmp_path / 'a.jsonl', GOOD)
+  assert read('~/a.jsonl') == read(str(tmp_path / 'a.jsonl'))
+
+
 def test_an_unknown_template_is_found_before_reading(tmp_path):
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', GOOD)
   with pytest.raises(ValueError, match=r'data\.template'):

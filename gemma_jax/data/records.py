@@ -81,7 +81,7 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
   Raises:
     ValueError: no such file, or its compression is broken.
   """
-  file = epath.Path(path)
+  file = epath.Path(path).expanduser()
   if not file.is_file():
     raise ValueError(
       f'{name}: got {path!r}, which is no file; expected a .jsonl, .jsonl.gz '

@@ -160,7 +160,7 @@ class SentencePieceTokenizer(Tokenizer):
   @classmethod
   def from_file(cls, path: str) -> 'SentencePieceTokenizer':
     """Reads a `tokenizer.model`; ValueError names a missing or broken file."""
-    file = epath.Path(path)
+    file = epath.Path(path).expanduser()
     if not file.is_file():
       raise ValueError(
         f'tokenizer: got {str(path)!r}, which is no file; expected a '

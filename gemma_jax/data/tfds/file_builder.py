@@ -56,8 +56,8 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       file = epath.Path(path).expanduser()
       if not file.is_file():
         raise ValueError(
-          f'tfds:{self.name}: got {path!r}, which is no file; expected '
-          f'{self.FILE}.'
+          f'tfds:{self.name}: got {path!r}, which is no file; expected the '
+          f'path of {self.FILE} ({self.HOMEPAGE}).'
         )
       self._content = file.read_bytes()
       digest = self._check(self._content, path)
