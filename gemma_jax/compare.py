@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from absl import logging
 import jax
 
 from gemma_jax import adapters as adapters_lib
@@ -44,7 +45,7 @@ def evaluate_adapters(
     data.seq_len,
     source.config.vocab_size,
   )
-  examples.stats.log('data')
+  logging.info(examples.stats.line('data'))
   folders = [name for name in names if name != adapters_lib.BASE]
   loaded = adapters_lib.load_adapters(folders, source.config)
   by_name = {adapter.name: adapter for adapter in loaded}

@@ -36,6 +36,7 @@ def dry_run(config: TrainConfig, workdir: str) -> str:
     what = 'has finished'
   sections = [
     run.summary().table(),
+    run.description(),
     f'workdir {workdir}: writable; the run {what}.',
     _memory_lines(run),
     _first_batch(run, step),

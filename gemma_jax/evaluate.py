@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import tqdm
 
 
 class Stopped(Exception):
@@ -67,13 +68,18 @@ def evaluate(
   """
   nll = np.zeros(num_examples, np.float64)
   tokens = np.zeros(num_examples, np.int64)
-  for batch, ids in batches:
-    if should_stop():
-      raise Stopped
-    losses = np.asarray(eval_step(batch), np.float64)
-    real = ids >= 0
-    np.add.at(nll, ids[real], losses[real])
-    np.add.at(tokens, ids[real], (batch['weights'] > 0)[real])
+  with tqdm.tqdm(
+    total=num_examples, desc='evaluation', unit='record', leave=False,
+    disable=None,
+  ) as bar:  # fmt: skip
+    for batch, ids in batches:
+      if should_stop():
+        raise Stopped
+      losses = np.asarray(eval_step(batch), np.float64)
+      real = ids >= 0
+      np.add.at(nll, ids[real], losses[real])
+      np.add.at(tokens, ids[real], (batch['weights'] > 0)[real])
+      bar.update(len(np.unique(ids[real])))
   return Evaluation(nll, tokens)
 
 

@@ -1,6 +1,7 @@
 """Metrics with units in their names: JSON Lines and TensorBoard.
 
-`metrics.jsonl` has a line for every update and one more for every evaluation:
+`metrics.jsonl` has a line for every update and one more for every evaluation,
+that of the base at step 0 included:
 
     {"step": 7, "loss_nats_per_token": 2.31, "learning_rate": 5e-05, ...}
     {"step": 10, "eval_loss_nats_per_token": 2.27, "eval_tokens": 4113, ...}
@@ -24,14 +25,15 @@ class MetricsWriter:
     from tensorboardX import SummaryWriter
 
     path = Path(workdir) / 'metrics.jsonl'
-    kept = [row for row in read(path) if row['step'] <= finished_steps]
+    # A run that begins anew evaluates the base again.
+    kept = [row for row in read(path) if row['step'] <= finished_steps > 0]
     temporary = path.with_suffix('.tmp')
     temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept))
     os.replace(temporary, path)
     self._file = path.open('a')
     self._board = SummaryWriter(
       str(Path(workdir) / 'tensorboard'),
-      purge_step=finished_steps + 1 if finished_steps else None,
+      purge_step=finished_steps + 1 if finished_steps else 0,
     )
 
   def write(self, step: int, values: dict[str, Any]) -> None:

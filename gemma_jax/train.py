@@ -86,6 +86,7 @@ class Trainer:
     self.should_stop = should_stop
     self.started = started  # of time.perf_counter()
     self.is_tracing = False
+    self.loop_start = (0, started)  # first step of this process, and when
 
     # Whatever can be refused is refused before anything is written.
     fingerprints = run.fingerprints()
@@ -112,6 +113,7 @@ class Trainer:
     try:
       step = self.step
       self.evaluate_if_due(step)  # also one that a stop cut short
+      self.loop_start = (step, time.perf_counter())
       batches = pipeline.train_batches(
         run.train,
         run.plan,
@@ -125,6 +127,7 @@ class Trainer:
       ) as bar:
         for step, batch in batches:
           if self.stops_early():
+            logging.info('No better held-out loss: stopping early.')
             break
           self.profile(step)
           self.update(step, batch, bar)
@@ -174,10 +177,16 @@ class Trainer:
     if (step + 1) % self.run.config.log_every_steps == 0:
       logging.info(
           'Step %d/%d: loss %.4f nats/token, grad norm %.3f, lr %.2e, '
-          '%.0f tokens/s',
+          '%.0f tokens/s, %s left',
           step + 1, self.run.steps, values['loss'], values['grad_norm'],
-          values['learning_rate'], tokens / seconds,
+          values['learning_rate'], tokens / seconds, self.time_left(step + 1),
       )  # fmt: skip
+
+  def time_left(self, step: int) -> str:
+    """'1:02:03' at the pace since the loop began, evaluations included."""
+    first, started = self.loop_start
+    pace_secs = (time.perf_counter() - started) / (step - first)
+    return tqdm.tqdm.format_interval(pace_secs * (self.run.steps - step))
 
   def evaluate_if_due(self, step: int) -> None:
     """Evaluates at the ends and in between, once at each step."""
@@ -213,15 +222,14 @@ class Trainer:
       self.workdir, step, run.heldout.record_ids, found.nll, found.tokens
     )
     self.found['evals'][str(step)] = loss
-    if step > 0:
-      self.metrics.write(
-        step,
-        {
-          'eval_loss_nats_per_token': loss,
-          'eval_tokens': int(found.tokens.sum()),
-          'eval_secs': seconds,
-        },
-      )
+    self.metrics.write(
+      step,
+      {
+        'eval_loss_nats_per_token': loss,
+        'eval_tokens': int(found.tokens.sum()),
+        'eval_secs': seconds,
+      },
+    )
     logging.info(
         'Step %d: held-out loss %.4f nats/token over %d tokens of %d records '
         '(%.1f s)',
@@ -324,20 +332,10 @@ class Trainer:
 
 
 def log_start(run: run_lib.Run) -> None:
-  """Parameter table, data and schedule, before anything expensive."""
-  for line in run.summary().table(leaves=False).splitlines():
+  """Parameter table and description, before anything expensive."""
+  table = run.summary().table(leaves=False)
+  for line in f'{table}\n{run.description()}'.splitlines():
     logging.info('%s', line)
-  run.train.stats.log('training')
-  run.heldout.stats.log('held-out')
-  for reason, count in run.skipped.items():
-    logging.warning('Skipped %d records: %s', count, reason)
-  data = run.config.data
-  logging.info(
-      '%d steps of %d rows x %d positions (%d rows an epoch); mesh %s on %s',
-      run.steps, data.global_batch_size, data.seq_len,
-      run.plan.rows_per_epoch(), dict(run.mesh.shape),
-      run.mesh.devices.flat[0].device_kind,
-  )  # fmt: skip
 
 
 def _due(every: int, step: int) -> bool:

@@ -51,6 +51,14 @@ def main() -> int:
   except train.Stopped:
     logging.warning('Run the same command again to resume.')
     return app.EXIT_RESUMABLE
+  base, adapted = result['loss_base'], result['loss_adapted']
+  logging.info(
+      'Held-out loss %.4f -> %.4f nats/token (%+.1f %%). Try the adapter:\n'
+      '  python -m launch.generate --model=%s --adapter=%s --template=%s '
+      "--prompt='...'",
+      base, adapted, 100 * (adapted / base - 1), config.model.path,
+      result['adapter'], config.data.template,
+  )  # fmt: skip
   print(json.dumps(result))
   return 0
 

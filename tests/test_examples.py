@@ -179,6 +179,14 @@ def test_stats_count_what_became_of_the_records():
     examples_lib.make_examples(records[1:3], None, seq_len=5)
 
 
+def test_stats_as_a_line():
+  stats = examples_lib.ExampleStats(9, 7, 12_345, 11, 2, 3, 1)
+  assert stats.line('training') == (
+    'training: 7 records, 12,345 tokens, 11 supervised, 2 truncated to '
+    'seq_len, 3 dropped, 1 duplicates'
+  )
+
+
 def test_the_container_gives_back_each_example():
   records = token_records(5, 2, 7, 3)
   made = examples_lib.make_examples(records, None)

@@ -34,6 +34,13 @@ def test_a_resumed_run_drops_later_and_torn_lines(tmp_path):
   assert metrics.read(path) == [{'step': 1}, {'step': 2}]
 
 
+def test_a_run_that_begins_anew_drops_all_lines(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 0}\n{"step": 1}\n')
+  metrics.MetricsWriter(str(tmp_path), 0).close()
+  assert metrics.read(path) == []
+
+
 def test_a_missing_file_has_no_rows(tmp_path):
   assert metrics.read(tmp_path / 'metrics.jsonl') == []
 

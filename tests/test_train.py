@@ -52,7 +52,8 @@ def test_learns_and_reports(finished):
   updates = [row for row in rows if 'loss_nats_per_token' in row]
   evaluations = [row for row in rows if 'eval_loss_nats_per_token' in row]
   assert [row['step'] for row in updates] == [1, 2, 3, 4, 5, 6, 7]
-  assert [row['step'] for row in evaluations] == [3, 6, 7]
+  assert [row['step'] for row in evaluations] == [0, 3, 6, 7]
+  assert evaluations[0]['eval_loss_nats_per_token'] == result['loss_base']
   assert sum(row['tokens'] for row in updates) == result['tokens']
   assert list((workdir / 'tensorboard').iterdir())
 

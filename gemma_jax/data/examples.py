@@ -21,7 +21,6 @@ import dataclasses
 import itertools
 from typing import NamedTuple
 
-from absl import logging
 import numpy as np
 
 from gemma_jax.data import records as records_lib
@@ -69,18 +68,12 @@ class ExampleStats:
   dropped: int
   duplicates: int
 
-  def log(self, name: str) -> None:
-    """One log line about the records called `name`."""
-    logging.info(
-      '%s: %d records, %d tokens, %d supervised, %d truncated to seq_len, '
-      '%d dropped, %d duplicates',
-      name,
-      self.examples,
-      self.tokens,
-      self.supervised_tokens,
-      self.truncated,
-      self.dropped,
-      self.duplicates,
+  def line(self, name: str) -> str:
+    """'training: 355 records, 81,250 tokens, ...' of the records `name`."""
+    return (
+      f'{name}: {self.examples:,} records, {self.tokens:,} tokens, '
+      f'{self.supervised_tokens:,} supervised, {self.truncated:,} truncated to '
+      f'seq_len, {self.dropped:,} dropped, {self.duplicates:,} duplicates'
     )
 
 
