@@ -25,7 +25,6 @@ import optax
 
 from gemma_jax import config as config_lib
 from gemma_jax import (
-  losses,
   optimizer,
   pytree,
   sharding,
@@ -41,10 +40,6 @@ MEMBER_FIELDS = (
     'seed', 'lora/rank', 'lora/alpha', 'lora/scale_rule', 'lora/init',
     'optimizer/learning_rate',
 )  # fmt: skip
-
-# Logits of a chunk exist for all members at a time: chunks get shorter, so that
-# they take no more memory than one run's.
-_MIN_CHUNK_TOKENS = 32
 
 # A state's axes under vmap: all members have finished the same updates.
 _STATE_AXES = TrainState(step=None, trainable=0, opt_state=0)
@@ -158,7 +153,6 @@ class Gang:
       run.config,
       run.steps,
       num_pieces=run.num_pieces,
-      size=len(self),
     )
     state, frozen = self.abstract
     everywhere = sharding.replicated(run.mesh)
@@ -174,7 +168,7 @@ class Gang:
   def compile_eval_step(self) -> jax.stages.Compiled:
     """eval_step(trainable, members, frozen, batch) -> losses [K, B, T]."""
     run = self.run
-    step = make_eval_step(run.model, num_pieces=run.num_pieces, size=len(self))
+    step = make_eval_step(run.model, num_pieces=run.num_pieces)
     state, frozen = self.abstract
     return run_lib.compile_step(
       f'evaluation step of a gang of {len(self)}',
@@ -192,7 +186,7 @@ def init_state(trainable: Any, tx: optax.GradientTransformation) -> TrainState:
 
 
 def make_train_step(
-  model, config: TrainConfig, steps: int, *, num_pieces: int | None, size: int
+  model, config: TrainConfig, steps: int, *, num_pieces: int | None
 ):
   """Makes step(state, members, frozen, batch) -> (state, metrics).
 
@@ -201,7 +195,6 @@ def make_train_step(
     config: what the members share.
     steps: updates in the run, for the schedule.
     num_pieces: as in `train_step.make_train_step`.
-    size: K.
 
   Returns:
     A pure function; state and metrics have a leading axis K, but for the
@@ -220,7 +213,6 @@ def make_train_step(
       num_pieces=num_pieces,
       accumulate_steps=settings.accumulate_steps,
       seed=member.seed,
-      chunk_tokens=_chunk_tokens(size),
     )
     return step(state, frozen, batch)
 
@@ -229,15 +221,12 @@ def make_train_step(
   )
 
 
-def make_eval_step(model, *, num_pieces: int | None, size: int):
+def make_eval_step(model, *, num_pieces: int | None):
   """Makes eval_step(trainable, members, frozen, batch) -> [K, B, T]."""
 
   def one(trainable, member, frozen, batch):
     step = train_step.make_eval_step(
-      model,
-      scale=member.scale,
-      num_pieces=num_pieces,
-      chunk_tokens=_chunk_tokens(size),
+      model, scale=member.scale, num_pieces=num_pieces
     )
     return step(train_state.join(trainable, frozen), batch)
 
@@ -289,7 +278,3 @@ def _rank_axis(name: str, x: Any) -> int | None:
   if name.endswith('/lora_b'):
     return 1 if 'layers' in name.split('/') else 0
   return None
-
-
-def _chunk_tokens(size: int) -> int:
-  return max(losses.CHUNK_TOKENS // size, _MIN_CHUNK_TOKENS)

@@ -2,15 +2,24 @@
 
 With V = 256k the logits [B, T, V] of one 512-token row are half a gigabyte, and
 response-only training needs most of them for nothing. Here supervised positions
-are brought together first, then taken in chunks of C: each chunk's logits
-[C, V] live only inside one iteration, and the gradient to the hidden states is
-made in that same iteration (the loss is a sum over positions, so a position's
-gradient needs its own logits only). Work is proportional to the supervised
-tokens, not to B T.
+are brought together first, and then the vocabulary is walked through in tiles,
+each position keeping a running maximum and sum, as in attention that never
+holds its scores (Dao et al. 2022, arXiv 2205.14135, algorithm 1):
 
-For logits z = cap(h E^T), target y and weight w the loss of a position is
-w (logsumexp(z) - z[y]), and its gradient to z is w (softmax(z) - onehot(y));
-the one-hot is never formed: its product with E is the row E[y].
+    for each tile of rows E_t of the embedding, for each chunk of positions h
+      z = cap(h E_t^T)                   [C, C_V], the only logits there are
+      m' = max(m, max z),  p = exp(z - m'),  r = exp(m - m')
+      s  = r s + sum p                   logsumexp = m + log s at the end
+      g  = r g + p E_t                   softmax(z) E = g / s at the end
+
+For target y and weight w the loss of a position is w (logsumexp - z[y]) and its
+gradient w (g / s - E[y]), made in the same pass: no logit is kept or computed
+twice. Work is proportional to the supervised tokens, not to B T; a tile is read
+(and cast) once for all positions, and stays in cache while they use it.
+
+On a mesh each device walks its own positions (rows over some axes) and its own
+part of the vocabulary (over the others). Devices with more supervised positions
+walk longer, and none waits inside the walk: m, s and g meet after it.
 """
 
 import functools
@@ -18,15 +27,21 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
-CHUNK_TOKENS = 256
+# (C, C_V): positions and embedding rows whose logits exist at one time. On a
+# CPU a tile and its logits stay in cache, and few positions are computed for
+# nothing at the end; an accelerator wants large products.
+CPU_CHUNK = (64, 2048)
+ACCELERATOR_CHUNK = (512, 8192)
 _MASK_VALUE = -(2.0**30)
 
 
 class _Options(NamedTuple):
   softcap: float | None
   num_pieces: int | None
-  chunk_tokens: int
+  sharding: NamedSharding | None
+  chunk: tuple[int, int] | None
 
 
 def linear_cross_entropy(
@@ -37,12 +52,14 @@ def linear_cross_entropy(
   *,
   softcap: float | None = None,
   num_pieces: int | None = None,
-  chunk_tokens: int = CHUNK_TOKENS,
+  sharding: NamedSharding | None = None,
+  chunk: tuple[int, int] | None = None,
 ) -> jax.Array:
   """Weighted sum of the next-token losses, in nats.
 
   Differentiable in `hidden` and, if it is being differentiated, in
-  `embedding`; a frozen embedding costs nothing. `weights` count as constants.
+  `embedding`; a frozen embedding costs nothing. (A trained one costs a second
+  walk: its gradient needs the whole logsumexp.) `weights` count as constants.
 
   Args:
     hidden: [B, T, D], after the final norm.
@@ -51,12 +68,14 @@ def linear_cross_entropy(
     weights: float32 [B, T]; positions of weight 0 are never computed.
     softcap: of the logits, or None.
     num_pieces: rows of the embedding that are tokens; later rows are masked.
-    chunk_tokens: C, positions whose logits exist at one time.
+    sharding: of `hidden`; mesh axes that do not split its rows split the
+      vocabulary. None: one device.
+    chunk: (C, C_V) as above; None chooses by the platform.
 
   Returns:
     float32 scalar; divide by the sum of the weights for the loss per token.
   """
-  options = _Options(softcap, num_pieces, chunk_tokens)
+  options = _Options(softcap, num_pieces, sharding, chunk)
   weights = jax.lax.stop_gradient(weights)
   return _loss_sum(options, hidden, embedding, targets, weights)
 
@@ -69,7 +88,8 @@ def token_cross_entropy(
   *,
   softcap: float | None = None,
   num_pieces: int | None = None,
-  chunk_tokens: int = CHUNK_TOKENS,
+  sharding: NamedSharding | None = None,
+  chunk: tuple[int, int] | None = None,
 ) -> jax.Array:
   """Each supervised position's loss, for evaluation (no gradient).
 
@@ -78,140 +98,264 @@ def token_cross_entropy(
   Returns:
     float32 [B, T], weight times nats; 0 where the weight is 0.
   """
-  options = _Options(softcap, num_pieces, chunk_tokens)
-
-  def visit(total, index, chunk):
-    loss = chunk.weights * (chunk.logsumexp - chunk.target_logit)
-    return total.at[index].add(loss, mode='drop')
-
-  start = jnp.zeros(targets.size, jnp.float32)
-  losses = _over_chunks(
-    options, hidden, embedding, targets, weights, visit, start
-  )
-  return losses.reshape(targets.shape)
-
-
-class _Chunk(NamedTuple):
-  hidden: jax.Array  # [C, D]
-  targets: jax.Array  # [C]
-  weights: jax.Array  # [C]
-  logits: jax.Array  # [C, V], capped and masked, float32
-  logsumexp: jax.Array  # [C]
-  target_logit: jax.Array  # [C]
-
-
-def _over_chunks(options, hidden, embedding, targets, weights, visit, start):
-  """Folds visit(state, index [C], chunk) over the supervised positions."""
-  num_tokens, C = targets.size, options.chunk_tokens
-  hidden = hidden.reshape(num_tokens, -1)
-  targets, weights = targets.reshape(-1), weights.reshape(-1)
-  supervised = weights != 0
-  # Supervised positions first, in order; behind them an index past the end,
-  # which reads as zeros of weight 0 and drops what is written.
-  count = jnp.sum(supervised)
-  order = jnp.argsort(~supervised, stable=True)
-  order = jnp.where(jnp.arange(num_tokens) < count, order, num_tokens)
-  order = jnp.pad(order, (0, -num_tokens % C), constant_values=num_tokens)
-  num_chunks = -(-count // C)
-  is_piece = _piece_mask(options, embedding.shape[0])
-
-  def body(i, state):
-    index = jax.lax.dynamic_slice(order, (i * C,), (C,))
-    take = functools.partial(jnp.take, axis=0, mode='fill', fill_value=0)
-    h, y, w = (take(x, index) for x in (hidden, targets, weights))
-    logits = jnp.einsum(
-      'CD,VD->CV',
-      h,
-      embedding.astype(h.dtype),
-      preferred_element_type=jnp.float32,
-    )
-    if options.softcap is not None:
-      logits = options.softcap * jnp.tanh(logits / options.softcap)
-    if is_piece is not None:
-      logits = jnp.where(is_piece[None], logits, _MASK_VALUE)
-    chunk = _Chunk(
-      hidden=h,
-      targets=y,
-      weights=w,
-      logits=logits,
-      logsumexp=jax.nn.logsumexp(logits, axis=-1),
-      target_logit=jnp.take_along_axis(logits, y[:, None], axis=-1)[:, 0],
-    )
-    return visit(state, index, chunk)
-
-  return jax.lax.fori_loop(0, num_chunks, body, start)
-
-
-def _piece_mask(options, vocab_size):
-  pieces = options.num_pieces
-  if pieces is None or pieces >= vocab_size:
-    return None
-  return jnp.arange(vocab_size) < pieces
+  options = _Options(softcap, num_pieces, sharding, chunk)
+  return _on_mesh(options, (), hidden, embedding, targets, weights)['losses']
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss_sum(options, hidden, embedding, targets, weights):
-  losses = token_cross_entropy(
-    hidden, embedding, targets, weights, **options._asdict()
-  )
-  return jnp.sum(losses)
+  losses = _on_mesh(options, (), hidden, embedding, targets, weights)
+  return jnp.sum(losses['losses'])
 
 
 def _loss_sum_forward(options, hidden, embedding, targets, weights):
-  """Loss and both gradients in one pass; the embedding's only on demand."""
-  trains_embedding = embedding.perturbed
-  hidden, embedding, targets, weights = (
-    x.value for x in (hidden, embedding, targets, weights)
-  )
-  table = embedding.astype(hidden.dtype)
-
-  def visit(state, index, chunk):
-    loss, d_hidden, d_embedding = state
-    w = chunk.weights[:, None]
-    loss += jnp.sum(w[:, 0] * (chunk.logsumexp - chunk.target_logit))
-    d_logits = jnp.exp(chunk.logits - chunk.logsumexp[:, None]) * w
-    d_target = w
-    if options.softcap is not None:  # d cap tanh(z / cap) = 1 - tanh^2
-      slope = lambda z: 1 - jnp.square(z / options.softcap)
-      # A masked row's probability is 0; its slope must not make that a NaN.
-      d_logits *= jnp.clip(slope(chunk.logits), 0, 1)
-      d_target = w * slope(chunk.target_logit[:, None])
-    target_rows = jnp.take(table, chunk.targets, axis=0).astype(jnp.float32)
-    dh = (
-      jnp.einsum(
-        'CV,VD->CD',
-        d_logits.astype(hidden.dtype),
-        table,
-        preferred_element_type=jnp.float32,
-      )
-      - d_target * target_rows
-    )
-    d_hidden = d_hidden.at[index].set(dh.astype(d_hidden.dtype), mode='drop')
-    if trains_embedding:
-      h = chunk.hidden.astype(jnp.float32)
-      d_embedding += jnp.einsum('CV,CD->VD', d_logits, h)
-      d_embedding = d_embedding.at[chunk.targets].add(-d_target * h)
-    return loss, d_hidden, d_embedding
-
-  start = (
-    jnp.float32(0),
-    jnp.zeros((targets.size, hidden.shape[-1]), hidden.dtype),
-    jnp.zeros(embedding.shape, jnp.float32) if trains_embedding else None,
-  )
-  loss, d_hidden, d_embedding = _over_chunks(
-    options, hidden, embedding, targets, weights, visit, start
-  )
-  return loss, (d_hidden.reshape(hidden.shape), d_embedding, embedding)
+  """Loss and gradients in one pass; the embedding's only on demand."""
+  wanted = ['d_hidden']
+  if embedding.perturbed:
+    wanted.append('d_embedding')
+  arrays = [x.value for x in (hidden, embedding, targets, weights)]
+  found = _on_mesh(options, tuple(wanted), *arrays)
+  gradients = found['d_hidden'], found.get('d_embedding')
+  return jnp.sum(found['losses']), gradients
 
 
-def _loss_sum_backward(options, residuals, cotangent):
+def _loss_sum_backward(options, gradients, cotangent):
   del options
-  d_hidden, d_embedding, embedding = residuals
-  scale = cotangent.astype(jnp.float32)
-  if d_embedding is not None:
-    d_embedding = (scale * d_embedding).astype(embedding.dtype)
-  d_scaled = (scale * d_hidden.astype(jnp.float32)).astype(d_hidden.dtype)
-  return d_scaled, d_embedding, None, None
+  scaled = jax.tree.map(
+    lambda g: (cotangent * g.astype(jnp.float32)).astype(g.dtype), gradients
+  )
+  return *scaled, None, None
 
 
 _loss_sum.defvjp(_loss_sum_forward, _loss_sum_backward, symbolic_zeros=True)
+
+
+def _on_mesh(
+  options: _Options, wanted: tuple[str, ...], *arrays: jax.Array
+) -> dict[str, jax.Array]:
+  """`_on_device` with its results put together, on every device of the mesh."""
+  if options.sharding is None or options.sharding.mesh.size == 1:
+    return _on_device(options, wanted, (), (), *arrays)
+  mesh, rows = options.sharding.mesh, options.sharding.spec[0]
+  rows = (rows,) if isinstance(rows, str) else tuple(rows)
+  columns = tuple(axis for axis in mesh.axis_names if axis not in rows)
+  by_row, by_column = PartitionSpec(rows), PartitionSpec(columns)
+  specs = {'losses': by_row, 'd_hidden': by_row, 'd_embedding': by_column}
+  return jax.shard_map(
+    functools.partial(_on_device, options, wanted, rows, columns),
+    mesh=mesh,
+    in_specs=(by_row, by_column, by_row, by_row),
+    out_specs={name: specs[name] for name in ('losses', *wanted)},
+    check_vma=False,  # the loops' states start equal and do not stay so
+  )(*arrays)
+
+
+def _on_device(
+  options: _Options,
+  wanted: tuple[str, ...],
+  row_axes: tuple[str, ...],
+  column_axes: tuple[str, ...],
+  hidden: jax.Array,
+  embedding: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+) -> dict[str, jax.Array]:
+  """Losses [B, T] and the wanted gradients, from one device's shares.
+
+  Args:
+    options: static.
+    wanted: of 'd_hidden', 'd_embedding'.
+    row_axes: mesh axes over which rows are divided.
+    column_axes: mesh axes over which the vocabulary is divided.
+    hidden: [B, T, D], this device's rows.
+    embedding: [V, D], this device's part of the vocabulary.
+    targets: [B, T].
+    weights: [B, T].
+  """
+  shape, V = targets.shape, embedding.shape[0]
+  C, C_V = _chunk_sizes(options)
+  # Supervised positions first, in order; behind them an index past the end,
+  # which reads as zeros of weight 0 and drops what is written.
+  end = targets.size
+  order = jnp.flatnonzero(weights, size=end + -end % C, fill_value=end)
+
+  def gather(x):
+    x = x.reshape(end, *x.shape[len(shape) :])
+    x = jnp.take(x, order, axis=0, mode='fill', fill_value=0)
+    return x.reshape(-1, C, *x.shape[1:])
+
+  def scatter(x, like):
+    flat = jnp.zeros((end, *x.shape[2:]), like.dtype)
+    x = x.reshape(-1, *x.shape[2:]).astype(like.dtype)
+    return flat.at[order].set(x, mode='drop').reshape(like.shape)
+
+  h, y, w = gather(hidden), gather(targets), gather(weights)  # [chunks, C, ..]
+  share = _Share(
+    h=h,
+    embedding=embedding,
+    offset=jax.lax.axis_index(column_axes) * V if column_axes else 0,
+    num_chunks=-(-jnp.count_nonzero(weights) // C),
+    tile_rows=min(C_V, V),
+  )
+  total = lambda x: jax.lax.psum(x, column_axes) if column_axes else x
+
+  m, s, g = _statistics(options, share, 'd_hidden' in wanted)
+  largest = jax.lax.pmax(m, column_axes) if column_axes else m
+  rescale = jnp.exp(m - largest)
+  s = total(s * rescale)
+  logsumexp = largest + jnp.log(s)
+
+  # The target's row, from the device that has it.
+  local = y - share.offset
+  is_here = (local >= 0) & (local < V)
+  row = jnp.take(embedding, jnp.where(is_here, local, 0), axis=0)
+  row = jnp.where(is_here[..., None], row, 0).astype(jnp.float32)
+  target_logit = total(jnp.sum(h.astype(jnp.float32) * row, axis=-1))
+  target_logit, slope = _capped(options, target_logit)
+  if options.num_pieces is not None:
+    target_logit = jnp.where(y < options.num_pieces, target_logit, _MASK_VALUE)
+
+  found = {'losses': scatter(w * (logsumexp - target_logit), weights)}
+  if 'd_hidden' in wanted:
+    d = g * (rescale / s)[..., None] - row * slope[..., None]
+    found['d_hidden'] = scatter(total(d) * w[..., None], hidden)
+  if 'd_embedding' in wanted:
+    d = _embedding_gradient(options, share, logsumexp, w)
+    of_target = -h.astype(jnp.float32) * (w * slope)[..., None]
+    d = d.at[jnp.where(is_here, local, V)].add(of_target, mode='drop')
+    d = jax.lax.psum(d, row_axes) if row_axes else d
+    found['d_embedding'] = d.astype(embedding.dtype)
+  return found
+
+
+class _Share(NamedTuple):
+  """What one device walks through.
+
+  Attributes:
+    h: hidden states [chunks, C, D], supervised positions first.
+    embedding: [V, D].
+    offset: number of the embedding's first row in the whole vocabulary.
+    num_chunks: int32 [], chunks that hold a supervised position.
+    tile_rows: C_V.
+  """
+
+  h: jax.Array
+  embedding: jax.Array
+  offset: jax.Array | int
+  num_chunks: jax.Array
+  tile_rows: int
+
+
+def _statistics(options: _Options, share: _Share, with_gradient: bool):
+  """m, s [chunks, C] and g [chunks, C, D] (or None), see the module."""
+  *shape, D = share.h.shape
+
+  def visit_tile(number, state):
+    _, tile, is_fresh = _tile(options, share, number)
+
+    def visit_chunk(i, state):
+      m, s, g = jax.tree.map(lambda x: _chunk(x, i), state)
+      z, slope = _logits(options, _chunk(share.h, i), tile, is_fresh)
+      new_m = jnp.maximum(m, jnp.max(z, axis=-1))
+      p, r = jnp.exp(z - new_m[:, None]), jnp.exp(m - new_m)
+      new_s = r * s + jnp.sum(p, axis=-1)
+      if g is not None:
+        g = r[:, None] * g + _dot('CV,VD->CD', p * slope, tile)
+      return jax.tree.map(
+        lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0),
+        state,
+        (new_m, new_s, g),
+      )
+
+    return jax.lax.fori_loop(0, share.num_chunks, visit_chunk, state)
+
+  start = (
+    jnp.full(shape, _MASK_VALUE, jnp.float32),
+    jnp.zeros(shape, jnp.float32),
+    jnp.zeros((*shape, D), jnp.float32) if with_gradient else None,
+  )
+  return jax.lax.fori_loop(0, _num_tiles(share), visit_tile, start)
+
+
+def _embedding_gradient(
+  options: _Options, share: _Share, logsumexp: jax.Array, w: jax.Array
+) -> jax.Array:
+  """Sum of w softmax(z) h over the positions: float32 [V, D]."""
+
+  def visit_tile(number, state):
+    start, tile, is_fresh = _tile(options, share, number)
+
+    def visit_chunk(i, d_tile):
+      h = _chunk(share.h, i)
+      z, slope = _logits(options, h, tile, is_fresh)
+      p = jnp.exp(z - _chunk(logsumexp, i)[:, None])
+      p *= _chunk(w, i)[:, None] * slope
+      return d_tile + _dot('CV,CD->VD', p, h)
+
+    d_tile = jax.lax.dynamic_slice_in_dim(state, start, len(tile))
+    d_tile = jax.lax.fori_loop(0, share.num_chunks, visit_chunk, d_tile)
+    return jax.lax.dynamic_update_slice_in_dim(state, d_tile, start, 0)
+
+  start = jnp.zeros(share.embedding.shape, jnp.float32)
+  return jax.lax.fori_loop(0, _num_tiles(share), visit_tile, start)
+
+
+def _num_tiles(share: _Share) -> int:
+  return -(-share.embedding.shape[0] // share.tile_rows)
+
+
+def _tile(options: _Options, share: _Share, number: jax.Array):
+  """Rows of the embedding, and which of them are new tokens.
+
+  Returns:
+    The first row, the rows [C_V, D] in the dtype of the hidden states, and a
+    mask bool [C_V] or None: the last tile is moved back to end with the
+    embedding, and the rows behind the tokenizer's pieces are no tokens.
+  """
+  V, rows = share.embedding.shape[0], share.tile_rows
+  start = jnp.minimum(number * rows, V - rows)
+  tile = jax.lax.dynamic_slice_in_dim(share.embedding, start, rows)
+  row, is_fresh = start + jnp.arange(rows), None
+  if V % rows:
+    is_fresh = row >= number * rows
+  if options.num_pieces is not None:
+    is_piece = share.offset + row < options.num_pieces
+    is_fresh = is_piece if is_fresh is None else is_fresh & is_piece
+  return start, tile.astype(share.h.dtype), is_fresh
+
+
+def _logits(options, h, tile, is_fresh):
+  """h [C, D], tile [C_V, D] → capped, masked logits and the cap's slope."""
+  z, slope = _capped(options, _dot('CD,VD->CV', h, tile))
+  if is_fresh is not None:
+    z = jnp.where(is_fresh[None], z, _MASK_VALUE)
+  return z, slope
+
+
+def _capped(options, z):
+  """cap tanh(z / cap) and its derivative 1 - tanh^2, both float32."""
+  if options.softcap is None:
+    return z, jnp.ones_like(z)
+  tanh = jnp.tanh(z / options.softcap)
+  return options.softcap * tanh, 1 - jnp.square(tanh)
+
+
+def _chunk(x: jax.Array, i: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+def _dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """Product in y's dtype, summed in float32."""
+  return jnp.einsum(
+    equation, x.astype(y.dtype), y, preferred_element_type=jnp.float32
+  )
+
+
+def _chunk_sizes(options: _Options) -> tuple[int, int]:
+  if options.chunk is not None:
+    return options.chunk
+  if options.sharding is None:
+    platform = jax.default_backend()
+  else:
+    platform = options.sharding.mesh.devices.flat[0].platform
+  return CPU_CHUNK if platform == 'cpu' else ACCELERATOR_CHUNK

@@ -57,7 +57,6 @@ def make_train_step(
   num_pieces: int | None,
   accumulate_steps: int = 1,
   seed: int | jax.Array = 0,
-  chunk_tokens: int = losses.CHUNK_TOKENS,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Any]]]:
   """Makes step(state, frozen, batch) -> (state, metrics).
 
@@ -74,7 +73,6 @@ def make_train_step(
     num_pieces: the tokenizer's pieces; later embedding rows are masked.
     accumulate_steps: parts of a batch.
     seed: of dropout; its key is a function of (seed, step, part).
-    chunk_tokens: positions whose logits exist at one time.
 
   Returns:
     A pure function; metrics are float32 scalars: `loss` (nats per supervised
@@ -94,7 +92,7 @@ def make_train_step(
       batch['weights'],
       softcap=model.config.final_softcap,
       num_pieces=num_pieces,
-      chunk_tokens=chunk_tokens,
+      sharding=model.hidden_sharding,
     )
 
   def step(state: TrainState, frozen: Any, batch: Batch):
@@ -142,7 +140,6 @@ def make_eval_step(
   *,
   scale: float | jax.Array,
   num_pieces: int | None,
-  chunk_tokens: int = losses.CHUNK_TOKENS,
 ) -> Callable[[Any, Batch], jax.Array]:
   """Makes eval_step(variables, batch) -> weighted losses, float32 [B, T].
 
@@ -150,7 +147,6 @@ def make_eval_step(
     model: the transformer.
     scale: `LoraConfig.scale`, or 1 for factors that hold it (`lora.effective`).
     num_pieces: as in `make_train_step`.
-    chunk_tokens: as in `make_train_step`.
   """
 
   def eval_step(variables, batch):
@@ -161,7 +157,7 @@ def make_eval_step(
       batch['weights'],
       softcap=model.config.final_softcap,
       num_pieces=num_pieces,
-      chunk_tokens=chunk_tokens,
+      sharding=model.hidden_sharding,
     )
 
   return eval_step

@@ -56,9 +56,7 @@ def together(batches):
     seed=jnp.array([m[4] for m in MEMBERS]),
   )
   model = Transformer(toy.FULL, dropout=0.2)
-  step = jax.jit(
-    gang.make_train_step(model, CONFIG, 100, num_pieces=None, size=3)
-  )
+  step = jax.jit(gang.make_train_step(model, CONFIG, 100, num_pieces=None))
   tx = optimizer.make_optimizer(CONFIG.optimizer, 100, ('lora/',))
   state = gang.init_state(trainable, tx)
   losses = []

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from gemma_jax import losses
+from gemma_jax import sharding as sharding_lib
+from gemma_jax.config import MeshConfig
+from tests import toy
 
 B, T, D, V = 3, 7, 5, 53
 
 
 pytestmark = [
-  pytest.mark.usefixtures('strict'),
+  pytest.mark.usefixtures('strict', 'quick_compile'),
   pytest.mark.filterwarnings('error'),
 ]
 
@@ -47,14 +50,21 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize('options', OPTIONS, ids=str)
-@pytest.mark.parametrize('chunk_tokens', [2, 4, 64])
-def test_equals_the_plain_loss_and_both_gradients(case, options, chunk_tokens):
+@pytest.mark.parametrize(
+  ('options', 'chunk'),
+  [
+    *((options, (4, 11)) for options in OPTIONS),
+    (OPTIONS[-1], (2, 53)),
+    (OPTIONS[-1], (64, 64)),
+  ],
+  ids=str,
+)
+def test_equals_the_plain_loss_and_both_gradients(case, options, chunk):
   hidden, embedding, targets, weights = case
 
   def chunked_sum(h, e):
     return 0.3 * losses.linear_cross_entropy(
-      h, e, targets, weights, chunk_tokens=chunk_tokens, **options
+      h, e, targets, weights, chunk=chunk, **options
     )
 
   def plain_sum(h, e):
@@ -71,7 +81,7 @@ def test_equals_the_plain_loss_and_both_gradients(case, options, chunk_tokens):
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
 def test_token_losses_equal_the_plain_ones(case, options):
-  got = losses.token_cross_entropy(*case, chunk_tokens=4, **options)
+  got = losses.token_cross_entropy(*case, chunk=(4, 7), **options)
   np.testing.assert_allclose(got, plain(*case, **options), atol=1e-5)
 
 
@@ -97,7 +107,9 @@ def test_bfloat16_states_keep_float32_logits_and_loss(case):
 
 def test_a_frozen_embedding_gets_no_gradient_buffer(case):
   hidden, embedding, targets, weights = case
-  loss = lambda h, e: losses.linear_cross_entropy(h, e, targets, weights)
+  loss = lambda h, e: losses.linear_cross_entropy(
+    h, e, targets, weights, chunk=(4, 11)
+  )
   frozen = jax.make_jaxpr(jax.grad(loss, 0))(hidden, embedding)
   trained = jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, embedding)
   buffer = f'f32[{V},{D}] = '
@@ -125,16 +137,25 @@ def test_ignores_what_stands_at_unsupervised_positions(case):
   assert a == b
 
 
-def test_work_is_proportional_to_supervised_tokens(case):
-  """The loop's trip count, not B T / C, decides the time: count the visits."""
+def test_work_is_proportional_to_supervised_tokens(case, monkeypatch):
+  """Chunks without a supervised position are never visited."""
   hidden, embedding, targets, _ = case
-  visits = lambda weights: losses._over_chunks(
-      losses._Options(None, None, 4), hidden, embedding, targets, weights,
-      lambda n, index, chunk: n + 1, jnp.int32(0),
-  )  # fmt: skip
+  statistics, seen = losses._statistics, []
+
+  def spy(*args):
+    seen.append(statistics(*args))
+    return seen[-1]
+
+  monkeypatch.setattr(losses, '_statistics', spy)
   weights = np.zeros((B, T), np.float32)
   weights[1, :5] = 1.0
-  assert visits(jnp.array(weights)) == 2  # ceil(5 / 4), of ceil(21 / 4) = 6
+  losses.token_cross_entropy(
+    hidden, embedding, targets, jnp.array(weights), chunk=(4, 11)
+  )
+  ((m, s, g),) = seen
+  assert m.shape == (6, 4)  # chunks, C
+  np.testing.assert_array_equal(s > 0, [[True] * 4] * 2 + [[False] * 4] * 4)
+  assert g is None  # evaluation makes no gradient
 
 
 def test_vmap_over_hidden_states_equals_a_loop(case):
@@ -147,3 +168,64 @@ def test_vmap_over_hidden_states_equals_a_loop(case):
     value, grad = jax.value_and_grad(loss)(many[i])
     np.testing.assert_allclose(values[i], value, rtol=1e-6)
     np.testing.assert_allclose(grads[i], grad, atol=1e-6)
+
+
+def test_scan_and_remat_change_nothing(case):
+  """Accumulation scans over parts; gradients pass through both."""
+  hidden, embedding, targets, weights = case
+  loss = jax.checkpoint(
+    lambda h, *xs: losses.linear_cross_entropy(
+      h[None], embedding, *(x[None] for x in xs), chunk=(4, 11)
+    )
+  )
+
+  def total(h):
+    step = lambda sum_, xs: (sum_ + loss(*xs), None)
+    return jax.lax.scan(step, jnp.float32(0), (h, targets, weights))[0]
+
+  value, grad = jax.jit(jax.value_and_grad(total))(hidden)
+  expected, want = jax.value_and_grad(
+    lambda h: plain(h, embedding, targets, weights).sum()
+  )(hidden)
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  np.testing.assert_allclose(grad, want, atol=1e-5)
+
+
+@pytest.mark.parametrize('sizes', [(2, 2, 2), (8, 1, 1), (1, 1, 8)])
+def test_a_mesh_changes_neither_loss_nor_gradients(sizes):
+  """Devices with many, few and no supervised positions, K hidden states."""
+  K, B, V = 2, 8, 56
+  mesh = sharding_lib.make_mesh(MeshConfig(*sizes))
+  rng = np.random.default_rng(0)
+  hidden = rng.standard_normal((K, B, T, D), np.float32)
+  embedding = rng.standard_normal((V, D), np.float32)
+  targets = rng.integers(0, V - 9, (B, T), np.int32)
+  weights = (np.arange(T) < np.array([7, 0, 0, 1, 5, 7, 2, 0])[:, None]) * 0.5
+  weights = weights.astype(np.float32)
+  options = {'softcap': 3.0, 'num_pieces': V - 9}
+
+  plain_options = {'softcap': 3.0, 'num_pieces': V - 9}
+  options = {
+    **plain_options,
+    'sharding': sharding_lib.batch_sharding(mesh),
+    'chunk': (2, 5),
+  }
+
+  def sharded(h, e):
+    return losses.linear_cross_entropy(h, e, targets, weights, **options)
+
+  def expected(h, e):
+    return plain(h, e, targets, weights, **plain_options).sum()
+
+  def run(loss):
+    each = jax.vmap(jax.value_and_grad(loss, (0, 1)), (0, None))
+    return jax.jit(each)(hidden, embedding)
+
+  toy.assert_close(run(sharded), run(expected), 1e-5)
+  tokens = jax.jit(
+    lambda h: losses.token_cross_entropy(
+      h, embedding, targets, weights, **options
+    )
+  )(hidden[0])
+  want = plain(hidden[0], embedding, targets, weights, **plain_options)
+  toy.assert_close(tokens, want, 1e-5)
