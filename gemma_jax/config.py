@@ -64,7 +64,8 @@ class BaseConfig(_Freezable):
       bfloat16 or float32.
     activation_dtype: auto is bfloat16 on TPU and GPU, float32 on CPU.
     scan_layers: one compiled layer, scanned; False unrolls (`layer_0/...`).
-    attention: auto or einsum.
+    attention: auto (splash on TPU, cudnn on GPU where it can, einsum on CPU),
+      or one of these by name.
     remat: recompute each layer in the backward pass instead of keeping its
       activations.
   """
@@ -88,7 +89,9 @@ class BaseConfig(_Freezable):
         'one of auto, bfloat16, float32',
         'float16 overflows in Gemma.' if value == 'float16' else '',
       )
-    _one_of('model.attention', self.attention, ('auto', 'einsum'))
+    _one_of(
+      'model.attention', self.attention, ('auto', 'einsum', 'splash', 'cudnn')
+    )
 
 
 @dataclasses.dataclass

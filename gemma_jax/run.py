@@ -23,6 +23,7 @@ from gemma_jax.data import row_plan, sources
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.formats import source as source_lib
 from gemma_jax.formats.base import BaseSource
+from gemma_jax.model import kernels
 from gemma_jax.model.transformer import Transformer
 
 
@@ -259,13 +260,22 @@ def check_length(seq_len: int, source: BaseSource) -> None:
 
 def make_model(config: TrainConfig, model_config, mesh: Mesh) -> Transformer:
   """The transformer as a config wants it computed on a mesh."""
+  dtype = activation_dtype(config.model.activation_dtype, mesh)
   return Transformer(
     model_config,
-    dtype=activation_dtype(config.model.activation_dtype, mesh),
+    dtype=dtype,
     scan_layers=config.model.scan_layers,
     remat=config.model.remat,
     dropout=config.lora.dropout,
     hidden_sharding=sharding.batch_sharding(mesh),
+    attend=kernels.choose(
+      config.model.attention,
+      model_config,
+      dtype,
+      mesh,
+      sharding.BATCH,
+      sharding.RULES['N'],
+    ),
   )
 
 

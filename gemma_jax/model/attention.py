@@ -1,6 +1,6 @@
 """Grouped-query attention with segments, windows and a decode cache."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from flax import linen as nn
 from flax import struct
@@ -96,7 +96,7 @@ def einsum_attention(
   mask: jax.Array,
   cap: float | None,
 ) -> jax.Array:
-  """softmax(q k) v, the reference for every faster path.
+  """softmax(q k) v, with all scores in memory.
 
   Args:
     q: [B, T, N, H], already scaled.
@@ -121,11 +121,37 @@ def einsum_attention(
   return out.reshape(B, T, N, H)
 
 
+class Attend(Protocol):
+  """softmax(q k) v over the keys that each query sees; `kernels` has a choice.
+
+  q [B, T, N, H] is already scaled, k and v are [B, S, K, H]; `window` is a
+  local layer's, or None; `cap` is the soft cap on the scores, or None. Returns
+  [B, T, N, H], zeros for a query that sees no key. Equal to
+  `attend_by_einsum`, whatever the code.
+  """
+
+  def __call__(
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    context: Context,
+    window: int | None,
+    cap: float | None,
+  ) -> jax.Array: ...
+
+
+def attend_by_einsum(q, k, v, context, window, cap) -> jax.Array:
+  """The `Attend` that runs everywhere, and the reference for the others."""
+  return einsum_attention(q, k, v, visible(context, window), cap)
+
+
 class Attention(nn.Module):
   """Projections, q/k norm, RoPE, attention, output projection."""
 
   config: ModelConfig
   dropout: float = 0.0
+  attend: Attend = attend_by_einsum
 
   @nn.compact
   def __call__(
@@ -175,9 +201,11 @@ class Attention(nn.Module):
         jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in kv
       )
 
+    # Kernels are for whole rows; a cache is read by a few queries.
+    kernel = self.attend if kv is None else attend_by_einsum
+
     def attend(window):
-      mask = visible(context, window)
-      return einsum_attention(q, k, v, mask, config.attention_softcap)
+      return kernel(q, k, v, context, window, config.attention_softcap)
 
     if config.layer_is_local is None:
       y = attend(None)

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 
 from gemma_jax.layout import PROJECTION_EQUATIONS
 from gemma_jax.model import rope
-from gemma_jax.model.attention import Attention, Cache, Context
+from gemma_jax.model.attention import (
+  Attend,
+  Attention,
+  Cache,
+  Context,
+  attend_by_einsum,
+)
 from gemma_jax.model.layers import Einsum, Embedder, RMSNorm, softcap
 from gemma_jax.model_config import ModelConfig
 
@@ -43,13 +49,14 @@ class Layer(nn.Module):
   config: ModelConfig
   dropout: float = 0.0
   hidden_sharding: Any = None
+  attend: Attend = attend_by_einsum
 
   @nn.compact
   def __call__(self, carry, is_local, layer, context: Context):
     x, kv = carry
     norm = lambda name: RMSNorm(self.config.norm_eps, name=name)
     y = norm('pre_attention_norm')(x)
-    y, kv = Attention(self.config, self.dropout, name='attn')(
+    y, kv = Attention(self.config, self.dropout, self.attend, name='attn')(
       y, is_local, layer, context, kv
     )
     if self.config.use_post_norms:
@@ -79,6 +86,7 @@ class Transformer(nn.Module):
     remat: recompute each layer in the backward pass.
     dropout: rate on the adapters' inputs, active when a `dropout` key is given.
     hidden_sharding: sharding of [B, T, D] between layers, or None.
+    attend: the attention of whole rows, from `kernels.choose`.
   """
 
   config: ModelConfig
@@ -87,12 +95,13 @@ class Transformer(nn.Module):
   remat: bool = True
   dropout: float = 0.0
   hidden_sharding: Any = None
+  attend: Attend = attend_by_einsum
 
   def setup(self):
     config = self.config
     self.embedder = Embedder(config.vocab_size, config.embed_dim, self.dtype)
     self.final_norm = RMSNorm(config.norm_eps)
-    arguments = (config, self.dropout, self.hidden_sharding)
+    arguments = (config, self.dropout, self.hidden_sharding, self.attend)
     # prevent_cse guards against a compiler merging the two forward passes; in
     # a scan it cannot, and the guard would cost fusion.
     if self.scan_layers:

@@ -1,0 +1,58 @@
+"""Which code computes attention: chosen once, for a model on a mesh."""
+
+from typing import Any
+
+from absl import logging
+from jax.sharding import Mesh
+
+from gemma_jax.config import ModelConfig
+from gemma_jax.model import attention, cudnn, splash
+
+_BY_PLATFORM = {'tpu': 'splash', 'gpu': 'cudnn', 'cpu': 'einsum'}
+
+
+def choose(
+  name: str,
+  config: ModelConfig,
+  dtype: Any,
+  mesh: Mesh,
+  batch_axes: tuple[str, ...],
+  head_axis: str,
+) -> attention.Attend:
+  """The attention that `model.attention` names.
+
+  `auto` follows the platform of the mesh, which need not be this machine's: a
+  program can be compiled for a TPU anywhere. Where a kernel cannot compute a
+  model, `auto` falls back to einsum and says why.
+
+  Args:
+    name: auto, einsum, splash or cudnn.
+    config: architecture.
+    dtype: of the activations.
+    mesh: where it will run.
+    batch_axes: mesh axes that the rows are split over.
+    head_axis: mesh axis that the heads are split over.
+
+  Raises:
+    ValueError: a kernel asked for by name cannot compute this model here.
+  """
+  device = mesh.devices.flat[0]
+  choice = _BY_PLATFORM[device.platform] if name == 'auto' else name
+  if choice == 'einsum':
+    return attention.attend_by_einsum
+  if choice == 'cudnn':
+    attend, why_not = cudnn.attend, cudnn.refusal(config, dtype, device)
+  else:
+    interpret = device.platform == 'cpu'
+    attend = splash.Splash(mesh, batch_axes, head_axis, interpret)
+    why_not = None
+    if device.platform == 'gpu':
+      why_not = 'it runs on a TPU (and, interpreted, on a CPU)'
+  if why_not is None:
+    return attend
+  if name == 'auto':
+    logging.info('Attention by einsum; %s: %s.', choice, why_not)
+    return attention.attend_by_einsum
+  raise ValueError(
+    f'model.attention: got {name!r}, but {why_not}; expected auto or einsum.'
+  )
