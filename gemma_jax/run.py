@@ -2,9 +2,11 @@
 
 `prepare` opens the base (its header), reads and tokenizes the records, plans
 the rows, and derives shapes and shardings from the config. Training, dry
-run and tests start from the same `Run`, so they cannot differ.
+run and tests start from the same `Run`, so they cannot differ. What of it is
+compiled, a `Program`, needs no records: shapes are enough.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
@@ -28,19 +30,15 @@ from gemma_jax.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """A prepared run; see the functions below for what is derived from it.
+class Program:
+  """The compiled part of a run; see the methods for what is derived from it.
 
   Attributes:
     config: resolved.
     source: the base, not yet read.
     tokenizer: None if all records are token ids.
-    train: training examples.
-    heldout: held-out examples.
-    skipped: unusable records by reason.
-    plan: rows of every step.
     steps: updates in the run.
-    mesh: devices.
+    mesh: devices; not this machine's if it is compiled for others.
     dtype: of the base in memory.
     model: the transformer.
   """
@@ -48,10 +46,6 @@ class Run:
   config: TrainConfig
   source: BaseSource
   tokenizer: Tokenizer | None
-  train: examples_lib.Examples
-  heldout: examples_lib.Examples
-  skipped: dict[str, int]
-  plan: row_plan.RowPlan
   steps: int
   mesh: Mesh
   dtype: np.dtype
@@ -90,12 +84,11 @@ class Run:
   def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch [B, T], rows over the mesh."""
     shape = (self.config.data.global_batch_size, self.config.data.seq_len)
-    batch = examples_lib.make_batch(self.train, [()], shape[1])
     return {
       name: jax.ShapeDtypeStruct(
         shape, x.dtype, sharding=sharding.batch_sharding(self.mesh)
       )
-      for name, x in batch.items()
+      for name, x in examples_lib.empty_row(shape[1]).items()
     }
 
   def compile_train_step(self) -> jax.stages.Compiled:
@@ -149,6 +142,31 @@ class Run:
     """The parameter table of this run."""
     return summary.summarize(self.config, self.source.config, self.dtype)
 
+  def _placed(self, tree):
+    placed = sharding.tree_shardings(tree, self.source.config, self.mesh)
+    return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      tree,
+      placed,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Program):
+  """A prepared run: a program and its records.
+
+  Attributes:
+    train: training examples.
+    heldout: held-out examples.
+    skipped: unusable records by reason.
+    plan: rows of every step.
+  """
+
+  train: examples_lib.Examples
+  heldout: examples_lib.Examples
+  skipped: dict[str, int]
+  plan: row_plan.RowPlan
+
   def description(self) -> str:
     """What decides the result, in a few lines for the start of a log."""
     lora, tx, data = self.config.lora, self.config.optimizer, self.config.data
@@ -183,13 +201,37 @@ class Run:
       'data': digest.hexdigest(),
     }
 
-  def _placed(self, tree):
-    placed = sharding.tree_shardings(tree, self.source.config, self.mesh)
-    return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      tree,
-      placed,
-    )
+
+def prepare_program(
+  config: TrainConfig, devices: Sequence[Any] | None = None
+) -> Program:
+  """Opens the base and checks it against the mesh; reads no record.
+
+  Args:
+    config: resolved (`TrainConfig.resolve`).
+    devices: default: all that JAX sees.
+
+  Raises:
+    ValueError: the first thing that does not fit, with its remedy.
+  """
+  mesh = sharding.make_mesh(config.mesh, devices)
+  sharding.check_batch(
+    mesh,
+    config.data.global_batch_size // config.optimizer.accumulate_steps,
+    'data.global_batch_size / optimizer.accumulate_steps',
+  )
+  source = source_lib.open_base(config.model.path, config.model.tokenizer)
+  check_length(config.data.seq_len, source)
+  dtype = config.model.dtype
+  return Program(
+    config=config,
+    source=source,
+    tokenizer=source.tokenizer(),
+    steps=config.steps or 1,  # a run without steps counts its records
+    mesh=mesh,
+    dtype=np.dtype(source.stored_dtype if dtype == 'auto' else dtype),
+    model=make_model(config, source.config, mesh),
+  )
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -201,27 +243,19 @@ def prepare(config: TrainConfig) -> Run:
   Raises:
     ValueError: the first thing that does not fit, with its remedy.
   """
-  mesh = sharding.make_mesh(config.mesh)
+  program = prepare_program(config)
   data = config.data
-  sharding.check_batch(
-    mesh,
-    data.global_batch_size // config.optimizer.accumulate_steps,
-    'data.global_batch_size / optimizer.accumulate_steps',
-  )
-  source = source_lib.open_base(config.model.path, config.model.tokenizer)
-  check_length(data.seq_len, source)
-  tokenizer = source.tokenizer()
   started = time.perf_counter()
   records = sources.load_records(data)
   heldout_records = records.heldout[: data.max_eval_records or None]
   train, heldout = (
     examples_lib.make_examples(
       part,
-      tokenizer,
+      program.tokenizer,
       data.template,
       data.loss_on,
       data.seq_len,
-      source.config.vocab_size,
+      program.source.config.vocab_size,
     )
     for part in (records.train, heldout_records)
   )
@@ -233,19 +267,12 @@ def prepare(config: TrainConfig) -> Run:
     data.packing,
   )
   logging.info('Read the records in %.1f s', time.perf_counter() - started)
-  dtype = config.model.dtype
+  found = {
+    f.name: getattr(program, f.name) for f in dataclasses.fields(program)
+  }
+  found['steps'] = config.steps or plan.steps_for_epochs(config.epochs)
   return Run(
-    config=config,
-    source=source,
-    tokenizer=tokenizer,
-    train=train,
-    heldout=heldout,
-    skipped=records.skipped,
-    plan=plan,
-    steps=config.steps or plan.steps_for_epochs(config.epochs),
-    mesh=mesh,
-    dtype=np.dtype(source.stored_dtype if dtype == 'auto' else dtype),
-    model=make_model(config, source.config, mesh),
+    **found, train=train, heldout=heldout, skipped=records.skipped, plan=plan
   )
 
 

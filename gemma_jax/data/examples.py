@@ -213,6 +213,15 @@ def truncate(example: Example, seq_len: int) -> Example:
   return Example(tokens[keep], mask[keep])
 
 
+def empty_row(seq_len: int) -> Batch:
+  """A row of padding: the arrays of `make_row`, all zero."""
+  row = {
+    name: np.zeros(seq_len, np.int32)
+    for name in ('tokens', 'targets', 'segment_ids', 'positions')
+  }
+  return {**row, 'weights': np.zeros(seq_len, np.float32)}
+
+
 def make_row(
   examples: Examples, example_ids: Sequence[int], seq_len: int
 ) -> Batch:
@@ -230,11 +239,7 @@ def make_row(
   Raises:
     ValueError: the documents need more than T slots.
   """
-  row = {
-    name: np.zeros(seq_len, np.int32)
-    for name in ('tokens', 'targets', 'segment_ids', 'positions')
-  }
-  row['weights'] = np.zeros(seq_len, np.float32)
+  row = empty_row(seq_len)
   start = 0
   for segment, example_id in enumerate(example_ids, 1):
     tokens, mask = examples[example_id]

@@ -5,8 +5,8 @@ from typing import Any
 from absl import logging
 from jax.sharding import Mesh
 
-from gemma_jax.config import ModelConfig
 from gemma_jax.model import attention, cudnn, splash
+from gemma_jax.model_config import ModelConfig
 
 _BY_PLATFORM = {'tpu': 'splash', 'gpu': 'cudnn', 'cpu': 'einsum'}
 
