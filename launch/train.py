@@ -4,9 +4,11 @@
 
 Any field of the config (gemma_jax/config.py explains them) can be set:
 --config.lora.rank=8. The same command again resumes a stopped run, and only
-reports a finished one. The last line on standard output is the result as JSON:
-steps, tokens, seconds, loss_base and loss_adapted (held-out, nats per token),
-loss_best, adapter (its folder), peak_memory_bytes.
+reports a finished one. --dry_run stops before the first step; with
+--topology=v5e:2x4 it says what the run needs on that TPU slice, from anywhere.
+The last line on standard output is the result as JSON: steps, tokens, seconds,
+loss_base and loss_adapted (held-out, nats per token), loss_best, adapter (its
+folder), peak_memory_bytes.
 """
 
 import json
@@ -29,6 +31,16 @@ _DRY_RUN = flags.DEFINE_bool(
     'Read the data, compile the step, check the workdir, print memory and the '
     'first batch, then stop. Nothing is written to the workdir.',
 )  # fmt: skip
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', None, 'With --dry_run: a TPU slice to compile for instead, '
+    'such as v5e:2x4 or 2xv5e:4x4, with no TPU, data or --workdir (extra tpu).',
+)  # fmt: skip
+_FIT = flags.DEFINE_bool(
+  'fit', False, 'With --topology: search the largest batch that fits.'
+)
+_FORMAT = flags.DEFINE_enum(
+  'format', 'text', ['text', 'json'], 'Of the report with --topology.'
+)
 
 
 def main() -> int:
@@ -37,6 +49,8 @@ def main() -> int:
 
   if _CONFIG.value is None:
     app.fail('--config: missing, expected e.g. experiments/dolly_lora.py')
+  if _TOPOLOGY.value:
+    return forecast(_CONFIG.value.resolve())
   if not _WORKDIR.value:
     app.fail('--workdir: missing, expected a folder for the run')
   workdir = os.path.expanduser(_WORKDIR.value)
@@ -61,6 +75,23 @@ def main() -> int:
   )  # fmt: skip
   print(json.dumps(result))
   return 0
+
+
+def forecast(config) -> int:
+  """Prints what the run would need on --topology; 1 if it does not fit."""
+  import jax
+
+  from gemma_jax import forecast, topology
+
+  if not _DRY_RUN.value:
+    app.fail('--topology: got one without --dry_run, expected both')
+  # The slice is compiled for, not used; what this machine has is left alone.
+  jax.config.update('jax_platforms', 'cpu')
+  find = forecast.largest_fit if _FIT.value else forecast.forecast
+  found = find(config, topology.parse(_TOPOLOGY.value))
+  is_text = _FORMAT.value == 'text'
+  print(found.report() if is_text else json.dumps(found.to_json()))
+  return 0 if found.fits else 1
 
 
 if __name__ == '__main__':
