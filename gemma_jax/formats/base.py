@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import layout, pytree
+from gemma_jax.formats import parts as parts_lib
+from gemma_jax.formats.parts import Part
 from gemma_jax.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -29,10 +31,6 @@ if TYPE_CHECKING:
 # Elements read at a time: small enough for the cache that the transposition
 # and the dequantization work in, large enough to hide their overhead.
 CHUNK_ELEMENTS = 1 << 17
-
-# An XLA buffer on the CPU can be a NumPy array's own memory if it begins at a
-# multiple of this.
-_ALIGNMENT_BYTES = 64
 
 _FINGERPRINT_BLOCKS = 256
 _FINGERPRINT_BLOCK_BYTES = 1 << 16
@@ -123,8 +121,10 @@ class BaseSource:
   ) -> pytree.Tree:
     """Reads the weights, leaf by leaf.
 
-    On a single CPU device a leaf is not copied once more: peak memory is the
-    result and a few megabytes. Elsewhere the host holds one leaf at a time.
+    Each chunk read goes straight to the parts of the leaf that devices of this
+    process hold, and nowhere else: on CPU devices peak memory is the result
+    and a few megabytes; elsewhere the host holds its part of one leaf at a
+    time. Nobody has a whole copy of the model, or of a leaf that is split.
 
     Args:
       dtype: 'auto' (`stored_dtype`), 'bfloat16', 'float32' or a dtype.
@@ -142,19 +142,36 @@ class BaseSource:
     dtype = weight_dtype(self, dtype)
     abstract = layout.abstract_params(self.config, dtype, scan_layers)
     placed = dict(pytree.items(shardings)) if shardings is not None else {}
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     leaves = {}
     with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
       for path, leaf in pytree.items(abstract):
-        host = _aligned_empty(leaf.shape, dtype)
-        if path.startswith('layers/'):
-          name = path.removeprefix('layers/')
-          parts = [(f'layer_{i}/{name}', part) for i, part in enumerate(host)]
-        else:
-          parts = [(path, host)]
-        jobs = [job for p, out in parts for job in self._jobs(p, out)]
-        _run(jobs, pool)
-        leaves[path] = _to_devices(host, placed.get(path))
+        leaves[path] = self._load_leaf(
+          path, leaf.shape, dtype, placed.get(path, default), pool
+        )
     return pytree.unflatten(leaves)
+
+  def _load_leaf(
+    self,
+    path: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding,
+    pool: futures.Executor,
+  ) -> jax.Array:
+    """Reads one leaf, scanned or unrolled, onto its devices."""
+    by_device = parts_lib.make_parts(shape, dtype, sharding)
+    mine = list({id(part): part for part in by_device.values()}.values())
+    if path.startswith('layers/'):
+      name = path.removeprefix('layers/')
+      jobs = []
+      for i in range(shape[0]):
+        here = [part.layer(i) for part in mine if part.meets(i, i + 1)]
+        jobs += self.jobs(f'layer_{i}/{name}', shape[1:], here)
+    else:
+      jobs = self.jobs(path, shape, mine)
+    _run(jobs, pool)
+    return parts_lib.to_devices(by_device, shape, sharding)
 
   def read_into(self, path: str, out: np.ndarray, pool: futures.Executor):
     """Fills an array of our own layout, of any strides and dtype.
@@ -164,22 +181,35 @@ class BaseSource:
       out: [N, D, H] for that one; written to, cast once.
       pool: its threads do the work.
     """
-    _run(self._jobs(path, out), pool)
+    _run(self.jobs(path, out.shape, [Part.whole(out)]), pool)
 
-  def _jobs(self, path: str, out: np.ndarray) -> list[Callable[[], None]]:
-    """Calls that together fill one leaf of one layer."""
+  def jobs(
+    self, path: str, shape: tuple[int, ...], parts: list[Part]
+  ) -> list[Callable[[], None]]:
+    """Calls that together fill parts of one leaf of one layer.
+
+    Args:
+      path: of the unrolled tree.
+      shape: of the leaf.
+      parts: of the leaf; what none of them holds is not read.
+    """
     tensor = self.tensors[path]
-    view = stored_view(path, out)
-    rows = tensor.shape[0] // view.shape[0]  # of the file, an index of the view
-    step = max(1, CHUNK_ELEMENTS * view.shape[0] // max(view.size, 1))
+    order = _stored_order(path, len(shape))
+    stored = [shape[i] for i in order]
+    parts = [part.transpose(order) for part in parts]
+    rows = tensor.shape[0] // stored[0]  # of the file, for one of this axis
+    step = max(1, CHUNK_ELEMENTS * stored[0] // max(math.prod(stored), 1))
 
     def fill(start: int, stop: int):
-      part = tensor.read(start * rows, stop * rows)
-      view[start:stop] = part.reshape(view[start:stop].shape)
+      chunk = tensor.read(start * rows, stop * rows)
+      chunk = chunk.reshape(stop - start, *stored[1:])
+      for part in parts:
+        part.take(chunk, start)
 
     return [
-      lambda i=i: fill(i, min(i + step, len(view)))
-      for i in range(0, len(view), step)
+      lambda i=i: fill(i, min(i + step, stored[0]))
+      for i in range(0, stored[0], step)
+      if any(part.meets(i, i + step) for part in parts)
     ]
 
 
@@ -234,12 +264,17 @@ def stored_view(path: str, leaf: np.ndarray) -> np.ndarray:
   layer_3/attn/q/w    [N, D, H] → [N, H, D]
   layer_3/mlp/down/w  [F, D]    → [D, F]
   """
+  return leaf.transpose(_stored_order(path, leaf.ndim))
+
+
+def _stored_order(path: str, num_axes: int) -> list[int]:
+  """The leaf's axes in the order in which the file has them."""
   axes = projection_axes(path)
   if axes is None:
-    return leaf
+    return list(range(num_axes))
   name = path.split('/', 1)[1].removesuffix('/w')
   kernel = layout.PROJECTION_EQUATIONS[name].split(',')[1].split('->')[0]
-  return leaf.transpose([kernel.index(c) for c in ''.join(axes)])
+  return [kernel.index(c) for c in ''.join(axes)]
 
 
 def match_tensors(
@@ -289,24 +324,3 @@ def check_layer_count(num_layers: Any, num_tensors: int, where: str):
       f'{where}: got {num_layers!r} layers, expected an integer from 1 to '
       f'{num_tensors}, the number of tensors there are.'
     )
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """np.empty whose memory a JAX CPU array can take over."""
-  num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-  memory = np.empty(num_bytes + _ALIGNMENT_BYTES, np.uint8)
-  offset = -memory.ctypes.data % _ALIGNMENT_BYTES
-  return memory[offset : offset + num_bytes].view(dtype).reshape(shape)
-
-
-def _to_devices(
-  host: np.ndarray, sharding: jax.sharding.Sharding | None
-) -> jax.Array:
-  """Puts a leaf where it belongs; waits, so that the host copy can go."""
-  if sharding is None:
-    array = jax.device_put(host)
-  else:
-    array = jax.make_array_from_callback(
-      host.shape, sharding, lambda index: host[index]
-    )
-  return array.block_until_ready()
