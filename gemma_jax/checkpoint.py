@@ -8,15 +8,13 @@ base, tokenizer and data, and what the evaluations have found so far. The
 position in the data is the step.
 """
 
-import os
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax import pytree
+from gemma_jax import files, pytree
 from gemma_jax.train_state import TrainState
 
 
@@ -29,7 +27,7 @@ class Checkpoints:
 
     self._ocp = ocp
     self._manager = ocp.CheckpointManager(
-      Path(os.path.abspath(workdir)) / 'checkpoints',
+      files.absolute(workdir) / 'checkpoints',
       item_handlers={
         'state': ocp.StandardCheckpointHandler(),
         'notes': ocp.JsonCheckpointHandler(),

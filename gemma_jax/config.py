@@ -219,11 +219,20 @@ class OptimizerConfig(_Freezable):
 
 @dataclasses.dataclass
 class MeshConfig(_Freezable):
-  """Devices along each mesh axis; -1 takes all that are left, once."""
+  """Devices along each mesh axis; -1 takes all that are left, once.
+
+  Attributes:
+    data: replicas; of several slices, a multiple of their number.
+    fsdp: parts of parameters and batch.
+    tensor: parts of heads, MLP width and vocabulary.
+    shard_adapter: split the adapter as the base is split; else each device has
+      all of it.
+  """
 
   data: int = 1
   fsdp: int = -1
   tensor: int = 1
+  shard_adapter: bool = False
 
   def check(self):
     sizes = (self.data, self.fsdp, self.tensor)
@@ -375,3 +384,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return list(x) if isinstance(x, tuple) else x
 
   return plain(tree)
+
+
+def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """{'lora': {'rank': 8}} → {'lora.rank': 8}."""
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= flatten(value, f'{prefix}{key}.')
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+from etils import epath
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax import files, pytree, streamed
 from gemma_jax import lora as lora_lib
-from gemma_jax import pytree, streamed
 from gemma_jax.config import LoraConfig
 from gemma_jax.formats import adapter as adapter_lib
 from gemma_jax.formats import (
@@ -69,7 +70,7 @@ def convert(
 
   Args:
     model: reference of the base, as `open_base` takes it.
-    output: folder to be made; new or empty.
+    output: folder to be made, here or in gs://; new or empty.
     to: 'hf' or 'flax' (a model), or 'peft' (the adapter alone).
     adapter: PEFT folder or .lora.h5 file; '' converts the base itself.
     dtype: of the weights written: auto (the base's own), float32, bfloat16.
@@ -85,7 +86,7 @@ def convert(
     ValueError: anything that does not fit, or an output that does not compute
       what it should; nothing is left behind.
   """
-  folder = Path(output).expanduser()
+  folder = files.path(output)
   _check_arguments(folder, to, adapter, dtype)
   source = source_lib.open_base(model, tokenizer)
   loaded = None
@@ -124,6 +125,8 @@ def convert(
   tokens = _batch(source)
   want = _logits(source, tokens, loaded) if verify else None
 
+  sizes: dict[str, int] = {}
+
   def fill(new: Path):
     record.update(write(new))
     measured = None
@@ -135,20 +138,21 @@ def convert(
     record['largest_logit_difference'] = measured
     text = json.dumps(record, indent=2, sort_keys=True) + '\n'
     (new / flax_config.RECORD_NAME).write_text(text, 'utf-8')
+    written = sorted(p for p in new.rglob('*') if p.is_file())
+    sizes.update({str(p.relative_to(new)): p.stat().st_size for p in written})
 
   atomic_folder.replace(folder, fill)
-  files = sorted(p for p in folder.rglob('*') if p.is_file())
   return {
     'output': output,
-    'files': [str(p.relative_to(folder)) for p in files],
-    'bytes': sum(p.stat().st_size for p in files),
+    'files': list(sizes),
+    'bytes': sum(sizes.values()),
     'parameters': record['parameters'],
     'dtype': record.get('dtype', 'float32'),
     'largest_logit_difference': record['largest_logit_difference'],
   }
 
 
-def _check_arguments(folder: Path, to: str, adapter: str, dtype: str):
+def _check_arguments(folder: epath.Path, to: str, adapter: str, dtype: str):
   if to not in FORMS:
     raise ValueError(f'to: got {to!r}, expected one of {", ".join(FORMS)}.')
   if to == 'peft' and not adapter:

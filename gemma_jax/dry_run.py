@@ -1,11 +1,9 @@
 """Everything short of training: read, tokenize, compile, check, show, stop."""
 
-import os
-
 import numpy as np
 
+from gemma_jax import files, summary
 from gemma_jax import run as run_lib
-from gemma_jax import summary
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.checkpoint import Checkpoints
 from gemma_jax.config import TrainConfig
@@ -46,7 +44,7 @@ def dry_run(config: TrainConfig, workdir: str) -> str:
 
 def _start(run: run_lib.Run, workdir: str) -> int:
   """The step at which the run would go on; its checkpoint can be read."""
-  if not os.path.isdir(os.path.join(workdir, 'checkpoints')):
+  if not (files.path(workdir) / 'checkpoints').is_dir():
     return 0
   checkpoints = Checkpoints(workdir, read_only=True)
   try:

@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
+
+from gemma_jax import hosts
 
 
 class Stopped(Exception):
@@ -68,10 +69,9 @@ def evaluate(
   """
   nll = np.zeros(num_examples, np.float64)
   tokens = np.zeros(num_examples, np.int64)
-  with tqdm.tqdm(
-    total=num_examples, desc='evaluation', unit='record', leave=False,
-    disable=None,
-  ) as bar:  # fmt: skip
+  with hosts.progress_bar(
+    total=num_examples, desc='evaluation', unit='record', leave=False
+  ) as bar:
     for batch, ids in batches:
       if should_stop():
         raise Stopped

@@ -47,6 +47,22 @@ def factor_axes(equation: str, factorization: str) -> tuple[str, str]:
   return contracted + 'R', 'R' + ''.join(c for c in w if c not in contracted)
 
 
+def leaf_axes(
+  config: ModelConfig, lora: LoraConfig, scan_layers: bool = True
+) -> dict[str, str]:
+  """Axis letters of every factor, by path; as `layout.param_axes`."""
+  axes = {}
+  for path, equation in target_paths(lora).items():
+    a, b = factor_axes(equation, lora.factorization)
+    for name, letters in ((f'{path}/lora_a', a), (f'{path}/lora_b', b)):
+      if scan_layers:
+        axes[f'layers/{name}'] = 'L' + letters
+      else:
+        for i in range(config.num_layers):
+          axes[f'layer_{i}/{name}'] = letters
+  return axes
+
+
 def apply(
   equation: str, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array
 ) -> jax.Array:

@@ -7,11 +7,18 @@ that of the base at step 0 included:
     {"step": 10, "eval_loss_nats_per_token": 2.27, "eval_tokens": 4113, ...}
 """
 
+from collections.abc import Iterable, Iterator
 import json
 import math
 import os
 from pathlib import Path
+import tempfile
+import time
 from typing import Any
+
+from gemma_jax import files, hosts
+
+_UPLOAD_EVERY_SECS = 60
 
 
 class MetricsWriter:
@@ -19,20 +26,30 @@ class MetricsWriter:
 
   A resumed run first drops what came after its checkpoint, and a line that a
   crash left torn, so that the file reads as if nothing had happened.
+
+  An object store knows no append: there the files grow in a local folder, and
+  are put whole every minute and at each `flush`.
+
+  Attributes:
+    folder: where files are written, the workdir itself if it is local.
   """
 
   def __init__(self, workdir: str, finished_steps: int):
     from tensorboardX import SummaryWriter
 
-    path = Path(workdir) / 'metrics.jsonl'
+    self._remote = workdir if files.is_remote(workdir) else None
+    self._scratch = tempfile.TemporaryDirectory() if self._remote else None
+    self.folder = Path(self._scratch.name if self._scratch else workdir)
+    self._uploaded = 0.0
+    rows = read(files.path(workdir) / 'metrics.jsonl')
+    path = self.folder / 'metrics.jsonl'
     # A run that begins anew evaluates the base again.
-    kept = [row for row in read(path) if row['step'] <= finished_steps > 0]
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept))
-    os.replace(temporary, path)
+    files.write_json_lines(
+      path, [row for row in rows if row['step'] <= finished_steps > 0]
+    )
     self._file = path.open('a')
     self._board = SummaryWriter(
-      str(Path(workdir) / 'tensorboard'),
+      str(self.folder / 'tensorboard'),
       purge_step=finished_steps + 1 if finished_steps else 0,
     )
 
@@ -44,16 +61,49 @@ class MetricsWriter:
     for name, value in values.items():
       group = 'eval' if name.startswith('eval_') else 'train'
       self._board.add_scalar(f'{group}/{name}', value, step)
+    if time.time() - self._uploaded > _UPLOAD_EVERY_SECS:
+      self.flush()
+
+  def flush(self) -> None:
+    """Makes the workdir hold all that was written so far."""
+    if self._remote:
+      started = time.time() - 1.0  # clocks of file systems lag a little
+      self._board.flush()
+      files.put_folder(self.folder, self._remote, newer_than=self._uploaded)
+      self._uploaded = started
 
   def close(self) -> None:
     """Flushes both."""
     self._file.close()
     self._board.close()
+    if self._remote:
+      self.flush()
+      self._scratch.cleanup()
+
+
+class Silent:
+  """What processes that do not lead have: all calls, and nothing written."""
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    """Writes nothing."""
+
+  def flush(self) -> None:
+    """There is nothing to flush."""
+
+  def close(self) -> None:
+    """There is nothing to close."""
+
+
+def open_writer(workdir: str, finished_steps: int) -> MetricsWriter | Silent:
+  """The run's metrics on the leading process; `Silent` on the others."""
+  if not hosts.is_lead():
+    return Silent()
+  return MetricsWriter(workdir, finished_steps)
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
   """The rows of a metrics.jsonl; a torn last line is left out."""
-  path = Path(path)
+  path = files.path(path)
   if not path.exists():
     return []
   rows = []
@@ -63,6 +113,18 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     except json.JSONDecodeError:
       break
   return rows
+
+
+def timed(items: Iterable[tuple]) -> Iterator[tuple]:
+  """(seconds for which it was waited for, *item) of each item."""
+  items = iter(items)
+  while True:
+    started = time.perf_counter()
+    try:
+      item = next(items)
+    except StopIteration:
+      return
+    yield time.perf_counter() - started, *item
 
 
 def check_finite(step: int, values: dict[str, Any]) -> None:

@@ -255,5 +255,5 @@ def _hbm_bytes(config, model_config, mesh, itemsize) -> float:
 
 def _splits(letter: str, size: int, mesh: Mesh) -> bool:
   """Whether activations of this axis are split over `tensor`."""
-  is_tensor = sharding.RULES.get(letter) == 'tensor'
+  is_tensor = sharding.RULES.axis(letter) == 'tensor'
   return is_tensor and size % mesh.shape['tensor'] == 0

@@ -143,7 +143,13 @@ class Program:
     return summary.summarize(self.config, self.source.config, self.dtype)
 
   def _placed(self, tree):
-    placed = sharding.tree_shardings(tree, self.source.config, self.mesh)
+    config = self.config
+    placed = sharding.tree_shardings(
+      tree,
+      self.source.config,
+      self.mesh,
+      config.lora if config.mesh.shard_adapter else None,
+    )
     return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       tree,
@@ -301,7 +307,7 @@ def make_model(config: TrainConfig, model_config, mesh: Mesh) -> Transformer:
       dtype,
       mesh,
       sharding.BATCH,
-      sharding.RULES['N'],
+      sharding.RULES.axis('N'),
     ),
   )
 

@@ -11,6 +11,10 @@ How a step goes: compute; check that its loss and gradient are finite;
 evaluate if due, and keep the best adapter; checkpoint if due; stop if asked to,
 after saving. So a checkpoint at step n holds what evaluation n found, or the
 resumed run evaluates first: it repeats nothing and misses nothing.
+
+Several processes go through this together, each with its part of every batch.
+What they decide by, losses and whether to stop, is the same on all of them; the
+leading one logs and writes what is not a checkpoint.
 """
 
 from collections.abc import Callable
@@ -19,11 +23,13 @@ from typing import Any
 
 from absl import logging
 import jax
+import numpy as np
 import tqdm
 
+from gemma_jax import config as config_lib
 from gemma_jax import evaluate as evaluate_lib
+from gemma_jax import hosts, pytree, sharding, train_state
 from gemma_jax import metrics as metrics_lib
-from gemma_jax import pytree, sharding, train_state
 from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.checkpoint import Checkpoints
@@ -51,10 +57,13 @@ def train(
     token), `loss_best`, `adapter` (its folder), `peak_memory_bytes`.
 
   Raises:
-    ValueError: the workdir belongs to another config, base or data.
+    ValueError: the workdir belongs to another config, base or data, or the
+      processes do not agree on these.
     FloatingPointError: a loss or gradient is not finite.
     Stopped: should_stop said so, and the last finished step is saved.
   """
+  hosts.check_agreement('config', config_lib.to_dict(config))
+  hosts.check_shared(workdir)
   workdir_lib.check_same_config(workdir, config)
   finished = workdir_lib.read_json(workdir, 'result.json')
   if finished is not None:
@@ -62,12 +71,8 @@ def train(
     return finished
   started = time.perf_counter()
   workdir_lib.check_writable(workdir)
-  if jax.process_count() > 1:
-    raise ValueError(
-      f'processes: got {jax.process_count()}, expected 1; evaluation and the '
-      'files of the workdir are not shared between hosts yet.'
-    )
   run = run_lib.prepare(config)
+  should_stop = hosts.any_of_them(should_stop)
   return Trainer(run, workdir, should_stop, started).train()
 
 
@@ -90,17 +95,19 @@ class Trainer:
 
     # Whatever can be refused is refused before anything is written.
     fingerprints = run.fingerprints()
+    hosts.check_agreement('inputs', fingerprints)
     workdir_lib.check_same_fingerprints(workdir, fingerprints)
     run.check()
     self.checkpoints = Checkpoints(workdir)
     self.facts = workdir_lib.facts(run.config, run.steps, fingerprints)
-    workdir_lib.write_json(workdir, 'run.json', self.facts)
-    log_start(run)
+    if hosts.is_lead():
+      workdir_lib.write_json(workdir, 'run.json', self.facts)
+      log_start(run)
 
     self.state, self.frozen, self.found = self._start()
     self.train_step = run.compile_train_step()
     self.eval_step = run.compile_eval_step()
-    self.metrics = metrics_lib.MetricsWriter(workdir, self.step)
+    self.metrics = metrics_lib.open_writer(workdir, self.step)
 
   @property
   def step(self) -> int:
@@ -119,18 +126,18 @@ class Trainer:
         run.plan,
         step,
         run.steps,
-        jax.process_index(),
-        jax.process_count(),
+        sharding.local_rows(run.mesh, config.data.global_batch_size),
+        self.put,
       )
-      with tqdm.tqdm(
-        total=run.steps, initial=step, unit='step', disable=None
+      with hosts.progress_bar(
+        total=run.steps, initial=step, unit='step'
       ) as bar:
-        for step, batch in batches:
+        for wait_secs, step, batch in metrics_lib.timed(batches):
           if self.stops_early():
             logging.info('No better held-out loss: stopping early.')
             break
           self.profile(step)
-          self.update(step, batch, bar)
+          self.update(step, batch, wait_secs, bar)
           step += 1
           self.evaluate_if_due(step)
           if _due(config.checkpoint_every_steps, step):
@@ -149,15 +156,15 @@ class Trainer:
       self.metrics.close()
       self.checkpoints.close()
 
-  def update(self, step: int, batch: Any, bar: tqdm.tqdm) -> None:
+  def update(
+    self, step: int, batch: Any, wait_secs: float, bar: tqdm.tqdm
+  ) -> None:
     """One update, its metrics line and its place on the progress bar."""
     started = time.perf_counter()
-    tokens = int((batch['segment_ids'] > 0).sum()) * jax.process_count()
-    self.state, values = self.train_step(
-      self.state, self.frozen, sharding.put_batch(batch, self.run.mesh)
-    )
+    self.state, values = self.train_step(self.state, self.frozen, batch)
     values = {name: float(x) for name, x in values.items()}  # waits for it
-    seconds = time.perf_counter() - started
+    seconds = wait_secs + time.perf_counter() - started
+    tokens = int(values['tokens'])
     self.found['tokens'] += tokens
     line = {
       'loss_nats_per_token': values['loss'],
@@ -166,6 +173,7 @@ class Trainer:
       'supervised_tokens': int(values['supervised_tokens']),
       'tokens': tokens,
       'step_secs': seconds,
+      'data_wait_secs': wait_secs,
       'tokens_per_sec': tokens / seconds,
     }
     metrics_lib.check_finite(step + 1, line)
@@ -188,6 +196,11 @@ class Trainer:
     pace_secs = (time.perf_counter() - started) / (step - first)
     return tqdm.tqdm.format_interval(pace_secs * (self.run.steps - step))
 
+  def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch on the mesh: all of its rows, or those of this process."""
+    rows = self.run.config.data.global_batch_size
+    return sharding.put_batch(batch, self.run.mesh, rows)
+
   def evaluate_if_due(self, step: int) -> None:
     """Evaluates at the ends and in between, once at each step."""
     is_end = step in (0, self.run.steps)
@@ -201,9 +214,7 @@ class Trainer:
     data = run.config.data
     found = evaluate_lib.evaluate(
       lambda batch: self.eval_step(
-        self.state.trainable,
-        self.frozen,
-        sharding.put_batch(batch, run.mesh),
+        self.state.trainable, self.frozen, self.put(batch)
       ),
       pipeline.eval_batches(
         run.heldout,
@@ -218,9 +229,10 @@ class Trainer:
     metrics_lib.check_finite(step, {'eval_loss_nats_per_token': loss})
     if not self.found['evals'] or loss < min(self.found['evals'].values()):
       self.write_adapter('adapter_best')
-    workdir_lib.write_heldout(
-      self.workdir, step, run.heldout.record_ids, found.nll, found.tokens
-    )
+    if hosts.is_lead():
+      workdir_lib.write_heldout(
+        self.workdir, step, run.heldout.record_ids, found.nll, found.tokens
+      )
     self.found['evals'][str(step)] = loss
     self.metrics.write(
       step,
@@ -247,6 +259,7 @@ class Trainer:
 
   def save(self) -> None:
     """Starts a checkpoint of the last finished update."""
+    self.metrics.flush()
     self.checkpoints.save(self.state, {**self.facts, 'found': self.found})
 
   def write_adapter(self, name: str) -> str:
@@ -254,13 +267,15 @@ class Trainer:
     folder = f'{self.workdir}/{name}'
     variables = train_state.join(self.state.trainable, self.frozen)
     trained_base = pytree.prune(self.state.trainable.get('params', {}))
-    peft.write_adapter(
-      folder,
-      variables['lora'],
-      self.run.config.lora,
-      self.run.source.reference,
-      trained_base,
-    )
+    factors, trained_base = hosts.to_numpy((variables['lora'], trained_base))
+    if hosts.is_lead():
+      peft.write_adapter(
+        folder,
+        factors,
+        self.run.config.lora,
+        self.run.source.reference,
+        trained_base,
+      )
     return folder
 
   def finish(self) -> dict[str, Any]:
@@ -283,14 +298,15 @@ class Trainer:
       'adapter': folder,
       'peak_memory_bytes': metrics_lib.peak_memory_bytes(),
     }
-    workdir_lib.write_json(self.workdir, 'result.json', result)
+    if hosts.is_lead():
+      workdir_lib.write_json(self.workdir, 'result.json', result)
     return result
 
   def profile(self, step: int) -> None:
     """Starts and ends a jax.profiler trace around `profile_steps`."""
     steps = self.run.config.profile_steps
-    if steps and step == min(steps):
-      jax.profiler.start_trace(f'{self.workdir}/profile')
+    if steps and step == min(steps) and hosts.is_lead():
+      jax.profiler.start_trace(f'{self.metrics.folder}/profile')
       self.is_tracing = True
     if steps and step == max(steps) + 1:
       self.stop_profile()
@@ -312,7 +328,7 @@ class Trainer:
       run.dtype, run.config.model.scan_layers, placed['params']
     )
     logging.info('Loaded the base in %.1f s', time.perf_counter() - started)
-    adapter = jax.device_put(
+    adapter = sharding.put(
       train_state.init_adapter(run.config, run.source.config), placed['lora']
     )
     trainable, frozen = train_state.split(
@@ -324,11 +340,12 @@ class Trainer:
       state = self.checkpoints.restore(step, abstract_state)
       logging.info('Resumed from step %d of %s', step, self.workdir)
       return state, frozen, notes['found']
-    state = train_state.init_state(trainable, run.tx)
-    state = jax.device_put(
-      state, jax.tree.map(lambda x: x.sharding, abstract_state)
+    init = jax.jit(
+      lambda t: train_state.init_state(t, run.tx),
+      out_shardings=jax.tree.map(lambda x: x.sharding, abstract_state),
+      donate_argnums=0,
     )
-    return state, frozen, {'tokens': 0, 'evals': {}}
+    return init(trainable), frozen, {'tokens': 0, 'evals': {}}
 
 
 def log_start(run: run_lib.Run) -> None:

@@ -76,8 +76,8 @@ def make_train_step(
 
   Returns:
     A pure function; metrics are float32 scalars: `loss` (nats per supervised
-    token), `supervised_tokens`, `grad_norm` (before clipping) and
-    `learning_rate`.
+    token), `supervised_tokens`, `tokens` (padding not counted), `grad_norm`
+    (before clipping) and `learning_rate`.
   """
 
   def loss_sum(trainable, frozen, batch, key):
@@ -122,6 +122,7 @@ def make_train_step(
     metrics = {
       'loss': loss * per_token,
       'supervised_tokens': tokens,
+      'tokens': jnp.sum(batch['segment_ids'] > 0, dtype=jnp.float32),
       'grad_norm': optax.tree.norm(grads),
       'learning_rate': jnp.float32(schedule(state.step)),
     }

@@ -12,10 +12,12 @@ result.json       the result line, when the run has finished
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from gemma_jax import config as config_lib
+from gemma_jax import files
 from gemma_jax.config import TrainConfig
 
 # Changing these does not change what is learnt.
@@ -47,8 +49,8 @@ def check_same_config(workdir: str, config: TrainConfig) -> None:
   saved = _facts_to_keep(workdir)
   if saved is None:
     return
-  before = _flatten(saved['config'])
-  now = _flatten(config_lib.to_dict(config))
+  before = config_lib.flatten(saved['config'])
+  now = config_lib.flatten(config_lib.to_dict(config))
   for name in sorted(before.keys() | now.keys()):
     if any(name == f or name.startswith(f'{f}.') for f in FREE_FIELDS):
       continue
@@ -76,7 +78,7 @@ def check_same_fingerprints(workdir: str, now: dict[str, str]) -> None:
 
 def _facts_to_keep(workdir: str) -> dict[str, Any] | None:
   """run.json, if there is something that a run has finished or can resume."""
-  path = Path(workdir)
+  path = files.path(workdir)
   has_steps = any(p.name.isdecimal() for p in path.glob('checkpoints/*'))
   if not has_steps and not (path / 'result.json').exists():
     return None
@@ -85,43 +87,36 @@ def _facts_to_keep(workdir: str) -> dict[str, Any] | None:
 
 def read_json(workdir: str, name: str) -> dict[str, Any] | None:
   """A JSON file of the workdir, or None if it is not there."""
-  path = Path(workdir) / name
+  path = files.path(workdir) / name
   return json.loads(path.read_text()) if path.exists() else None
 
 
 def write_json(workdir: str, name: str, value: dict[str, Any]) -> None:
   """Writes a JSON file whole or not at all."""
-  _write_whole(Path(workdir) / name, json.dumps(value, indent=2) + '\n')
+  files.write_json(files.path(workdir) / name, value)
 
 
 def write_heldout(workdir: str, step: int, index, nll, tokens) -> None:
   """Keeps the losses of an evaluation by record, each [N], nats and tokens."""
-  folder = Path(workdir) / 'heldout'
-  folder.mkdir(exist_ok=True)
   rows = [
     {'index': int(i), 'nll': float(n), 'tokens': int(t)}
     for i, n, t in zip(index, nll, tokens, strict=True)
   ]
-  _write_whole(
-    folder / f'step_{step}.jsonl',
-    ''.join(json.dumps(row) + '\n' for row in rows),
-  )
+  files.write_json_lines(_heldout(workdir, step), rows)
 
 
 def read_heldout(workdir: str, step: int) -> list[dict[str, Any]]:
   """What `write_heldout` kept."""
-  path = Path(workdir) / 'heldout' / f'step_{step}.jsonl'
-  return [json.loads(line) for line in path.read_text().splitlines()]
+  lines = _heldout(workdir, step).read_text().splitlines()
+  return [json.loads(line) for line in lines]
 
 
 def check_writable(workdir: str) -> None:
   """ValueError if the workdir cannot be made or written; writes nothing."""
-  if '://' in workdir:
-    raise ValueError(
-      f'workdir: got {workdir}, expected a folder of this machine; object '
-      'stores are not supported yet.'
-    )
-  path = Path(workdir).absolute()
+  if files.is_remote(workdir):
+    files.check_bucket(workdir)
+    return
+  path = files.absolute(workdir)
   while not path.exists():
     path = path.parent
   if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
@@ -131,20 +126,5 @@ def check_writable(workdir: str) -> None:
     )
 
 
-def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      flat |= _flatten(value, f'{prefix}{key}.')
-    else:
-      flat[f'{prefix}{key}'] = value
-  return flat
-
-
-def _write_whole(path: Path, text: str) -> None:
-  temporary = path.with_name(f'.{path.name}.tmp')
-  with temporary.open('w', encoding='utf-8') as f:
-    f.write(text)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(temporary, path)
+def _heldout(workdir: str, step: int) -> epath.Path:
+  return files.path(workdir) / 'heldout' / f'step_{step}.jsonl'

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import importlib
-import json
 import logging as standard_logging
 import os
 import re
 import signal
 import sys
+import time
 
 from absl import app, flags, logging
 import jax
@@ -62,6 +62,11 @@ def run(main: Callable[[], int | None]) -> None:
 def fail(message: str) -> None:
   """Prints one line and exits with code 1."""
   print(f'error: {message}', file=sys.stderr, flush=True)
+  if jax.distributed.is_initialized():
+    # A regular exit would wait for the others, who may wait for this one. The
+    # coordinator goes last: what all refuse, all have the time to say.
+    time.sleep(jax.process_index() == 0)
+    os._exit(1)
   sys.exit(1)
 
 
@@ -168,11 +173,3 @@ def _explain(text: str) -> str:
   if _BROKEN_FILE in text:  # followed by a traceback
     return f'--config: {text.strip().splitlines()[-1]}.'
   return text
-
-
-def write_lines(path: str, rows: list[dict]) -> None:
-  """Writes JSON Lines, whole or not at all."""
-  temporary = f'{path}.tmp'
-  with open(temporary, 'w', encoding='utf-8') as f:
-    f.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
-  os.replace(temporary, path)

@@ -8,7 +8,6 @@ adapter: adapter, nll (sum, nats), tokens, nll_per_token, perplexity, examples.
 """
 
 import json
-from pathlib import Path
 
 from absl import flags, logging
 
@@ -50,13 +49,14 @@ _DTYPE = flags.DEFINE_enum(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import compare
+  from gemma_jax import compare, files
   from gemma_jax.config import TrainConfig
 
   if not _DATA.value:
     app.fail('--data: missing, expected a JSON Lines file of records')
-  per_example = Path(_PER_EXAMPLE.value).expanduser().absolute()
-  if _PER_EXAMPLE.value and not per_example.parent.is_dir():
+  per_example = files.absolute(_PER_EXAMPLE.value)
+  is_there = files.is_remote(per_example) or per_example.parent.is_dir()
+  if _PER_EXAMPLE.value and not is_there:
     app.fail(f'--per_example: {per_example.parent} is no folder, expected one')
   app.set_compilation_cache('')
   config = TrainConfig()
@@ -88,7 +88,7 @@ def main() -> int:
         }
       )
   if _PER_EXAMPLE.value:
-    app.write_lines(str(per_example), rows)
+    files.write_json_lines(per_example, rows)
   return 0
 
 

@@ -8,7 +8,8 @@ reports a finished one. --dry_run stops before the first step; with
 --topology=v5e:2x4 it says what the run needs on that TPU slice, from anywhere.
 The last line on standard output is the result as JSON: steps, tokens, seconds,
 loss_base and loss_adapted (held-out, nats per token), loss_best, adapter (its
-folder), peak_memory_bytes.
+folder), peak_memory_bytes. On a TPU slice every worker runs the same command
+(`launch/multihost.py`).
 """
 
 import json
@@ -17,7 +18,7 @@ import os
 from absl import flags, logging
 from ml_collections import config_flags
 
-from launch import app
+from launch import app, multihost
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Experiment file with get_config(), e.g. '
@@ -41,11 +42,12 @@ _FIT = flags.DEFINE_bool(
 _FORMAT = flags.DEFINE_enum(
   'format', 'text', ['text', 'json'], 'Of the report with --topology.'
 )
+flags.adopt_module_key_flags(multihost)
 
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import dry_run, train
+  from gemma_jax import dry_run, hosts, train
 
   if _CONFIG.value is None:
     app.fail('--config: missing, expected e.g. experiments/dolly_lora.py')
@@ -56,6 +58,7 @@ def main() -> int:
   workdir = os.path.expanduser(_WORKDIR.value)
   config = _CONFIG.value.resolve()
   app.set_compilation_cache(config.compilation_cache)
+  multihost.join()
   if _DRY_RUN.value:
     print(dry_run.dry_run(config, workdir))
     return 0
@@ -73,7 +76,8 @@ def main() -> int:
       base, adapted, 100 * (adapted / base - 1), config.model.path,
       result['adapter'], config.data.template,
   )  # fmt: skip
-  print(json.dumps(result))
+  if hosts.is_lead():
+    print(json.dumps(result))
   return 0
 
 

@@ -1,6 +1,7 @@
 """A whole run in seconds: a tiny random base, twenty short records."""
 
 import dataclasses
+import functools
 import json
 
 from gemma_jax.config import (
@@ -42,6 +43,13 @@ def config(records, **changes) -> TrainConfig:
     data=DataConfig(path=records, seq_len=96, global_batch_size=2),
   )
   return dataclasses.replace(base, **changes)
+
+
+def set_fields(config, fields) -> None:
+  """Sets fields by their names, e.g. {'mesh.fsdp': 4}."""
+  for name, value in fields.items():
+    *parents, last = name.split('.')
+    setattr(functools.reduce(getattr, parents, config), last, value)
 
 
 def config_file(folder, records, **fields) -> str:

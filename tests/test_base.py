@@ -2,14 +2,17 @@ import dataclasses
 import shutil
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from gemma_jax import layout, pytree
+from gemma_jax import sharding as sharding_lib
+from gemma_jax.config import MeshConfig
 from gemma_jax.formats import source
+from gemma_jax.formats.base import StoredTensor, chunk_rows
+from gemma_jax.formats.parts import Part
 from tests import gguf_toy, hf_toy
 
 
@@ -58,24 +61,44 @@ def test_mixed_or_float16_weights_are_read_as_float32(narrow, tmp_path):
   np.testing.assert_array_equal(up[1], tensors[name].T.astype(np.float32))
 
 
-def test_leaves_go_to_their_shardings():
-  mesh = jax.make_mesh(
-      (len(jax.devices()),), ('fsdp',),
-      axis_types=(jax.sharding.AxisType.Auto,),
-  )  # fmt: skip
+@pytest.mark.parametrize('scan_layers', [True, False])
+@pytest.mark.parametrize('sizes', [(2, 2, 2), (1, 8, 1), (1, 2, 4)])
+def test_leaves_go_to_their_shardings(sizes, scan_layers):
+  mesh = sharding_lib.make_mesh(MeshConfig(*sizes))
   base = hf_toy.open_folder(hf_toy.PARITY / 'gemma3')
-  # V = 512, which any usual count of devices divides.
-  spec = {'embedder/input_embedding': PartitionSpec('fsdp', None)}
-  shardings = pytree.map_with_name(
-    lambda name, _: NamedSharding(mesh, spec.get(name, PartitionSpec())),
-    layout.abstract_params(base.config),
-  )
-  params = base.load_params(shardings=shardings)
+  abstract = {
+    'params': layout.abstract_params(base.config, scan_layers=scan_layers)
+  }
+  shardings = sharding_lib.tree_shardings(abstract, base.config, mesh)['params']
+  params = base.load_params(shardings=shardings, scan_layers=scan_layers)
   for (name, x), (_, sharding) in zip(
     pytree.items(params), pytree.items(shardings), strict=True
   ):
     assert x.sharding == sharding, name
-  hf_toy.assert_trees_equal(params, base.load_params())
+  hf_toy.assert_trees_equal(params, base.load_params(scan_layers=scan_layers))
+
+
+def test_rows_that_no_device_here_holds_are_not_read():
+  """As on a pod, each of whose hosts has a part of every leaf."""
+  V, D = 65_537, 16
+  table = np.arange(V * D, dtype=np.float32).reshape(V, D)
+  asked = []
+
+  def read(start, stop):
+    asked.append(stop - start)
+    return table[start:stop]
+
+  path = 'embedder/input_embedding'
+  base = dataclasses.replace(
+    hf_toy.open_folder(hf_toy.PARITY / 'gemma1'),
+    tensors={path: StoredTensor(path, (V, D), read)},
+  )
+  out = np.zeros((V // 4, D), np.float32)
+  part = Part(((V // 2, V // 2 + V // 4), (0, D)), out)
+  for job in base.jobs(path, (V, D), [part]):
+    job()
+  np.testing.assert_array_equal(out, table[V // 2 : V // 2 + V // 4])
+  assert sum(asked) <= V // 4 + 2 * chunk_rows((V, D)) < V
 
 
 Q1 = 'model.layers.1.self_attn.q_proj.weight'

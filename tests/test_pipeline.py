@@ -62,19 +62,13 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_does(start_step):
     assert_equal(batch, same)
 
 
-@pytest.mark.parametrize('process_count', [2, 3, 6])
-def test_hosts_share_the_batch_of_one_host(process_count):
-  alone = train(5, 7)
-  hosts = [
-    train(5, 7, process_index=i, process_count=process_count)
-    for i in range(process_count)
-  ]
-  for (step, batch), *parts in zip(alone, *hosts, strict=True):
-    assert all(part_step == step for part_step, _ in parts)
-    joined = {
-      name: np.concatenate([part[name] for _, part in parts]) for name in batch
-    }
-    assert_equal(batch, joined)
+@pytest.mark.parametrize('rows', [(0, 1, 2), (3, 4, 5), (1, 4), (5,)])
+def test_a_host_gets_its_rows_of_the_global_batch(rows):
+  for (step, batch), (part_step, part) in zip(
+    train(5, 7), train(5, 7, rows=rows), strict=True
+  ):
+    assert part_step == step
+    assert_equal(part, {name: x[list(rows)] for name, x in batch.items()})
 
 
 def test_nothing_is_left_of_a_finished_run():
@@ -83,22 +77,18 @@ def test_nothing_is_left_of_a_finished_run():
 
 
 @pytest.mark.parametrize('packing', [True, False])
-@pytest.mark.parametrize('process_count', [1, 5])
-def test_evaluation_sees_every_example_once(packing, process_count):
+def test_evaluation_sees_every_example_once(packing):
   """Sums over slots by example are the examples' own sums."""
   slots, weights, tokens = np.zeros((3, len(EXAMPLES)))
   shapes = set()
-  for i in range(process_count):
-    for batch, ids in pipeline.eval_batches(
-      EXAMPLES, SEQ_LEN, 10, packing, i, process_count
-    ):
-      real = ids >= 0
-      np.testing.assert_array_equal(real, batch['segment_ids'] > 0)
-      np.add.at(slots, ids[real], 1)
-      np.add.at(weights, ids[real], batch['weights'][real])
-      np.add.at(tokens, ids[real], batch['targets'][real])
-      shapes |= {array.shape for array in (*batch.values(), ids)}
-  assert shapes == {(10 // process_count, SEQ_LEN)}
+  for batch, ids in pipeline.eval_batches(EXAMPLES, SEQ_LEN, 10, packing):
+    real = ids >= 0
+    np.testing.assert_array_equal(real, batch['segment_ids'] > 0)
+    np.add.at(slots, ids[real], 1)
+    np.add.at(weights, ids[real], batch['weights'][real])
+    np.add.at(tokens, ids[real], batch['targets'][real])
+    shapes |= {array.shape for array in (*batch.values(), ids)}
+  assert shapes == {(10, SEQ_LEN)}
   np.testing.assert_array_equal(slots, EXAMPLES.slots)
   np.testing.assert_array_equal(weights, [e.loss_mask.sum() for e in EXAMPLES])
   np.testing.assert_array_equal(tokens, [e.tokens[1:].sum() for e in EXAMPLES])
@@ -124,10 +114,3 @@ def test_evaluation_is_repeatable():
   for (batch, ids), (same, same_ids) in zip(first, second, strict=True):
     assert_equal(batch, same)
     np.testing.assert_array_equal(ids, same_ids)
-
-
-def test_rows_must_divide_among_processes():
-  with pytest.raises(ValueError, match='got 6, expected a multiple of the 4'):
-    train(process_count=4)
-  with pytest.raises(ValueError, match='got 6, expected a multiple of the 4'):
-    pipeline.eval_batches(EXAMPLES, SEQ_LEN, 6, process_count=4)

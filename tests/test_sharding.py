@@ -4,12 +4,13 @@ import dataclasses
 import math
 
 import jax
+from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 import numpy as np
 import pytest
 
-from gemma_jax import layout, optimizer, pytree, sharding, train_state
+from gemma_jax import layout, lora, optimizer, pytree, sharding, train_state
 from gemma_jax.config import LoraConfig, MeshConfig, OptimizerConfig
 from tests import toy
 
@@ -44,11 +45,49 @@ class TestMesh:
     with pytest.raises(ValueError, match=r'mesh: got data=.*8, the number of'):
       sharding.make_mesh(MeshConfig(*sizes))
 
+  @pytest.mark.aot
+  def test_replicas_alone_go_across_slices(self):
+    topology = topologies.get_topology_desc(
+      platform='tpu', topology_name='v5e:2x2', num_slices=2
+    )
+    mesh = sharding.make_mesh(
+      MeshConfig(data=4, fsdp=-1), list(topology.devices)
+    )
+    assert tuple(mesh.shape.values()) == (4, 2, 1)
+    slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+    np.testing.assert_array_equal(slices[:2], np.full((2, 2, 1), slices[0, 0]))
+    np.testing.assert_array_equal(slices[2:], np.full((2, 2, 1), slices[2, 0]))
+    assert slices[0, 0] != slices[2, 0]
+    with pytest.raises(ValueError, match='got 1, expected a multiple of 2'):
+      sharding.make_mesh(MeshConfig(), list(topology.devices))
+
   def test_rows_must_divide(self):
     mesh = sharding.make_mesh(CUBE)
     sharding.check_batch(mesh, 12, 'rows')
     with pytest.raises(ValueError, match=r'rows: got 6 .* data x fsdp = 4'):
       sharding.check_batch(mesh, 6, 'rows')
+
+
+class TestPlacing:
+  def test_rows_of_a_batch(self):
+    mesh = sharding.make_mesh(CUBE)
+    rows = np.arange(12 * 5, dtype=np.int32).reshape(12, 5)
+    np.testing.assert_array_equal(sharding.local_rows(mesh, 12), np.arange(12))
+    batch = sharding.put_batch({'tokens': rows}, mesh, 12)
+    assert batch['tokens'].sharding == sharding.batch_sharding(mesh)
+    np.testing.assert_array_equal(batch['tokens'], rows)
+
+  def test_arrays_that_every_process_has(self):
+    mesh = sharding.make_mesh(CUBE)
+    placed = {
+      'a': jax.NamedSharding(mesh, PartitionSpec('tensor')),
+      'b': sharding.replicated(mesh),
+    }
+    tree = {'a': np.arange(6.0), 'b': jnp.float32(7)}
+    got = sharding.put(tree, placed)
+    for name, x in got.items():
+      assert x.sharding == placed[name]
+      np.testing.assert_array_equal(x, tree[name])
 
 
 class TestSpecs:
@@ -63,7 +102,6 @@ class TestSpecs:
       ('LNHD', (None, 'tensor', None, 'fsdp')),
       ('LDF', (None, 'fsdp', 'tensor')),
       ('LD', (None, 'fsdp')),
-      ('FN', ('tensor', None)),  # a mesh axis is used once
       ('', ()),
     ],
   )
@@ -83,6 +121,54 @@ class TestSpecs:
     mesh = sharding.make_mesh(MeshConfig(tensor=4, fsdp=2))
     with pytest.raises(ValueError, match=r'mesh.tensor: got 4, .* axis F = 34'):
       sharding.param_spec('DF', self.SIZES, mesh)
+
+  def test_two_letters_on_one_mesh_axis_are_refused(self):
+    mesh = sharding.make_mesh(CUBE)
+    with pytest.raises(ValueError, match=r'F and N of a parameter \[FN\] both'):
+      sharding.param_spec('FN', self.SIZES, mesh)
+    rules = sharding.Rules(N='fsdp')
+    assert rules.axes('LNH') == [None, 'fsdp', None]
+    with pytest.raises(
+      ValueError, match=r'N and D .* go to the mesh axis fsdp'
+    ):
+      rules.axes('LNDH')
+
+  @pytest.mark.parametrize('factorization', ['matrix', 'keras'])
+  @pytest.mark.parametrize('scan_layers', [True, False])
+  def test_adapters_lie_everywhere_or_as_the_base(
+    self, factorization, scan_layers
+  ):
+    mesh = sharding.make_mesh(CUBE)
+    config = LoraConfig(rank=2, targets='all', factorization=factorization)
+    tree = {
+      'lora': lora.init(jax.random.key(0), CONFIG, config, scan_layers),
+    }
+    everywhere = sharding.tree_shardings(tree, CONFIG, mesh)
+    for name, x in pytree.items(everywhere):
+      assert x.spec == PartitionSpec(), name
+    split = dict(
+      pytree.items(sharding.tree_shardings(tree, CONFIG, mesh, config))
+    )
+    prefix, layer = (
+      ('lora/layers', (None,)) if scan_layers else ('lora/layer_1', ())
+    )
+    wanted = {
+      'attn/o/lora_a': ('tensor', None, None),
+      'attn/o/lora_b': (None, 'fsdp'),
+      'mlp/up/lora_a': ('fsdp', None),
+      'mlp/up/lora_b': (None, 'tensor'),
+    }
+    if factorization == 'keras':
+      wanted['attn/q/lora_a'] = ('tensor', 'fsdp', None)
+      wanted['attn/q/lora_b'] = (None, None)
+      wanted['attn/o/lora_a'] = ('tensor', None, None)
+    else:
+      wanted['attn/q/lora_a'] = ('fsdp', None)
+      wanted['attn/q/lora_b'] = (None, 'tensor', None)
+    for name, spec in wanted.items():
+      assert split[f'{prefix}/{name}'].spec == PartitionSpec(*layer, *spec), (
+        name
+      )
 
   def test_every_leaf_of_a_state(self):
     """Moments of a trained kernel lie as the kernel; adapters everywhere."""

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from gemma_jax import metrics, train
+from gemma_jax import files, metrics, train
 from gemma_jax import run as run_lib
 from gemma_jax.formats import peft
-from tests import run_toy
+from tests import gcs_toy, run_toy
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,6 +97,24 @@ def test_stopped_and_resumed_equals_uninterrupted(
   )
   for name in ('steps', 'tokens', 'loss_base', 'loss_adapted', 'loss_best'):
     assert result[name] == finished[1][name], name
+
+
+def test_a_run_in_an_object_store(finished, records, tmp_path):
+  """Records and workdir there, stopped and resumed."""
+  with gcs_toy.server():
+    there = f'{gcs_toy.BUCKET}/records.jsonl'
+    files.write(there, Path(records).read_bytes())
+    config = run_toy.config(there).resolve()
+    run = f'{gcs_toy.BUCKET}/run'
+    with pytest.raises(train.Stopped):
+      train.train(config, run, stop_after(5))
+    result = train.train(config, run)
+    assert result['steps'] == 7
+    assert result['adapter'] == f'{run}/adapter'
+    rows = metrics.read(f'{run}/metrics.jsonl')
+    copy = files.fetch(f'{run}/adapter')
+  assert [row['step'] for row in rows if 'tokens' in row] == list(range(1, 8))
+  assert adapter_bytes(copy.parent) == adapter_bytes(finished[0])
 
 
 def launch(config, workdir):

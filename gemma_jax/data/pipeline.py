@@ -1,6 +1,7 @@
 """Batches for training and evaluation, in the order that the row plan gives."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,44 +19,41 @@ def train_batches(
   plan: row_plan_lib.RowPlan,
   start_step: int = 0,
   stop_step: int | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
-) -> Iterator[tuple[int, Batch]]:
+  rows: Sequence[int] | None = None,
+  place: Callable[[Batch], Any] = lambda batch: batch,
+) -> Iterator[tuple[int, Any]]:
   """Batches of steps start_step, start_step + 1, ..., read ahead by threads.
 
   A batch depends on the plan and its step alone, so a run that starts at step
   n sees what an uninterrupted one would.
 
-      global_batch_size 4, process_count 2     plan.rows(s) = [a, b, c, d]
-      process 0                                (s, batch of [a, b])
-      process 1                                (s, batch of [c, d])
+      global_batch_size 4      plan.rows(s) = [a, b, c, d]
+      rows (0, 1)              (s, batch of [a, b])
+      rows (2, 3)              (s, batch of [c, d])
 
   Args:
     examples: those whose slots the plan was made from.
     plan: rows of each step.
     start_step: first step, the number of finished updates.
     stop_step: one past the last step; None goes on without end.
-    process_index: of this host.
-    process_count: hosts that share a global batch.
+    rows: those of the global batch that this process needs; None is all.
+    place: what becomes of a batch at last, in a thread: it is put on the
+      devices, say, while they are at work on another.
 
   Yields:
-    (step, batch): the arrays of `examples.make_row` with the rows of this host
-    in front, [global_batch_size / process_count, T].
-
-  Raises:
-    ValueError: process_count does not divide the global batch.
+    (step, place(batch)), batch being the arrays of `examples.make_row` with
+    the rows in front, [len(rows), T].
   """
-  part = _rows_of_process(plan.global_batch_size, process_index, process_count)
+  rows = range(plan.global_batch_size) if rows is None else rows
   # Lengths of grain are C long; 2**40 steps take a while.
   stop = 2**40 if stop_step is None else stop_step
-  return _read_ahead(
-    start_step,
-    stop,
-    lambda step: (
-      step,
-      make_batch(examples, plan.rows(step)[part], plan.seq_len),
-    ),
-  )
+
+  def load(step: int) -> tuple[int, Any]:
+    in_step = plan.rows(step)
+    mine = [in_step[i] for i in rows]
+    return step, place(make_batch(examples, mine, plan.seq_len))
+
+  return _read_ahead(start_step, stop, load)
 
 
 def eval_batches(
@@ -63,8 +61,6 @@ def eval_batches(
   seq_len: int,
   batch_size: int,
   packing: bool = True,
-  process_index: int = 0,
-  process_count: int = 1,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
   """Batches that hold every example exactly once, in a fixed order.
 
@@ -75,31 +71,25 @@ def eval_batches(
   Args:
     examples: to evaluate on.
     seq_len: T.
-    batch_size: B, rows over all hosts; the last batch is filled with empty
-      rows, so that all batches have one shape.
+    batch_size: B; the last batch is filled with empty rows, so that all
+      batches have one shape.
     packing: several examples in a row, or each in a row of its own.
-    process_index: of this host.
-    process_count: hosts that share a batch, each with rows of its own.
 
   Yields:
-    (batch, example_ids): the arrays of `examples.make_row`, [B, T] (B divided
-    by the hosts), and int32 [B, T], the example of each slot, -1 at padding:
+    (batch, example_ids): the arrays of `examples.make_row`, [B, T], and int32
+    [B, T], the example of each slot, -1 at padding:
     `np.add.at(nll, ids[ids >= 0], losses[ids >= 0])` sums losses by example.
-
-  Raises:
-    ValueError: process_count does not divide batch_size.
   """
-  part = _rows_of_process(batch_size, process_index, process_count)
   rows = row_plan_lib.eval_rows(examples.slots, seq_len, packing)
   rows += [()] * (-len(rows) % batch_size)
 
   def load(number: int) -> tuple[Batch, np.ndarray]:
     start = number * batch_size
-    mine = rows[start : start + batch_size][part]
-    batch = make_batch(examples, mine, seq_len)
+    in_batch = rows[start : start + batch_size]
+    batch = make_batch(examples, in_batch, seq_len)
     ids = [
       np.array([-1, *row], np.int32)[segments]
-      for row, segments in zip(mine, batch['segment_ids'], strict=True)
+      for row, segments in zip(in_batch, batch['segment_ids'], strict=True)
     ]
     return batch, np.stack(ids)
 
@@ -117,14 +107,3 @@ def _read_ahead(start: int, stop: int, load) -> Iterator:
   )
   numbers = grain.MapDataset.range(start, stop)
   return iter(numbers.map(load).to_iter_dataset(options))
-
-
-def _rows_of_process(batch_size: int, index: int, count: int) -> slice:
-  """The block of a global batch that a host lays out."""
-  if batch_size % count:
-    raise ValueError(
-      f'data.global_batch_size: got {batch_size}, expected a multiple of the '
-      f'{count} processes.'
-    )
-  size = batch_size // count
-  return slice(index * size, (index + 1) * size)

@@ -19,8 +19,7 @@ import lzma
 from typing import Any
 import zlib
 
-from etils import epath
-
+from gemma_jax import files
 from gemma_jax.data import templates
 
 Record = dict[str, Any]
@@ -71,7 +70,7 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
       yields         ('a.jsonl line 1', {'prompt': '1 + 1 =', 'response': '2'})
 
   Args:
-    path: any path that etils.epath opens.
+    path: of this machine, or gs://.
     name: the setting that holds the path, for error messages.
 
   Yields:
@@ -81,7 +80,7 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
   Raises:
     ValueError: no such file, or its compression is broken.
   """
-  file = epath.Path(path).expanduser()
+  file = files.path(path)
   if not file.is_file():
     raise ValueError(
       f'{name}: got {path!r}, which is no file; expected a .jsonl, .jsonl.gz '

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import hashlib
 import re
 
-from etils import epath
+from gemma_jax import files
 
 START_OF_TURN = '<start_of_turn>'
 END_OF_TURN = '<end_of_turn>'
@@ -160,7 +160,7 @@ class SentencePieceTokenizer(Tokenizer):
   @classmethod
   def from_file(cls, path: str) -> 'SentencePieceTokenizer':
     """Reads a `tokenizer.model`; ValueError names a missing or broken file."""
-    file = epath.Path(path).expanduser()
+    file = files.path(path)
     if not file.is_file():
       raise ValueError(
         f'tokenizer: got {str(path)!r}, which is no file; expected a '

@@ -4,9 +4,8 @@ Which of them it is, is decided by what is there, not by how it is called.
 """
 
 import os
-from pathlib import Path
 
-from gemma_jax import pytree
+from gemma_jax import files, pytree
 from gemma_jax.config import LoraConfig
 from gemma_jax.formats import keras, peft
 from gemma_jax.model_config import ModelConfig
@@ -18,7 +17,8 @@ def read_adapter(
   """Reads an adapter for a base of this architecture.
 
   Args:
-    path: a PEFT folder, or a file that Keras's `save_lora_weights` wrote.
+    path: a PEFT folder, or a file that Keras's `save_lora_weights` wrote; of
+      this machine, or gs://.
     model_config: the base's architecture.
     scan_layers: leaves for all layers (`layers/...`) or for each.
 
@@ -31,7 +31,7 @@ def read_adapter(
     ValueError: nothing is there, or an adapter that is broken, of another
       architecture or with an unsupported option.
   """
-  path = Path(path).expanduser()
+  path = files.fetch(path)
   if path.is_dir():
     config, factors = peft.read_adapter(path, model_config, scan_layers)
     return config, factors, peft.read_trained_base(path)

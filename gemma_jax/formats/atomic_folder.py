@@ -4,14 +4,21 @@ from collections.abc import Callable
 import os
 from pathlib import Path
 import shutil
+import tempfile
+
+from gemma_jax import files
 
 
-def replace(folder: Path, fill: Callable[[Path], None]):
+def replace(folder: str | os.PathLike, fill: Callable[[Path], None]):
   """Makes a folder appear whole: fill a sibling, flush it, rename it.
 
   A folder that it replaces is moved aside first and removed last, so a whole
   one is on disk at any time; if a process died between the two renames, the
   next call puts the old one back before it starts.
+
+  An object store has no folders to rename: there each file is put whole, the
+  weights before the config.json that describes them, and files of an older
+  folder go last.
 
   Args:
     folder: to be made or replaced; one process writes it at a time.
@@ -20,7 +27,13 @@ def replace(folder: Path, fill: Callable[[Path], None]):
   Raises:
     OSError: or whatever `fill` raises; `folder` is then as it was.
   """
-  folder = folder.absolute()
+  if files.is_remote(folder):
+    with tempfile.TemporaryDirectory() as new:
+      fill(Path(new))
+      files.put_folder(Path(new), folder)
+      files.remove_others(Path(new), folder)
+    return
+  folder = Path(folder).absolute()
   new = folder.with_name(f'.{folder.name}.new')
   old = folder.with_name(f'.{folder.name}.old')
   folder.parent.mkdir(parents=True, exist_ok=True)

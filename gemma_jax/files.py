@@ -1,0 +1,179 @@
+"""Whole files and folders, on a disk of this machine or in an object store.
+
+    files.path('gs://bucket/run')       an etils.epath path, as for a local one
+    files.write(path, content)          a file, there whole or not at all
+    files.put_folder(local, path)       a folder, file by file
+    files.fetch('gs://bucket/gemma')    a local copy, made once
+
+A disk gets a temporary file that is flushed and renamed. An object store puts
+an object whole; it can neither rename nor append, so neither is asked of it.
+"""
+
+from collections.abc import Iterable, Mapping
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+import tempfile
+from typing import Any
+
+from etils import epath
+
+_STORE = 'gs://'
+_CACHE = '~/.cache/gemma_jax/remote'
+
+
+def is_remote(name: str | os.PathLike) -> bool:
+  """Whether a path lies in an object store."""
+  return '://' in os.fspath(name)
+
+
+def path(name: str | os.PathLike) -> epath.Path:
+  """A path of either kind, `~` expanded.
+
+  Raises:
+    ValueError: an object store other than gs://, or its package is missing.
+  """
+  if is_remote(name):
+    if not os.fspath(name).startswith(_STORE):
+      raise ValueError(
+        f'path: got {name}, expected {_STORE}BUCKET/... or a path of this '
+        'machine; no other object store is read.'
+      )
+    _connect()
+  return epath.Path(name).expanduser()
+
+
+def absolute(name: str | os.PathLike) -> epath.Path:
+  """The same, from the root on."""
+  found = path(name)
+  return found if is_remote(found) else found.resolve()
+
+
+def write(name: str | os.PathLike, content: str | bytes) -> None:
+  """Writes a file whole or not at all; makes its folder if there is none."""
+  target = path(name)
+  content = content.encode() if isinstance(content, str) else content
+  if is_remote(target):
+    target.write_bytes(content)
+    return
+  target.parent.mkdir(parents=True, exist_ok=True)
+  temporary = target.with_name(f'.{target.name}.tmp')
+  with open(temporary, 'wb') as f:
+    f.write(content)
+    f.flush()
+    os.fsync(f.fileno())
+  os.replace(temporary, target)
+
+
+def write_json(name: str | os.PathLike, value: Mapping[str, Any]) -> None:
+  """Writes a JSON object for people to read."""
+  write(name, json.dumps(value, indent=2) + '\n')
+
+
+def write_json_lines(
+  name: str | os.PathLike, rows: Iterable[Mapping[str, Any]]
+) -> None:
+  """Writes JSON Lines."""
+  write(
+    name, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+  )
+
+
+def put_folder(
+  folder: Path, target: str | os.PathLike, newer_than: float = 0.0
+) -> None:
+  """Puts the files of a local folder into an object store, each of them whole.
+
+  They go in reverse order of name: config.json comes after the weights that it
+  describes, so what has one is complete.
+
+  Args:
+    folder: of this machine.
+    target: remote; files that are there under other names stay.
+    newer_than: leave out files that were last changed before this time.
+  """
+  store, root = _open(target)
+  for file in sorted(folder.rglob('*'), reverse=True):
+    if file.is_file() and file.stat().st_mtime >= newer_than:
+      store.put_file(str(file), f'{root}/{file.relative_to(folder)}')
+
+
+def remove_others(folder: Path, target: str | os.PathLike) -> None:
+  """Removes the files of a remote folder that a local one does not have."""
+  store, root = _open(target)
+  for name in store.find(root):
+    if not (folder / os.path.relpath(name, root)).exists():
+      store.rm_file(name)
+
+
+def fetch(name: str | os.PathLike) -> Path:
+  """A local copy of a file or folder; what is local already is returned.
+
+  Copies are kept in ~/.cache/gemma_jax/remote by the versions of all their
+  files, so that one changed in the store is fetched again. Where nothing is,
+  the path returned does not exist.
+  """
+  if not is_remote(name):
+    return Path(name).expanduser()
+  store, root = _open(name)
+  found = store.find(root, detail=True)
+  digest = hashlib.sha256(os.fspath(name).encode())
+  for file, info in sorted(found.items()):
+    version = [info.get(key) for key in ('size', 'etag', 'mtime')]
+    digest.update(f'{file} {version}\n'.encode())
+  kept = Path(_CACHE).expanduser() / digest.hexdigest()[:32]
+  copy = kept / Path(root).name
+  if copy.exists() or not found:
+    return copy
+  kept.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(
+    dir=kept.parent, ignore_cleanup_errors=True
+  ) as part:
+    for file in found:
+      to = Path(part) / Path(root).name / os.path.relpath(file, root)
+      to.parent.mkdir(parents=True, exist_ok=True)
+      store.get_file(file, str(to))
+    if not kept.exists():  # another process may have been faster
+      os.rename(part, kept)
+  return copy
+
+
+def check_bucket(name: str) -> None:
+  """ValueError if the bucket of a remote path cannot be reached."""
+  store, root = _open(name)
+  bucket = root.split('/')[0]
+  try:
+    is_there = store.exists(bucket)
+  except Exception as e:
+    raise ValueError(
+      f'path: got {name}, which cannot be reached ({e}).'
+    ) from None
+  if not is_there:
+    raise ValueError(
+      f'path: got {name}, but there is no bucket {bucket}, or no right to '
+      'see it; make it, or log in (gcloud auth application-default login).'
+    )
+
+
+def _open(name: str | os.PathLike) -> tuple[Any, str]:
+  """(fsspec file system, path in it) of a remote path."""
+  path(name)
+  from fsspec.core import url_to_fs
+
+  return url_to_fs(os.fspath(name))
+
+
+@functools.cache
+def _connect() -> None:
+  """Makes gs:// work, and see what other hosts have written a moment ago."""
+  try:
+    import gcsfs  # noqa: F401
+  except ImportError:
+    raise ValueError(
+      "path: gs:// needs the extra gcs; pip install 'gemma_jax[gcs]'."
+    ) from None
+  from fsspec.config import conf
+
+  conf.setdefault('gcs', {})['use_listings_cache'] = False

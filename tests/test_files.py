@@ -1,0 +1,139 @@
+"""Files whole or not at all, on this machine and in an object store."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from gemma_jax import files, metrics, workdir
+from gemma_jax.formats import atomic_folder
+from tests import gcs_toy
+
+
+@pytest.fixture(scope='module')
+def bucket():
+  with gcs_toy.server():
+    yield gcs_toy.BUCKET
+
+
+@pytest.fixture(params=['local', 'remote'])
+def root(request, tmp_path):
+  """A folder of either kind, as a string."""
+  if request.param == 'local':
+    return str(tmp_path)
+  return f'{request.getfixturevalue("bucket")}/{tmp_path.name}'
+
+
+def names(root):
+  """Paths of the files below a folder, relative to it."""
+  if not files.is_remote(root):
+    found = [str(p) for p in Path(root).rglob('*') if p.is_file()]
+  else:
+    from fsspec.core import url_to_fs
+
+    store, root = url_to_fs(root)
+    found = store.find(root)
+  return sorted(os.path.relpath(path, root) for path in found)
+
+
+def test_write_then_read(root):
+  files.write(f'{root}/a/b.txt', 'first')
+  files.write(f'{root}/a/b.txt', b'second \xea\xb0\x80')
+  assert files.path(f'{root}/a/b.txt').read_text() == 'second 가'
+  assert names(root) == ['a/b.txt']
+
+
+def test_json_and_json_lines(root):
+  files.write_json(f'{root}/one.json', {'a': 7})
+  files.write_json_lines(f'{root}/two.jsonl', [{'b': '가'}, {'b': 3}])
+  assert json.loads(files.path(f'{root}/one.json').read_text()) == {'a': 7}
+  text = files.path(f'{root}/two.jsonl').read_text()
+  assert text == '{"b": "가"}\n{"b": 3}\n'
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+  path = tmp_path / 'a.txt'
+  files.write(path, 'old')
+  (tmp_path / '.a.txt.tmp').mkdir()  # where the new one would go
+  with pytest.raises(OSError, match='directory'):
+    files.write(path, 'new')
+  assert path.read_text() == 'old'
+
+
+def test_a_folder_is_replaced_whole(root):
+  def fill(*items):
+    def write(new):
+      for name in items:
+        (new / name).parent.mkdir(exist_ok=True)
+        (new / name).write_text(name)
+
+    return write
+
+  folder = f'{root}/adapter'
+  atomic_folder.replace(folder, fill('config.json', 'old.txt', 'in/a'))
+  atomic_folder.replace(folder, fill('config.json', 'new.txt', 'in/b'))
+  assert names(folder) == ['config.json', 'in/b', 'new.txt']
+  with pytest.raises(RuntimeError):
+    atomic_folder.replace(folder, lambda new: exec('raise RuntimeError'))
+  assert names(folder) == ['config.json', 'in/b', 'new.txt']
+
+
+def test_a_copy_is_fetched_once_and_again_when_it_changed(
+  bucket, tmp_path, monkeypatch
+):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  files.write(f'{bucket}/model/config.json', '1')
+  files.write(f'{bucket}/model/in/weights', 'abc')
+  copy = files.fetch(f'{bucket}/model')
+  assert names(copy) == ['config.json', 'in/weights']
+  assert (copy / 'in/weights').read_text() == 'abc'
+  before = (copy / 'config.json').stat().st_mtime_ns
+  assert files.fetch(f'{bucket}/model') == copy
+  assert (copy / 'config.json').stat().st_mtime_ns == before
+
+  files.write(f'{bucket}/model/config.json', '2')
+  changed = files.fetch(f'{bucket}/model')
+  assert (changed / 'config.json').read_text() == '2'
+  one = files.fetch(f'{bucket}/model/in/weights')
+  assert (one.name, one.read_text()) == ('weights', 'abc')
+  assert not files.fetch(f'{bucket}/nothing').exists()
+
+
+def test_a_local_path_is_its_own_copy(monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert files.fetch('~/model') == tmp_path / 'model'
+
+
+@pytest.mark.parametrize('name', ['s3://bucket/x', 'foo://x'])
+def test_other_stores_are_refused(name):
+  with pytest.raises(ValueError, match=f'path: got {name}, expected gs://'):
+    files.path(name)
+
+
+def test_a_missing_bucket_is_named(bucket):
+  del bucket
+  workdir.check_writable('gs://toys/run')
+  with pytest.raises(ValueError, match='there is no bucket other'):
+    workdir.check_writable('gs://other/run')
+
+
+def test_metrics_grow_in_a_store_that_cannot_append(bucket):
+  run = f'{bucket}/metrics'
+  writer = metrics.MetricsWriter(run, 0)
+  writer.write(1, {'loss_nats_per_token': 2.5})
+  writer.write(2, {'loss_nats_per_token': 2.25})
+  writer.flush()  # as before a checkpoint
+  writer.write(3, {'loss_nats_per_token': 2.0})
+  rows = metrics.read(f'{run}/metrics.jsonl')
+  assert [row['step'] for row in rows] == [1, 2]
+  writer.close()
+  rows = metrics.read(f'{run}/metrics.jsonl')
+  assert [row['step'] for row in rows] == [1, 2, 3]
+
+  metrics.MetricsWriter(run, 2).close()  # a resumed run
+  rows = metrics.read(f'{run}/metrics.jsonl')
+  assert [row['step'] for row in rows] == [1, 2]
+  found = names(run)
+  assert found[0] == 'metrics.jsonl'
+  assert {name.split('/')[0] for name in found[1:]} == {'tensorboard'}
