@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from gemma_jax import files, metrics, train
 from gemma_jax import workdir as workdir_lib
@@ -148,6 +149,25 @@ def test_hosts_may_hold_the_same_rows(tmp_path, mesh):
   code, _, log = pod.wait()
   assert code == 0, log
   assert_same_run(tmp_path / 'pod', tmp_path / 'one')
+
+
+@pytest.mark.multihost
+def test_an_adapter_in_parts_is_written_whole(records, tmp_path):
+  """No process has all of it; with it, a trained kernel in parts."""
+  fields = {'trainable': ('lora/', 'params/layers/mlp/up')}
+  alone(records, tmp_path / 'one', **fields)
+  fields |= {'mesh.shard_adapter': True}
+  code, _, log = Pod(records, tmp_path / 'pod', 4, 1, **fields).wait()
+  assert code == 0, log
+  assert_same_run(tmp_path / 'pod', tmp_path / 'one')
+  for name in ('adapter_model', 'trained_base'):
+    got, want = (
+      load_file(tmp_path / run / 'adapter' / f'{name}.safetensors')
+      for run in ('pod', 'one')
+    )
+    assert got.keys() == want.keys()
+    for leaf, x in want.items():
+      np.testing.assert_allclose(got[leaf], x, atol=1e-4, err_msg=leaf)
 
 
 @pytest.fixture(scope='module')

@@ -4,13 +4,20 @@ import dataclasses
 import math
 
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 import numpy as np
 import pytest
 
-from gemma_jax import layout, lora, optimizer, pytree, sharding, train_state
+from gemma_jax import (
+  layout,
+  lora,
+  optimizer,
+  pytree,
+  sharding,
+  topology,
+  train_state,
+)
 from gemma_jax.config import LoraConfig, MeshConfig, OptimizerConfig
 from tests import toy
 
@@ -47,19 +54,15 @@ class TestMesh:
 
   @pytest.mark.aot
   def test_replicas_alone_go_across_slices(self):
-    topology = topologies.get_topology_desc(
-      platform='tpu', topology_name='v5e:2x2', num_slices=2
-    )
-    mesh = sharding.make_mesh(
-      MeshConfig(data=4, fsdp=-1), list(topology.devices)
-    )
+    devices = topology.parse('2xv5e:2x2').devices()
+    mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=-1), devices)
     assert tuple(mesh.shape.values()) == (4, 2, 1)
     slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
     np.testing.assert_array_equal(slices[:2], np.full((2, 2, 1), slices[0, 0]))
     np.testing.assert_array_equal(slices[2:], np.full((2, 2, 1), slices[2, 0]))
     assert slices[0, 0] != slices[2, 0]
     with pytest.raises(ValueError, match='got 1, expected a multiple of 2'):
-      sharding.make_mesh(MeshConfig(), list(topology.devices))
+      sharding.make_mesh(MeshConfig(), devices)
 
   def test_rows_must_divide(self):
     mesh = sharding.make_mesh(CUBE)
