@@ -1,0 +1,1 @@
+"""Records to batches: tokenizer, templates, records, examples, row plan."""

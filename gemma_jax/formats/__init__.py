@@ -1,0 +1,1 @@
+"""Checkpoint formats, one file each: how they are found, read and written."""

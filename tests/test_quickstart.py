@@ -1,0 +1,47 @@
+"""The quickstart's command, on a tiny base."""
+
+import json
+
+import pytest
+
+from tests import run_toy
+from tests.test_launch import call
+
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+  """A finished quickstart and the same command again."""
+  folder = tmp_path_factory.mktemp('quickstart')
+  records = run_toy.write_records(folder)
+  flags = (
+    f'--config={run_toy.config_file(folder, records, steps=5)}',
+    f'--config.data.eval_path={records}',
+    f'--workdir={folder / "run"}',
+    '--prompt=Where is the palace?',
+    '--max_new_tokens=7',
+  )
+  return call('quickstart', *flags), call('quickstart', *flags)
+
+
+def test_shows_the_table_both_answers_and_the_loss(done):
+  assert done[0].returncode == 0, done[0].stderr
+  text = done[0].stdout
+  parts = ('total with optimizer', 'base: Where is the palace?',
+           'adapted: Where is the palace?', 'held-out loss, nats')  # fmt: skip
+  places = [text.index(part) for part in parts]
+  assert places == sorted(places)
+
+
+def test_the_last_line_is_the_result(done):
+  result = json.loads(done[0].stdout.splitlines()[-1])
+  low, high = result['difference_interval']
+  assert low < result['loss_adapted'] - result['loss_base'] < high
+  assert result['steps'] == 5
+  assert isinstance(result['answer_base'], str)
+  assert isinstance(result['answer_adapted'], str)
+
+
+def test_again_it_shows_the_same_without_training(done):
+  assert done[1].returncode == 0
+  assert done[1].stdout == done[0].stdout
+  assert 'has finished at step 5' in done[1].stderr
