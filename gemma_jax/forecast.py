@@ -157,9 +157,8 @@ def forecast(config: TrainConfig, topology: Topology) -> Forecast:
   """
   devices = topology.devices()
   mesh = sharding.make_mesh(config.mesh, devices)
-  rows = _rows_per_part(config, mesh) * max(
-    1, math.ceil(config.data.global_batch_size / _rows_per_part(config, mesh))
-  )
+  unit = _rows_per_part(config, mesh)
+  rows = unit * math.ceil(config.data.global_batch_size / unit)
   if rows != config.data.global_batch_size:
     logging.warning(
       'Compiling for %d rows an update, not %d, which do not divide over this '

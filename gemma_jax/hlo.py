@@ -151,14 +151,14 @@ def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-  """'[2,4]<=[4,2]T(1,0)' → the array it stands for."""
-  match = re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
+  """'[2,4]<=[4,2]T(1,0)', or without its shape, → the array it stands for."""
+  match = re.match(r'(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
   shape, dims, order = (
     tuple(map(int, part.split(','))) if part else None
     for part in match.groups()
   )
-  ids = np.arange(math.prod(dims)).reshape(dims)
-  return ids.transpose(order).reshape(shape)
+  ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
+  return ids if shape is None else ids.reshape(shape)
 
 
 def _along_axes(axes: str, device_ids: str | None, chosen: str) -> np.ndarray:

@@ -68,10 +68,15 @@ class Topology:
       )
     from jax.experimental import topologies
 
-    # libtpu asks the machine which TPU it is part of, unless it is told.
-    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-    os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
-    os.environ.setdefault('TPU_WORKER_ID', '0')
+    # libtpu asks the network which TPU this machine is part of, unless it is
+    # told; any answer will do.
+    for key, value in (
+      ('TPU_SKIP_MDS_QUERY', '1'),
+      ('TPU_WORKER_HOSTNAMES', 'localhost'),
+      ('TPU_WORKER_ID', '0'),
+      ('TPU_ACCELERATOR_TYPE', 'v5litepod-8'),
+    ):
+      os.environ.setdefault(key, value)
     try:
       found = topologies.get_topology_desc(
         platform='tpu',

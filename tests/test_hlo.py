@@ -149,6 +149,10 @@ def test_groups_that_cross_slices():
     ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x", [[0, 1], [2, 3]]),
     ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
     ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+    (
+      "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, x",
+      [[0, 2], [1, 3]],
+    ),
     ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
     ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
     ('replica_groups={}, x', [[0, 1, 2, 3]]),

@@ -25,7 +25,7 @@ def make(mesh_config, rows, length, heads, kv_heads):
   """(attend, arrays): q, k, v and packed segments that end in padding."""
   mesh = sharding.make_mesh(mesh_config)
   attend = splash.Splash(
-    mesh, sharding.BATCH, sharding.RULES['N'], interpret=True
+    mesh, sharding.BATCH, sharding.RULES.axis('N'), interpret=True
   )
   rng = np.random.default_rng(length)
   q, k, v = (
@@ -96,7 +96,7 @@ def test_padding_gives_zeros_and_takes_no_gradient():
 def test_lowers_for_a_tpu(head_dim):
   """Mosaic takes the kernels, both directions, where there is no TPU."""
   mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2))
-  attend = splash.Splash(mesh, sharding.BATCH, sharding.RULES['N'])
+  attend = splash.Splash(mesh, sharding.BATCH, sharding.RULES.axis('N'))
   rows = sharding.batch_sharding(mesh)
   shapes = [
     jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
