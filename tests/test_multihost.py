@@ -15,7 +15,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from gemma_jax import files, metrics, train
+from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
+from gemma_jax.data import examples
 from tests import run_toy
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +102,68 @@ def wait_for_steps(workdir, count):
   while not path.exists() or len(path.read_text().splitlines()) < count:
     assert time.monotonic() < deadline
     time.sleep(0.02)
+
+
+BATCHES = """
+from absl import app
+import numpy as np
+
+from launch import multihost
+
+
+def main(argv):
+  multihost.join()
+  from gemma_jax import hosts, run, sharding
+  from gemma_jax.data import pipeline
+  from tests import run_toy
+
+  config = run_toy.config(argv[1])
+  run_toy.set_fields(config, {fields})
+  made = run.prepare(config.resolve())
+  rows = sharding.local_rows(made.mesh, 4)
+  assert len(rows) < 4
+  seen = [
+    hosts.to_numpy(sharding.put_batch(batch, made.mesh, 4))
+    for _, batch in pipeline.train_batches(made.train, made.plan, 0, 12, rows)
+  ]
+  if hosts.is_lead():
+    np.savez(argv[2], **{{n: np.stack([b[n] for b in seen]) for n in seen[0]}})
+
+
+app.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+  'processes', [2, pytest.param(4, marks=pytest.mark.multihost)]
+)
+def test_global_batches_are_those_of_one_process(records, tmp_path, processes):
+  """Token for token, over the ends of two epochs."""
+  program, out = tmp_path / 'program.py', tmp_path / 'batches.npz'
+  program.write_text(BATCHES.format(fields=FIELDS))
+  code = subprocess.run(
+    [
+      sys.executable, '-m', 'launch.local_multihost', '--max_restarts=0',
+      f'--processes={processes}', f'--devices={4 // processes}', '--',
+      sys.executable, str(program), records, str(out),
+    ],
+    cwd=ROOT,
+    env=ENVIRONMENT | {'PYTHONPATH': str(ROOT)},
+    timeout=120,
+    check=False,
+  ).returncode  # fmt: skip
+  assert code == 0
+  config = run_toy.config(records)
+  run_toy.set_fields(config, FIELDS | {'mesh.data': 2})
+  run = run_lib.prepare(config.resolve())
+  assert run.plan.rows_per_epoch(0) + run.plan.rows_per_epoch(1) < 12 * 4
+  with np.load(out) as seen:
+    for step in range(12):
+      rows = run.plan.rows(step)
+      batch = examples.make_batch(run.train, rows, run.plan.seq_len)
+      assert batch.keys() == seen.keys()
+      for name, x in batch.items():
+        np.testing.assert_array_equal(seen[name][step], x, err_msg=name)
 
 
 def test_two_processes_train_what_one_does(records, tmp_path):
