@@ -8,8 +8,10 @@ command, and the environment tells each who it is. Elsewhere:
 
 import glob
 import os
-import socket
-import time
+import re
+import sys
+import threading
+from typing import NoReturn
 
 from absl import flags, logging
 import jax
@@ -38,9 +40,11 @@ def join() -> None:
 
   Comes before anything that makes JAX look for devices.
 
+  Where the coordinator or another process does not come before the time-out,
+  this process says so and ends with exit code 1.
+
   Raises:
-    ValueError: flags that do not go together, or the coordinator or another
-      process did not come before the time-out.
+    ValueError: flags that do not go together.
   """
   address = _COORDINATOR.value
   given = [f.value is not None for f in (_NUM_PROCESSES, _PROCESS_ID)]
@@ -58,50 +62,37 @@ def join() -> None:
       f'--process_id: got {_PROCESS_ID.value}, expected 0 to '
       f'{_NUM_PROCESSES.value - 1}, below --num_processes.'
     )
-  else:
-    _wait_for_coordinator(address)
-  try:
-    jax.distributed.initialize(
-      address,
-      _NUM_PROCESSES.value,
-      _PROCESS_ID.value,
-      initialization_timeout=_TIMEOUT_SECS.value,
-      heartbeat_timeout_seconds=_HEARTBEAT_SECS.value,
-      shutdown_timeout_seconds=_HEARTBEAT_SECS.value,
-    )
-  except RuntimeError as e:
+  elif not re.fullmatch(r'.+:\d+', address):
     raise ValueError(
-      f'--coordinator_address: not all of {_NUM_PROCESSES.value} processes '
-      f'came to {address} within {_TIMEOUT_SECS.value} s ({e}).'
-    ) from None
+      f'--coordinator_address: got {address!r}, expected HOST:PORT.'
+    )
+  # JAX itself would abort the process, and say it in a stack trace.
+  timer = threading.Timer(_TIMEOUT_SECS.value, _give_up)
+  timer.daemon = True
+  timer.start()
+  jax.distributed.initialize(
+    address,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    initialization_timeout=2 * _TIMEOUT_SECS.value + 10,
+    heartbeat_timeout_seconds=_HEARTBEAT_SECS.value,
+    shutdown_timeout_seconds=_HEARTBEAT_SECS.value,
+  )
+  timer.cancel()
   if jax.process_index() > 0:  # process 0 logs for all
     logging.set_verbosity(logging.WARNING)
 
 
-def _wait_for_coordinator(address: str) -> None:
-  """ValueError if nobody answers at the address in time.
-
-  JAX's own client ends the process when it cannot connect.
-  """
-  host, _, port = address.rpartition(':')
-  if not host or not port.isdecimal():
-    raise ValueError(
-      f'--coordinator_address: got {address!r}, expected HOST:PORT.'
-    )
-  if _PROCESS_ID.value == 0:
-    return  # it listens there itself
-  deadline = time.monotonic() + _TIMEOUT_SECS.value
-  while True:
-    try:
-      socket.create_connection((host, int(port)), timeout=5).close()
-      return
-    except OSError as e:
-      if time.monotonic() > deadline:
-        raise ValueError(
-          f'--coordinator_address: {address} did not answer within '
-          f'{_TIMEOUT_SECS.value} s ({e}); is process 0 running there?'
-        ) from None
-    time.sleep(0.2)
+def _give_up() -> NoReturn:
+  """Ends the process with one line; it may wait in native code."""
+  print(
+    f'error: --coordinator_address: not all of the {_NUM_PROCESSES.value or ""}'
+    f' processes came to {_COORDINATOR.value or "the first TPU worker"} within '
+    f'{_TIMEOUT_SECS.value} s; is this command running for each of them?',
+    file=sys.stderr,
+    flush=True,
+  )
+  os._exit(1)
 
 
 def _is_tpu_vm() -> bool:

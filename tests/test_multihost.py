@@ -330,7 +330,7 @@ def test_a_coordinator_that_does_not_answer(records, tmp_path):
     config, tmp_path / 'run', free_port(), 1, '--join_timeout_secs=1'
   )
   (error,) = refusals([process])
-  assert 'did not answer within 1 s' in error
+  assert 'not all of the 2 processes came' in error
   assert not (tmp_path / 'run').exists()
 
 
@@ -341,7 +341,7 @@ def test_a_process_that_never_comes(records, tmp_path):
     config, tmp_path / 'run', free_port(), 0, '--join_timeout_secs=3'
   )
   (error,) = refusals([process])
-  assert 'not all of 2 processes came' in error
+  assert 'not all of the 2 processes came' in error
 
 
 @pytest.mark.multihost
