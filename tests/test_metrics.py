@@ -1,6 +1,7 @@
 """The metrics file survives crashes and resumes."""
 
 import json
+import time
 
 import pytest
 
@@ -55,6 +56,21 @@ def test_values_that_are_not_finite_are_named(name):
   }
   with pytest.raises(FloatingPointError, match=f'{name}: got nan at step 5'):
     metrics.check_finite(5, values)
+
+
+def test_the_wait_for_each_item_is_timed():
+  def slow_second():
+    yield 7, 'a'
+    time.sleep(0.05)
+    yield 8, 'b'
+
+  waits, started = [], time.perf_counter()
+  for wait_secs, step, name in metrics.timed(slow_second()):
+    waits.append(wait_secs)
+    assert (step, name) in ((7, 'a'), (8, 'b'))
+    time.sleep(0.03)  # work between items is not waiting
+  assert len(waits) == 2 and waits[1] >= 0.05
+  assert time.perf_counter() - started - sum(waits) >= 0.06
 
 
 def test_peak_memory_is_in_bytes():
