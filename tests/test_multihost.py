@@ -18,10 +18,9 @@ from gemma_jax import files, metrics, train
 from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.data import examples
-from tests import run_toy
+from tests import gcs_toy, run_toy
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
 FIELDS = {'mesh.data': -1, 'mesh.fsdp': 2, 'data.global_batch_size': 4}
@@ -40,24 +39,30 @@ def alone(records, workdir, should_stop=lambda: False, **fields):
   return train.train(config.resolve(), str(workdir), should_stop)
 
 
+def environment():
+  return os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+
+
 class Pod:
   """A training command as several processes; `pids` as they are started."""
 
-  def __init__(self, records, workdir, processes, devices, *flags, **fields):
+  def __init__(
+    self, records, workdir, processes, devices, remote=None, **fields
+  ):
     workdir.mkdir(parents=True, exist_ok=True)
-    self.config = run_toy.config_file(workdir, records, **FIELDS | fields)
-    command = ['-m', 'launch.train', f'--config={self.config}', *flags]
+    config = run_toy.config_file(workdir, records, **FIELDS | fields)
+    command = ['-m', 'launch.train', f'--config={config}']
     self.process = subprocess.Popen(
       [
         sys.executable, '-m', 'launch.local_multihost',
         f'--processes={processes}', f'--devices={devices}', '--max_restarts=1',
-        '--', sys.executable, *command, f'--workdir={workdir}',
+        '--', sys.executable, *command, f'--workdir={remote or workdir}',
       ],
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
-      env=ENVIRONMENT,
+      env=environment(),
     )  # fmt: skip
     line = self.process.stderr.readline()
     self.pids = [int(pid) for pid in re.findall(r'\d+', line)]
@@ -74,7 +79,7 @@ class Pod:
 
 
 def losses(workdir):
-  rows = metrics.read(workdir / 'metrics.jsonl')
+  rows = metrics.read(f'{workdir}/metrics.jsonl')
   return {r['step']: r['loss_nats_per_token'] for r in rows if 'tokens' in r}
 
 
@@ -82,7 +87,7 @@ def assert_same_run(workdir, other):
   """Same tokens, and losses within 1e-5 of max(1, loss)."""
   for name in ('steps', 'tokens'):
     got, want = (
-      json.loads((w / 'result.json').read_text())[name]
+      workdir_lib.read_json(str(w), 'result.json')[name]
       for w in (workdir, other)
     )
     assert got == want, name
@@ -148,7 +153,7 @@ def test_global_batches_are_those_of_one_process(records, tmp_path, processes):
       sys.executable, str(program), records, str(out),
     ],
     cwd=ROOT,
-    env=ENVIRONMENT | {'PYTHONPATH': str(ROOT)},
+    env=environment() | {'PYTHONPATH': str(ROOT)},
     timeout=120,
     check=False,
   ).returncode  # fmt: skip
@@ -234,6 +239,18 @@ def test_an_adapter_in_parts_is_written_whole(records, tmp_path):
       np.testing.assert_allclose(got[leaf], x, atol=1e-4, err_msg=leaf)
 
 
+@pytest.mark.multihost
+def test_hosts_share_an_object_store(records, tmp_path):
+  alone(records, tmp_path / 'one')
+  with gcs_toy.server():
+    remote = f'{gcs_toy.BUCKET}/run'
+    pod = Pod(records, tmp_path / 'pod', 2, 2, remote=remote)
+    code, result, log = pod.wait()
+    assert code == 0, log
+    assert_same_run(remote, tmp_path / 'one')
+    assert files.fetch(result['adapter']).is_dir()
+
+
 @pytest.fixture(scope='module')
 def undisturbed(records, tmp_path_factory):
   """A run of two processes to its end."""
@@ -301,7 +318,7 @@ def call(config, workdir, port, process_id, *flags, home=None):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    env=ENVIRONMENT
+    env=environment()
     | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
     | ({'HOME': str(home)} if home else {}),
   )  # fmt: skip
