@@ -11,7 +11,8 @@ Command    python -m launch.train --config=experiments/keras_tutorial.py \\
            sampling as there: launch.generate --temperature=1 --top_k=5
 Cost       one epoch of 1000 rows of 256 positions; not run to its end yet
 Result     1,363,968 adapter parameters on Gemma 1 2B, as published
-Differs    the 1000 rows are the first of the training split, not of the file
+Differs    the 1000 rows are the first of the training split; with data.path
+           the .jsonl file itself and a data.eval_path they are the file's
 Source     ai.google.dev/gemma/docs/core/lora_tuning (the official tutorial)
 """
 

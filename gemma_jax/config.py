@@ -336,6 +336,14 @@ class TrainConfig(_Freezable):
     for name in ('seed', 'steps', 'eval_every_steps', 'checkpoint_every_steps',
                  'early_stopping_evals'):  # fmt: skip
       _at_least(name, getattr(config, name), 0)
+    # Beyond 32 bits another seed would give the same random numbers.
+    require(config.seed < 2**32, 'seed', config.seed, 'an integer < 2^32')
+    require(
+      all(isinstance(step, int) and step >= 0 for step in config.profile_steps),
+      'profile_steps',
+      config.profile_steps,
+      'integers >= 0',
+    )
     require(
       config.steps > 0 or config.epochs > 0,
       'epochs',

@@ -1,3 +1,5 @@
+"""A folder appears whole or not at all, whatever dies in between."""
+
 import os
 
 import pytest

@@ -1,3 +1,5 @@
+"""Stored tensors to the parameter tree: forms, dtypes, shardings, refusals."""
+
 import dataclasses
 import shutil
 

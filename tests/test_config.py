@@ -23,6 +23,9 @@ def with_field(path: str, value) -> TrainConfig:
 
 
 BAD = [
+  ('seed', -1),
+  ('seed', 2**32),
+  ('profile_steps', (3, -1)),
   ('lora.rank', 0),
   ('lora.rank', -3),
   ('lora.rank', 2.5),

@@ -1,3 +1,5 @@
+"""Records to token ids, loss masks and rows, as the docstrings show."""
+
 import collections
 import json
 

@@ -1,3 +1,5 @@
+"""What the TFDS builders share, on a toy data set."""
+
 import contextlib
 import functools
 import hashlib

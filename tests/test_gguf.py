@@ -1,3 +1,5 @@
+"""GGUF files of every architecture and type, written here and read back."""
+
 import dataclasses
 import json
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Headers of GGUF files, whole and damaged."""
+
 import struct
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Both dialects of config.json, and what is refused."""
+
 import pytest
 
 from gemma_jax import variants

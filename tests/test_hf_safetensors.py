@@ -1,3 +1,5 @@
+"""Hugging Face folders, single and sharded, whole and damaged."""
+
 import json
 import shutil
 

@@ -1,3 +1,5 @@
+"""A folder for transformers: bit-equal weights, shards, config, tokenizer."""
+
 import dataclasses
 import functools
 import json

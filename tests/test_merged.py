@@ -1,3 +1,5 @@
+"""A merged base: its tensors, its dtypes, its refusals."""
+
 import jax
 import ml_dtypes
 import numpy as np

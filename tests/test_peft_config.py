@@ -1,3 +1,5 @@
+"""adapter_config.json: what is read, and what is refused."""
+
 import json
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""The forms of a record, and what is said of a bad one."""
+
 import gzip
 import json
 import lzma

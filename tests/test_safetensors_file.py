@@ -1,3 +1,5 @@
+"""The .safetensors format, whole and damaged."""
+
 import json
 
 import ml_dtypes

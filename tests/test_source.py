@@ -1,3 +1,5 @@
+"""A model reference finds its base, or says what is there instead."""
+
 import shutil
 import sys
 

@@ -1,3 +1,5 @@
+"""Where records come from, and which are held out."""
+
 import dataclasses
 import json
 

@@ -1,3 +1,5 @@
+"""A forward pass that holds one layer equals the model."""
+
 import jax
 import ml_dtypes
 import numpy as np

@@ -1,3 +1,5 @@
+"""Templates render conversations; generation and training agree."""
+
 import json
 from pathlib import Path
 

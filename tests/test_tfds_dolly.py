@@ -1,3 +1,5 @@
+"""The Dolly builder, on the real file where it is there."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""The builder of the Korean pairs."""
+
 import pytest
 
 from gemma_jax.config import DataConfig

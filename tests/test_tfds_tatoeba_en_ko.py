@@ -1,3 +1,5 @@
+"""The builder of the sentence pairs; no sentence in two splits."""
+
 import itertools
 
 from hypothesis import given, settings

@@ -1,3 +1,5 @@
+"""SentencePiece from a file or rebuilt, bytes, control tokens, streams."""
+
 import subprocess
 import sys
 
