@@ -12,6 +12,7 @@ checkpoint or from `variants.py`, and never from a flag.
 
 import copy
 import dataclasses
+import json
 import re
 from typing import Any
 
@@ -305,8 +306,7 @@ class TrainConfig(_Freezable):
     trainable: regexes over tree paths ('params/...' is the base, 'lora/...'
       the adapter); a leaf that one of them matches from its start is trained.
     compilation_cache: folder of compiled programs; '' is
-      ~/.cache/gemma_jax/compiled,
-      'off' keeps none.
+      ~/.cache/gemma_jax/compiled, 'off' keeps none.
   """
 
   seed: int = 0
@@ -384,14 +384,7 @@ class TrainConfig(_Freezable):
 
 def to_dict(config: Any) -> dict[str, Any]:
   """A dataclass as JSON-able nested dicts (tuples become lists)."""
-  tree = dataclasses.asdict(config)
-
-  def plain(x):
-    if isinstance(x, dict):
-      return {k: plain(v) for k, v in x.items()}
-    return list(x) if isinstance(x, tuple) else x
-
-  return plain(tree)
+  return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
