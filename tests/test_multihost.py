@@ -235,8 +235,10 @@ def test_an_adapter_in_parts_is_written_whole(records, tmp_path):
       for run in ('pod', 'one')
     )
     assert got.keys() == want.keys()
+    # AdamW turns the rounding of a gradient near zero into a step, so that
+    # single numbers differ; parts that were mixed up would differ in most.
     for leaf, x in want.items():
-      np.testing.assert_allclose(got[leaf], x, atol=1e-4, err_msg=leaf)
+      assert np.linalg.norm(got[leaf] - x) < 1e-2 * np.linalg.norm(x), leaf
 
 
 @pytest.mark.multihost
