@@ -65,14 +65,21 @@ def layer_axes(config: ModelConfig) -> dict[str, str]:
 
 def param_axes(config: ModelConfig, scan_layers: bool = True) -> dict[str, str]:
   """Axis letters of every leaf of the base, by path."""
-  axes = {'embedder/input_embedding': 'VD', 'final_norm/scale': 'D'}
-  for name, letters in layer_axes(config).items():
-    if scan_layers:
-      axes[f'layers/{name}'] = 'L' + letters
-    else:
-      for i in range(config.num_layers):
-        axes[f'layer_{i}/{name}'] = letters
-  return axes
+  top = {'embedder/input_embedding': 'VD', 'final_norm/scale': 'D'}
+  return top | in_layers(layer_axes(config), config, scan_layers)
+
+
+def in_layers(
+  axes: dict[str, str], config: ModelConfig, scan_layers: bool
+) -> dict[str, str]:
+  """Axis letters of one layer's leaves → of those of all layers."""
+  if scan_layers:
+    return {f'layers/{name}': 'L' + letters for name, letters in axes.items()}
+  return {
+    f'layer_{i}/{name}': letters
+    for name, letters in axes.items()
+    for i in range(config.num_layers)
+  }
 
 
 def abstract_params(

@@ -54,13 +54,8 @@ def leaf_axes(
   axes = {}
   for path, equation in target_paths(lora).items():
     a, b = factor_axes(equation, lora.factorization)
-    for name, letters in ((f'{path}/lora_a', a), (f'{path}/lora_b', b)):
-      if scan_layers:
-        axes[f'layers/{name}'] = 'L' + letters
-      else:
-        for i in range(config.num_layers):
-          axes[f'layer_{i}/{name}'] = letters
-  return axes
+    axes |= {f'{path}/lora_a': a, f'{path}/lora_b': b}
+  return layout.in_layers(axes, config, scan_layers)
 
 
 def apply(
