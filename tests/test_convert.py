@@ -15,7 +15,7 @@ from gemma_jax.config import LoraConfig
 from gemma_jax.formats import adapter as adapter_lib
 from gemma_jax.formats import hf_writer, peft, source
 from gemma_jax.formats.base import StoredTensor
-from tests import hf_toy, logits_toy, peft_toy, toy
+from tests import gcs_toy, hf_toy, logits_toy, peft_toy, toy
 
 TOKENS = np.random.default_rng(1).integers(4, 250, (2, 13))
 
@@ -52,6 +52,20 @@ def test_converted_base_is_bit_equal(to, variant, tmp_path):
     if p.is_file()
   )
   assert [p.name for p in tmp_path.iterdir()] == ['out']
+
+
+def test_to_an_object_store_and_read_from_there(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))  # of the copies
+  with gcs_toy.server():
+    output = f'{gcs_toy.BUCKET}/model'
+    result = convert.convert('random:tiny3', output, 'hf', verify=False)
+    again = source.open_base(output)
+    with pytest.raises(ValueError, match='model is there already'):
+      convert.convert('random:tiny3', output, 'hf', verify=False)
+  assert {p.name for p in again.files} < set(result['files'])
+  assert 'config.json' in result['files']
+  base = source.open_base('random:tiny3')
+  hf_toy.assert_trees_equal(again.load_params(), base.load_params())
 
 
 @pytest.mark.parametrize('family', hf_toy.FAMILIES)
