@@ -6,13 +6,16 @@ zeros. The base itself is then the adapter of zeros, whose update is exactly 0.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import re
 from typing import Any, NamedTuple
 
+from absl import logging
 import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import layout, lora, pytree
+from gemma_jax.config import TrainConfig
 from gemma_jax.model_config import ModelConfig
 
 BASE = 'base'
@@ -33,9 +36,10 @@ class Adapter(NamedTuple):
 
   def variables(self, params: Any) -> dict[str, Any]:
     """{'params', 'lora'} for the model: the base with this adapter."""
+    params = replace_leaves(params, self.trained_base)
     return {
-      'params': replace_leaves(params, self.trained_base),
-      'lora': self.effective,
+      'params': params,
+      'lora': lora.with_gains(self.effective, params),
     }
 
 
@@ -52,13 +56,13 @@ def load_adapters(
   Raises:
     ValueError: a folder that cannot be read or fits another architecture.
   """
-  from gemma_jax.formats import adapter, peft
+  from gemma_jax.formats import adapter, peft_matrices
 
   trees, trained = [{}], [{}]
   for folder in folders:
     lora_config, factors, trained_base = adapter.read_adapter(folder, config)
     if lora_config.factorization == 'keras':
-      factors = peft.as_matrix(factors, lora_config, config)
+      factors = peft_matrices.as_matrix(factors, lora_config, config)
     if not scan_layers:
       factors = layout.unstack_layers(factors)
     trees.append(lora.effective(factors, np.float32(lora_config.scale)))
@@ -67,6 +71,37 @@ def load_adapters(
   return [
     Adapter(*parts) for parts in zip(names, align(trees), trained, strict=True)
   ]
+
+
+def start_from(
+  config: TrainConfig, source: Any
+) -> tuple[TrainConfig, Any]:
+  """The config with what the adapter at `lora.path` is, and its factors.
+
+  Returns:
+    (config, None) if there is no path.
+
+  Raises:
+    ValueError: no adapter of this base, or one with a trained base of its own.
+  """
+  path = config.lora.path
+  if not path:
+    return config, None
+  from gemma_jax.formats import adapter
+
+  lora_config, factors, trained_base = adapter.read_adapter(
+    path, source.config, config.model.scan_layers
+  )
+  if trained_base:
+    raise ValueError(
+      f'lora.path: {path} was trained together with leaves of its base, '
+      'expected factors alone; merge it (launch.convert) and train on that.'
+    )
+  lora_config = dataclasses.replace(
+    lora_config, path=path, dropout=config.lora.dropout
+  )
+  logging.info('Starts from the adapter %s: %s', path, lora_config)
+  return dataclasses.replace(config, lora=lora_config).resolve(), factors
 
 
 def align(trees: Sequence[Any]) -> list[Any]:

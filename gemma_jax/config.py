@@ -42,6 +42,15 @@ def _one_of(name: str, got: Any, choices: tuple[str, ...]):
   require(got in choices, name, got, 'one of ' + ', '.join(choices))
 
 
+def _check_regex(name: str, pattern: str):
+  try:
+    re.compile(pattern)
+  except re.error as e:
+    raise ValueError(
+      f'{name}: {pattern!r} is not a regular expression ({e}).'
+    ) from None
+
+
 class _Freezable:
   """Mutable until `resolve` has checked it."""
 
@@ -109,6 +118,12 @@ class LoraConfig(_Freezable):
       (A takes the kernel's shape with r for its last axis).
     init: peft (kaiming_uniform, a = sqrt 5) or keras (he_uniform) for A.
     dropout: rate on the adapter's input while training.
+    dora: train the length of each output's weights too (Liu et al. 2024).
+    path: adapter to start from, a PEFT folder or a .lora.h5 file of Keras; all
+      fields but dropout then become its own. '' starts a new one.
+    ranks: where the rank is another, by path, e.g. {'layer_[0-8]/.*': 4,
+      '.*/mlp/up': 16}; the first regex that matches the whole path counts. All
+      have one scale.
   """
 
   rank: int = 8
@@ -118,6 +133,9 @@ class LoraConfig(_Freezable):
   factorization: str = 'matrix'
   init: str = 'peft'
   dropout: float = 0.0
+  dora: bool = False
+  path: str = ''
+  ranks: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def scale(self) -> float:
@@ -134,7 +152,17 @@ class LoraConfig(_Freezable):
     pattern = TARGET_PRESETS.get(self.targets, self.targets)
     return tuple(p for p in PROJECTIONS if re.fullmatch(pattern, p))
 
+  def rank_of(self, path: str) -> int:
+    """The rank of a module of the unrolled tree, e.g. layer_3/attn/q."""
+    for pattern, rank in self.ranks.items():
+      if re.fullmatch(pattern, path):
+        return rank
+    return self.rank
+
   def check(self):
+    for pattern, rank in self.ranks.items():
+      _at_least(f'lora.ranks[{pattern!r}]', rank, 1)
+      _check_regex('lora.ranks', pattern)
     _at_least(
       'lora.rank',
       self.rank,
@@ -179,7 +207,8 @@ class OptimizerConfig(_Freezable):
     schedule: constant, linear or cosine, after the warm-up; the last two would
       reach zero at the update after the last.
     warmup_steps: updates of linear warm-up; the first has peak / warmup_steps.
-    weight_decay: decoupled, on every trainable leaf but norm scales.
+    weight_decay: decoupled, on every trainable leaf but norm scales
+      and magnitudes.
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment.
@@ -359,12 +388,7 @@ class TrainConfig(_Freezable):
       'a tuple of regexes, at least one',
     )
     for pattern in config.trainable:
-      try:
-        re.compile(pattern)
-      except re.error as e:
-        raise ValueError(
-          f'trainable: {pattern!r} is not a regular expression ({e}).'
-        ) from None
+      _check_regex('trainable', pattern)
     parts = (
         config.model, config.lora, config.optimizer, config.mesh, config.data
     )  # fmt: skip

@@ -169,7 +169,11 @@ def _check_arguments(folder: epath.Path, to: str, adapter: str, dtype: str):
 
 def _effects(loaded: Adapter) -> list[np.ndarray]:
   """Leaves of which one must be other than zero if the adapter does a thing."""
-  leaves = [x for n, x in pytree.items(loaded.factors) if n.endswith('lora_b')]
+  leaves = [
+    x
+    for name, x in pytree.items(loaded.factors)
+    if name.endswith(('lora_b', 'lora_magnitude'))
+  ]
   return leaves + [x for _, x in pytree.items(loaded.trained_base)]
 
 

@@ -102,6 +102,11 @@ class Gang:
             f'member and {got.get(name)!r} for another, expected one value. '
             'Train them in different gangs.'
           )
+    if first.lora.path or first.lora.ranks:
+      raise ValueError(
+        'gang: got lora.path or lora.ranks, expected neither: members start '
+        'anew, with one rank each. Train this config alone.'
+      )
     self.configs = tuple(configs)
     self.run = run_lib.prepare(max(configs, key=lambda c: c.lora.rank))
 
@@ -121,15 +126,17 @@ class Gang:
       seed=column((c.seed for c in configs), jnp.int32),
     )
 
-  def init_adapters(self) -> pytree.Tree:
-    """Every member's own initial factors, padded; leaves [K, ...]."""
+  def init_adapters(self, params: pytree.Tree | None = None) -> pytree.Tree:
+    """Every member's own initial factors, padded; leaves [K, ...].
+
+    Args:
+      params: the base, which DoRA starts from; no other adapter needs it.
+    """
     rank = self.run.config.lora.rank
-    return stack(
-      [
-        pad(train_state.init_adapter(config, self.run.source.config), rank)
-        for config in self.configs
-      ]
+    init = lambda config: train_state.init_adapter(
+      config, self.run.source.config, params
     )
+    return stack([pad(init(config), rank) for config in self.configs])
 
   @property
   def abstract(self) -> tuple[TrainState, Any]:

@@ -10,12 +10,23 @@ its factors are. For the queries, `BTD,NDH->BTNH`:
     matrix   A [D, R]     B [R, N, H]    the paper's and PEFT's, rank <= r
     keras    A [N, D, R]  B [R, H]       Keras's EinsumDense, rank <= N r
 
-The model applies whatever factors it is given and knows neither rank nor scale:
-`effective` folds the scale into B, so adapters of one shape are interchangeable
-inputs of one compiled program.
+DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) gives each output of W' a length
+m of its own, which is trained too:
+
+    W' = m * (W + scale * B A) / ||W + scale * B A||     m = ||W|| at the start
+
+with the norm over an output's inputs and, as in section 4.3, a constant in the
+gradient. With B = 0 it is the base up to the rounding of the norm. A magnitude
+of 0 stands for none: plain LoRA, to the bit.
+
+The model applies whatever factors it is given and knows neither rank nor scale
+nor norms: `effective` folds the scale into B and `with_gains` each m / norm
+into one number an output, so adapters of one shape are interchangeable inputs
+of one compiled program.
 """
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +51,10 @@ def factor_axes(equation: str, factorization: str) -> tuple[str, str]:
   factor_axes('BTD,NDH->BTNH', 'matrix')    ('DR', 'RNH')
   factor_axes('BTD,NDH->BTNH', 'keras')     ('NDR', 'RH')
   """
-  x, w, out = _split(equation)
   if factorization == 'keras':
+    _, w, _ = _split(equation)
     return w[:-1] + 'R', 'R' + w[-1]
-  contracted = ''.join(c for c in w if c in x and c not in out)
-  return contracted + 'R', 'R' + ''.join(c for c in w if c not in contracted)
+  return _inputs(equation) + 'R', 'R' + _outputs(equation)
 
 
 def leaf_axes(
@@ -73,9 +83,7 @@ def apply(
     The update to the projection's output, e.g. [B, T, N, H], in x's dtype.
   """
   x_axes, _, out = _split(equation)
-  a, b = factor_axes(equation, 'matrix')
-  if len(a) != lora_a.ndim:
-    a, b = factor_axes(equation, 'keras')
+  a, b = _axes_of(equation, lora_a.ndim)
   mid = ''.join(c for c in out if c in x_axes + a) + 'R'
   x = jnp.einsum(f'{x_axes},{a}->{mid}', x, lora_a.astype(x.dtype))
   return jnp.einsum(f'{mid},{b}->{out}', x, lora_b.astype(x.dtype))
@@ -89,6 +97,10 @@ def init(
 ) -> pytree.Tree:
   """Factors at the start: A uniform within the rule's limit, B zero; float32.
 
+  Where ranks differ between layers (`LoraConfig.ranks`), leaves are as wide as
+  the largest, and zero beyond a layer's own rank: zero in A and in B, a column
+  has no gradient and stays so.
+
   Column j of A comes from a key of its own (target, layer, j), so the A of a
   smaller rank is a prefix of the A of a larger one, and scanned and unrolled
   trees hold the same numbers.
@@ -100,7 +112,8 @@ def init(
     scan_layers: scanned (`layers/...` with a leading L) or unrolled tree.
 
   Returns:
-    Tree of `<layer>/<projection>/lora_a` and `lora_b`.
+    Tree of `<layer>/<projection>/lora_a` and `lora_b`; with DoRA also
+    `lora_magnitude`, 0 until `with_magnitudes` takes them from a base.
   """
   check_rank(config, lora)
   sizes = layout.axis_sizes(config)
@@ -111,48 +124,108 @@ def init(
     target_key = jax.random.fold_in(key, PROJECTIONS.index(path.split('/')[1]))
     limit = _limit(lora, column, equation, sizes)
 
-    def draw(layer, j, key=target_key, shape=column, limit=limit):
+    ranks = jnp.array(_ranks(config, lora, path))
+    rank = max(_ranks(config, lora, path))
+
+    def draw(layer, j, key=target_key, shape=column, limit=limit, ranks=ranks):
       key = jax.random.fold_in(jax.random.fold_in(key, layer), j)
-      return jax.random.uniform(key, shape, jnp.float32, -limit, limit)
+      x = jax.random.uniform(key, shape, jnp.float32, -limit, limit)
+      return jnp.where(j < ranks[layer], x, 0.0)
 
     columns = jax.vmap(draw, (None, 0), -1)
     layers = jnp.arange(config.num_layers)
-    lora_a = jax.vmap(columns, (0, None))(layers, jnp.arange(lora.rank))
-    b_shape = (lora.rank, *(sizes[c] for c in b[1:]))
+    lora_a = jax.vmap(columns, (0, None))(layers, jnp.arange(rank))
+    b_shape = (rank, *(sizes[c] for c in b[1:]))
     tree[f'layers/{path}/lora_a'] = lora_a
     tree[f'layers/{path}/lora_b'] = jnp.zeros(
       (config.num_layers, *b_shape), jnp.float32
     )
+    if lora.dora:
+      outputs = (sizes[c] for c in _outputs(equation))
+      tree[f'layers/{path}/lora_magnitude'] = jnp.zeros(
+        (config.num_layers, *outputs), jnp.float32
+      )
   tree = pytree.unflatten(tree)
   return tree if scan_layers else layout.unstack_layers(tree)
 
 
 def check_rank(config: ModelConfig, lora: LoraConfig) -> None:
-  """ValueError if the rank exceeds a target kernel's smaller side."""
+  """ValueError if a rank exceeds a target kernel's smaller side.
+
+  So does a pattern of `lora.ranks` that matches no target.
+  """
   sizes = layout.axis_sizes(config)
+  modules = []
   for path, equation in target_paths(lora).items():
     a, b = factor_axes(equation, lora.factorization)
     side = min(
       math.prod(sizes[c] for c in a[:-1]), math.prod(sizes[c] for c in b[1:])
     )
-    if lora.rank > side:
+    rank = max(_ranks(config, lora, path))
+    if rank > side:
       raise ValueError(
-        f'lora.rank: got {lora.rank}, expected at most {side}, the smaller '
+        f'lora.rank: got {rank}, expected at most {side}, the smaller '
         f'side of {path}; a larger rank adds parameters but no freedom.'
+      )
+    modules += [f'layer_{i}/{path}' for i in range(config.num_layers)]
+  for pattern in lora.ranks:
+    if not any(re.fullmatch(pattern, module) for module in modules):
+      raise ValueError(
+        f'lora.ranks: {pattern!r} matches no target, expected a regex that '
+        f'matches the whole of a path such as {modules[0]}.'
       )
 
 
+def _ranks(config: ModelConfig, lora: LoraConfig, path: str) -> list[int]:
+  """Rank of a projection in each layer."""
+  return [lora.rank_of(f'layer_{i}/{path}') for i in range(config.num_layers)]
+
+
 def effective(factors: pytree.Tree, scale: float | jax.Array) -> pytree.Tree:
-  """The tree that the model applies: B times the scale, A as it is."""
+  """The tree that the model applies: B times the scale, A as it is.
+
+  If there are magnitudes, `with_gains` has to follow.
+  """
   return pytree.map_with_name(
     lambda name, x: x * scale if name.endswith('lora_b') else x, factors
   )
+
+
+def with_magnitudes(factors: pytree.Tree, params: pytree.Tree) -> pytree.Tree:
+  """DoRA's start, m = ||W|| for every `lora_magnitude`; the rest as it is."""
+  flat, base = dict(pytree.items(factors)), dict(pytree.items(params))
+  for module in _modules(flat, 'lora_magnitude'):
+    flat[f'{module}/lora_magnitude'] = _norms(module, flat, base)
+  return pytree.unflatten(flat)
+
+
+def with_gains(effective: pytree.Tree, params: pytree.Tree) -> pytree.Tree:
+  """DoRA's m / ||W + scale * B A||, `lora_gain`, for every `lora_magnitude`.
+
+  Args:
+    effective: factors with the scale in B (`effective`).
+    params: the base that they are for, of the same form (scanned or not), with
+      leaves trained along already in it.
+
+  Returns:
+    The tree that the model applies; without magnitudes, the one given.
+  """
+  flat, base = dict(pytree.items(effective)), dict(pytree.items(params))
+  for module in _modules(flat, 'lora_magnitude'):
+    m = flat.pop(f'{module}/lora_magnitude')
+    norms = jax.lax.stop_gradient(_norms(module, flat, base))
+    is_plain = (m == 0) | (norms == 0)
+    gain = jnp.where(is_plain, 1.0, m / jnp.where(is_plain, 1.0, norms))
+    flat[f'{module}/lora_gain'] = gain
+  return pytree.unflatten(flat)
 
 
 def merge(
   params: pytree.Tree, factors: pytree.Tree, scale: float
 ) -> pytree.Tree:
   """W' = W + scale * B A, in float32, cast once to W's dtype.
+
+  With magnitudes it is DoRA's W', which has their lengths.
 
   Args:
     params: the base, scanned or unrolled; it is not changed.
@@ -165,47 +238,91 @@ def merge(
   Raises:
     ValueError: factors where the base has no kernel.
   """
-  flat = dict(pytree.items(factors))
   names = {name for name, _ in pytree.items(params)}
-  for module in _modules(flat):
+  for module in _modules(dict(pytree.items(factors))):
     if f'{module}/w' not in names:
       raise ValueError(
         f'lora: got factors at {module}, where the base has no kernel; '
         'expected an adapter of its architecture and form (scanned or not).'
       )
+  flat = dict(pytree.items(with_gains(effective(factors, scale), params)))
 
   def add(name, w):
     module = name.removesuffix('/w')
     if f'{module}/lora_a' not in flat:
       return w
-    update = _delta(module, flat, scale)
-    return (w.astype(jnp.float32) + update).astype(w.dtype)
+    merged = w.astype(jnp.float32) + _delta(module, flat, 1.0)
+    if f'{module}/lora_gain' in flat:
+      equation, stacked = _equation(module)
+      axes = stacked + _split(equation)[1]
+      inputs = [i for i, c in enumerate(axes) if c in _inputs(equation)]
+      merged *= jnp.expand_dims(flat[f'{module}/lora_gain'], inputs)
+    return merged.astype(w.dtype)
 
   return pytree.map_with_name(add, params)
 
 
 def deltas(factors: pytree.Tree, scale: float) -> pytree.Tree:
-  """scale * B A for every adapted kernel, at the kernel's path; float32."""
+  """scale * B A for every adapted kernel, at the kernel's path; float32.
+
+  Of DoRA it is the update of the direction, before it is brought to length.
+  """
   flat = dict(pytree.items(factors))
   return pytree.unflatten(
     {f'{module}/w': _delta(module, flat, scale) for module in _modules(flat)}
   )
 
 
-def _modules(flat: dict[str, jax.Array]) -> list[str]:
-  """Paths of the adapted projections, e.g. layers/attn/q."""
-  return [n.removesuffix('/lora_a') for n in flat if n.endswith('/lora_a')]
+def _modules(flat: dict[str, jax.Array], leaf: str = 'lora_a') -> list[str]:
+  """Paths of the adapted projections that have a leaf, e.g. layers/attn/q."""
+  return [n.removesuffix(f'/{leaf}') for n in flat if n.endswith(f'/{leaf}')]
+
+
+def _equation(module: str) -> tuple[str, str]:
+  """Equation of the projection at a path; 'L' if it is of all layers."""
+  *layer, block, name = module.split('/')
+  equation = layout.PROJECTION_EQUATIONS[f'{block}/{name}']
+  return equation, 'L' if layer == ['layers'] else ''
+
+
+def _norms(
+  module: str, flat: dict[str, jax.Array], base: dict[str, jax.Array]
+) -> jax.Array:
+  """||W + B A|| of each output of one projection, e.g. [N, H]; float32.
+
+  ||W||² + 2 W·BA + ||BA||² go through the rank, one layer after the other, so
+  that nothing of a kernel's size is made but its float32 copy.
+  """
+  equation, stacked = _equation(module)
+  _, w_axes, _ = _split(equation)
+  outputs = _outputs(equation)
+
+  def norms(leaves):
+    w, lora_a, lora_b = (x.astype(jnp.float32) for x in leaves)
+    a, b = _axes_of(equation, lora_a.ndim)
+    inputs = [i for i, c in enumerate(w_axes) if c in _inputs(equation)]
+    products = lambda equation, *x: jnp.einsum(
+      f'{equation}->{outputs}', *x, precision='highest'
+    )
+    square = jnp.sum(w * w, axis=inputs)
+    square += 2.0 * products(f'{w_axes},{a},{b}', w, lora_a, lora_b)
+    square += products(
+      f'{a},{a.replace("R", "S")},{b},{b.replace("R", "S")}',
+      lora_a, lora_a, lora_b, lora_b,
+    )  # fmt: skip
+    return jnp.sqrt(jnp.maximum(square, 0.0))
+
+  leaves = jax.lax.stop_gradient(
+    (base[f'{module}/w'], flat[f'{module}/lora_a'], flat[f'{module}/lora_b'])
+  )
+  return jax.lax.map(norms, leaves) if stacked else norms(leaves)
 
 
 def _delta(module: str, flat: dict[str, jax.Array], scale: float) -> jax.Array:
   """scale * B A of one projection, in the shape of its kernel; float32."""
   lora_a, lora_b = flat[f'{module}/lora_a'], flat[f'{module}/lora_b']
-  layer, path = module.split('/', 1)
-  equation = layout.PROJECTION_EQUATIONS[path]
-  stacked = 'L' if layer == 'layers' else ''
-  a, b = factor_axes(equation, 'matrix')
-  if len(a) + len(stacked) != lora_a.ndim:
-    a, b = factor_axes(equation, 'keras')
+  equation, stacked = _equation(module)
+  a, b = _axes_of(equation, lora_a.ndim - len(stacked))
   _, w, _ = _split(equation)
   return scale * jnp.einsum(
     f'{stacked}{a},{stacked}{b}->{stacked}{w}',
@@ -221,6 +338,23 @@ def _split(equation: str) -> tuple[str, str, str]:
   return x, w, out
 
 
+def _inputs(equation: str) -> str:
+  """Axes of the kernel that the projection sums over, e.g. 'D'."""
+  x, w, out = _split(equation)
+  return ''.join(c for c in w if c in x and c not in out)
+
+
+def _outputs(equation: str) -> str:
+  """The other axes of the kernel, e.g. 'NH'."""
+  return ''.join(c for c in _split(equation)[1] if c not in _inputs(equation))
+
+
+def _axes_of(equation: str, num_axes: int) -> tuple[str, str]:
+  """`factor_axes` of the factorization whose A has so many axes."""
+  a, b = factor_axes(equation, 'matrix')
+  return (a, b) if len(a) == num_axes else factor_axes(equation, 'keras')
+
+
 def _limit(lora, column, equation, sizes) -> float:
   """Largest |A|: PEFT kaiming_uniform(sqrt 5), or Keras he_uniform.
 
@@ -229,6 +363,4 @@ def _limit(lora, column, equation, sizes) -> float:
   """
   if lora.init == 'keras':
     return math.sqrt(6 / math.prod(column))
-  x, w, out = _split(equation)
-  fan_in = math.prod(sizes[c] for c in w if c in x and c not in out)
-  return 1 / math.sqrt(fan_in)
+  return 1 / math.sqrt(math.prod(sizes[c] for c in _inputs(equation)))

@@ -60,8 +60,9 @@ def make_optimizer(
   Returns:
     Transformation whose state holds moments of the trainable leaves only.
   """
+  # Scales and magnitudes are lengths: decay would shrink the base with them.
   decayed = lambda tree: pytree.map_with_name(
-    lambda name, _: not name.endswith('/scale'), tree
+    lambda name, _: not name.endswith(('/scale', '/lora_magnitude')), tree
   )
   adamw = optax.adamw(
     make_schedule(config, steps),

@@ -18,7 +18,15 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from gemma_jax import optimizer, sharding, summary, train_state, train_step
+from gemma_jax import (
+  adapters,
+  optimizer,
+  pytree,
+  sharding,
+  summary,
+  train_state,
+  train_step,
+)
 from gemma_jax.config import TrainConfig
 from gemma_jax.data import examples as examples_lib
 from gemma_jax.data import row_plan, sources
@@ -34,7 +42,9 @@ class Program:
   """The compiled part of a run; see the methods for what is derived from it.
 
   Attributes:
-    config: resolved.
+    given: the resolved config that `prepare` was given.
+    config: the same, with the facts of the adapter at `lora.path`.
+    start: the factors of that adapter, or None.
     source: the base, not yet read.
     tokenizer: None if all records are token ids.
     steps: updates in the run.
@@ -43,7 +53,9 @@ class Program:
     model: the transformer.
   """
 
+  given: TrainConfig
   config: TrainConfig
+  start: Any
   source: BaseSource
   tokenizer: Tokenizer | None
   steps: int
@@ -134,6 +146,16 @@ class Program:
       self.abstract_batch,
     )
 
+  def init_adapter(self, params: Any) -> Any:
+    """The adapter before the first update.
+
+    Args:
+      params: the base, as `train_state.init_adapter` takes it.
+    """
+    if self.start is not None:
+      return self.start
+    return train_state.init_adapter(self.config, self.source.config, params)
+
   def check(self) -> None:
     """ValueError if the trainable leaves or the mesh do not fit the base."""
     _ = self.abstract
@@ -201,7 +223,11 @@ class Run(Program):
       for array in (part.tokens, part.loss_mask, part.offsets):
         digest.update(np.ascontiguousarray(array).tobytes())
     tokenizer = self.tokenizer
+    start = hashlib.sha256()
+    for _, array in pytree.items(self.start or {}):
+      start.update(np.ascontiguousarray(array).tobytes())
     return {
+      'adapter': start.hexdigest(),
       'base': self.source.fingerprint(),
       'tokenizer': '' if tokenizer is None else tokenizer.fingerprint(),
       'data': digest.hexdigest(),
@@ -228,9 +254,13 @@ def prepare_program(
   )
   source = source_lib.open_base(config.model.path, config.model.tokenizer)
   check_length(config.data.seq_len, source)
+  given = config
+  config, start = adapters.start_from(given, source)
   dtype = config.model.dtype
   return Program(
+    given=given,
     config=config,
+    start=start,
     source=source,
     tokenizer=source.tokenizer(),
     steps=config.steps or 1,  # a run without steps counts its records

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import layout, pytree
+from gemma_jax import lora as lora_lib
 from gemma_jax.formats import base
 from gemma_jax.formats.base import BaseSource
 from gemma_jax.model.layers import RMSNorm, softcap
@@ -64,7 +65,7 @@ def logits(
       params = _read(source, f'layer_{i}/', pool)
       variables = {'params': params}
       if f'layer_{i}' in lora:
-        variables['lora'] = lora[f'layer_{i}']
+        variables['lora'] = lora_lib.with_gains(lora[f'layer_{i}'], params)
       x = run_layer(variables, x, is_local).block_until_ready()
     scale = _read(source, 'final_norm/', pool)
     x = RMSNorm(config.norm_eps).apply({'params': scale}, x)

@@ -99,7 +99,7 @@ class Trainer:
     workdir_lib.check_same_fingerprints(workdir, fingerprints)
     run.check()
     self.checkpoints = Checkpoints(workdir)
-    self.facts = workdir_lib.facts(run.config, run.steps, fingerprints)
+    self.facts = workdir_lib.facts(run.given, run.steps, fingerprints)
     if hosts.is_lead():
       workdir_lib.write_json(workdir, 'run.json', self.facts)
       log_start(run)
@@ -329,7 +329,7 @@ class Trainer:
     )
     logging.info('Loaded the base in %.1f s', time.perf_counter() - started)
     adapter = sharding.put(
-      train_state.init_adapter(run.config, run.source.config), placed['lora']
+      hosts.to_numpy(run.init_adapter(params)), placed['lora']
     )
     trainable, frozen = train_state.split(
       {'params': params, 'lora': adapter}, run.config.trainable

@@ -78,16 +78,32 @@ def abstract_variables(
     dtype: of the base.
   """
   scan = config.model.scan_layers
-  return {
-    'params': layout.abstract_params(model_config, dtype, scan),
-    'lora': jax.eval_shape(lambda: init_adapter(config, model_config)),
-  }
+  params = layout.abstract_params(model_config, dtype, scan)
+  adapter = jax.eval_shape(
+    lambda params: init_adapter(config, model_config, params), params
+  )
+  return {'params': params, 'lora': adapter}
 
 
-def init_adapter(config: TrainConfig, model_config: ModelConfig) -> Any:
-  """The adapter before the first update; a function of the seed."""
+def init_adapter(
+  config: TrainConfig, model_config: ModelConfig, params: Any = None
+) -> Any:
+  """The adapter before the first update; a function of the seed.
+
+  Args:
+    config: gives seed, adapter and the form of the tree.
+    model_config: architecture.
+    params: the base, of which DoRA takes its magnitudes; else not needed.
+
+  Raises:
+    ValueError: DoRA without a base.
+  """
+  if config.lora.dora and params is None:
+    raise ValueError('lora.dora: got no base, expected the one it starts from.')
   key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)
-  return lora.init(key, model_config, config.lora, config.model.scan_layers)
+  scan = config.model.scan_layers
+  factors = lora.init(key, model_config, config.lora, scan)
+  return lora.with_magnitudes(factors, params or {})
 
 
 def join(trainable: Any, frozen: Any) -> dict[str, Any]:

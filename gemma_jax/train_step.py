@@ -38,7 +38,9 @@ def hidden_states(
   variables = dict(variables)
   if variables.get('lora'):
     _check_form(variables)
-    variables['lora'] = lora_lib.effective(variables['lora'], scale)
+    variables['lora'] = lora_lib.with_gains(
+      lora_lib.effective(variables['lora'], scale), variables['params']
+    )
   return model.apply(
     variables,
     batch['tokens'],

@@ -38,6 +38,7 @@ def make_lora(config, lora_config, seed=0, whole_numbers=False):
     'up': ('mlp', (L, D, r), (L, r, F)),
     'down': ('mlp', (L, F, r), (L, r, D)),
   }
+  magnitudes = {name: (L, *b[2:]) for name, (_, _, b) in shapes.items()}
   if lora_config.factorization == 'keras':
     shapes['q'] = ('attn', (L, N, D, r), (L, r, H))
     shapes['k'] = shapes['v'] = ('attn', (L, K, D, r), (L, r, H))
@@ -51,6 +52,8 @@ def make_lora(config, lora_config, seed=0, whole_numbers=False):
     block, a, b = shapes[name]
     tree[f'layers/{block}/{name}/lora_a'] = draw(a)
     tree[f'layers/{block}/{name}/lora_b'] = draw(b)
+    if lora_config.dora:
+      tree[f'layers/{block}/{name}/lora_magnitude'] = draw(magnitudes[name])
   return pytree.unflatten(tree)
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from gemma_jax import convert, pytree
+from gemma_jax import convert, pytree, variants
 from gemma_jax import lora as lora_lib
 from gemma_jax.config import LoraConfig
 from gemma_jax.formats import adapter as adapter_lib
@@ -104,6 +104,22 @@ def test_merged_model_computes_what_the_adapter_does(to, dtype, tmp_path):
   assert record['base_fingerprint'] == (
     source.open_base('random:tiny3').fingerprint()
   )
+
+
+@pytest.mark.parametrize('to', ['hf', 'peft'])
+def test_magnitudes_are_converted(to, tmp_path):
+  config, factors = write_adapter(
+    tmp_path / 'a', 'random:tiny3', targets='q|down', dora=True
+  )
+  convert.convert('random:tiny3', str(tmp_path / 'm'), to, str(tmp_path / 'a'))
+  params = source.open_base('random:tiny3').load_params()
+  if to == 'hf':
+    want = lora_lib.merge(params, factors, config.scale)
+    got = source.open_base(str(tmp_path / 'm')).load_params()
+  else:
+    want = factors
+    _, got = peft.read_adapter(tmp_path / 'm', variants.get('tiny3'))
+  toy.assert_close(got, want, 1e-5)
 
 
 def test_trained_base_leaves_are_merged(tmp_path):

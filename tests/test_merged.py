@@ -20,9 +20,14 @@ def base():
 @pytest.mark.parametrize('factorization', ['matrix', 'keras'])
 @pytest.mark.parametrize('targets', ['qv', 'all'])
 @pytest.mark.parametrize('scan_layers', [True, False])
-def test_merged_is_lora_merge(base, factorization, targets, scan_layers):
+@pytest.mark.parametrize('dora', [False, True])
+def test_merged_is_lora_merge(base, factorization, targets, scan_layers, dora):
   config = LoraConfig(
-    rank=5, alpha=7.0, targets=targets, factorization=factorization
+    rank=5,
+    alpha=7.0,
+    targets=targets,
+    factorization=factorization,
+    dora=dora,
   )
   factors = peft_toy.make_lora(peft_toy.MODEL, config)
   got = merged.merge(base, config, factors).load_params(scan_layers=scan_layers)

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from gemma_jax import layout, pytree
 from gemma_jax.config import LoraConfig
-from gemma_jax.formats import hf_safetensors, peft
+from gemma_jax.formats import hf_safetensors, peft, peft_matrices
 from tests import hf_toy, peft_toy
 
 
@@ -111,7 +111,7 @@ def test_keras_factors_as_matrices_make_the_same_update(factorization):
     rank=4, alpha=8.0, targets='all', factorization=factorization
   )
   lora = peft_toy.make_lora(peft_toy.MODEL, config, whole_numbers=True)
-  got = peft.as_matrix(lora, config, peft_toy.MODEL)
+  got = peft_matrices.as_matrix(lora, config, peft_toy.MODEL)
   matrix = dataclasses.replace(config, factorization='matrix')
   peft_toy.assert_updates_equal(
     peft_toy.our_updates(got, matrix, peft_toy.MODEL),
@@ -161,10 +161,12 @@ def test_ranks_that_differ_between_layers_are_padded(adapter, use_rslora):
 @pytest.mark.parametrize('name', ['q_proj', 'down_proj'])
 def test_true_ranks_survive_a_round_trip(name, tmp_path):
   """Padded in the tree; in the file of each layer's own size again."""
-  config = LoraConfig(rank=5, alpha=10.0, targets='all')
+  block, short = 'attn' if name == 'q_proj' else 'mlp', name[: -len('_proj')]
+  config = LoraConfig(
+    rank=5, alpha=10.0, targets='all', ranks={f'layer_2/{block}/{short}': 3}
+  )
   lora = peft_toy.make_lora(peft_toy.MODEL, config)
-  block = 'attn' if name == 'q_proj' else 'mlp'
-  leaf = lora['layers'][block][name.removesuffix('_proj')]
+  leaf = lora['layers'][block][short]
   leaf['lora_a'][2, ..., 3:] = leaf['lora_b'][2, 3:] = 0
   folder = tmp_path / 'a'
   peft.write_adapter(folder, lora, config, 'base')
@@ -178,8 +180,39 @@ def test_true_ranks_survive_a_round_trip(name, tmp_path):
   assert raw['alpha_pattern'] == {f'model.{module}': 6}
   assert raw['r'] == 5
   got_config, got = peft.read_adapter(folder, peft_toy.MODEL)
-  assert got_config.scale == config.scale
+  assert got_config == config
   hf_toy.assert_trees_equal(got, lora)
+
+
+@pytest.mark.parametrize('factorization', ['matrix', 'keras'])
+def test_magnitudes_survive_a_round_trip(factorization, tmp_path):
+  config = LoraConfig(
+    rank=5, targets='q|o', factorization=factorization, dora=True
+  )
+  lora = peft_toy.make_lora(peft_toy.MODEL, config)
+  peft.write_adapter(tmp_path / 'a', lora, config, 'base')
+  tensors = load_file(tmp_path / 'a' / peft.WEIGHTS_NAME)
+  written = tensors[f'{peft_toy.STEM}.1.self_attn.q_proj.lora_magnitude_vector']
+  magnitude = lora['layers']['attn']['q']['lora_magnitude']
+  assert magnitude.shape == (3, 6, 14)
+  np.testing.assert_array_equal(written, magnitude[1].ravel())
+  got_config, got = peft.read_adapter(tmp_path / 'a', peft_toy.MODEL)
+  assert got_config.dora
+  for name in ('q', 'o'):
+    np.testing.assert_array_equal(
+      got['layers']['attn'][name]['lora_magnitude'],
+      lora['layers']['attn'][name]['lora_magnitude'],
+    )
+  peft_toy.edit(tmp_path / 'a', use_dora=False)
+  with pytest.raises(ValueError, match=r'use_dora is False, but .* a lora_'):
+    peft.read_adapter(tmp_path / 'a', peft_toy.MODEL)
+
+
+def test_factors_beyond_the_rank_are_refused(tmp_path):
+  config = LoraConfig(rank=5, targets='qv', ranks={'layer_2/attn/q': 3})
+  lora = peft_toy.make_lora(peft_toy.MODEL, config)
+  with pytest.raises(ValueError, match='layer_2/attn/q has rank 3 but factors'):
+    peft.write_adapter(tmp_path / 'a', lora, config, 'base')
 
 
 @pytest.mark.parametrize('option', ['rank_pattern', 'alpha_pattern'])
@@ -258,9 +291,9 @@ Q1B = Q1A.replace('_A', '_B')
     ),
     (
       lambda t: t.update(
-        {Q1A.replace('lora_A.weight', 'lora_magnitude_vector'): t[Q1A]}
+        {Q1A.replace('lora_A.weight', 'lora_magnitude_vector'): t[Q1A][0]}
       ),
-      'lora_magnitude_vector is unexpected',
+      r'lora_magnitude_vector has shape \[11\], expected \[84\]',
     ),
     (
       lambda t: t.update(
@@ -370,7 +403,7 @@ def test_tree_that_is_no_adapter_is_refused(tmp_path):
   del lora['layers']['attn']['q']['lora_b']
   with pytest.raises(ValueError, match='needs both lora_a and lora_b'):
     peft.write_adapter(tmp_path / 'a', lora, config, 'base')
-  with pytest.raises(ValueError, match='is no lora_a or lora_b'):
+  with pytest.raises(ValueError, match='q/w is none of an adapter'):
     peft.write_adapter(
         tmp_path / 'a', {'layer_0': {'attn': {'q': {'w': np.ones(3)}}}},
         config, 'base',

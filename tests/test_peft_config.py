@@ -112,7 +112,6 @@ def test_target_modules_as_a_regex(adapter):
 @pytest.mark.parametrize(
   ('option', 'value'),
   [
-    ('use_dora', True),
     ('bias', 'all'),
     ('modules_to_save', ['embed_tokens']),
     ('fan_in_fan_out', True),

@@ -21,13 +21,12 @@ TOKENS = np.random.default_rng(0).integers(4, 512, (2, 13))
 def write(folder, family, **kwargs):
   """Random factors; ranks differ by layer on q, as PEFT's patterns allow."""
   base = source.open_base(str(hf_toy.PARITY / family))
-  config = LoraConfig(rank=3, alpha=6.0, **kwargs)
+  config = LoraConfig(rank=3, alpha=6.0, ranks={'layer_0/attn/q': 2}, **kwargs)
   factors = jax.tree.map(
     lambda x: x * np.float32(0.1), peft_toy.make_lora(base.config, config)
   )
-  if config.factorization == 'matrix':
-    q = factors['layers']['attn']['q']
-    q['lora_a'][0, ..., 2:] = q['lora_b'][0, 2:] = 0
+  q = factors['layers']['attn']['q']
+  q['lora_a'][0, ..., 2:] = q['lora_b'][0, 2:] = 0
   peft.write_adapter(folder, factors, config, family)
   return base, config, factors
 
@@ -45,24 +44,28 @@ def torch_logits(model):
 
 
 CASES = pytest.mark.parametrize(
-  ('factorization', 'rule', 'targets'),
+  'options',
   [
-    ('matrix', 'alpha_over_r', 'qv'),
-    ('matrix', 'alpha_over_sqrt_r', 'all'),
-    ('matrix', 'constant', 'attention'),
-    ('keras', 'alpha_over_r', 'qv'),
-    ('keras', 'alpha_over_sqrt_r', 'all'),
+    {'targets': 'qv'},
+    {'targets': 'all', 'scale_rule': 'alpha_over_sqrt_r'},
+    {'targets': 'attention', 'scale_rule': 'constant'},
+    {'targets': 'qv', 'factorization': 'keras'},
+    {
+      'targets': 'all',
+      'factorization': 'keras',
+      'scale_rule': 'alpha_over_sqrt_r',
+    },
+    {'targets': 'all', 'dora': True},
+    {'targets': 'qv', 'factorization': 'keras', 'dora': True},
   ],
+  ids=lambda options: '-'.join(map(str, options.values())),
 )
 
 
 @CASES
 @pytest.mark.parametrize('family', hf_toy.FAMILIES)
-def test_updates_are_equal(family, factorization, rule, targets, tmp_path):
-  base, config, factors = write(
-    tmp_path / 'a', family, factorization=factorization, scale_rule=rule,
-    targets=targets,
-  )  # fmt: skip
+def test_updates_are_equal(family, options, tmp_path):
+  base, config, factors = write(tmp_path / 'a', family, **options)
   model = load(family, tmp_path / 'a')
   got = {
     name.removeprefix('base_model.model.'): module.get_delta_weight('default')
@@ -79,15 +82,11 @@ def test_updates_are_equal(family, factorization, rule, targets, tmp_path):
 
 @CASES
 @pytest.mark.parametrize('family', hf_toy.FAMILIES)
-def test_logits_are_equal_active_and_merged(
-  family, factorization, rule, targets, tmp_path
-):
-  base, config, factors = write(
-    tmp_path / 'a', family, factorization=factorization, scale_rule=rule,
-    targets=targets,
-  )  # fmt: skip
+def test_logits_are_equal_active_and_merged(family, options, tmp_path):
+  base, config, factors = write(tmp_path / 'a', family, **options)
   params = base.load_params()
   lora = lora_lib.effective(factors, np.float32(config.scale))
+  lora = lora_lib.with_gains(lora, params)
   want = logits_toy.logits(base.config, params, TOKENS, lora)
   plain = logits_toy.logits(base.config, params, TOKENS)
   assert np.abs(want - plain).max() > 0.01

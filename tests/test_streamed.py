@@ -16,18 +16,23 @@ TOKENS = np.random.default_rng(0).integers(4, 250, (2, 13)).astype(np.int32)
 
 
 @pytest.mark.parametrize('family', hf_toy.FAMILIES)
-@pytest.mark.parametrize('factorization', ['matrix', 'keras', None])
-def test_equals_the_loaded_model(family, factorization):
+@pytest.mark.parametrize(
+  ('factorization', 'dora'),
+  [('matrix', False), ('keras', False), ('matrix', True), (None, False)],
+)
+def test_equals_the_loaded_model(family, factorization, dora):
   base = source.open_base(str(hf_toy.PARITY / family))
   lora = None
   if factorization:
     config = LoraConfig(
-      rank=3, alpha=6.0, targets='all', factorization=factorization
+      rank=3, alpha=6.0, targets='all', factorization=factorization, dora=dora
     )
     factors = peft_toy.make_lora(base.config, config)
     factors = jax.tree.map(lambda x: x * np.float32(0.1), factors)
     lora = lora_lib.effective(factors, np.float32(config.scale))
-  want = logits_toy.logits(base.config, base.load_params(), TOKENS, lora)
+  params = base.load_params()
+  applied = lora and lora_lib.with_gains(lora, params)
+  want = logits_toy.logits(base.config, params, TOKENS, applied)
   toy.assert_close(streamed.logits(base, TOKENS, lora), want, 1e-5)
 
 

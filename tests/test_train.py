@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from gemma_jax import files, metrics, train
+from gemma_jax import files, metrics, train, variants
 from gemma_jax import run as run_lib
+from gemma_jax.config import LoraConfig
 from gemma_jax.formats import peft
 from tests import gcs_toy, run_toy
 
@@ -226,3 +227,46 @@ def test_a_profile_is_written_also_at_the_end(records, tmp_path):
   config = run_toy.config(records, steps=2, profile_steps=(1,)).resolve()
   train.train(config, str(tmp_path))
   assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+@pytest.fixture(scope='module')
+def dora(records, tmp_path_factory):
+  """(workdir, result) of a DoRA run whose ranks differ between layers."""
+  workdir = tmp_path_factory.mktemp('dora') / 'run'
+  config = run_toy.config(records, steps=2, eval_every_steps=0)
+  config.lora = LoraConfig(
+    rank=3, alpha=5.0, targets='q|up', dora=True, ranks={'layer_0/.*': 2}
+  )
+  return workdir, train.train(config.resolve(), str(workdir))
+
+
+def test_a_run_starts_from_an_adapter(dora, records, tmp_path):
+  """Where another ended, with its rank, targets and magnitudes."""
+  workdir, result = dora
+  config = run_toy.config(records, steps=1, eval_every_steps=0)
+  config.lora.path = str(workdir / 'adapter')
+  again = train.train(config.resolve(), str(tmp_path / 'run'))
+  np.testing.assert_allclose(
+    again['loss_base'], result['loss_adapted'], rtol=1e-6
+  )
+  assert again['loss_adapted'] != again['loss_base']
+  model = variants.get('tiny3')
+  before, _ = peft.read_adapter(workdir / 'adapter', model)
+  after, factors = peft.read_adapter(tmp_path / 'run' / 'adapter', model)
+  assert after.dora and after.target_names == ('q', 'up')
+  assert after.ranks == before.ranks and after.scale == before.scale
+  m = factors['layers']['attn']['q']['lora_magnitude']
+  assert np.all(m > 0) and np.std(m) > 0
+  # The same command again: a finished run, whatever the adapter holds now.
+  assert train.train(config.resolve(), str(tmp_path / 'run')) == again
+
+
+def test_an_adapter_of_another_base_is_no_start(dora, records, tmp_path):
+  config = run_toy.config(records)
+  config.model.path = 'random:tiny2'
+  config.lora.path = str(dora[0] / 'adapter')
+  with pytest.raises(ValueError, match='adapter belongs to another base'):
+    run_lib.prepare(config.resolve())
+  with pytest.raises(ValueError, match=r"adapter: got '.*none', which is nei"):
+    config.lora.path = str(tmp_path / 'none')
+    run_lib.prepare(config.resolve())

@@ -77,8 +77,10 @@ def test_state_holds_float32_moments_of_the_trainable_leaves_alone():
 
 def test_the_initial_adapter_is_a_function_of_the_seed():
   config = dataclasses.replace(CONFIG, seed=5)
+  base = toy.base(scan_layers=False)
   first, again, other = (
-    train_state.init_adapter(c, toy.FULL) for c in (config, config, CONFIG)
+    train_state.init_adapter(c, toy.FULL, base)
+    for c in (config, config, CONFIG)
   )
   toy.assert_equal(first, again)
   a = lambda tree: tree['layer_1']['attn']['q']['lora_a']

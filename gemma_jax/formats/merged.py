@@ -2,8 +2,9 @@
 
     W' = W + scale * B A, in float32 and by rows: W'[i] = W[i] + scale * B[i] A
 
-Whoever reads it casts once, to the dtype that is wanted. Nothing is held but
-the factors, so a model of any size is merged in the memory of its adapter.
+and, with DoRA, W'[i] brought to the length m[i]. Whoever reads it casts once,
+to the dtype that is wanted. Nothing is held but the factors, so a model of any
+size is merged in the memory of its adapter.
 """
 
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ import numpy as np
 
 from gemma_jax import layout, pytree
 from gemma_jax.config import LoraConfig
-from gemma_jax.formats import base, peft
+from gemma_jax.formats import base, peft_matrices
 from gemma_jax.formats.base import BaseSource, StoredTensor
 
 
@@ -61,7 +62,7 @@ def merge(
     module, _, factor = path.rpartition('/')
     if factor != 'lora_a':
       continue
-    a, b = peft.matrices(
+    a, b = peft_matrices.matrices(
       module.split('/', 1)[1], a, factors[f'{module}/lora_b'], lora_config
     )
     old = tensors.get(f'{module}/w')
@@ -71,6 +72,7 @@ def merge(
         f'adapter: {module} is made for a kernel {[len(b), a.shape[1]]}, but '
         f'that of {source.reference} is {found}; it belongs to another base.'
       )
+    magnitude = factors.get(f'{module}/lora_magnitude')
     tensors[f'{module}/w'] = StoredTensor(
       old.name,
       old.shape,
@@ -79,6 +81,7 @@ def merge(
         old,
         np.ascontiguousarray(a, np.float32),
         np.ascontiguousarray(b * np.float32(lora_config.scale), np.float32),
+        None if magnitude is None else magnitude.reshape(-1, 1),
       ),
     )
   return dataclasses.replace(source, tensors=tensors)
@@ -116,6 +119,18 @@ def _unrolled(tree: pytree.Tree) -> pytree.Tree:
 
 
 def _merged_rows(
-  old: StoredTensor, a: np.ndarray, b: np.ndarray, start: int, stop: int
+  old: StoredTensor,
+  a: np.ndarray,
+  b: np.ndarray,
+  magnitude: np.ndarray | None,
+  start: int,
+  stop: int,
 ) -> np.ndarray:
-  return old.read(start, stop).astype(np.float32) + b[start:stop] @ a
+  rows = old.read(start, stop).astype(np.float32) + b[start:stop] @ a
+  if magnitude is not None:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    is_plain = (magnitude[start:stop] == 0) | (norms == 0)
+    rows *= np.where(
+      is_plain, 1, magnitude[start:stop] / np.where(is_plain, 1, norms)
+    )
+  return rows

@@ -2,7 +2,8 @@
 
     adapter_config.json         r, lora_alpha, target_modules, ...
     adapter_model.safetensors   ...layers.i.self_attn.q_proj.lora_A.weight
-                                (r, inputs), .lora_B.weight (outputs, r)
+                                (r, inputs), .lora_B.weight (outputs, r),
+                                .lora_magnitude_vector (outputs) with DoRA
     trained_base.safetensors    ours, only if base leaves were trained too
 
 PEFT scales B A by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora;
@@ -14,6 +15,7 @@ import math
 import os
 from pathlib import Path
 import re
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +27,7 @@ from gemma_jax.formats import (
   base,
   hf_safetensors,
   peft_config,
+  peft_matrices,
   safetensors_file,
 )
 from gemma_jax.model_config import ModelConfig
@@ -40,12 +43,25 @@ _TENSOR = re.compile(
   r'base_model\.model\.'
   r'(?P<module>(?:model\.|language_model\.model\.|model\.language_model\.)'
   r'layers\.(?P<layer>\d+)\.(?P<name>\w+\.\w+))'
-  r'\.lora_(?P<factor>[AB])\.weight'
+  r'\.lora_(?P<part>A\.weight|B\.weight|magnitude_vector)'
 )
-_LEAF = re.compile(r'layer_(\d+)/((?:attn|mlp)/\w+)/lora_([ab])')
+_LEAF = re.compile(r'layer_(\d+)/((?:attn|mlp)/\w+)/lora_(?:a|b|magnitude)')
 
-# Module name in the base, A [r, inputs] and B [outputs, r].
-Factors = tuple[str, np.ndarray, np.ndarray]
+
+class Factors(NamedTuple):
+  """What a file holds for one module of the base.
+
+  Attributes:
+    module: its name in the base.
+    a: [r, inputs].
+    b: [outputs, r].
+    magnitude: [outputs], or None without DoRA.
+  """
+
+  module: str
+  a: np.ndarray
+  b: np.ndarray
+  magnitude: np.ndarray | None
 
 
 def read_adapter(
@@ -55,8 +71,9 @@ def read_adapter(
 
   The factorization is `matrix`. Leaves of different projections may differ in
   rank (the leaf's shape says it); ranks that differ between the layers of a
-  projection are padded with zeros to the largest. Where a module's scale is not
-  the adapter's common one, the ratio is multiplied into its lora_b.
+  projection are padded with zeros to the largest, and `LoraConfig.ranks` keeps
+  the true ones. Where a module's scale is not the adapter's common one, the
+  ratio is multiplied into its lora_b.
 
   Args:
     folder: holds adapter_config.json and adapter_model.safetensors.
@@ -65,7 +82,8 @@ def read_adapter(
 
   Returns:
     (LoraConfig, whose `scale` belongs to the factors; nested dicts of float32
-    NumPy arrays, e.g. layers/attn/q/lora_a [L, D, r], lora_b [L, r, N, H]).
+    NumPy arrays, e.g. layers/attn/q/lora_a [L, D, r], lora_b [L, r, N, H] and,
+    with DoRA, lora_magnitude [L, N, H]).
 
   Raises:
     ValueError: missing or broken files, an option of PEFT that is not
@@ -79,27 +97,23 @@ def read_adapter(
   )
   factors = _read_factors(folder / WEIGHTS_NAME, model_config)
   names = _check_targets(factors, options, model_config.num_layers)
-  options.check_patterns([module for module, _, _ in factors.values()])
-  modules = {key: options.module(m) for key, (m, _, _) in factors.items()}
-  for key, (module, a, _) in factors.items():
-    if len(a) != modules[key].rank:
-      raise ValueError(
-        f'{where}: rank of {module} is {modules[key].rank}, but its tensors '
-        f'have {len(a)}.'
-      )
+  options.check_patterns([found.module for found in factors.values()])
+  modules = {key: options.module(x.module) for key, x in factors.items()}
+  for key, found in factors.items():
+    _check_module(found, modules[key], options)
   lora_config = options.lora_config(
-    tuple(name.split('/')[1] for name in names), set(modules.values())
+    {f'layer_{i}/{name}': modules[i, name] for i, name in sorted(modules)}
   )
 
   tree: dict[str, np.ndarray] = {}
-  num_layers = model_config.num_layers
+  layers = range(model_config.num_layers)
   for name in names:
-    rank = max(modules[i, name].rank for i in range(num_layers))
-    a_shape, b_shape = factor_shapes(name, model_config, rank)
-    all_a = np.zeros((num_layers, *a_shape), np.float32)
-    all_b = np.zeros((num_layers, *b_shape), np.float32)
-    for i in range(num_layers):
-      _, a, b = factors[i, name]
+    rank = max(modules[i, name].rank for i in layers)
+    a_shape, b_shape = peft_matrices.factor_shapes(name, model_config, rank)
+    all_a = np.zeros((len(layers), *a_shape), np.float32)
+    all_b = np.zeros((len(layers), *b_shape), np.float32)
+    for i in layers:
+      _, a, b, _ = factors[i, name]
       ratio = modules[i, name].scale / lora_config.scale
       if not math.isclose(ratio, 1.0, rel_tol=1e-9):
         b = b * np.float32(ratio)
@@ -108,24 +122,12 @@ def read_adapter(
       all_b[i, :r] = np.moveaxis(b, -1, 0).reshape(r, *b_shape[1:])
     tree[f'layers/{name}/lora_a'] = all_a
     tree[f'layers/{name}/lora_b'] = all_b
+    if options.use_dora:
+      tree[f'layers/{name}/lora_magnitude'] = np.stack(
+        [factors[i, name].magnitude.reshape(b_shape[1:]) for i in layers]
+      )
   scanned = pytree.unflatten(tree)
   return lora_config, scanned if scan_layers else layout.unstack_layers(scanned)
-
-
-def factor_shapes(
-  name: str, config: ModelConfig, rank: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Shapes of lora_a and lora_b of one layer, factorization `matrix`.
-
-  'attn/q'    [D, r], [r, N, H]
-  'attn/o'    [N, H, r], [r, D]
-  """
-  outputs, inputs = base.projection_axes(f'layers/{name}/w')
-  sizes = layout.axis_sizes(config)
-  return (
-    (*(sizes[c] for c in inputs), rank),
-    (rank, *(sizes[c] for c in outputs)),
-  )
 
 
 def write_adapter(
@@ -138,9 +140,9 @@ def write_adapter(
   """Writes an adapter that PEFT, and `read_adapter`, apply as we do.
 
   A `keras` factorization of q, k or v becomes one block of rank r for each
-  head, N r in all: exact, and larger. Ranks that `read_adapter` padded with
-  zeros get their true size again. The folder appears whole or not at all;
-  an adapter that is there already is replaced.
+  head, N r in all: exact, and larger. Ranks that are padded with zeros get
+  their true size again (`LoraConfig.ranks`). The folder appears whole or not at
+  all; an adapter that is there already is replaced.
 
   Args:
     folder: to be made, or an adapter that is replaced.
@@ -230,32 +232,56 @@ def _read_factors(
         f'{path}: tensor {tensor} is for layer {layer}, but the base has '
         f'{config.num_layers}; the adapter belongs to another base.'
       )
-    factor = match['factor']
+    part = match['part'].removesuffix('.weight')
     outputs, inputs = shapes[f'layer_{layer}/{name}/w']
-    rank = entry.shape[0 if factor == 'A' else -1] if entry.shape else 0
-    expected = (rank, inputs) if factor == 'A' else (outputs, rank)
-    if rank < 1 or entry.shape != expected:
-      wanted = f'[r, {inputs}]' if factor == 'A' else f'[{outputs}, r]'
+    expected, rank_axis = {
+      'A': (['r', inputs], 0),
+      'B': ([outputs, 'r'], 1),
+      'magnitude_vector': ([outputs], None),
+    }[part]
+    got: list[int | str] = list(entry.shape)
+    if rank_axis is not None and len(got) == 2 and got[rank_axis] > 0:
+      got[rank_axis] = 'r'
+    if got != expected:
       raise ValueError(
         f'{path}: tensor {tensor} has shape {list(entry.shape)}, expected '
-        f'{wanted}; the adapter belongs to another base.'
+        f'[{", ".join(map(str, expected))}]; the adapter belongs to another '
+        'base.'
       )
     modules[layer, name] = match['module']
-    pair = found.setdefault((layer, name), {})
-    if factor in pair:
+    parts = found.setdefault((layer, name), {})
+    if part in parts:
       raise ValueError(f'{path}: tensor {tensor} is there under two names.')
-    pair[factor] = entry.read_all().astype(np.float32)
+    parts[part] = entry.read_all().astype(np.float32)
   factors = {}
-  for key, pair in found.items():
-    if pair.keys() != {'A', 'B'} or len(pair['A']) != pair['B'].shape[1]:
+  for key, parts in found.items():
+    a, b = parts.get('A'), parts.get('B')
+    if a is None or b is None or len(a) != b.shape[1]:
       raise ValueError(
         f'{path}: {modules[key]} needs lora_A and lora_B of one rank, got '
-        f'{ {f: list(x.shape) for f, x in sorted(pair.items())} }.'
+        f'{ {f: list(x.shape) for f, x in sorted(parts.items())} }.'
       )
-    factors[key] = (modules[key], pair['A'], pair['B'])
+    magnitude = parts.get('magnitude_vector')
+    factors[key] = Factors(modules[key], a, b, magnitude)
   if not factors:
     raise ValueError(f'{path}: there is no tensor in it.')
   return factors
+
+
+def _check_module(
+  found: Factors, module: peft_config.Module, options: peft_config.Options
+):
+  """ValueError unless a module's tensors are what the options say."""
+  if len(found.a) != module.rank:
+    raise ValueError(
+      f'{options.where}: rank of {found.module} is {module.rank}, but its '
+      f'tensors have {len(found.a)}.'
+    )
+  if options.use_dora != (found.magnitude is not None):
+    raise ValueError(
+      f'{options.where}: use_dora is {options.use_dora}, but {found.module} '
+      f'has {"no" if options.use_dora else "a"} lora_magnitude_vector.'
+    )
 
 
 def _check_targets(
@@ -274,7 +300,7 @@ def _check_targets(
     for name in layout.PROJECTION_EQUATIONS
     if any((i, name) in factors for i in range(num_layers))
   ]
-  any_module = next(iter(factors.values()))[0]
+  any_module = next(iter(factors.values())).module
   prefix = any_module.split('layers.')[0]
   for i in range(num_layers):
     for name in layout.PROJECTION_EQUATIONS:
@@ -298,102 +324,38 @@ def _export(
   leaves: dict[str, np.ndarray], lora_config: LoraConfig
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
   """PEFT's tensors, and the ranks that `peft_config.to_json` takes."""
-  tensors = {}
-  ranks: dict[str, dict[str, int]] = {}  # of each module, by projection
-  for path in leaves:
+  modules: dict[str, dict[str, np.ndarray]] = {}
+  for path, leaf in leaves.items():
     match = _LEAF.fullmatch(path)
     if not match or match[2] not in hf_safetensors.MODULES:
-      raise ValueError(f'adapter: leaf {path} is no lora_a or lora_b.')
-    layer, name, _ = match.groups()
-    stem = f'layer_{layer}/{name}'
-    if not {f'{stem}/lora_a', f'{stem}/lora_b'} <= leaves.keys():
-      raise ValueError(f'adapter: {stem} needs both lora_a and lora_b.')
-  for path, a in leaves.items():
-    if not path.endswith('lora_a'):
-      continue
-    layer, name, _ = _LEAF.fullmatch(path).groups()
-    a, b = matrices(name, a, leaves[f'{path[:-1]}b'], lora_config)
-    # Ranks that differ between layers were padded with zeros in both factors.
-    used = np.flatnonzero(a.any(axis=1) | b.any(axis=0))
-    rank = int(used[-1]) + 1 if used.size else len(a)
-    a, b = a[:rank], b[:, :rank]
-    module = f'model.layers.{layer}.{hf_safetensors.MODULES[name]}'
-    ranks.setdefault(module.rpartition('.')[2], {})[module] = rank
-    for key, x in (('lora_A', a), ('lora_B', b)):
-      tensor = f'base_model.model.{module}.{key}.weight'
-      tensors[tensor] = np.ascontiguousarray(x, np.float32)
-  if not tensors:
+      raise ValueError(f'adapter: leaf {path} is none of an adapter.')
+    module, _, name = path.rpartition('/')
+    modules.setdefault(module, {})[name] = leaf
+  if not modules:
     raise ValueError('adapter: the tree has no factors, nothing to write.')
+  tensors = {}
+  ranks: dict[str, dict[str, int]] = {}  # of each module, by projection
+  for path, parts in modules.items():
+    if not {'lora_a', 'lora_b'} <= parts.keys():
+      raise ValueError(f'adapter: {path} needs both lora_a and lora_b.')
+    layer, name = path.removeprefix('layer_').split('/', 1)
+    rank, a, b = lora_config.rank_of(path), parts['lora_a'], parts['lora_b']
+    if a[..., rank:].any() or b[rank:].any():
+      raise ValueError(
+        f'adapter: {path} has rank {rank} but factors beyond it, expected '
+        'zeros there.'
+      )
+    a, b = peft_matrices.matrices(name, a[..., :rank], b[:rank], lora_config)
+    module = f'model.layers.{layer}.{hf_safetensors.MODULES[name]}'
+    ranks.setdefault(module.rpartition('.')[2], {})[module] = len(a)
+    written = {'lora_A.weight': a, 'lora_B.weight': b}
+    if 'lora_magnitude' in parts:
+      written['lora_magnitude_vector'] = parts['lora_magnitude'].ravel()
+    for key, x in written.items():
+      tensor = f'base_model.model.{module}.{key}'
+      tensors[tensor] = np.ascontiguousarray(x, np.float32)
   patterns: dict[str, int] = {}
   for projection, by_module in ranks.items():
     common = set(by_module.values())
     patterns |= {projection: common.pop()} if len(common) == 1 else by_module
   return tensors, patterns
-
-
-def matrices(
-  name: str, a: np.ndarray, b: np.ndarray, lora_config: LoraConfig
-) -> tuple[np.ndarray, np.ndarray]:
-  """One layer's factors as PEFT has them: A [r, inputs], B [outputs, r].
-
-  Args:
-    name: the projection, e.g. 'attn/q'.
-    a: lora_a of one layer, in the factorization of `lora_config`.
-    b: lora_b of that layer.
-    lora_config: tells the factorization; of `keras`, r is N times its rank.
-  """
-  if lora_config.factorization == 'keras' and name in _PER_HEAD:
-    return _keras_matrices(a, b)
-  rank = a.shape[-1]
-  return a.reshape(-1, rank).T, b.reshape(rank, -1).T
-
-
-def as_matrix(
-  factors: pytree.Tree, lora_config: LoraConfig, model_config: ModelConfig
-) -> pytree.Tree:
-  """The same adapter in the factorization `matrix`, of the same scale.
-
-  `keras` factors of q, k and v take rank N r (K r); others stay as they are.
-
-  Args:
-    factors: scanned tree in the factorization of `lora_config`.
-    lora_config: tells the factorization.
-    model_config: the base's architecture.
-  """
-  leaves = dict(pytree.items(jax.device_get(factors)))
-  for path in [path for path in leaves if path.endswith('/lora_a')]:
-    module = path.removesuffix('/lora_a')
-    name = module.removeprefix('layers/')
-    pairs = [
-      matrices(name, a, b, lora_config)
-      for a, b in zip(leaves[path], leaves[f'{module}/lora_b'], strict=True)
-    ]
-    a_shape, b_shape = factor_shapes(name, model_config, len(pairs[0][0]))
-    leaves[path] = np.stack([a.T.reshape(a_shape) for a, _ in pairs])
-    leaves[f'{module}/lora_b'] = np.stack(
-      [b.T.reshape(b_shape) for _, b in pairs]
-    )
-  return pytree.unflatten(leaves)
-
-
-# Projections whose outputs have a heads axis: the factorizations differ there.
-_PER_HEAD = ('attn/q', 'attn/k', 'attn/v')
-
-
-def _keras_matrices(
-  a: np.ndarray, b: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """Keras's factors as matrices with the same product.
-
-      A [N, D, r], B [r, H] → [N r, D], [N H, N r]
-
-  Head n's update A[n] B needs r rows of its own; B stands N times on the
-  diagonal.
-  """
-  num_heads, embed_dim, rank = a.shape
-  head_dim = b.shape[1]
-  rows = a.transpose(0, 2, 1).reshape(num_heads * rank, embed_dim)
-  blocks = np.zeros((num_heads, head_dim, num_heads, rank), b.dtype)
-  for n in range(num_heads):
-    blocks[n, :, n] = b.T
-  return rows, blocks.reshape(num_heads * head_dim, num_heads * rank)

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from gemma_jax.config import TARGET_PRESETS, LoraConfig
+from gemma_jax.config import PROJECTIONS, TARGET_PRESETS, LoraConfig
 
 # Options that decide nothing about a finished adapter.
 _IGNORED = frozenset({
@@ -39,6 +39,7 @@ _HONOURED = frozenset({
     'r',
     'rank_pattern',
     'target_modules',
+    'use_dora',
     'use_rslora',
 })  # fmt: skip
 
@@ -62,6 +63,7 @@ class Options:
   r: int
   lora_alpha: float
   use_rslora: bool
+  use_dora: bool
   lora_dropout: float
   target_modules: str | list[str]
   exclude_modules: str | list[str]
@@ -124,6 +126,7 @@ class Options:
       r=raw['r'],
       lora_alpha=float(raw['lora_alpha']),
       use_rslora=bool(raw.get('use_rslora')),
+      use_dora=bool(raw.get('use_dora')),
       lora_dropout=float(raw.get('lora_dropout', 0.0)),
       target_modules=raw.get('target_modules') or [],
       exclude_modules=raw.get('exclude_modules') or [],
@@ -155,20 +158,21 @@ class Options:
             f'adapter, expected the end of a name such as {min(modules)}.'
           )
 
-  def lora_config(
-    self, projections: tuple[str, ...], modules: set[Module]
-  ) -> LoraConfig:
+  def lora_config(self, modules: dict[str, Module]) -> LoraConfig:
     """The adapter as a LoraConfig; its scale is the common one.
 
     Args:
-      projections: short names of the targets: q, v, ...
-      modules: what the modules of the adapter say. If they agree, rank and
-        alpha are theirs, else those that hold without a pattern.
+      modules: what the options say of each adapted module, by its path in the
+        unrolled tree (layer_3/attn/q). If they agree, rank and alpha are
+        theirs, else those that hold without a pattern.
     """
     rank, alpha = self.r, self.lora_alpha
-    if len(modules) == 1:
-      (module,) = modules
+    if len(distinct := set(modules.values())) == 1:
+      (module,) = distinct
       rank, alpha = module.rank, module.alpha
+    ranks = {path: m.rank for path, m in modules.items() if m.rank != rank}
+    found = {path.rpartition('/')[2] for path in modules}
+    projections = [name for name in PROJECTIONS if name in found]
     pattern = '|'.join(projections)
     presets = {value: name for name, value in TARGET_PRESETS.items()}
     config = LoraConfig(
@@ -177,6 +181,8 @@ class Options:
       scale_rule='alpha_over_sqrt_r' if self.use_rslora else 'alpha_over_r',
       targets=presets.get(pattern, pattern),
       dropout=self.lora_dropout,
+      dora=self.use_dora,
+      ranks=ranks,
     )
     try:
       config.check()
@@ -222,7 +228,7 @@ def to_json(
     'rank_pattern': own,
     'target_modules': sorted({name.rpartition('.')[2] for name in ranks}),
     'task_type': 'CAUSAL_LM',
-    'use_dora': False,
+    'use_dora': lora_config.dora,
     'use_rslora': rslora,
   }
 

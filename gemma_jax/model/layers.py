@@ -10,6 +10,8 @@ from gemma_jax import lora
 class Einsum(nn.Module):
   """A projection y = x W, plus x A B where the collection `lora` has factors.
 
+  A gain, one number an output, multiplies the sum (DoRA, `lora.with_gains`).
+
   Attributes:
     equation: e.g. 'BTD,NDH->BTNH'.
     shape: of the kernel, e.g. (N, D, H).
@@ -34,6 +36,14 @@ class Einsum(nn.Module):
         self.get_variable('lora', 'lora_a'),
         self.get_variable('lora', 'lora_b'),
       )
+      if self.has_variable('lora', 'lora_magnitude'):
+        raise ValueError(
+          'lora: got magnitudes, expected gains; call lora.with_gains first.'
+        )
+      if self.has_variable('lora', 'lora_gain'):
+        gain = self.get_variable('lora', 'lora_gain')  # y has B, T before
+        gain = jnp.expand_dims(gain, (0, 1))
+        y = (y.astype(gain.dtype) * gain).astype(y.dtype)
     return y
 
 
