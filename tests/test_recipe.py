@@ -1,107 +1,80 @@
 """The README's recipe "use your adapter elsewhere", on the real Gemma 3 270M.
 
-An adapter is merged and written for transformers, and is loaded by PEFT on the
-base that was written for transformers: all three continue prompts alike.
+Its lines are run as they stand: an adapter is merged and written for
+transformers, and is loaded by PEFT on the base that was written for it. Both
+continue a prompt as `launch.generate` does.
 """
+
+import ast
+import json
+import os
+from pathlib import Path
+import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from gemma_jax import adapters, convert, lora, sample
-from gemma_jax.choice import SamplingConfig
+from gemma_jax import lora
 from gemma_jax.config import LoraConfig
 from gemma_jax.formats import peft, source
 
+ROOT = Path(__file__).parent.parent
 MODEL = 'gemma3_270m'
-PROMPTS = (
-  'Instruction:\nWhat should I do on a trip to Seoul?\n\nResponse:\n',
-  '서울에서 가볼 만한 곳은',
-)
-NEW_TOKENS = 24
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  """An adapter, and for transformers the base and the merged model."""
-  pytest.importorskip('transformers')  # before the work, not after it
-  path = tmp_path_factory.mktemp('recipe')
+def blocks() -> list[tuple[str, str]]:
+  """(language, text) of each block of code in the recipe, in order."""
+  readme = (ROOT / 'README.md').read_text('utf-8')
+  section = readme.split('## Use your adapter elsewhere\n')[1].split('\n## ')[0]
+  return re.findall(r'```(\w+)\n(.*?)```', section, re.DOTALL)
+
+
+def run(language: str, text: str, folder: Path) -> str:
+  """Runs a block in a folder; what it prints."""
+  if language == 'sh':
+    text = text.replace('python -m', f'{sys.executable} -m')
+    command = ['bash', '-e', '-c', text]
+  else:
+    command = [sys.executable, '-c', text]
+  environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+  found = subprocess.run(
+    command, cwd=folder, env=environment, capture_output=True, text=True
+  )
+  assert found.returncode == 0, found.stderr[-2000:]
+  return found.stdout
+
+
+def write_adapter(folder: Path):
+  """An adapter as after some training: B is no longer zero."""
   base = source.open_base(MODEL)
   config = LoraConfig(rank=4, alpha=8.0, targets='all')
-  factors = lora.init(jax.random.key(0), base.config, config)
-  # As after some training: B is no longer zero.
+  factors = jax.device_get(lora.init(jax.random.key(0), base.config, config))
   rng = np.random.default_rng(0)
-  factors = jax.tree_util.tree_map_with_path(
-    lambda p, x: (
-      x
-      if p[-1].key == 'lora_a'
-      else 0.02 * rng.standard_normal(x.shape, np.float32)
-    ),
-    factors,
-  )
-  peft.write_adapter(path / 'adapter', factors, config, MODEL)
-  convert.convert(MODEL, str(path / 'base'), 'hf', verify=False)
-  convert.convert(MODEL, str(path / 'merged'), 'hf', str(path / 'adapter'))
-  return path
+  for block in factors['layers'].values():
+    for leaves in block.values():
+      shape = leaves['lora_b'].shape
+      leaves['lora_b'] = 0.02 * rng.standard_normal(shape, np.float32)
+  peft.write_adapter(folder, factors, config, MODEL)
 
 
-@pytest.fixture(scope='module')
-def ours(folder):
-  """Greedy texts of the base and of the base with the adapter."""
-  base = source.open_base(MODEL)
-  tokenizer = base.tokenizer()
-  prompts = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in PROMPTS]
-  params = base.load_params()
-  sampler = sample.Sampler(base.config, tokenizer)
-  texts = []
-  for adapter in adapters.load_adapters([str(folder / 'adapter')], base.config):
-    made = sampler.generate(
-      adapter.variables(params),
-      prompts,
-      SamplingConfig(max_new_tokens=NEW_TOKENS),
-    )
-    texts.append([tokenizer.decode(row) for row in made.tokens])
-  plain, adapted = texts
-  assert plain != adapted
-  return adapted
-
-
-def continue_prompts(model, path):
-  """Greedy texts of a transformers model with the folder's own tokenizer."""
-  torch = pytest.importorskip('torch')
-  transformers = pytest.importorskip('transformers')
-  tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-  ours = source.open_base(MODEL).tokenizer()
-  texts = []
-  for prompt in PROMPTS:
-    inputs = tokenizer(prompt, return_tensors='pt')
-    ids = inputs['input_ids'][0].tolist()
-    assert ids == [ours.bos_id, *ours.encode(prompt)]
-    with torch.no_grad():
-      made = model.generate(
-        **inputs, do_sample=False, max_new_tokens=NEW_TOKENS
-      )
-    texts.append(
-      tokenizer.decode(made[0][len(ids) :], skip_special_tokens=True)
-    )
-  return texts
+def test_the_recipe_has_its_blocks():
+  assert [language for language, _ in blocks()] == ['sh', 'python', 'sh']
+  compile(blocks()[1][1], 'README.md', 'exec')
 
 
 @pytest.mark.real
 @pytest.mark.parity
 @pytest.mark.slow
-def test_merged_model_in_transformers(folder, ours):
-  transformers = pytest.importorskip('transformers')
-  model = transformers.AutoModelForCausalLM.from_pretrained(folder / 'merged')
-  assert continue_prompts(model, folder / 'merged') == ours
-
-
-@pytest.mark.real
-@pytest.mark.parity
-@pytest.mark.slow
-def test_peft_folder_on_the_base_in_transformers(folder, ours):
-  transformers = pytest.importorskip('transformers')
-  peft_package = pytest.importorskip('peft')
-  base = transformers.AutoModelForCausalLM.from_pretrained(folder / 'base')
-  model = peft_package.PeftModel.from_pretrained(base, folder / 'adapter')
-  assert continue_prompts(model, folder / 'base') == ours
+def test_merged_model_and_adapter_say_elsewhere_what_they_say_here(tmp_path):
+  write_adapter(tmp_path / 'DIR' / 'adapter')
+  convert, elsewhere, here = (run(*block, tmp_path) for block in blocks())
+  assert [json.loads(x)['output'] for x in convert.splitlines()] == [
+    'my_base', 'my_gemma',
+  ]  # fmt: skip
+  merged, by_peft = (ast.literal_eval(x)[0] for x in elsewhere.splitlines())
+  base, adapted = (json.loads(x)['text'] for x in here.splitlines())
+  assert merged == by_peft == adapted
+  assert adapted != base
