@@ -73,9 +73,7 @@ def load_adapters(
   ]
 
 
-def start_from(
-  config: TrainConfig, source: Any
-) -> tuple[TrainConfig, Any]:
+def start_from(config: TrainConfig, source: Any) -> tuple[TrainConfig, Any]:
   """The config with what the adapter at `lora.path` is, and its factors.
 
   Returns:

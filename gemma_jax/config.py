@@ -117,13 +117,14 @@ class LoraConfig(_Freezable):
     factorization: matrix (A [D, r], B [r, N, H]: the paper, PEFT) or keras
       (A takes the kernel's shape with r for its last axis).
     init: peft (kaiming_uniform, a = sqrt 5) or keras (he_uniform) for A.
-    dropout: rate on the adapter's input while training.
+    dropout: rate on the adapter's input while training; with DoRA on that of
+      B A alone (PEFT also drops inputs of the base's share of the gain).
     dora: train the length of each output's weights too (Liu et al. 2024).
     path: adapter to start from, a PEFT folder or a .lora.h5 file of Keras; all
       fields but dropout then become its own. '' starts a new one.
-    ranks: where the rank is another, by path, e.g. {'layer_[0-8]/.*': 4,
-      '.*/mlp/up': 16}; the first regex that matches the whole path counts. All
-      have one scale.
+    ranks: where the rank is another, by path (in an experiment's file), e.g.
+      {'layer_[0-8]/.*': 4, '.*/mlp/up': 16}; the first regex that matches the
+      whole path counts. All have one scale.
   """
 
   rank: int = 8

@@ -123,19 +123,17 @@ def init(
     column = tuple(sizes[c] for c in a[:-1])
     target_key = jax.random.fold_in(key, PROJECTIONS.index(path.split('/')[1]))
     limit = _limit(lora, column, equation, sizes)
+    ranks = _ranks(config, lora, path)
 
-    ranks = jnp.array(_ranks(config, lora, path))
-    rank = max(_ranks(config, lora, path))
-
-    def draw(layer, j, key=target_key, shape=column, limit=limit, ranks=ranks):
+    def draw(layer, rank, j, key=target_key, shape=column, limit=limit):
       key = jax.random.fold_in(jax.random.fold_in(key, layer), j)
       x = jax.random.uniform(key, shape, jnp.float32, -limit, limit)
-      return jnp.where(j < ranks[layer], x, 0.0)
+      return jnp.where(j < rank, x, 0.0)
 
-    columns = jax.vmap(draw, (None, 0), -1)
-    layers = jnp.arange(config.num_layers)
-    lora_a = jax.vmap(columns, (0, None))(layers, jnp.arange(rank))
-    b_shape = (rank, *(sizes[c] for c in b[1:]))
+    columns = jax.vmap(draw, (None, None, 0), -1)
+    layers, j = jnp.arange(config.num_layers), jnp.arange(max(ranks))
+    lora_a = jax.vmap(columns, (0, 0, None))(layers, jnp.array(ranks), j)
+    b_shape = (max(ranks), *(sizes[c] for c in b[1:]))
     tree[f'layers/{path}/lora_a'] = lora_a
     tree[f'layers/{path}/lora_b'] = jnp.zeros(
       (config.num_layers, *b_shape), jnp.float32
@@ -150,9 +148,9 @@ def init(
 
 
 def check_rank(config: ModelConfig, lora: LoraConfig) -> None:
-  """ValueError if a rank exceeds a target kernel's smaller side.
+  """ValueError if a rank exceeds the smaller side of a target's kernel.
 
-  So does a pattern of `lora.ranks` that matches no target.
+  Or if a pattern of `lora.ranks` matches no target.
   """
   sizes = layout.axis_sizes(config)
   modules = []

@@ -25,13 +25,14 @@ _FORMAT = flags.DEFINE_enum(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import summary
+  from gemma_jax import adapters, summary
   from gemma_jax.formats import source
 
   config = _CONFIG.value
   config.model.path = _MODEL.value or config.model.path
   config = config.resolve()
   base = source.open_base(config.model.path)
+  config, _ = adapters.start_from(config, base)
   dtype = config.model.dtype
   found = summary.summarize(
     config, base.config, jnp.dtype('float32' if dtype == 'auto' else dtype)
