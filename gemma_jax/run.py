@@ -153,7 +153,7 @@ class Program:
       params: the base, as `train_state.init_adapter` takes it.
     """
     if self.start is not None:
-      return self.start
+      return jax.tree.map(jax.numpy.asarray, self.start)
     return train_state.init_adapter(self.config, self.source.config, params)
 
   def check(self) -> None:
