@@ -60,11 +60,13 @@ def factor_axes(equation: str, factorization: str) -> tuple[str, str]:
 def leaf_axes(
   config: ModelConfig, lora: LoraConfig, scan_layers: bool = True
 ) -> dict[str, str]:
-  """Axis letters of every factor, by path; as `layout.param_axes`."""
+  """Axis letters of every leaf, by path; as `layout.param_axes`."""
   axes = {}
   for path, equation in target_paths(lora).items():
     a, b = factor_axes(equation, lora.factorization)
     axes |= {f'{path}/lora_a': a, f'{path}/lora_b': b}
+    if lora.dora:
+      axes[f'{path}/lora_magnitude'] = _outputs(equation)
   return layout.in_layers(axes, config, scan_layers)
 
 

@@ -75,6 +75,7 @@ def test_merged_model_and_adapter_say_elsewhere_what_they_say_here(tmp_path):
     'my_base', 'my_gemma',
   ]  # fmt: skip
   merged, by_peft = (ast.literal_eval(x)[0] for x in elsewhere.splitlines())
-  base, adapted = (json.loads(x)['text'] for x in here.splitlines())
+  adapted = json.loads(here)['text']
   assert merged == by_peft == adapted
-  assert adapted != base
+  plain = blocks()[2][1].replace('--adapter=DIR/adapter ', '')
+  assert json.loads(run('sh', plain, tmp_path))['text'] != adapted
