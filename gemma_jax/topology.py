@@ -69,8 +69,10 @@ class Topology:
     from jax.experimental import topologies
 
     # libtpu asks the network which TPU this machine is part of, unless it is
-    # told; any answer will do.
+    # told; any answer will do. And it allows one process at a time, which is
+    # for those that use a TPU.
     for key, value in (
+      ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
       ('TPU_SKIP_MDS_QUERY', '1'),
       ('TPU_WORKER_HOSTNAMES', 'localhost'),
       ('TPU_WORKER_ID', '0'),
