@@ -23,14 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gemma_jax import config as config_lib
 from gemma_jax import (
+  adapters,
   optimizer,
   pytree,
   sharding,
   train_state,
   train_step,
 )
+from gemma_jax import config as config_lib
 from gemma_jax import run as run_lib
 from gemma_jax.config import TrainConfig
 from gemma_jax.train_state import TrainState
@@ -74,11 +75,15 @@ class Gang:
     run: what they share, prepared for the largest rank.
   """
 
-  def __init__(self, configs: Sequence[TrainConfig]):
+  def __init__(
+    self, configs: Sequence[TrainConfig], run: run_lib.Program | None = None
+  ):
     """Prepares the run that the members share.
 
     Args:
       configs: resolved; they differ in `MEMBER_FIELDS` only.
+      run: of one of them, where it is prepared already; a `run.Program`
+        will do to compile.
 
     Raises:
       ValueError: no member, base leaves to train, or configs that differ in
@@ -108,7 +113,10 @@ class Gang:
         'anew, with one rank each. Train this config alone.'
       )
     self.configs = tuple(configs)
-    self.run = run_lib.prepare(max(configs, key=lambda c: c.lora.rank))
+    largest = max(configs, key=lambda config: config.lora.rank)
+    if run is None:
+      run = run_lib.prepare(largest)
+    self.run = dataclasses.replace(run, config=largest)
 
   def __len__(self) -> int:
     return len(self.configs)
@@ -132,11 +140,9 @@ class Gang:
     Args:
       params: the base, which DoRA starts from; no other adapter needs it.
     """
-    rank = self.run.config.lora.rank
-    init = lambda config: train_state.init_adapter(
-      config, self.run.source.config, params
-    )
-    return stack([pad(init(config), rank) for config in self.configs])
+    model_config = self.run.source.config
+    init = lambda c: train_state.init_adapter(c, model_config, params)
+    return stack(adapters.align([init(config) for config in self.configs]))
 
   @property
   def abstract(self) -> tuple[TrainState, Any]:
@@ -240,22 +246,8 @@ def make_eval_step(model, *, num_pieces: int | None):
   return jax.vmap(one, in_axes=(0, 0, None, None))
 
 
-def pad(factors: pytree.Tree, rank: int) -> pytree.Tree:
-  """Zeros behind the columns of A and the rows of B, up to a rank."""
-
-  def leaf(name, x):
-    axis = _rank_axis(name, x)
-    if axis is None:
-      return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, rank - x.shape[axis])
-    return jnp.pad(x, widths)
-
-  return pytree.map_with_name(leaf, factors)
-
-
 def cut(factors: pytree.Tree, rank: int) -> pytree.Tree:
-  """Undoes `pad`: the first `rank` columns of A and rows of B."""
+  """The first `rank` columns of A and rows of B: a member without padding."""
 
   def leaf(name, x):
     axis = _rank_axis(name, x)
