@@ -38,8 +38,8 @@ from gemma_jax.train_state import TrainState
 
 # In these fields the members of a gang may differ.
 MEMBER_FIELDS = (
-    'seed', 'lora/rank', 'lora/alpha', 'lora/scale_rule', 'lora/init',
-    'optimizer/learning_rate',
+    'seed', 'lora.rank', 'lora.alpha', 'lora.scale_rule', 'lora.init',
+    'optimizer.learning_rate',
 )  # fmt: skip
 
 # A state's axes under vmap: all members have finished the same updates.
@@ -56,11 +56,11 @@ class Members:
 
 
 def common_fields(config: TrainConfig) -> dict[str, Any]:
-  """The fields, by path, that all members of a gang share.
+  """The fields, by name, that all members of a gang share.
 
   The seed is one of them if the order of the data hangs on it.
   """
-  fields = dict(pytree.items(config_lib.to_dict(config)))
+  fields = config_lib.flatten(config_lib.to_dict(config))
   own = set(MEMBER_FIELDS)
   if config.data.order_seed < 0:
     own.remove('seed')
@@ -103,7 +103,7 @@ class Gang:
       for name in sorted(want.keys() | got.keys()):
         if want.get(name) != got.get(name):
           raise ValueError(
-            f'gang: {name.replace("/", ".")} is {want.get(name)!r} for one '
+            f'gang: {name} is {want.get(name)!r} for one '
             f'member and {got.get(name)!r} for another, expected one value. '
             'Train them in different gangs.'
           )

@@ -49,8 +49,14 @@ def check_same_config(workdir: str, config: TrainConfig) -> None:
   saved = _facts_to_keep(workdir)
   if saved is None:
     return
-  before = config_lib.flatten(saved['config'])
-  now = config_lib.flatten(config_lib.to_dict(config))
+  check_same_fields(workdir, saved['config'], config_lib.to_dict(config))
+
+
+def check_same_fields(
+  workdir: str, before: dict[str, Any], now: dict[str, Any]
+) -> None:
+  """ValueError with the first field that decides a result and differs."""
+  before, now = config_lib.flatten(before), config_lib.flatten(now)
   for name in sorted(before.keys() | now.keys()):
     if any(name == f or name.startswith(f'{f}.') for f in FREE_FIELDS):
       continue

@@ -120,8 +120,20 @@ def split(
   return train, heldout
 
 
+def heldout_part(record: records_lib.Record) -> str:
+  """'validation' or 'test', by bits of the hash that `split` does not read.
+
+  Half of the prompts each; choose on the former, report on the latter.
+  """
+  return 'test' if _digest(record)[6] < 128 else 'validation'
+
+
 def _place(record: records_lib.Record) -> float:
   """A hash of what precedes the last response, uniform in [0, 1)."""
+  return int.from_bytes(_digest(record)[:6], 'big') / 2**48
+
+
+def _digest(record: records_lib.Record) -> bytes:
   if 'tokens' in record:
     key: Any = [record['tokens'], record.get('loss_mask')]
   elif 'messages' in record:
@@ -132,8 +144,7 @@ def _place(record: records_lib.Record) -> float:
     key = [record['prompt'], '']
   else:
     key = [record['en'], record['ko']]
-  digest = hashlib.sha256(json.dumps(key).encode()).digest()
-  return int.from_bytes(digest[:6], 'big') / 2**48
+  return hashlib.sha256(json.dumps(key).encode()).digest()
 
 
 def _own_heldout(path: str) -> bool:

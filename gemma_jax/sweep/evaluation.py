@@ -1,0 +1,110 @@
+"""Held-out losses of many adapters in one pass over the records."""
+
+from collections.abc import Callable
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma_jax import gang, pytree, sharding, train_state
+from gemma_jax import workdir as workdir_lib
+from gemma_jax.config import TrainConfig
+from gemma_jax.data import pipeline
+from gemma_jax.evaluate import Evaluation, Stopped
+from gemma_jax.run import Run
+
+Stop = Callable[[], bool]
+
+
+def load_base(run: Run) -> Any:
+  """The base's parameters where the mesh wants them."""
+  return run.source.load_params(
+    run.dtype,
+    run.config.model.scan_layers,
+    jax.tree.map(lambda x: x.sharding, run.abstract[1]['params']),
+  )
+
+
+def evaluate_members(
+  eval_step: Callable[[Any], jax.Array],
+  run: Run,
+  size: int,
+  should_stop: Stop = lambda: False,
+) -> list[Evaluation]:
+  """Sums every member's losses by record.
+
+  Args:
+    eval_step: batch on the mesh → losses [K, B, T].
+    run: gives the records and the form of the batches.
+    size: K.
+    should_stop: asked before each batch.
+
+  Raises:
+    Stopped: should_stop said so.
+  """
+  data = run.config.data
+  nll = np.zeros((size, len(run.heldout)))
+  tokens = np.zeros(len(run.heldout), np.int64)
+  for batch, ids in pipeline.eval_batches(
+    run.heldout, data.seq_len, data.global_batch_size, data.packing
+  ):
+    if should_stop():
+      raise Stopped
+    placed = sharding.put_batch(batch, run.mesh)
+    losses = np.asarray(eval_step(placed), np.float64)
+    real = ids >= 0
+    for i in range(size):
+      np.add.at(nll[i], ids[real], losses[i][real])
+    np.add.at(tokens, ids[real], (batch['weights'] > 0)[real])
+  return [Evaluation(row, tokens) for row in nll]
+
+
+def evaluate_adapters(
+  members: gang.Gang,
+  params: Any,
+  adapters: pytree.Tree,
+  should_stop: Stop = lambda: False,
+) -> list[Evaluation]:
+  """Evaluates adapters that no training is at work on.
+
+  Args:
+    members: give scales and shapes.
+    params: from `load_base`.
+    adapters: of the members, leaves [K, ...].
+    should_stop: asked before each batch.
+  """
+  trainable, frozen = train_state.split(
+    {'params': params, 'lora': adapters}, members.run.config.trainable
+  )
+  trainable = jax.device_put(trainable, sharding.replicated(members.run.mesh))
+  step = members.compile_eval_step()
+  return evaluate_members(
+    lambda batch: step(trainable, members.members, frozen, batch),
+    members.run,
+    len(members),
+    should_stop,
+  )
+
+
+def evaluate_base(
+  config: TrainConfig, folder: str, should_stop: Stop = lambda: False
+) -> None:
+  """The cell of the base: an adapter before its first update is zero."""
+  os.makedirs(folder, exist_ok=True)
+  members = gang.Gang([config])
+  params = load_base(members.run)
+  (found,) = evaluate_adapters(
+    members, params, members.init_adapters(params), should_stop
+  )
+  write_cell(folder, 0, members.run, found)
+
+
+def write_cell(folder: str, step: int, run: Run, found: Evaluation) -> None:
+  """Writes a cell that was evaluated and not trained."""
+  os.makedirs(folder, exist_ok=True)
+  workdir_lib.write_heldout(
+    folder, step, run.heldout.record_ids, found.nll, found.tokens
+  )
+  result = {'steps': step, 'loss_adapted': found.nll_per_token}
+  workdir_lib.write_json(folder, 'result.json', result)

@@ -1,0 +1,282 @@
+"""A sweep's config, and the cells that it stands for.
+
+A `SweepConfig` is a `TrainConfig` with a grid: every cell is that config with
+one value of each axis. Cells share all else: the order of the data for a seed,
+and initial factors that are nested (A of a smaller rank is a prefix).
+"""
+
+from collections.abc import Iterator
+import copy
+import dataclasses
+import itertools
+import re
+from typing import Any
+
+import jax
+
+from gemma_jax import lora, pytree
+from gemma_jax.config import LoraConfig, TrainConfig, require
+from gemma_jax.model_config import ModelConfig
+
+RATE_RULES = ('constant', 'over_r', 'over_sqrt_r')
+BASELINES = ('base', 'full')
+
+
+@dataclasses.dataclass
+class GridConfig:
+  """The axes; an axis without values keeps the config's own.
+
+  Attributes:
+    ranks: `lora.rank`.
+    seeds: `seed`: of the initial A, dropout, and the order of the data unless
+      `data.order_seed` fixes that.
+    learning_rates: `optimizer.learning_rate`, before the rate rule.
+    scale_rules: `lora.scale_rule`.
+    rate_rules: constant, over_r or over_sqrt_r: the rate is divided by r, or
+      its root.
+    targets: `lora.targets`.
+    inits: `lora.init`.
+    factorizations: `lora.factorization`.
+    equal_parameters: ranks are those of the first target set and factorization;
+      the others' are solved for as many trainable parameters.
+    baselines: base (the model as it is) and full (the kernels of the first
+      target set trained whole).
+    full_learning_rates: of the full baseline; () takes `learning_rates`.
+    truncate: evaluate the largest rank's adapters cut to every smaller rank.
+    sample_prompts: held-out prompts that the adapters answer for the report.
+    sample_tokens: longest answer.
+    max_gang: most cells trained at once; 0 is as many as memory takes.
+    memory_gib: for a gang's training step; 0 is what is there.
+  """
+
+  ranks: tuple[int, ...] = ()
+  seeds: tuple[int, ...] = ()
+  learning_rates: tuple[float, ...] = ()
+  scale_rules: tuple[str, ...] = ()
+  rate_rules: tuple[str, ...] = ()
+  targets: tuple[str, ...] = ()
+  inits: tuple[str, ...] = ()
+  factorizations: tuple[str, ...] = ()
+  equal_parameters: bool = False
+  baselines: tuple[str, ...] = ('base',)
+  full_learning_rates: tuple[float, ...] = ()
+  truncate: bool = True
+  sample_prompts: int = 3
+  sample_tokens: int = 48
+  max_gang: int = 0
+  memory_gib: float = 0.0
+
+  def check(self):
+    axes = [getattr(self, name) for name in AXES]
+    for name, values in zip(AXES, axes, strict=True):
+      require(
+        isinstance(values, tuple | list),
+        f'grid.{name}',
+        values,
+        'a tuple of values',
+      )
+    require(
+      any(axes),
+      'grid',
+      (),
+      'an axis with values',
+      'Set e.g. --config.grid.ranks="(1,2,4)".',
+    )
+    for name, choices in (('rate_rules', RATE_RULES), ('baselines', BASELINES)):
+      for value in getattr(self, name):
+        expected = 'values of ' + ', '.join(choices)
+        require(value in choices, f'grid.{name}', value, expected)
+    for name in ('sample_prompts', 'sample_tokens', 'max_gang'):
+      value = getattr(self, name)
+      is_fine = isinstance(value, int) and value >= 0
+      require(is_fine, f'grid.{name}', value, 'an integer >= 0')
+
+
+# In the order in which cells are made: the first changes least often.
+AXES = (
+  'targets',
+  'factorizations',
+  'inits',
+  'scale_rules',
+  'rate_rules',
+  'seeds',
+  'learning_rates',
+  'ranks',
+)
+
+
+@dataclasses.dataclass
+class SweepConfig(TrainConfig):
+  """A `TrainConfig` whose runs differ along the axes of `grid`."""
+
+  grid: GridConfig = dataclasses.field(default_factory=GridConfig)
+
+  def resolve(self) -> 'SweepConfig':
+    """A checked, frozen copy; cells are checked one by one, later."""
+    config = super().resolve()
+    config.grid.check()
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One run of a sweep.
+
+  Attributes:
+    name: of its folder; distinct.
+    kind: base, lora or full.
+    config: not resolved yet.
+    axes: what tells it from the others, for tables: `rank`, `seed`,
+      `learning_rate` (before the rule), `scale_rule`, `rate_rule`, `targets`,
+      `init`, `factorization`.
+  """
+
+  name: str
+  kind: str
+  config: TrainConfig
+  axes: dict[str, Any]
+
+
+def make_cells(config: SweepConfig, model_config: ModelConfig) -> list[Cell]:
+  """All cells of a sweep, baselines first.
+
+  Args:
+    config: resolved.
+    model_config: the base's architecture, for equal parameters.
+
+  Raises:
+    ValueError: two cells that are the same.
+  """
+  grid = config.grid
+  values = {name: getattr(grid, name) for name in AXES}
+  cells = []
+  if 'base' in grid.baselines:
+    cells.append(Cell('base', 'base', _train_config(config), {}))
+  if 'full' in grid.baselines:
+    cells += _full_cells(config)
+  for combination in _product(values, config):
+    axes = dict(combination)
+    if grid.equal_parameters:
+      axes['rank'] = _equal_rank(config, axes, model_config)
+    cells.append(
+      Cell(_name(axes, values), 'lora', _lora_config(config, axes), axes)
+    )
+  seen = set()
+  for cell in cells:
+    if cell.name in seen:
+      raise ValueError(
+        f'grid: got the cell {cell.name} twice, expected distinct cells. '
+        'Take the repeated value out of its axis (with equal_parameters, ranks '
+        'that are solved to the same).'
+      )
+    seen.add(cell.name)
+  return cells
+
+
+def parameters_per_rank(config: ModelConfig, settings: LoraConfig) -> int:
+  """Adapter parameters that one more rank costs."""
+  settings = dataclasses.replace(settings, rank=1)
+  return pytree.num_params(
+    jax.eval_shape(lambda: lora.init(jax.random.key(0), config, settings))
+  )
+
+
+def _product(values, config) -> Iterator[dict[str, Any]]:
+  """One value of each axis, by its singular name."""
+  own = {
+    'targets': config.lora.targets,
+    'factorizations': config.lora.factorization,
+    'inits': config.lora.init,
+    'scale_rules': config.lora.scale_rule,
+    'rate_rules': 'constant',
+    'seeds': config.seed,
+    'learning_rates': config.optimizer.learning_rate,
+    'ranks': config.lora.rank,
+  }
+  columns = [values[name] or (own[name],) for name in AXES]
+  for row in itertools.product(*columns):
+    yield {
+      'targets' if name == 'targets' else name[:-1]: value
+      for name, value in zip(AXES, row, strict=True)
+    }
+
+
+def _equal_rank(config, axes, model_config) -> int:
+  """The rank that makes a cell as large as its first sibling's rank."""
+  grid = config.grid
+
+  def per_rank(targets, factorization):
+    return parameters_per_rank(
+      model_config,
+      dataclasses.replace(
+        config.lora, targets=targets, factorization=factorization
+      ),
+    )
+
+  first = per_rank(
+    *(
+      (getattr(grid, name) or (getattr(config.lora, single),))[0]
+      for name, single in (
+        ('targets', 'targets'),
+        ('factorizations', 'factorization'),
+      )
+    )
+  )
+  mine = per_rank(axes['targets'], axes['factorization'])
+  return max(1, round(axes['rank'] * first / mine))
+
+
+def _lora_config(config: SweepConfig, axes: dict[str, Any]) -> TrainConfig:
+  """The `TrainConfig` of a cell."""
+  made = _train_config(config)
+  made.seed = axes['seed']
+  names = ('rank', 'scale_rule', 'targets', 'init', 'factorization')
+  for name in names:
+    setattr(made.lora, name, axes[name])
+  power = {'constant': 0, 'over_r': 1, 'over_sqrt_r': 0.5}[axes['rate_rule']]
+  rate = axes['learning_rate'] / axes['rank'] ** power
+  made.optimizer.learning_rate = rate
+  return made
+
+
+def _full_cells(config: SweepConfig) -> list[Cell]:
+  """The kernels under the first target set trained whole, no adapter."""
+  grid = config.grid
+  cells = []
+  rates = grid.full_learning_rates or grid.learning_rates
+  for seed in grid.seeds or (config.seed,):
+    for rate in rates or (config.optimizer.learning_rate,):
+      made = _train_config(config)
+      made.seed = seed
+      made.optimizer.learning_rate = rate
+      made.lora.targets = (grid.targets or (config.lora.targets,))[0]
+      made.lora.rank = 1  # stays at its initial B = 0
+      names = '|'.join(made.lora.target_names)
+      made.trainable = (rf'params/layer(s|_\d+)/\w+/({names})/w',)
+      axes = {
+        'targets': made.lora.targets, 'seed': seed, 'learning_rate': rate
+      }  # fmt: skip
+      cells.append(Cell(f'full-s{seed}-lr{rate:g}', 'full', made, axes))
+  return cells
+
+
+def _train_config(config: SweepConfig) -> TrainConfig:
+  """The sweep's config without its grid, mutable."""
+  names = [field.name for field in dataclasses.fields(TrainConfig)]
+  made = TrainConfig(**{n: copy.deepcopy(getattr(config, n)) for n in names})
+  for part in vars(made).values():
+    if dataclasses.is_dataclass(part):
+      vars(part).pop('_is_frozen', None)
+  return made
+
+
+def _name(axes: dict[str, Any], values: dict[str, tuple[Any, ...]]) -> str:
+  """'r8-s0-lr0.001', with the values of other axes that vary in front."""
+  parts = []
+  for name in AXES[:5]:
+    if len(values[name]) > 1:
+      parts.append(axes['targets' if name == 'targets' else name[:-1]])
+  parts += [
+    f'r{axes["rank"]}', f's{axes["seed"]}', f'lr{axes["learning_rate"]:g}'
+  ]  # fmt: skip
+  return re.sub(r'[^\w.+-]+', '_', '-'.join(parts))

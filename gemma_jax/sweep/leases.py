@@ -1,0 +1,157 @@
+"""Who works on what, agreed through a shared folder alone.
+
+A job's leases are files NAME.0, NAME.1, ...; the last one holds. Making a file
+that must not exist yet is atomic, so of several machines that want a job, or
+that find its lease expired, exactly one makes the next file. The holder touches
+its file; a lease that nobody has touched for long, or whose process on this
+very machine has died, has expired. All times are the folder's own: machines'
+clocks need not agree.
+
+A machine that sleeps for longer than a lease lasts may wake up while another
+one does its job: it asks `is_held` before it writes a result.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+import socket
+import threading
+import uuid
+
+EXPIRY_SECS = 120.0
+
+
+class Lease:
+  """A lease that this process holds, touched by a thread until `release`."""
+
+  def __init__(self, path: Path, expiry_secs: float):
+    self.path = path
+    self._done = threading.Event()
+    self._thread = threading.Thread(
+      target=self._touch, args=(expiry_secs / 4,), daemon=True
+    )
+    self._thread.start()
+
+  def is_held(self) -> bool:
+    """Whether nobody has taken it over."""
+    name, number = _parts(self.path)
+    return not _path(self.path.parent, name, number + 1).exists()
+
+  def release(self) -> None:
+    """Lets the next one take the job at once."""
+    self._done.set()
+    self._thread.join()
+    if self.is_held():
+      # An old time, not a removal: a number is never used twice.
+      os.utime(self.path, (0, 0))
+
+  def _touch(self, every_secs: float):
+    while not self._done.wait(every_secs):
+      # A folder that cannot be reached for a moment: try again.
+      with contextlib.suppress(OSError):
+        os.utime(self.path)
+
+
+def take(
+  folder: str | os.PathLike, name: str, expiry_secs: float = EXPIRY_SECS
+) -> Lease | None:
+  """Takes a job if nobody holds it; None if somebody does.
+
+  Args:
+    folder: of the leases, shared by all machines; made if it is not there.
+    name: of the job.
+    expiry_secs: how long a lease holds that is not touched.
+  """
+  folder = Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  numbers = [
+    int(p.suffix[1:]) for p in folder.glob(f'{name}.*') if _is_lease(p, name)
+  ]
+  last = max(numbers, default=-1)
+  if last >= 0 and not _expired(_path(folder, name, last), expiry_secs):
+    return None
+  path = _path(folder, name, last + 1)
+  try:
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+  except FileExistsError:
+    return None
+  with os.fdopen(descriptor, 'w') as f:
+    json.dump(_me(), f)
+  return Lease(path, expiry_secs)
+
+
+def is_free(
+  folder: str | os.PathLike, name: str, expiry_secs: float = EXPIRY_SECS
+) -> bool:
+  """Whether nobody holds a job."""
+  found = [p for p in Path(folder).glob(f'{name}.*') if _is_lease(p, name)]
+  if not found:
+    return True
+  return _expired(max(found, key=lambda p: _parts(p)[1]), expiry_secs)
+
+
+def _expired(path: Path, expiry_secs: float) -> bool:
+  touched = path.stat().st_mtime
+  if touched == 0:  # released
+    return True
+  try:
+    holder = json.loads(path.read_text())
+  except json.JSONDecodeError:  # made a moment ago, or its maker died there
+    holder = {}
+  if holder.get('host') == socket.gethostname() and holder.get(
+    'started'
+  ) != _started(holder['pid']):
+    return True
+  return _now(path.parent) - touched > expiry_secs
+
+
+def _now(folder: Path) -> float:
+  """The time by the clock that stamps the folder's files."""
+  probe = folder / f'.clock-{uuid.uuid4().hex}'
+  probe.touch()
+  now = probe.stat().st_mtime
+  probe.unlink()
+  return now
+
+
+def _me() -> dict[str, object]:
+  pid = os.getpid()
+  return {'host': socket.gethostname(), 'pid': pid, 'started': _started(pid)}
+
+
+def _started(pid: int) -> str | None:
+  """When a process of this machine began, or None if there is none.
+
+  Process ids are used again; with its beginning an id is one process. Where
+  the system does not tell, a live id counts as the process.
+  """
+  try:
+    stat = Path(f'/proc/{pid}/stat').read_text()
+    fields = stat.rpartition(')')[2].split()
+    return None if fields[0] == 'Z' else fields[19]
+  except OSError:
+    pass
+  if os.path.isdir('/proc/self'):
+    return None
+  try:
+    os.kill(pid, 0)
+    return 'alive'
+  except ProcessLookupError:
+    return None
+  except PermissionError:
+    return 'alive'
+
+
+def _path(folder: Path, name: str, number: int) -> Path:
+  return folder / f'{name}.{number}'
+
+
+def _parts(path: Path) -> tuple[str, int]:
+  name, _, number = path.name.rpartition('.')
+  return name, int(number)
+
+
+def _is_lease(path: Path, name: str) -> bool:
+  head, _, number = path.name.rpartition('.')
+  return head == name and number.isdecimal()

@@ -1,0 +1,209 @@
+"""What a sweep's folder holds, and who may go on with it.
+
+manifest.json     config, fingerprints, cells and jobs; made once, then kept
+heldout.jsonl     a line a held-out record: index, part, category, prompt
+leases/           who works on which job (`leases`)
+cells/NAME/       of a cell: heldout/, spectrum/, metrics.jsonl, adapter/ and
+                  result.json, or failed.json
+jobs/NAME/        checkpoints of a gang that is being trained
+samples.jsonl     answers of the base and of each rank, side by side
+
+Held-out records are validation or test by a hash of their prompt: rates are
+chosen on the former, losses reported on the latter.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import logging
+
+from gemma_jax import config as config_lib
+from gemma_jax import files, gang, lora, summary
+from gemma_jax import run as run_lib
+from gemma_jax import workdir as workdir_lib
+from gemma_jax.config import TrainConfig
+from gemma_jax.data import sources
+from gemma_jax.formats import source as source_lib
+from gemma_jax.sweep import plan
+from gemma_jax.sweep.grid import Cell, SweepConfig, make_cells
+
+NAME = 'manifest.json'
+
+
+def check_same_sweep(workdir: str, config: SweepConfig) -> bool:
+  """Whether the folder has a manifest; ValueError if it is of another sweep."""
+  saved = workdir_lib.read_json(workdir, NAME)
+  if saved is None:
+    if any(Path(workdir).glob('run.json')):
+      raise ValueError(
+        f'workdir {workdir}: is of a single run, expected an empty folder or '
+        'one of this sweep. Use another workdir.'
+      )
+    return False
+  workdir_lib.check_same_fields(
+    workdir, saved['config'], config_lib.to_dict(config)
+  )
+  return True
+
+
+class Draft(NamedTuple):
+  """A sweep before anything is written.
+
+  Attributes:
+    cells: all of them.
+    resolved: configs of those that can run, by name.
+    refused: why the others cannot, by name.
+    run: one of the cells, prepared: its base and its records.
+    heldout: lines of heldout.jsonl.
+  """
+
+  cells: list[Cell]
+  resolved: dict[str, TrainConfig]
+  refused: dict[str, str]
+  run: run_lib.Run
+  heldout: list[dict[str, Any]]
+
+
+def draft(config: SweepConfig) -> Draft:
+  """Makes the cells and reads the records.
+
+  Raises:
+    ValueError: nothing of the sweep can run.
+  """
+  source = source_lib.open_base(config.model.path, config.model.tokenizer)
+  cells = make_cells(config, source.config)
+  refused, resolved = {}, {}
+  for cell in cells:
+    try:
+      each = cell.config.resolve()
+      lora.check_rank(source.config, each.lora)
+      resolved[cell.name] = each
+    except ValueError as e:
+      refused[cell.name] = str(e)
+      logging.warning('The cell %s is refused: %s', cell.name, e)
+  adapters = [cell for cell in cells if cell.kind != 'base']
+  if all(cell.name in refused for cell in adapters):
+    raise ValueError(
+      f'grid: got {len(adapters)} cells and all of them are refused, the first '
+      f'because: {next(iter(refused.values()))}'
+    )
+  run = run_lib.prepare(next(iter(resolved.values())))
+  return Draft(cells, resolved, refused, run, _heldout(config, run))
+
+
+def make(config: SweepConfig, workdir: str, made: Draft) -> None:
+  """Plans the jobs of a drafted sweep and writes the manifest, last."""
+  jobs = _jobs(config, made)
+  for name, error in made.refused.items():
+    folder = cell_folder(workdir, name)
+    os.makedirs(folder, exist_ok=True)
+    workdir_lib.write_json(folder, 'failed.json', {'error': error})
+  files.write_json_lines(f'{workdir}/heldout.jsonl', made.heldout)
+  source = made.run.source
+  workdir_lib.write_json(
+    workdir,
+    NAME,
+    {
+      'config': config_lib.to_dict(config),
+      'fingerprints': made.run.fingerprints(),
+      'base': source.reference,
+      'steps': made.run.steps,
+      'cells': [
+        _entry(cell, source.config, made.refused) for cell in made.cells
+      ],
+      'jobs': jobs,
+    },
+  )
+
+
+def cell_folder(workdir: str, name: str) -> str:
+  """Of a cell."""
+  return os.path.join(workdir, 'cells', name)
+
+
+def has_ended(workdir: str, names: list[str]) -> bool:
+  """Whether every cell has a result or a failure."""
+  return all(
+    any(
+      os.path.exists(os.path.join(cell_folder(workdir, name), file))
+      for file in ('result.json', 'failed.json')
+    )
+    for name in names
+  )
+
+
+def _entry(cell: Cell, model_config, refused) -> dict[str, Any]:
+  """A cell as the manifest shows it."""
+  entry = {'name': cell.name, 'kind': cell.kind, 'axes': cell.axes}
+  if cell.kind == 'base' or cell.name in refused:
+    return {**entry, 'trainable_parameters': 0}
+  config = cell.config.resolve()
+  counts = summary.summarize(config, model_config).counts
+  entry['trainable_parameters'] = counts['trainable']
+  entry['rate'] = config.optimizer.learning_rate
+  if cell.kind == 'lora':
+    entry['scale'] = config.lora.scale
+  return entry
+
+
+def _jobs(config: SweepConfig, made: Draft) -> list[dict[str, Any]]:
+  """Base and full cells alone, the others in gangs that fit in memory."""
+  cells, resolved = made.cells, made.resolved
+  jobs = [
+    {'name': cell.name, 'kind': cell.kind, 'cells': [cell.name]}
+    for cell in cells
+    if cell.kind != 'lora' and cell.name in resolved
+  ]
+  groups: dict[str, list[str]] = {}
+  for cell in cells:
+    if cell.kind == 'lora' and cell.name in resolved:
+      fields = gang.common_fields(resolved[cell.name])
+      groups.setdefault(json.dumps(fields, sort_keys=True), []).append(
+        cell.name
+      )
+  sizes: dict[tuple[int, int, str], list[list[int]]] = {}
+  for names in groups.values():
+    configs = [resolved[name] for name in names]
+    # Groups that differ in the seed alone need the same memory.
+    largest = max(c.lora.rank for c in configs)
+    key = (len(names), largest, configs[0].lora.targets)
+    if key not in sizes:
+      sizes[key] = plan.split(
+        configs, config.grid.max_gang, int(config.grid.memory_gib * 2**30)
+      )
+    for part in sizes[key]:
+      jobs.append(
+        {
+          'name': f'gang-{len(jobs)}',
+          'kind': 'gang',
+          'cells': [names[i] for i in part],
+        }
+      )
+  return jobs
+
+
+def _heldout(config: SweepConfig, run: run_lib.Run) -> list[dict[str, Any]]:
+  """What is known of each held-out record, beside the sweep's results."""
+  records = sources.load_records(config.data).heldout
+  rows = []
+  for index in run.heldout.record_ids.tolist():
+    record = records[index]
+    rows.append(
+      {
+        'index': index,
+        'part': sources.heldout_part(record),
+        'category': record.get('category', ''),
+        'prompt': record.get('instruction') or record.get('prompt') or '',
+        'context': record.get('context') or '',
+      }
+    )
+  parts = {row['part'] for row in rows}
+  if len(parts) < 2:
+    raise ValueError(
+      f'data: the {len(rows)} held-out records are all of one part '
+      f'({parts.pop()}), expected some of validation and some of test. Hold '
+      'out more records, or raise data.max_eval_records.'
+    )
+  return rows

@@ -1,0 +1,168 @@
+"""Takes a sweep's jobs from its folder until none is left.
+
+The same command on any number of machines that share the folder, and the same
+command again after a kill: what is finished stays, what nobody holds is taken.
+"""
+
+from collections.abc import Callable
+import shutil
+import time
+from typing import Any
+
+from absl import logging
+import jax
+
+from gemma_jax import train
+from gemma_jax import workdir as workdir_lib
+from gemma_jax.evaluate import Stopped
+from gemma_jax.formats import source as source_lib
+from gemma_jax.sweep import (
+  closing,
+  evaluation,
+  gang_run,
+  leases,
+  manifest,
+  results,
+)
+from gemma_jax.sweep.grid import SweepConfig, make_cells
+
+POLL_SECS = 2.0
+
+# What a cell's config or numbers can raise; the sweep goes on without it.
+_CELL_ERRORS = (ValueError, FloatingPointError)
+
+
+def run(
+  config: SweepConfig,
+  workdir: str,
+  should_stop: Callable[[], bool] = lambda: False,
+) -> results.Sweep:
+  """Works until every cell has ended, here or elsewhere.
+
+  Args:
+    config: resolved.
+    workdir: shared by the machines that take part.
+    should_stop: asked at every step and while others work.
+
+  Raises:
+    ValueError: the folder is another sweep's, or nothing can run.
+    Stopped: should_stop said so, and the last finished step is saved.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'processes: got {jax.process_count()}, expected 1: a sweep is shared by '
+      'machines of one host each, through its folder.'
+    )
+  if '://' in workdir:
+    raise ValueError(
+      f'workdir: got {workdir}, expected a folder that is mounted: the leases '
+      'of a sweep need a file system.'
+    )
+  workdir_lib.check_writable(workdir)
+  _plan(config, workdir, should_stop)
+  worker = _Worker(config, workdir, should_stop)
+  jobs = workdir_lib.read_json(workdir, manifest.NAME)['jobs']
+  for stage in (jobs, [{'name': 'closing', 'kind': 'closing', 'cells': []}]):
+    worker.work(stage)
+  return results.read(workdir)
+
+
+def _plan(config, workdir, should_stop) -> None:
+  """Makes the manifest, or waits for the machine that does."""
+  draft = None
+  while not manifest.check_same_sweep(workdir, config):
+    # What can be refused is refused before anything is written.
+    draft = draft or manifest.draft(config)
+    lease = leases.take(f'{workdir}/leases', 'plan')
+    if lease is None:
+      _wait(should_stop)
+      continue
+    try:
+      if not manifest.check_same_sweep(workdir, config):
+        manifest.make(config, workdir, draft)
+    finally:
+      lease.release()
+
+
+class _Worker:
+  """This process's part in a sweep."""
+
+  def __init__(self, config, workdir, should_stop):
+    source = source_lib.open_base(config.model.path, config.model.tokenizer)
+    self.config = config
+    self.workdir = workdir
+    self.should_stop = should_stop
+    self.leases = f'{workdir}/leases'
+    self.cells = {
+      cell.name: cell.config for cell in make_cells(config, source.config)
+    }
+
+  def work(self, jobs: list[dict[str, Any]]) -> None:
+    """Does the jobs that are free until all of them have ended."""
+    while waiting := [job for job in jobs if not self._has_ended(job)]:
+      if self.should_stop():
+        raise Stopped
+      for job in waiting:
+        lease = leases.take(self.leases, job['name'])
+        if lease is not None:
+          break
+      else:
+        _wait(self.should_stop)
+        continue
+      try:
+        if not self._has_ended(job):  # by who had it before
+          self._do(job, lease)
+      finally:
+        lease.release()
+
+  def _has_ended(self, job) -> bool:
+    if job['kind'] == 'closing':
+      return workdir_lib.read_json(self.workdir, 'closed.json') is not None
+    return manifest.has_ended(self.workdir, job['cells'])
+
+  def _do(self, job: dict[str, Any], lease: leases.Lease) -> None:
+    folders = [manifest.cell_folder(self.workdir, n) for n in job['cells']]
+
+    def should_stop():
+      # Who lost the job must not write: another machine has it.
+      return self.should_stop() or not lease.is_held()
+
+    logging.info('Job %s: %s', job['name'], ' '.join(job['cells']))
+    try:
+      configs = [self.cells[name].resolve() for name in job['cells']]
+      if job['kind'] == 'closing':
+        self._close(should_stop)
+      elif job['kind'] == 'base':
+        evaluation.evaluate_base(configs[0], folders[0], should_stop)
+      elif job['kind'] == 'full':
+        train.train(configs[0], folders[0], should_stop)
+        shutil.rmtree(f'{folders[0]}/checkpoints', ignore_errors=True)
+      else:
+        gang_run.train_gang(
+          configs, folders, f'{self.workdir}/jobs/{job["name"]}', should_stop
+        )
+    except _CELL_ERRORS as e:
+      if job['kind'] == 'closing':
+        raise
+      logging.warning('Job %s failed: %s', job['name'], e)
+      for folder in folders:
+        if workdir_lib.read_json(folder, 'result.json') is None:
+          workdir_lib.write_json(folder, 'failed.json', {'error': str(e)})
+    except Stopped:
+      if self.should_stop():
+        raise
+      logging.warning('Another machine has taken over %s', job['name'])
+
+  def _close(self, should_stop) -> None:
+    configs = {}
+    for cell in results.read(self.workdir).finished('lora'):
+      configs[cell.name] = self.cells[cell.name].resolve()
+    closing.close(configs, self.config.grid, self.workdir, should_stop)
+    shutil.rmtree(f'{self.workdir}/jobs', ignore_errors=True)
+    workdir_lib.write_json(self.workdir, 'closed.json', {})
+
+
+def _wait(should_stop: Callable[[], bool]) -> None:
+  if should_stop():
+    raise Stopped
+  time.sleep(POLL_SECS)

@@ -1,0 +1,53 @@
+"""Trains a grid of adapters, many at once, and compares them fairly.
+
+  python -m launch.sweep --config=experiments/rank_ablation.py --workdir=DIR
+
+The same command again goes on after a stop or a kill; on another machine that
+shares the folder it takes part. Any field can be set, e.g.
+--config.grid.ranks="(1,4,16)" --config.data.path=FILE. Standard output is the
+table of cells; `python -m experiments.report DIR` makes the report.
+"""
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from launch import app
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config',
+  'experiments/rank_ablation.py',
+  'File whose get_config() has a grid.',
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the sweep; machines that take part share it.'
+)
+
+
+def main() -> int:
+  """Runs the command."""
+  from gemma_jax.evaluate import Stopped
+  from gemma_jax.sweep import grid, results, worker
+
+  if not _WORKDIR.value:
+    app.fail('--workdir: missing, expected a folder for the sweep')
+  if not isinstance(_CONFIG.value, grid.SweepConfig):
+    app.fail(
+      '--config: got an experiment without a grid, expected e.g. '
+      'experiments/rank_ablation.py; launch.train runs a single one'
+    )
+  config = _CONFIG.value.resolve()
+  app.set_compilation_cache(config.compilation_cache)
+  try:
+    with app.stop_on_signal() as should_stop:
+      sweep = worker.run(config, _WORKDIR.value, should_stop)
+  except Stopped:
+    logging.warning('Run the same command again to resume.')
+    return app.EXIT_RESUMABLE
+  print(results.table(sweep))
+  if not sweep.finished('lora') and not sweep.finished('full'):
+    app.fail('sweep: every cell failed; the table above says why')
+  return 0
+
+
+if __name__ == '__main__':
+  app.run(main)
