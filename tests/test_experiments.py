@@ -6,8 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from gemma_jax import summary, train_state, variants
+from gemma_jax import lora, summary, train_state, variants
 from gemma_jax.data import templates
+from gemma_jax.sweep import grid
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(
@@ -37,8 +38,30 @@ def test_card_and_config(name):
   assert len(jax.tree.leaves(adapter['lora'])) > 0
 
 
+SWEEPS = [name for name in NAMES if name.endswith('_ablation')]
+
+
+@pytest.mark.parametrize('name', SWEEPS)
+def test_no_cell_of_a_sweep_is_refused(name):
+  config = importlib.import_module(f'experiments.{name}').get_config().resolve()
+  model_config = variant_of(config)
+  cells = [
+    cell
+    for cell in grid.make_cells(config, model_config)
+    if cell.kind == 'lora'
+  ]
+  arms = {}
+  for cell in cells:
+    lora.check_rank(model_config, cell.config.resolve().lora)
+    rest = {k: v for k, v in cell.axes.items() if k != 'learning_rate'}
+    arms.setdefault(str(rest), set()).add(cell.axes['learning_rate'])
+  assert len(arms) >= 18  # six arms, three seeds
+  assert all(len(rates) >= 3 for rates in arms.values())
+
+
 def test_there_are_experiments():
   assert {'quickstart', 'dolly_lora', 'keras_tutorial', 'korean'} <= set(NAMES)
+  assert len(SWEEPS) == 5
 
 
 def test_the_tutorial_runs_on_another_base():

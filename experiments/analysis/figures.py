@@ -1,0 +1,276 @@
+"""The report's figures, each in a light and a dark version.
+
+Lines of ranks take their colours from viridis, cut so that all of them stand
+out on their ground, and a marker each, so that no one needs to tell colours;
+maps use cividis. Both are made for colour-blind readers. Sizes suit a phone.
+"""
+
+from collections.abc import Callable
+import contextlib
+
+import matplotlib
+
+matplotlib.use('Agg')
+
+from matplotlib import pyplot as plt
+import numpy as np
+
+from experiments.analysis import compare, spectra
+from gemma_jax.sweep.results import Sweep
+
+SIZE = (4.6, 3.3)  # inches; 1 inch is 96 CSS pixels
+MARKERS = 'os^Dv<>Pp*Xhd'
+THEMES = {
+  'light': {'ground': '#ffffff', 'ink': '#1b1f24', 'grid': '#d5d9de',
+            'range': (0.0, 0.8)},
+  'dark': {'ground': '#14171b', 'ink': '#e8eaed', 'grid': '#3a4048',
+           'range': (0.4, 1.0)},
+}  # fmt: skip
+
+Draw = Callable[[plt.Figure, dict], None]
+
+
+@contextlib.contextmanager
+def theme(name: str):
+  """Matplotlib's settings for a theme; yields its colours."""
+  colours = THEMES[name]
+  ink, ground = colours['ink'], colours['ground']
+  settings = {
+    'figure.facecolor': ground,
+    'axes.facecolor': ground,
+    'savefig.facecolor': ground,
+    'text.color': ink,
+    'axes.labelcolor': ink,
+    'axes.edgecolor': ink,
+    'xtick.color': ink,
+    'ytick.color': ink,
+    'grid.color': colours['grid'],
+    'axes.grid': True,
+    'axes.axisbelow': True,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'font.size': 10,
+    'legend.fontsize': 9,
+    'legend.frameon': False,
+    'figure.constrained_layout.use': True,
+    'svg.hashsalt': 'gemma_jax',  # the same figure is the same file
+  }
+  with matplotlib.rc_context(settings):
+    yield colours
+
+
+def all_figures(
+  sweep: Sweep, table: list[compare.Row], directions: dict[str, dict]
+) -> dict[str, tuple[str, Draw]]:
+  """Name → (caption, draw); those for which a sweep has no data are left out.
+
+  Args:
+    sweep: with a finished adapter.
+    table: of `compare.rows`.
+    directions: cell's name → `spectra.directions`, for what is compared.
+  """
+  found: dict[str, tuple[str, Draw]] = {}
+  interval = (
+    'Bars: 95 % interval of the paired difference from the best arm (hollow), '
+    'drawn around the arm. '
+  )
+  found['loss_by_rank'] = (
+    f'Test loss against rank, each at its own best learning rate. {interval}',
+    lambda figure, theme: _by(figure, theme, sweep, table, 'rank'),
+  )
+  found['loss_by_parameters'] = (
+    f'Test loss against trainable parameters. {interval}',
+    lambda figure, theme: _by(figure, theme, sweep, table, 'parameters'),
+  )
+  found['loss_by_seconds'] = (
+    "Test loss against seconds of training (a gang member's share, mean over "
+    f'seeds). {interval}',
+    lambda figure, theme: _by(figure, theme, sweep, table, 'seconds'),
+  )
+  found['learning_curves'] = (
+    'Held-out loss (validation and test) while training, first seed.',
+    lambda figure, theme: _curves(figure, theme, sweep, table),
+  )
+  cut = compare.truncation(sweep, table)
+  if cut:
+    found['truncation'] = (
+      'Adapters trained at a rank, and the largest one cut to it by SVD.',
+      lambda figure, theme: _truncation(figure, theme, cut),
+    )
+  largest = max(table, key=lambda row: row.arm['rank']).cells[0]
+  for path in largest.spectrum():
+    found[f'spectrum_{path.replace("/", "_")}'] = (
+      f'Singular values of the update to {path}, {largest.name}.',
+      lambda figure, theme, path=path: _heat_map(
+        figure, theme, spectra.heat_map(largest, path), path
+      ),
+    )
+  found['effective_rank'] = (
+    "Effective rank of the updates (exp of the spectrum's entropy, mean over "
+    'projections and layers) while training, first seed.',
+    lambda figure, theme: _effective_rank(figure, theme, table),
+  )
+  if len(directions) > 1:
+    found['similarity'] = (
+      f'Shared input directions (of the {spectra.DIRECTIONS} strongest; 0 '
+      'none, 1 all). Cells of one seed start from nested factors and share '
+      'some from the start.',
+      lambda figure, theme: _similarity(figure, theme, directions),
+    )
+    path = next(iter(directions[largest.name]))
+    found['similarity_of_layers'] = (
+      f'Shared input directions of the updates to {path} in different layers, '
+      f'{largest.name}.',
+      lambda figure, theme: _layers(
+        figure, theme, spectra.between_layers(directions[largest.name], path)
+      ),
+    )
+  return found
+
+
+def colours(theme: dict, count: int) -> np.ndarray:
+  """A colour for each of `count` ordered arms."""
+  return plt.get_cmap('viridis')(np.linspace(*theme['range'], count))
+
+
+def _by(figure, theme, sweep, table, what) -> None:
+  axes = figure.add_subplot()
+  top = compare.best(table)
+  families: dict[str, list[compare.Row]] = {}
+  for row in table:
+    family = row.label.rpartition('rank ')[0].rstrip(', ')
+    families.setdefault(family, []).append(row)
+  for (name, rows), colour, marker in zip(
+    families.items(), colours(theme, len(families)), MARKERS, strict=False
+  ):
+    x = [_value(row, what) for row in rows]
+    y = [row.test for row in rows]
+    low = [max(r.difference.mean - r.difference.low, 0) for r in rows]
+    high = [max(r.difference.high - r.difference.mean, 0) for r in rows]
+    line = '' if what == 'seconds' else '-'
+    for row, place in zip(rows, zip(x, y, strict=True), strict=True):
+      if what == 'seconds':
+        axes.annotate(
+          row.arm['rank'], place, (9, -3), textcoords='offset points'
+        )
+    axes.errorbar(
+      x, y, yerr=[low, high], fmt=f'{line}{marker}', color=colour, capsize=3,
+      label=name or None,
+    )  # fmt: skip
+    if top in rows:
+      i = rows.index(top)
+      axes.plot(x[i], y[i], marker, markersize=11, markerfacecolor='none',
+                color=theme['ink'])  # fmt: skip
+  if what == 'seconds':
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+  else:
+    axes.set_xscale('log', base=2)
+    ticks = sorted({_value(row, what) for row in table})
+    axes.set_xticks(ticks, [_short(tick) for tick in ticks], fontsize=8)
+    axes.minorticks_off()
+  axes.set_xlabel(
+    {'rank': 'rank', 'parameters': 'trainable parameters',
+     'seconds': 'seconds of training (ranks beside the points)'}[what]
+  )  # fmt: skip
+  axes.set_ylabel('test loss, nats per token')
+  if len(families) > 1:
+    axes.legend()
+
+
+def _value(row: compare.Row, what: str) -> float:
+  return row.arm['rank'] if what == 'rank' else getattr(row, what)
+
+
+def _short(count: int) -> str:
+  """46080 → '46.1k'; small numbers as they are."""
+  for size, letter in ((1e6, 'M'), (1e3, 'k')):
+    if count >= size:
+      return f'{count / size:.3g}{letter}'
+  return str(count)
+
+
+def _curves(figure, theme, sweep, table) -> None:
+  axes = figure.add_subplot()
+  base = sweep.finished('base')
+  for row, colour, marker in zip(
+    table, colours(theme, len(table)), MARKERS * len(table), strict=False
+  ):
+    losses = row.cells[0].losses
+    points = {
+      s: nll.sum() / tokens.sum() for s, (nll, tokens) in losses.items()
+    }
+    if base:
+      nll, tokens = base[0].last
+      points = {0: nll.sum() / tokens.sum(), **points}
+    axes.plot(
+      points.keys(), points.values(), marker=marker, color=colour,
+      label=row.label, markersize=4,
+    )  # fmt: skip
+  axes.set_xlabel('updates')
+  axes.set_ylabel('held-out loss, nats per token')
+  axes.legend()
+
+
+def _truncation(figure, theme, cut) -> None:
+  axes = figure.add_subplot()
+  ranks = [each['rank'] for each in cut]
+  pair = colours(theme, 2)
+  axes.plot(ranks, [each['trained'] for each in cut], '-o', color=pair[0],
+            label='trained at this rank')  # fmt: skip
+  axes.plot(ranks, [each['truncated'] for each in cut], '--s', color=pair[1],
+            label=f'cut from rank {cut[-1]["from_rank"]}')  # fmt: skip
+  axes.set_xscale('log', base=2)
+  axes.set_xticks(sorted(set(ranks)), [str(r) for r in sorted(set(ranks))])
+  axes.minorticks_off()
+  axes.set_xlabel('rank')
+  axes.set_ylabel('test loss, nats per token')
+  axes.legend()
+
+
+def _heat_map(figure, theme, values, path) -> None:
+  axes = figure.add_subplot()
+  axes.grid(False)
+  image = axes.imshow(values, aspect='auto', cmap='cividis', origin='lower')
+  axes.set_xlabel('index of the singular value, largest first')
+  axes.set_ylabel('layer')
+  _whole_ticks(axes)
+  figure.colorbar(image, label='singular value')
+
+
+def _effective_rank(figure, theme, table) -> None:
+  axes = figure.add_subplot()
+  for row, colour, marker in zip(
+    table, colours(theme, len(table)), MARKERS * len(table), strict=False
+  ):
+    points = spectra.effective_ranks(row.cells[0])
+    axes.plot(points.keys(), points.values(), marker=marker, color=colour,
+              label=row.label, markersize=4)  # fmt: skip
+  axes.set_xlabel('updates')
+  axes.set_ylabel('effective rank')
+  axes.legend()
+
+
+def _similarity(figure, theme, directions) -> None:
+  axes = figure.add_subplot()
+  axes.grid(False)
+  values = spectra.between(list(directions.values()))
+  image = axes.imshow(values, cmap='cividis', vmin=0, vmax=1)
+  names = [name.rpartition('-lr')[0] for name in directions]
+  axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+  axes.set_yticks(range(len(names)), names, fontsize=8)
+  figure.colorbar(image, label='shared directions')
+
+
+def _layers(figure, theme, values) -> None:
+  axes = figure.add_subplot()
+  axes.grid(False)
+  image = axes.imshow(values, cmap='cividis', vmin=0, vmax=1, origin='lower')
+  axes.set_xlabel('layer')
+  axes.set_ylabel('layer')
+  _whole_ticks(axes)
+  figure.colorbar(image, label='shared directions')
+
+
+def _whole_ticks(axes) -> None:
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))

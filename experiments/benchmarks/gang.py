@@ -1,0 +1,103 @@
+"""What training K adapters at once saves, against one run for each.
+
+  python -m experiments.benchmarks.gang [--steps=60] [--seq_len=128]
+
+Both ways go through the commands that a user calls, on the real Gemma 3 270M
+and the embedded records, each with an empty compilation cache: `launch.sweep`
+with ranks 1 to 32 in one gang, and `launch.train` once for each rank. Prints
+one JSON line: seconds of both and their ratio, seconds an update and adapter,
+and peak memory of the gang and of the largest single run.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+import tempfile
+import time
+
+RANKS = (1, 2, 4, 8, 16, 32)
+
+
+def main() -> None:
+  """Runs both ways."""
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--steps', type=int, default=60)
+  parser.add_argument('--seq_len', type=int, default=128)
+  options = parser.parse_args()
+  shared = [
+    f'--config.steps={options.steps}',
+    f'--config.data.seq_len={options.seq_len}',
+    '--config.data.path=sample:seoul_travel',
+    '--config.data.max_eval_records=6',
+    '--config.eval_every_steps=0',
+    '--config.checkpoint_every_steps=0',
+  ]
+  with tempfile.TemporaryDirectory() as folder:
+    gang_secs = _run(
+      'sweep', f'{folder}/gang', 'rank_ablation',
+      [
+        *shared, f'--config.grid.ranks={RANKS}', '--config.grid.seeds=(0,)',
+        '--config.grid.learning_rates=(1e-3,)', '--config.grid.baselines=()',
+        '--config.grid.truncate=False', '--config.grid.sample_prompts=0',
+      ],
+    )  # fmt: skip
+    gang = [
+      json.loads(path.read_text())
+      for path in Path(folder).glob('gang/cells/*/result.json')
+    ]
+    alone_secs, alone = 0.0, []
+    for rank in RANKS:
+      workdir = f'{folder}/alone-{rank}'
+      alone_secs += _run(
+        'train', workdir, 'dolly_lora', [*shared, f'--config.lora.rank={rank}']
+      )
+      alone.append(json.loads(Path(workdir, 'result.json').read_text()))
+    steps = [_step_secs(f'{folder}/alone-{rank}') for rank in RANKS]
+  print(
+    json.dumps(
+      {
+        'ranks': RANKS,
+        'steps': options.steps,
+        'seq_len': options.seq_len,
+        'gang_seconds': round(gang_secs, 1),
+        'separate_seconds': round(alone_secs, 1),
+        'ratio': round(gang_secs / alone_secs, 3),
+        'gang_step_seconds_per_adapter': round(
+          gang[0]['seconds'] / options.steps, 4
+        ),
+        'separate_step_seconds': round(sum(steps) / len(steps), 4),
+        'gang_peak_bytes': max(r['peak_memory_bytes'] for r in gang),
+        'separate_peak_bytes': max(r['peak_memory_bytes'] for r in alone),
+      }
+    )
+  )
+
+
+def _run(command: str, workdir: str, config: str, flags: list[str]) -> float:
+  """Seconds of a command, its start and compilations included."""
+  started = time.perf_counter()
+  subprocess.run(
+    [
+      sys.executable, '-m', f'launch.{command}',
+      f'--config=experiments/{config}.py', f'--workdir={workdir}',
+      f'--config.compilation_cache={workdir}.cache', *flags,
+    ],
+    check=True, stdout=subprocess.DEVNULL,
+    env={**os.environ, 'JAX_PLATFORMS': os.environ.get('JAX_PLATFORMS', 'cpu')},
+  )  # fmt: skip
+  return time.perf_counter() - started
+
+
+def _step_secs(workdir: str) -> float:
+  """Mean over the updates but the first."""
+  lines = Path(workdir, 'metrics.jsonl').read_text().splitlines()
+  found = [json.loads(line).get('step_secs') for line in lines]
+  found = [secs for secs in found if secs is not None][1:]
+  return sum(found) / len(found)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,27 @@
+"""One A for all heads, or one for each?
+
+Question   the paper's factors (A [D, r], B [r, N, H]) against those of Keras's
+           EinsumDense (A [N, D, r], B [r, H]) with as many parameters: which
+           learns more from Dolly?
+Command    python -m launch.sweep \\
+             --config=experiments/factorization_ablation.py --workdir=DIR
+Cost       see experiments/README.md#shipped-ablations
+Result     not run yet
+"""
+
+import dataclasses
+
+from experiments import rank_ablation
+from gemma_jax.sweep.grid import SweepConfig
+
+
+def get_config() -> SweepConfig:
+  """`rank_ablation` with both factorizations at three budgets."""
+  config = rank_ablation.get_config()
+  config.grid = dataclasses.replace(
+    config.grid,
+    ranks=(6, 12, 24),
+    factorizations=('matrix', 'keras'),
+    equal_parameters=True,
+  )
+  return config

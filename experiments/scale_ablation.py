@@ -1,0 +1,27 @@
+"""Does the scale rule decide which rank looks best?
+
+Question   scale constant, alpha / r or alpha / sqrt r (rsLoRA): with each
+           rank at its own best rate, does the rule still matter? alpha is 2, so
+           that all of them agree at rank 1.
+Command    python -m launch.sweep --config=experiments/scale_ablation.py \\
+             --workdir=DIR
+Cost       see experiments/README.md#shipped-ablations
+Result     not run yet
+"""
+
+import dataclasses
+
+from experiments import rank_ablation
+from gemma_jax.sweep.grid import SweepConfig
+
+
+def get_config() -> SweepConfig:
+  """`rank_ablation` under three scale rules."""
+  config = rank_ablation.get_config()
+  config.lora.alpha = 2.0
+  config.grid = dataclasses.replace(
+    config.grid,
+    ranks=(1, 8, 32),
+    scale_rules=('constant', 'alpha_over_r', 'alpha_over_sqrt_r'),
+  )
+  return config

@@ -1,0 +1,27 @@
+"""Which projections should carry LoRA, at equal parameters?
+
+Question   q and v, all of attention, or all seven projections: with as many
+           trainable parameters, which wins on Dolly? Ranks of the latter two
+           are solved from those of q and v (on the 270M 21 gives 4 for all).
+Command    python -m launch.sweep --config=experiments/target_ablation.py \\
+             --workdir=DIR
+Cost       see experiments/README.md#shipped-ablations
+Result     not run yet
+"""
+
+import dataclasses
+
+from experiments import rank_ablation
+from gemma_jax.sweep.grid import SweepConfig
+
+
+def get_config() -> SweepConfig:
+  """`rank_ablation` over three target sets, at three budgets."""
+  config = rank_ablation.get_config()
+  config.grid = dataclasses.replace(
+    config.grid,
+    ranks=(5, 21, 42),
+    targets=('qv', 'attention', 'all'),
+    equal_parameters=True,
+  )
+  return config
