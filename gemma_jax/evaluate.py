@@ -54,20 +54,23 @@ def evaluate(
   batches: Iterable[tuple[dict[str, Any], np.ndarray]],
   num_examples: int,
   should_stop: Callable[[], bool] = lambda: False,
+  members: tuple[int, ...] = (),
 ) -> Evaluation:
   """Sums losses by example.
 
   Args:
-    eval_step: batch → weighted losses float32 [B, T].
+    eval_step: batch → weighted losses float32 [*members, B, T].
     batches: (batch, example_ids [B, T], -1 at padding) of
       `pipeline.eval_batches`.
     num_examples: N.
     should_stop: asked before each batch.
+    members: axes in front of the losses, (K,) for a gang; the result's nll has
+      them too.
 
   Raises:
     Stopped: should_stop said so.
   """
-  nll = np.zeros(num_examples, np.float64)
+  nll = np.zeros((*members, num_examples), np.float64)
   tokens = np.zeros(num_examples, np.int64)
   with hosts.progress_bar(
     total=num_examples, desc='evaluation', unit='record', leave=False
@@ -77,7 +80,7 @@ def evaluate(
         raise Stopped
       losses = np.asarray(eval_step(batch), np.float64)
       real = ids >= 0
-      np.add.at(nll, ids[real], losses[real])
+      np.add.at(nll, (..., ids[real]), losses[..., real])
       np.add.at(tokens, ids[real], (batch['weights'] > 0)[real])
       bar.update(len(np.unique(ids[real])))
   return Evaluation(nll, tokens)

@@ -5,13 +5,12 @@ import os
 from typing import Any
 
 import jax
-import numpy as np
 
-from gemma_jax import gang, pytree, sharding, train_state
+from gemma_jax import evaluate, gang, pytree, sharding, train_state
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.config import TrainConfig
 from gemma_jax.data import pipeline
-from gemma_jax.evaluate import Evaluation, Stopped
+from gemma_jax.evaluate import Evaluation
 from gemma_jax.run import Run
 
 Stop = Callable[[], bool]
@@ -44,20 +43,16 @@ def evaluate_members(
     Stopped: should_stop said so.
   """
   data = run.config.data
-  nll = np.zeros((size, len(run.heldout)))
-  tokens = np.zeros(len(run.heldout), np.int64)
-  for batch, ids in pipeline.eval_batches(
-    run.heldout, data.seq_len, data.global_batch_size, data.packing
-  ):
-    if should_stop():
-      raise Stopped
-    placed = sharding.put_batch(batch, run.mesh)
-    losses = np.asarray(eval_step(placed), np.float64)
-    real = ids >= 0
-    for i in range(size):
-      np.add.at(nll[i], ids[real], losses[i][real])
-    np.add.at(tokens, ids[real], (batch['weights'] > 0)[real])
-  return [Evaluation(row, tokens) for row in nll]
+  found = evaluate.evaluate(
+    lambda batch: eval_step(sharding.put_batch(batch, run.mesh)),
+    pipeline.eval_batches(
+      run.heldout, data.seq_len, data.global_batch_size, data.packing
+    ),
+    len(run.heldout),
+    should_stop,
+    members=(size,),
+  )
+  return [Evaluation(row, found.tokens) for row in found.nll]
 
 
 def evaluate_adapters(
