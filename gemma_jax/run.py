@@ -20,6 +20,7 @@ import numpy as np
 
 from gemma_jax import (
   adapters,
+  hosts,
   optimizer,
   pytree,
   sharding,
@@ -28,6 +29,7 @@ from gemma_jax import (
   train_step,
 )
 from gemma_jax.config import TrainConfig
+from gemma_jax.data import audit as audit_lib
 from gemma_jax.data import examples as examples_lib
 from gemma_jax.data import row_plan, sources
 from gemma_jax.data.tokenizer import Tokenizer
@@ -113,6 +115,7 @@ class Program:
       num_pieces=self.num_pieces,
       accumulate_steps=self.config.optimizer.accumulate_steps,
       seed=self.config.seed,
+      skip_nonfinite=self.config.max_skipped_batches > 0,
     )
     state, frozen = self.abstract
     out = (
@@ -156,6 +159,24 @@ class Program:
       return jax.tree.map(jax.numpy.asarray, self.start)
     return train_state.init_adapter(self.config, self.source.config, params)
 
+  def load(self) -> tuple[Any, Any]:
+    """(trainable, frozen) before the first update: the base, a new adapter."""
+    state, frozen = self.abstract
+    placed = jax.tree.map(
+      lambda x: x.sharding, train_state.join(state.trainable, frozen)
+    )
+    started = time.perf_counter()
+    params = self.source.load_params(
+      self.dtype, self.config.model.scan_layers, placed['params']
+    )
+    logging.info('Loaded the base in %.1f s', time.perf_counter() - started)
+    adapter = sharding.put(
+      hosts.to_numpy(self.init_adapter(params)), placed['lora']
+    )
+    return train_state.split(
+      {'params': params, 'lora': adapter}, self.config.trainable
+    )
+
   def check(self) -> None:
     """ValueError if the trainable leaves or the mesh do not fit the base."""
     _ = self.abstract
@@ -194,6 +215,11 @@ class Run(Program):
   heldout: examples_lib.Examples
   skipped: dict[str, int]
   plan: row_plan.RowPlan
+
+  def record_ids(self, step: int) -> list[int]:
+    """Which training records the batch of step 0, 1, 2, ... holds."""
+    rows = self.plan.rows(step)
+    return [int(self.train.record_ids[i]) for row in rows for i in row]
 
   def description(self) -> str:
     """What decides the result, in a few lines for the start of a log."""
@@ -284,6 +310,7 @@ def prepare(config: TrainConfig) -> Run:
   started = time.perf_counter()
   records = sources.load_records(data)
   heldout_records = records.heldout[: data.max_eval_records or None]
+  audit_lib.audit(records.train, heldout_records, data.template).log()
   train, heldout = (
     examples_lib.make_examples(
       part,

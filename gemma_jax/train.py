@@ -7,10 +7,11 @@ How a run starts. The order is the contract:
   3. else load the base, then make the adapter (its shapes follow the base's);
   4. there is no training from random weights unless model.path says random:.
 
-How a step goes: compute; check that its loss and gradient are finite;
-evaluate if due, and keep the best adapter; checkpoint if due; stop if asked to,
-after saving. So a checkpoint at step n holds what evaluation n found, or the
-resumed run evaluates first: it repeats nothing and misses nothing.
+How a step goes: compute; check that its loss and gradient are finite, or skip
+its update, if the config allows so many; evaluate if due, and keep the best
+adapter; checkpoint if due; stop if asked to, after saving. So a checkpoint at
+step n holds what evaluation n found, or the resumed run evaluates first: it
+repeats nothing and misses nothing.
 
 Several processes go through this together, each with its part of every batch.
 What they decide by, losses and whether to stop, is the same on all of them; the
@@ -18,6 +19,7 @@ leading one logs and writes what is not a checkpoint.
 """
 
 from collections.abc import Callable
+import contextlib
 import time
 from typing import Any
 
@@ -28,7 +30,7 @@ import tqdm
 
 from gemma_jax import config as config_lib
 from gemma_jax import evaluate as evaluate_lib
-from gemma_jax import hosts, pytree, sharding, train_state
+from gemma_jax import guards, hosts, pytree, sharding, train_state
 from gemma_jax import metrics as metrics_lib
 from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
@@ -60,6 +62,7 @@ def train(
     ValueError: the workdir belongs to another config, base or data, or the
       processes do not agree on these.
     FloatingPointError: a loss or gradient is not finite.
+    OSError: the workdir's disk is full, read-only or gone.
     Stopped: should_stop said so, and the last finished step is saved.
   """
   hosts.check_agreement('config', config_lib.to_dict(config))
@@ -73,7 +76,13 @@ def train(
   workdir_lib.check_writable(workdir)
   run = run_lib.prepare(config)
   should_stop = hosts.any_of_them(should_stop)
-  return Trainer(run, workdir, should_stop, started).train()
+  try:
+    return Trainer(run, workdir, should_stop, started).train()
+  except Exception as e:
+    trouble = workdir_lib.disk_error(workdir, e)
+    if trouble is None:
+      raise
+    raise trouble from e
 
 
 class Trainer:
@@ -105,8 +114,15 @@ class Trainer:
       log_start(run)
 
     self.state, self.frozen, self.found = self._start()
+    self.stop_if_asked()
+    self.guard = guards.Guard(
+      run.config.max_skipped_batches,
+      self.found.setdefault('skipped', []),
+      run.record_ids,
+    )
     self.train_step = run.compile_train_step()
     self.eval_step = run.compile_eval_step()
+    self.stop_if_asked()
     self.metrics = metrics_lib.open_writer(workdir, self.step)
 
   @property
@@ -116,6 +132,13 @@ class Trainer:
 
   def train(self) -> dict[str, Any]:
     """The loop; see the module's docstring for its order."""
+    with contextlib.ExitStack() as at_end:  # each is closed, whatever fails
+      at_end.callback(self.checkpoints.close)
+      at_end.callback(self.metrics.close)
+      at_end.callback(self.stop_profile)
+      return self._loop()
+
+  def _loop(self) -> dict[str, Any]:
     config, run = self.run.config, self.run
     try:
       step = self.step
@@ -151,10 +174,12 @@ class Trainer:
         self.checkpoints.wait()
       logging.warning('Stopped at step %d of %d.', self.step, run.steps)
       raise
-    finally:
-      self.stop_profile()
-      self.metrics.close()
-      self.checkpoints.close()
+
+  def stop_if_asked(self) -> None:
+    """Stops before the first step, with nothing to save."""
+    if self.should_stop():
+      logging.warning('Stopped at step %d of %d.', self.step, self.run.steps)
+      raise Stopped
 
   def update(
     self, step: int, batch: Any, wait_secs: float, bar: tqdm.tqdm
@@ -176,8 +201,7 @@ class Trainer:
       'data_wait_secs': wait_secs,
       'tokens_per_sec': tokens / seconds,
     }
-    metrics_lib.check_finite(step + 1, line)
-    self.metrics.write(step + 1, line)
+    self.metrics.write(step + 1, self.guard.check(step + 1, line))
     bar.set_postfix_str(
       f'loss {values["loss"]:.3f} nats/token, {tokens / seconds:.0f} tokens/s'
     )
@@ -226,7 +250,7 @@ class Trainer:
       self.should_stop,
     )
     loss, seconds = found.nll_per_token, time.perf_counter() - started
-    metrics_lib.check_finite(step, {'eval_loss_nats_per_token': loss})
+    guards.check_finite(step, {'eval_loss_nats_per_token': loss})
     if not self.found['evals'] or loss < min(self.found['evals'].values()):
       self.write_adapter('adapter_best')
     if hosts.is_lead():
@@ -320,20 +344,8 @@ class Trainer:
   def _start(self):
     """(state, frozen, what evaluations found) of step 0 or of a checkpoint."""
     run = self.run
-    abstract_state, abstract_frozen = run.abstract
-    abstract = train_state.join(abstract_state.trainable, abstract_frozen)
-    placed = jax.tree.map(lambda x: x.sharding, abstract)
-    started = time.perf_counter()
-    params = run.source.load_params(
-      run.dtype, run.config.model.scan_layers, placed['params']
-    )
-    logging.info('Loaded the base in %.1f s', time.perf_counter() - started)
-    adapter = sharding.put(
-      hosts.to_numpy(run.init_adapter(params)), placed['lora']
-    )
-    trainable, frozen = train_state.split(
-      {'params': params, 'lora': adapter}, run.config.trainable
-    )
+    trainable, frozen = run.load()
+    abstract_state, _ = run.abstract
     step = self.checkpoints.latest_step()
     if step is not None:
       notes = self.checkpoints.read_notes(step)

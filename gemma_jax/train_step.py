@@ -59,6 +59,7 @@ def make_train_step(
   num_pieces: int | None,
   accumulate_steps: int = 1,
   seed: int | jax.Array = 0,
+  skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Any]]]:
   """Makes step(state, frozen, batch) -> (state, metrics).
 
@@ -75,6 +76,8 @@ def make_train_step(
     num_pieces: the tokenizer's pieces; later embedding rows are masked.
     accumulate_steps: parts of a batch.
     seed: of dropout; its key is a function of (seed, step, part).
+    skip_nonfinite: a loss or gradient that is not finite changes neither
+      weights nor moments; counts go on, so that the schedule does.
 
   Returns:
     A pure function; metrics are float32 scalars: `loss` (nats per supervised
@@ -128,12 +131,23 @@ def make_train_step(
       'grad_norm': optax.tree.norm(grads),
       'learning_rate': jnp.float32(schedule(state.step)),
     }
-    state = TrainState(
+    new = TrainState(
       step=state.step + 1,
       trainable=optax.apply_updates(state.trainable, updates),
       opt_state=opt_state,
     )
-    return state, metrics
+    if skip_nonfinite:
+      is_finite = jnp.isfinite(metrics['loss'] + metrics['grad_norm'])
+      new = jax.tree.map(
+        lambda x, old: (
+          jnp.where(is_finite, x, old)
+          if jnp.issubdtype(x.dtype, jnp.inexact)
+          else x
+        ),
+        new,
+        state,
+      )
+    return new, metrics
 
   return step
 

@@ -10,6 +10,7 @@ tensorboard/      the same
 result.json       the result line, when the run has finished
 """
 
+import errno
 import json
 import os
 from typing import Any
@@ -17,13 +18,19 @@ from typing import Any
 from etils import epath
 
 from gemma_jax import config as config_lib
-from gemma_jax import files
+from gemma_jax import files, integrity
 from gemma_jax.config import TrainConfig
 
 # Changing these does not change what is learnt.
 FREE_FIELDS = (
     'log_every_steps', 'profile_steps', 'compilation_cache', 'mesh',
     'checkpoint_every_steps', 'model.remat', 'model.attention',
+)  # fmt: skip
+
+# What may befall a disk, as the system names it.
+_DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+    errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE,
 )  # fmt: skip
 
 
@@ -130,6 +137,28 @@ def check_writable(workdir: str) -> None:
       f'workdir: got {workdir}, but {path} is not a folder that can be '
       'written to; expected one that can.'
     )
+
+
+def disk_error(workdir: str, e: Exception) -> OSError | None:
+  """What a failure says of the workdir's disk; None if it is another one.
+
+  Writers below us raise errors of their own kinds, with the words of the
+  system somewhere in a long text. This is one line: what happened, which step
+  is safe, and what to do.
+  """
+  for number in _DISK_ERRORS:
+    words = os.strerror(number)
+    is_named = workdir in str(e) or number in (errno.ENOSPC, errno.EDQUOT)
+    if is_named and (getattr(e, 'errno', None) == number or words in str(e)):
+      step, _ = integrity.newest_good(files.path(workdir) / 'checkpoints')
+      kept = (
+        'no checkpoint' if step is None else f'the checkpoint of step {step}'
+      )
+      return OSError(
+        f'workdir {workdir}: {words}. It keeps {kept} and no half-written '
+        'adapter; mend that and run the same command again.'
+      )
+  return None
 
 
 def _heldout(workdir: str, step: int) -> epath.Path:

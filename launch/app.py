@@ -17,7 +17,6 @@ import sys
 import time
 
 from absl import app, flags, logging
-import jax
 import tqdm
 
 _DEBUG = flags.DEFINE_bool(
@@ -62,7 +61,8 @@ def run(main: Callable[[], int | None]) -> None:
 def fail(message: str) -> None:
   """Prints one line and exits with code 1."""
   print(f'error: {message}', file=sys.stderr, flush=True)
-  if jax.distributed.is_initialized():
+  jax = sys.modules.get('jax')  # not imported for this
+  if jax is not None and jax.distributed.is_initialized():
     # A regular exit would wait for the others, who may wait for this one. The
     # coordinator goes last: what all refuse, all have the time to say.
     time.sleep(jax.process_index() == 0)
@@ -74,6 +74,8 @@ def set_compilation_cache(folder: str) -> None:
   """Keeps compiled programs in a folder; '' is the default one, 'off' none."""
   if folder == 'off':
     return
+  import jax  # late, so that signals are handled early
+
   folder = folder or os.path.expanduser('~/.cache/gemma_jax/compiled')
   jax.config.update('jax_compilation_cache_dir', folder)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

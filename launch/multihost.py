@@ -14,7 +14,6 @@ import threading
 from typing import NoReturn
 
 from absl import flags, logging
-import jax
 
 _COORDINATOR = flags.DEFINE_string(
     'coordinator_address', None, 'HOST:PORT of process 0. Default: what a TPU '
@@ -66,6 +65,8 @@ def join() -> None:
     raise ValueError(
       f'--coordinator_address: got {address!r}, expected HOST:PORT.'
     )
+  import jax  # late, so that signals are handled early
+
   # JAX itself would abort the process, and say it in a stack trace.
   timer = threading.Timer(_TIMEOUT_SECS.value, _give_up)
   timer.daemon = True

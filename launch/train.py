@@ -12,6 +12,7 @@ folder), peak_memory_bytes. On a TPU slice every worker runs the same command
 (`launch/multihost.py`).
 """
 
+from collections.abc import Callable
 import json
 import os
 
@@ -47,8 +48,6 @@ flags.adopt_module_key_flags(multihost)
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import dry_run, hosts, train
-
   if _CONFIG.value is None:
     app.fail('--config: missing, expected e.g. experiments/dolly_lora.py')
   if _TOPOLOGY.value:
@@ -57,14 +56,24 @@ def main() -> int:
     app.fail('--workdir: missing, expected a folder for the run')
   workdir = os.path.expanduser(_WORKDIR.value)
   config = _CONFIG.value.resolve()
-  app.set_compilation_cache(config.compilation_cache)
   multihost.join()
   if _DRY_RUN.value:
+    from gemma_jax import dry_run
+
+    app.set_compilation_cache(config.compilation_cache)
     print(dry_run.dry_run(config, workdir))
     return 0
+  # Before the imports, which take their time.
+  with app.stop_on_signal() as should_stop:
+    return _train(config, workdir, should_stop)
+
+
+def _train(config, workdir: str, should_stop: Callable[[], bool]) -> int:
+  from gemma_jax import hosts, train
+
+  app.set_compilation_cache(config.compilation_cache)
   try:
-    with app.stop_on_signal() as should_stop:
-      result = train.train(config, workdir, should_stop)
+    result = train.train(config, workdir, should_stop)
   except train.Stopped:
     logging.warning('Run the same command again to resume.')
     return app.EXIT_RESUMABLE

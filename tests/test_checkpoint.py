@@ -1,11 +1,15 @@
 """Checkpoints: exact round trips, and refusals that name the leaf."""
 
+import json
+import shutil
+
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax import optimizer, pytree, train_state
+from gemma_jax import integrity, optimizer, pytree, train_state
 from gemma_jax.checkpoint import Checkpoints
 from gemma_jax.config import OptimizerConfig
 
@@ -97,3 +101,101 @@ def test_an_unfinished_save_is_ignored(tmp_path):
   checkpoints = Checkpoints(str(tmp_path))
   assert checkpoints.latest_step() == 4
   checkpoints.close()
+
+
+def two_steps(folder):
+  """A workdir with the sealed steps 4 and 6; returns its checkpoint folder."""
+  checkpoints = Checkpoints(str(folder))
+  for step in (4, 6):
+    checkpoints.save(make_state().replace(step=jnp.int32(step)), {'at': step})
+  checkpoints.close()
+  return folder / 'checkpoints'
+
+
+def files_of(step):
+  return sorted(p for p in step.rglob('*') if p.is_file())
+
+
+def test_checksums_are_part_of_the_commit(tmp_path, monkeypatch):
+  """They are written before the folder has its final name."""
+  sealed = []
+  original = integrity.seal
+
+  def recording(folder, skip=()):
+    sealed.append(folder.name)
+    original(folder, skip)
+
+  monkeypatch.setattr(integrity, 'seal', recording)
+  root = two_steps(tmp_path)
+  assert sealed == [
+    '4.orbax-checkpoint-tmp',
+    '4',
+    '6.orbax-checkpoint-tmp',
+    '6',
+  ]
+  for step in (4, 6):
+    sums = json.loads((root / str(step) / integrity.CHECKSUMS).read_text())
+    names = {
+      str(p.relative_to(root / str(step))) for p in files_of(root / str(step))
+    }
+    assert sums.keys() == names - {integrity.CHECKSUMS}
+
+
+@pytest.mark.parametrize('damage', ['flip', 'truncate', 'remove'])
+def test_damage_in_any_file_sets_the_step_aside(tmp_path, damage, caplog):
+  """For each file of a step; the older step is used, with its own values."""
+  root = two_steps(tmp_path / 'whole')
+  names = [p.relative_to(root / '6') for p in files_of(root / '6')]
+  assert len(names) > 8
+  for i, name in enumerate(names):
+    workdir = tmp_path / str(i)
+    shutil.copytree(root, workdir / 'checkpoints')
+    path = workdir / 'checkpoints' / '6' / name
+    content = bytearray(path.read_bytes())
+    if damage == 'flip':
+      content[len(content) // 2] ^= 16
+      path.write_bytes(content)
+    elif damage == 'truncate':
+      path.write_bytes(content[: len(content) // 2])
+    else:
+      path.unlink()
+    caplog.clear()
+    checkpoints = Checkpoints(str(workdir))
+    assert checkpoints.latest_step() == 4, name
+    assert checkpoints.read_notes(4) == {'at': 4}
+    checkpoints.close()
+    assert (workdir / 'checkpoints' / '6.set_aside').is_dir()
+    assert 'Checkpoint 6 of ' in caplog.text
+    assert 'Going on from step 4' in caplog.text
+
+
+def test_read_only_passes_over_damage_and_changes_nothing(tmp_path):
+  root = two_steps(tmp_path)
+  (root / '6' / 'notes' / 'metadata').write_text('{}')
+  checkpoints = Checkpoints(str(tmp_path), read_only=True)
+  assert checkpoints.latest_step() == 4
+  checkpoints.close()
+  assert sorted(p.name for p in root.iterdir()) == ['4', '6']
+
+
+def test_a_step_set_aside_is_saved_again(tmp_path):
+  root = two_steps(tmp_path)
+  (root / '6' / 'notes' / 'metadata').write_text('{}')
+  checkpoints = Checkpoints(str(tmp_path))
+  checkpoints.save(make_state().replace(step=jnp.int32(6)), {'at': 'again'})
+  checkpoints.wait()
+  assert checkpoints.latest_step() == 6
+  assert checkpoints.read_notes(6) == {'at': 'again'}
+  checkpoints.close()
+  assert integrity.newest_good(epath.Path(root)) == (6, {})
+
+
+def test_an_unchecked_step_is_used_aloud_if_it_is_the_only_one(
+  saved, caplog, tmp_path
+):
+  shutil.copytree(saved, tmp_path / 'run')
+  (tmp_path / 'run' / 'checkpoints' / '4' / integrity.CHECKSUMS).unlink()
+  checkpoints = Checkpoints(str(tmp_path / 'run'))
+  assert checkpoints.latest_step() == 4
+  checkpoints.close()
+  assert 'used unchecked' in caplog.text

@@ -31,6 +31,8 @@ BAD = [
   ('lora.rank', 2.5),
   ('lora.alpha', 0.0),
   ('lora.alpha', float('nan')),
+  ('lora.alpha', float('inf')),
+  ('optimizer.learning_rate', float('inf')),
   ('lora.scale_rule', 'alpha'),
   ('lora.targets', 'query'),
   ('lora.targets', 'q|('),
@@ -163,6 +165,35 @@ def test_to_dict_survives_json():
   assert plain['profile_steps'] == [3, 4]
   assert plain['lora']['rank'] == config.lora.rank
   assert plain.keys() == {f.name for f in dataclasses.fields(TrainConfig)}
+
+
+def test_from_dict_undoes_to_dict():
+  config = TrainConfig(profile_steps=(3, 4), trainable=('lora/', 'params/x'))
+  config.data.path, config.mesh.data = 'a.jsonl', 5
+  plain = json.loads(json.dumps(config_lib.to_dict(config)))
+  assert config_lib.from_dict(plain) == config
+
+
+@pytest.mark.parametrize(
+  ('tree', 'message'),
+  [
+    ({'rnk': 1}, "config: got the field 'rnk', expected one of"),
+    ({'lora': {'rnk': 1}}, "lora: got the field 'rnk', expected one of"),
+    ({'lora': {'rank': '1'}}, r"lora\.rank: got '1', expected .* type int"),
+    ({'lora': {'rank': True}}, r'lora\.rank: got True, expected .* type int'),
+    ({'lora': 3}, r'lora: got 3, expected an object'),
+    ({'steps': {}}, r'steps: got {}, expected a value of type int'),
+    ([], r'config: got \[\], expected an object'),
+  ],
+)
+def test_from_dict_refuses_what_is_no_config(tree, message):
+  with pytest.raises(ValueError, match=message):
+    config_lib.from_dict(tree)
+
+
+def test_a_pattern_that_is_no_text_is_refused():
+  with pytest.raises(ValueError, match=r'trainable: got 3, expected a regex'):
+    with_field('trainable', (3,)).resolve()
 
 
 def test_configs_do_not_share_their_parts():

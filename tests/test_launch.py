@@ -126,7 +126,7 @@ def test_dry_run_prints_and_leaves_nothing(folder, records):
   assert not workdir.exists()
 
 
-@pytest.mark.parametrize('command', ['train', 'evaluate', 'summary'])
+@pytest.mark.parametrize('command', ['train', 'evaluate', 'summary', 'verify'])
 def test_help_explains(command):
   done = call(command, '--help')
   assert done.returncode == 0

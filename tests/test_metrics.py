@@ -1,9 +1,11 @@
 """The metrics file survives crashes and resumes."""
 
 import json
+import struct
+import threading
 import time
 
-import pytest
+from tensorboardX.proto import event_pb2
 
 from gemma_jax import metrics
 
@@ -46,18 +48,6 @@ def test_a_missing_file_has_no_rows(tmp_path):
   assert metrics.read(tmp_path / 'metrics.jsonl') == []
 
 
-@pytest.mark.parametrize('name', ['loss_nats_per_token', 'grad_norm'])
-def test_values_that_are_not_finite_are_named(name):
-  values = {
-    'loss_nats_per_token': 1.0,
-    'grad_norm': 1.0,
-    'learning_rate': 1e-3,
-    name: float('nan'),
-  }
-  with pytest.raises(FloatingPointError, match=f'{name}: got nan at step 5'):
-    metrics.check_finite(5, values)
-
-
 def test_the_wait_for_each_item_is_timed():
   def slow_second():
     yield 7, 'a'
@@ -75,3 +65,36 @@ def test_the_wait_for_each_item_is_timed():
 
 def test_peak_memory_is_in_bytes():
   assert 1e7 < metrics.peak_memory_bytes() < 1e12
+
+
+def test_tensorboard_is_readable_while_it_is_written(tmp_path):
+  writer = metrics.MetricsWriter(str(tmp_path), 6)
+  writer.write(7, {'loss_nats_per_token': 2.5})
+  writer.flush()
+  (events,) = read_events(tmp_path)
+  writer.close()
+  assert events == [('train/loss_nats_per_token', 7, 2.5)]
+
+
+def test_no_thread_writes(tmp_path):
+  before = threading.active_count()
+  writer = metrics.MetricsWriter(str(tmp_path), 0)
+  writer.write(1, {'loss_nats_per_token': 2.5})
+  assert threading.active_count() == before
+  writer.close()
+
+
+def read_events(workdir):
+  """(tag, step, value) of each event file, and that later files purge."""
+  found = []
+  for path in sorted((workdir / 'tensorboard').iterdir()):
+    content, events = path.read_bytes(), []
+    while content:
+      (size,) = struct.unpack('<Q', content[:8])
+      event = event_pb2.Event.FromString(content[12 : 12 + size])
+      content = content[16 + size :]
+      events += [
+        (v.tag, event.step, v.simple_value) for v in event.summary.value
+      ]
+    found.append(events)
+  return found

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import tracemalloc
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -247,3 +248,28 @@ def test_any_value_is_a_record_or_a_bad_one(value):
   if 'tokens' not in value:
     template = 'en_ko' if 'en' in value and 'ko' in value else 'chat'
     records_lib.usable([('here', value)], template)
+
+
+@pytest.mark.parametrize('suffix, opener', [('gz', gzip), ('xz', lzma)])
+def test_a_line_that_expands_without_end_is_refused_in_little_memory(
+  tmp_path, suffix, opener
+):
+  """64 MiB of one line, from some kilobytes."""
+  path = tmp_path / f'bomb.jsonl.{suffix}'
+  with opener.open(path, 'wb') as f:
+    for _ in range(64):
+      f.write(b' ' * (1 << 20))
+  tracemalloc.start()
+  try:
+    with pytest.raises(ValueError, match='line 1 is longer than 8,388,608'):
+      list(records_lib.read_jsonl(str(path)))
+    assert tracemalloc.get_traced_memory()[1] < 40 << 20
+  finally:
+    tracemalloc.stop()
+
+
+def test_a_number_of_too_many_digits_is_a_bad_record(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text('{"tokens": [' + '1' * 5000 + ']}\n')
+  with pytest.raises(ValueError, match=r'a\.jsonl line 1: invalid JSON'):
+    records_lib.usable(records_lib.read_jsonl(str(path)), 'dolly')

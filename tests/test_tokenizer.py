@@ -63,7 +63,8 @@ def test_encoding_many_is_encoding_each(tokenizer, batch):
 
 
 @pytest.mark.parametrize(
-  'turn_type', [tokenizer_lib.CONTROL, tokenizer_lib.USER_DEFINED]
+  'turn_type',
+  [tokenizer_lib.CONTROL, tokenizer_lib.USER_DEFINED, tokenizer_lib.NORMAL],
 )
 def test_control_tokens_are_never_parsed_from_text(turn_type):
   tokenizer = data_toy.make_tokenizer(turn_type=turn_type)

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 
+from etils import epath
 import jax
 import numpy as np
 import pytest
 
-from gemma_jax import files, metrics, train, variants
+from gemma_jax import files, integrity, metrics, train, variants
 from gemma_jax import run as run_lib
 from gemma_jax.config import LoraConfig
 from gemma_jax.formats import peft
@@ -76,14 +77,17 @@ def test_finished_run_changes_nothing(finished, records):
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before
 
 
-@pytest.mark.parametrize('asked', [0, 1, 3, 4, 5, 7, 10])
+@pytest.mark.parametrize('asked', [0, 1, 2, 4, 6, 9, 12])
 def test_stopped_and_resumed_equals_uninterrupted(
-  finished, records, tmp_path, asked
+  finished, records, tmp_path, asked, caplog
 ):
-  """Stops in the first evaluation, between checkpoints and in a later one."""
+  """Stops before the first step, in the first evaluation, between checkpoints
+  and in a later evaluation."""
   config = run_toy.config(records).resolve()
   with pytest.raises(train.Stopped):
     train.train(config, str(tmp_path), stop_after(asked))
+  step, _ = integrity.newest_good(epath.Path(tmp_path) / 'checkpoints')
+  assert f'Stopped at step {step or 0} of 7' in caplog.text
   result = train.train(config, str(tmp_path))
   assert adapter_bytes(tmp_path) == adapter_bytes(finished[0])
   assert adapter_bytes(tmp_path, 'adapter_best') == adapter_bytes(
@@ -170,7 +174,7 @@ def test_other_records_in_the_same_file_are_refused(tmp_path):
   records = run_toy.write_records(tmp_path)
   config = run_toy.config(records).resolve()
   with pytest.raises(train.Stopped):
-    train.train(config, str(tmp_path / 'run'), stop_after(5))
+    train.train(config, str(tmp_path / 'run'), stop_after(7))
   run_toy.write_records(tmp_path, count=23)
   with pytest.raises(ValueError, match='its data had the fingerprint'):
     train.train(config, str(tmp_path / 'run'))
@@ -204,9 +208,42 @@ def test_a_loss_that_is_not_finite_stops_the_run(records, tmp_path):
   config = run_toy.config(records, steps=30)
   config.optimizer.learning_rate = 1e30
   config.optimizer.clip_norm = 0.0
-  with pytest.raises(FloatingPointError, match='at step'):
+  with pytest.raises(
+    FloatingPointError,
+    match=r'at step \d \(learning rate 1e\+30; training records \d',
+  ):
     train.train(config.resolve(), str(tmp_path))
   assert not (tmp_path / 'adapter').exists()
+
+
+def test_one_bad_batch_is_skipped_and_a_resumed_run_knows(
+  records, tmp_path, monkeypatch
+):
+  original = train.pipeline.train_batches
+
+  def poisoned(*arguments):
+    for step, batch in original(*arguments):
+      if step == 3:
+        # A sum of losses that float32 cannot hold.
+        weights = np.array(batch['weights'])
+        weights.flat[np.argmax(weights)] = 3e38
+        where = batch['weights'].sharding
+        batch = {**batch, 'weights': jax.device_put(weights, where)}
+      yield step, batch
+
+  monkeypatch.setattr(train.pipeline, 'train_batches', poisoned)
+  config = run_toy.config(records, max_skipped_batches=1).resolve()
+  whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+  result = train.train(config, str(whole))
+  assert result['steps'] == 7
+  assert np.isfinite(result['loss_adapted'])
+  with pytest.raises(train.Stopped):
+    train.train(config, str(broken), stop_after(9))
+  train.train(config, str(broken))
+  assert adapter_bytes(broken) == adapter_bytes(whole)
+  for workdir in (whole, broken):
+    rows = metrics.read(workdir / 'metrics.jsonl')
+    assert [r['step'] for r in rows if 'skipped_updates' in r] == [4]
 
 
 def test_one_compilation_of_each_step(records, tmp_path, monkeypatch):

@@ -283,3 +283,44 @@ def test_an_adapter_of_the_other_form_is_refused():
   }
   with pytest.raises(ValueError, match='unrolled adapter for a scanned base'):
     train_step.hidden_states(model, variables, 1.0, toy.batch(2, 7))
+
+
+@pytest.fixture(scope='module')
+def skipping_step():
+  """A jitted step that leaves out what is not finite, and a state for it."""
+  tx = optimizer.make_optimizer(toy.ADAMW, 10, ('lora/',))
+  step = train_step.make_train_step(
+    Transformer(toy.FULL),
+    tx,
+    optimizer.make_schedule(toy.ADAMW, 10),
+    scale=1.0,
+    num_pieces=None,
+    skip_nonfinite=True,
+  )
+  trainable, frozen = train_state.split(variables(), ('lora/',))
+  step = jax.jit(step)
+  # Moments that are not zero, so that a change of them would be seen.
+  state, _ = step(train_state.init_state(trainable, tx), frozen, toy.batch())
+  return lambda state, batch: step(state, frozen, batch), state
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_an_update_that_is_not_finite_is_left_out(skipping_step, value):
+  step, state = skipping_step
+  batch = toy.batch()
+  batch['weights'] = batch['weights'].at[1, 2].set(value)
+  after, metrics = step(state, batch)
+  assert not math.isfinite(float(metrics['grad_norm'] + metrics['loss']))
+  assert after.step == state.step + 1
+  toy.assert_equal(after.trainable, state.trainable)
+  for name, x in toy.optimizer_leaves(after).items():
+    np.testing.assert_array_equal(x, toy.optimizer_leaves(state)[name])
+
+
+def test_a_finite_update_is_not_left_out(skipping_step):
+  step, state = skipping_step
+  after, _ = step(state, toy.batch(seed=1))
+  for (name, x), (_, old) in zip(
+    pytree.items(after.trainable), pytree.items(state.trainable), strict=True
+  ):
+    assert np.all(np.asarray(x) != np.asarray(old)), name

@@ -73,7 +73,8 @@ class ExampleStats:
     return (
       f'{name}: {self.examples:,} records, {self.tokens:,} tokens, '
       f'{self.supervised_tokens:,} supervised, {self.truncated:,} truncated to '
-      f'seq_len, {self.dropped:,} dropped, {self.duplicates:,} duplicates'
+      f'seq_len, {self.dropped:,} dropped (no supervised token), '
+      f'{self.duplicates:,} duplicates'
     )
 
 

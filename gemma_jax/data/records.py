@@ -24,6 +24,10 @@ from gemma_jax.data import templates
 
 Record = dict[str, Any]
 
+# Some millions of tokens; and what JSON of that size can become in memory (a
+# list of empty lists) stays below 200 MB.
+_MAX_LINE_BYTES = 1 << 23
+
 _FORMS = 'instruction+response, prompt+response, messages or tokens'
 
 
@@ -78,7 +82,8 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
     a BadRecord where the line is no JSON.
 
   Raises:
-    ValueError: no such file, or its compression is broken.
+    ValueError: no such file, its compression is broken, or a line is longer
+      than any record. Memory is that of a line, whatever the file expands to.
   """
   file = files.path(path)
   if not file.is_file():
@@ -91,7 +96,13 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
     lines = opened(raw) if opened else raw
     number = 0
     try:
-      for number, line in enumerate(lines, 1):
+      while line := lines.readline(_MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > _MAX_LINE_BYTES:
+          raise ValueError(
+            f'{name}: {path} line {number} is longer than {_MAX_LINE_BYTES:,} '
+            'bytes; expected JSON Lines, a record a line.'
+          )
         if line.strip():
           yield f'{path} line {number}', _parse(line, first=number == 1)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
@@ -166,6 +177,8 @@ def _parse(line: bytes, first: bool) -> Any:
     return BadRecord('invalid UTF-8', f' at byte {e.start}')
   except json.JSONDecodeError as e:
     return BadRecord('invalid JSON', f' ({e.msg} at column {e.colno})')
+  except ValueError as e:  # a number of too many digits
+    return BadRecord('invalid JSON', f' ({e})')
   except RecursionError:
     return BadRecord('invalid JSON', ' (nested too deeply)')
 

@@ -17,7 +17,8 @@ START_OF_TURN = '<start_of_turn>'
 END_OF_TURN = '<end_of_turn>'
 
 # Some releases store these as user-defined pieces, which SentencePiece would
-# find in text; they are loaded as control pieces, whatever the file says.
+# find in text, as it could a normal one; they are loaded as control pieces,
+# whatever the file says.
 _CONTROL_NAME = re.compile(
   r'<(pad|eos|bos|unk|mask|unused\d+|start_of_turn|end_of_turn)>'
 )
@@ -283,11 +284,11 @@ def build_model_proto(
 
 
 def _make_control(pieces) -> bool:
-  """Retypes user-defined control tokens in place; whether there were any."""
+  """Retypes control tokens that text could hold; whether there were any."""
   found = [
     p
     for p in pieces
-    if p.type == USER_DEFINED and _CONTROL_NAME.fullmatch(p.piece)
+    if p.type in (NORMAL, USER_DEFINED) and _CONTROL_NAME.fullmatch(p.piece)
   ]
   for piece in found:
     piece.type = CONTROL

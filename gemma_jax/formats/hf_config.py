@@ -80,7 +80,7 @@ def model_config(raw: Any, num_tensors: int, where: str) -> ModelConfig:
     if not isinstance(raw, dict):
       raise ValueError(f'{where}: model_type gemma3 without a text_config.')
     kind = 'gemma3_text'
-  if kind not in _DEFAULTS:
+  if not isinstance(kind, str) or kind not in _DEFAULTS:
     raise ValueError(
       f'{where}: model_type is {kind!r}, expected gemma, gemma2, gemma3_text '
       'or gemma3; other architectures are not read.'
@@ -91,12 +91,13 @@ def model_config(raw: Any, num_tensors: int, where: str) -> ModelConfig:
   if missing:
     raise ValueError(f'{where}: field {missing[0]} is missing.')
   fields = {ours: config[theirs] for ours, theirs in _SIZES.items()}
+  fields['norm_eps'] = _positive(config, 'rms_norm_eps', where)
   base.check_layer_count(fields['num_layers'], num_tensors, where)
   fields.update(_rope(config, kind, where))
   if kind != 'gemma':
     fields['use_post_norms'] = True
     fields['layer_is_local'] = _pattern(config, kind, where)
-    fields['window_size'] = config['sliding_window']
+    fields['window_size'] = config.get('sliding_window')
     for ours, theirs in (
       ('attention_softcap', 'attn_logit_softcapping'),
       ('final_softcap', 'final_logit_softcapping'),
@@ -211,7 +212,8 @@ def _object(value: Any, name: str, where: str) -> dict[str, Any]:
 
 def _positive(config: dict[str, Any], key: str, where: str) -> float:
   value = config.get(key)
-  if not isinstance(value, int | float) or not 0 < value < math.inf:
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  if not is_number or not 0 < value < 1e300:
     raise ValueError(f'{where}: {key} is {value!r}, expected a number > 0.')
   return float(value)
 

@@ -1,0 +1,1 @@
+"""Faults, made on purpose and counted; see README.md."""
