@@ -198,6 +198,22 @@ def test_another_models_layout_is_refused(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+  ('column', 'value', 'message'),
+  [
+    (0, 7, 'got piece 7, expected a string'),
+    (1, 'x', "got score 'x', expected a number"),
+    (2, 259, 'got type 259, expected 1 to 6'),
+    (2, 0, 'got type 0, expected 1 to 6'),
+  ],
+)
+def test_a_vocabulary_of_another_kind_is_refused(column, value, message):
+  lists = data_toy.vocabulary()
+  lists[column][9] = value
+  with pytest.raises(ValueError, match=message):
+    tokenizer_lib.build_model_proto(*lists)
+
+
 def test_vocabulary_lists_must_match():
   pieces, scores, types = data_toy.vocabulary()
   with pytest.raises(ValueError, match='vocabulary: got'):

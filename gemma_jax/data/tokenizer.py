@@ -245,7 +245,8 @@ def build_model_proto(
     whitespace kept, byte fallback; PAD 0, EOS 1, BOS 2, UNK 3.
 
   Raises:
-    ValueError: the three lists differ in length or are too short.
+    ValueError: the lists differ in length, are too short, or hold what is no
+      piece, score or type.
   """
   from sentencepiece import sentencepiece_model_pb2
 
@@ -254,6 +255,14 @@ def build_model_proto(
       f'vocabulary: got {len(pieces)} pieces, {len(scores)} scores and '
       f'{len(types)} types, expected as many of each and at least 4.'
     )
+  for name, values, is_fine, expected in (
+    ('piece', pieces, lambda x: isinstance(x, str), 'a string'),
+    ('score', scores, lambda x: isinstance(x, int | float), 'a number'),
+    ('type', types, lambda x: x in range(NORMAL, BYTE + 1), '1 to 6'),
+  ):
+    bad = next((x for x in values if not is_fine(x)), None)
+    if bad is not None:
+      raise ValueError(f'vocabulary: got {name} {bad!r}, expected {expected}.')
   proto = sentencepiece_model_pb2.ModelProto()
   trainer = proto.trainer_spec
   trainer.model_type = trainer.BPE

@@ -11,7 +11,7 @@ import time
 from tests.faults import corpora
 
 ROOT = Path(__file__).parents[2]
-_BATCH = 2000
+_BATCH = 10_000
 _SILENT_SECS = 180
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # a checkpoint and an evaluation at every few of them.
 FIELDS = {'steps': 60, 'eval_every_steps': 9, 'checkpoint_every_steps': 3}
 
-TIMEOUT_SECS = 300
+TIMEOUT_SECS = 600
 
 
 class Runs:
