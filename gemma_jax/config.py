@@ -43,7 +43,8 @@ def _one_of(name: str, got: Any, choices: tuple[str, ...]):
   require(got in choices, name, got, 'one of ' + ', '.join(choices))
 
 
-def _check_regex(name: str, pattern: str):
+def _check_regex(name: str, pattern: Any):
+  require(isinstance(pattern, str), name, pattern, 'a regex')
   try:
     re.compile(pattern)
   except re.error as e:

@@ -146,18 +146,26 @@ def disk_error(workdir: str, e: Exception) -> OSError | None:
   system somewhere in a long text. This is one line: what happened, which step
   is safe, and what to do.
   """
+  words = _system_words(workdir, e)
+  if words is None:
+    return None
+  step, _ = integrity.newest_good(files.path(workdir) / 'checkpoints')
+  kept = 'no checkpoint' if step is None else f'the checkpoint of step {step}'
+  return OSError(
+    f'workdir {workdir}: {words}. It keeps {kept} and no half-written '
+    'adapter; mend that and run the same command again.'
+  )
+
+
+def _system_words(workdir: str, e: Exception) -> str | None:
+  """'No space left on device', or what else befell the disk."""
+  if not files.path(workdir).exists():
+    return os.strerror(errno.ENOENT)
   for number in _DISK_ERRORS:
     words = os.strerror(number)
     is_named = workdir in str(e) or number in (errno.ENOSPC, errno.EDQUOT)
     if is_named and (getattr(e, 'errno', None) == number or words in str(e)):
-      step, _ = integrity.newest_good(files.path(workdir) / 'checkpoints')
-      kept = (
-        'no checkpoint' if step is None else f'the checkpoint of step {step}'
-      )
-      return OSError(
-        f'workdir {workdir}: {words}. It keeps {kept} and no half-written '
-        'adapter; mend that and run the same command again.'
-      )
+      return words
   return None
 
 

@@ -1,5 +1,6 @@
 """What a workdir remembers of its run, and which changes it accepts."""
 
+import errno
 import os
 from pathlib import Path
 import re
@@ -95,6 +96,38 @@ def test_read_only_parent_is_refused(tmp_path):
   tmp_path.chmod(0o500)
   with pytest.raises(ValueError, match='can be written to'):
     workdir.check_writable(str(tmp_path / 'run'))
+
+
+@pytest.mark.parametrize(
+  ('failure', 'words'),
+  [
+    (lambda at: OSError(errno.ENOSPC, 'x'), 'No space left on device'),
+    (
+      lambda at: RuntimeError('I/O: No space left on device (os error 28)'),
+      'No space left on device',
+    ),
+    (
+      lambda at: ValueError(f'{at}/a: Read-only file system'),
+      'Read-only file system',
+    ),
+    (lambda at: OSError(errno.EIO, 'x', f'{at}/a'), 'Input/output error'),
+  ],
+)
+def test_trouble_with_the_disk_is_one_line(made, failure, words):
+  found = str(workdir.disk_error(made, failure(made)))
+  assert found.startswith(f'workdir {made}: {words}. It keeps the checkpoint ')
+  assert found.endswith('run the same command again.')
+
+
+def test_a_workdir_that_is_gone_is_said(made):
+  found = workdir.disk_error(f'{made}/gone', ValueError('NOT_FOUND: a file'))
+  assert 'No such file or directory. It keeps no checkpoint' in str(found)
+
+
+def test_other_failures_are_not_the_disks(made):
+  elsewhere = OSError(errno.ENOENT, 'x', '/elsewhere/data.jsonl')
+  assert workdir.disk_error(made, elsewhere) is None
+  assert workdir.disk_error(made, ValueError('lora.rank: got 0')) is None
 
 
 def test_held_out_losses_round_trip(tmp_path):
