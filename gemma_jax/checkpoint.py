@@ -124,11 +124,13 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Blocks until the last save is committed."""
-    step, self._saving = self._saving, None
-    self._manager.wait_until_finished()
-    if step is not None and jax.process_index() == 0:
-      # What Orbax wrote while it renamed the folder.
-      integrity.seal(self.folder / str(step))
+    try:
+      self._manager.wait_until_finished()
+      if self._saving is not None and jax.process_index() == 0:
+        # What Orbax wrote while it renamed the folder.
+        integrity.seal(self.folder / str(self._saving))
+    finally:
+      self._saving = None
 
   def close(self) -> None:
     """Waits for the last save and stops the background threads."""
