@@ -227,8 +227,11 @@ class Run(Program):
     lines = [
       f'base: {self.source.reference}, {self.dtype} weights, '
       f'{np.dtype(self.model.dtype)} activations',
-      f'adapter: rank {lora.rank} on {" ".join(lora.target_names)}, scale '
-      f'{lora.scale:g}, dropout {lora.dropout:g}',
+      f'adapter: {"DoRA" if lora.dora else "LoRA"}, rank {lora.rank} on '
+      f'{" ".join(lora.target_names)}, scale {lora.scale:g}, dropout '
+      f'{lora.dropout:g}',
+      *(f'adapter: rank {r} at {where}' for where, r in lora.ranks.items()),
+      *([f'adapter: starts as {lora.path}'] if lora.path else []),
       f'optimizer: AdamW, learning rate {tx.learning_rate:g} {tx.schedule} '
       f'after {tx.warmup_steps} steps of warm-up, weight decay '
       f'{tx.weight_decay:g}, clip {tx.clip_norm:g}',

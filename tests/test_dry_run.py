@@ -15,7 +15,7 @@ def test_shows_parameters_memory_and_the_first_batch(records, tmp_path):
   workdir = tmp_path / 'run'
   text = dry_run.dry_run(run_toy.config(records).resolve(), str(workdir))
   assert 'lora/layers/mlp/gate/lora_a' in text
-  assert 'adapter: rank 3 on q k v o gate up down, scale 5.33' in text
+  assert 'adapter: LoRA, rank 3 on q k v o gate up down, scale 5.33' in text
   assert 'training: 19 records' in text
   assert '7 steps of 2 rows x 96 positions' in text
   assert 'the run would start at step 0' in text
