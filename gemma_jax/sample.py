@@ -1,8 +1,8 @@
 """Decoding: prompts in, new tokens out, with a cache of keys and values.
 
     sampler = Sampler(config, tokenizer)
-    for adapter in load_adapters(folders, config):
-      sampler.generate(adapter.variables(params), prompts, SamplingConfig())
+    base = decode_weights.prepare({'params': params})
+    sampler.generate(base, prompts, SamplingConfig())
 
 A `Sampler` holds two compiled programs: `prefill` reads the prompts and chooses
 each row's first token, `decode` chooses up to so many more. Weights, adapter,
@@ -25,7 +25,6 @@ from gemma_jax import prompts as prompts_lib
 from gemma_jax.choice import SamplingConfig, Settings, choose_tokens
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.model.attention import Cache, init_cache
-from gemma_jax.model.layers import softcap
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.model_config import ModelConfig
 
@@ -34,10 +33,23 @@ from gemma_jax.model_config import ModelConfig
 DECODE_TOKENS = 64
 STREAM_TOKENS = 1
 
-# Keeps bfloat16 weights bfloat16 on a CPU: each layer's are widened where they
-# are used, and XLA would move that out of the loops over layers and tokens, to
-# hold a float32 copy of the whole base beside it.
-_CPU_OPTIONS = {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
+# Keeps narrow weights narrow on a CPU: each layer's are widened where they are
+# used, and XLA would move that out of the loops over layers and tokens, to hold
+# a float32 copy of the whole base beside it.
+_PREFILL_OPTIONS = {
+  'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'
+}
+
+# And makes one loop of each product with `model.rows`: XLA would leave its sum
+# to a library or cut it in two, and let the loop make its input anew for every
+# output (the expander removes the barrier before that).
+_DECODE_OPTIONS = {
+  'xla_disable_hlo_passes': (
+    'while-loop-invariant-code-motion,tree_reduction_rewriter,'
+    'cse_barrier_expander'
+  ),
+  'xla_cpu_experimental_ynn_fusion_type': '',
+}
 
 
 class Generation(NamedTuple):
@@ -97,12 +109,15 @@ class Sampler:
     self.stop_ids = frozenset(stop_ids)
     self.dtype = dtype
     self.model = Transformer(config, dtype, scan_layers, remat=False)
-    options = _CPU_OPTIONS if on_cpu else None
     self.prefill = jax.jit(
-      self._prefill, static_argnames='cache_length', compiler_options=options
+      self._prefill,
+      static_argnames=('cache_length', 'num_samples'),
+      compiler_options=_PREFILL_OPTIONS if on_cpu else None,
     )
     self.decode = jax.jit(
-      self._decode, donate_argnames='state', compiler_options=options
+      self._decode,
+      donate_argnames='state',
+      compiler_options=_DECODE_OPTIONS if on_cpu else None,
     )
 
   def generate(
@@ -112,17 +127,21 @@ class Sampler:
     sampling: SamplingConfig,
     on_tokens: Callable[[int, list[int]], None] | None = None,
     row_ids: Sequence[int] | None = None,
+    num_samples: int = 1,
   ) -> Generation:
     """Continues every prompt.
 
     Args:
-      variables: {'params'} or {'params', 'lora'}, `adapters.Adapter.variables`.
-      prompts: token ids with BOS, each of any length; a row of the batch each.
+      variables: of `decode_weights`; those that training uses do too, only
+        slower.
+      prompts: token ids with BOS, each of any length.
       sampling: how tokens are chosen.
       on_tokens: called with (row, its new ids) as soon as they are there; all
         calls together give what is returned.
       row_ids: whole numbers that tell the draws of the rows apart; default: 0,
         1, 2, ... A row of the same id draws alike alone and among others.
+      num_samples: rows that continue each prompt, one after the other: sample s
+        of prompt p is row p * num_samples + s. The prompt is read once.
 
     Raises:
       ValueError: no prompt, an empty one, one that leaves no room for
@@ -130,10 +149,10 @@ class Sampler:
     """
     sampling.check()
     prompts_lib.check(prompts, sampling.max_new_tokens, self.config)
-    settings = Settings.of(
-      sampling, range(len(prompts)) if row_ids is None else row_ids
-    )
-    rows: list[list[int]] = [[] for _ in prompts]
+    if row_ids is None:
+      row_ids = range(len(prompts) * num_samples)
+    settings = Settings.of(sampling, row_ids)
+    rows: list[list[int]] = [[] for _ in row_ids]
 
     def take(tokens):  # [rows, n]
       for row, new in enumerate(tokens.tolist()):
@@ -151,6 +170,7 @@ class Sampler:
       cache_length=prompts_lib.round_up(
         tokens.shape[1] + sampling.max_new_tokens
       ),
+      num_samples=num_samples,
     )
     take(np.asarray(state.token)[:, None])
     # No token is asked for: it only compiles, which the clock must not see.
@@ -181,7 +201,15 @@ class Sampler:
     ends = [i for i, token in enumerate(new) if token in self.stop_ids]
     return new[: ends[0] + 1] if ends else new
 
-  def _prefill(self, variables, tokens, segment_ids, settings, cache_length):
+  def _prefill(
+    self,
+    variables,
+    tokens,
+    segment_ids,
+    settings,
+    cache_length,
+    num_samples=1,
+  ):
     """Prompts [B, P], padded on the left → `State` with the first tokens."""
     B, P = tokens.shape
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
@@ -197,15 +225,22 @@ class Sampler:
     ]
     cache = init_cache(self.config, B, cache_length, self.dtype)
     cache, hidden = jax.lax.scan(read, cache, parts)  # [P / width, B, D]
+    repeat = lambda x, axis: jnp.repeat(x, num_samples, axis)
+    cache = cache.replace(
+      k=repeat(cache.k, 1),
+      v=repeat(cache.v, 1),
+      positions=repeat(cache.positions, 0),
+      segment_ids=repeat(cache.segment_ids, 0),
+    )
     return self._choose(
       variables,
-      hidden[-1],
+      repeat(hidden[-1], 0),
       settings,
       State(
         cache=cache,
-        token=jnp.zeros(B, jnp.int32),
-        position=positions[:, -1],
-        done=jnp.zeros(B, bool),
+        token=jnp.zeros(B * num_samples, jnp.int32),
+        position=repeat(positions[:, -1], 0),
+        done=jnp.zeros(B * num_samples, bool),
         step=jnp.int32(0),
       ),
     )
@@ -255,10 +290,7 @@ class Sampler:
 
   def _choose(self, variables, hidden, settings, state):
     """The state with its next token, from hidden [B, D]."""
-    embedding = variables['params']['embedder']['input_embedding']
-    logits = softcap(
-      vocabulary_product(hidden, embedding), self.config.final_softcap
-    )
+    logits = self.model.apply(variables, hidden[:, None], method='logits')[:, 0]
     is_piece = jnp.arange(logits.shape[1]) < self.num_pieces
     logits = jnp.where(is_piece[None], logits, -jnp.inf)
     token = choose_tokens(logits, settings, state.step)
@@ -291,28 +323,3 @@ class State:
   position: jax.Array
   done: jax.Array
   step: jax.Array
-
-
-def vocabulary_product(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
-  """hidden [B, D] times embedding [V, D] → float32 [B, V].
-
-  It reads the whole table for every token. A table narrower than the
-  activations (bfloat16 weights on a CPU) is multiplied row by row, widened on
-  the way, since a matrix product would first write a widened copy of it.
-  """
-  # Else the widening could be merged with that of the embedding's lookup, and
-  # would then be written out.
-  embedding = jax.lax.optimization_barrier(embedding)
-  if embedding.dtype.itemsize < hidden.dtype.itemsize:
-    return jax.lax.map(
-      lambda h: jnp.sum(
-        embedding.astype(jnp.float32) * h.astype(jnp.float32)[None], axis=1
-      ),
-      hidden,
-    )
-  return jnp.einsum(
-    'BD,VD->BV',
-    hidden,
-    embedding.astype(hidden.dtype),
-    preferred_element_type=jnp.float32,
-  )

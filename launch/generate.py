@@ -6,11 +6,12 @@
 
 With one adapter its text alone is decoded; with several, the base's too, first
 (`--adapter=base` names it). Standard output carries the text, in labelled
-blocks where there are several, or with --format=json one line for each prompt
-and adapter:
+blocks where there are several, or with --format=json one line for each
+adapter, prompt and sample:
 
   adapter            the folder, or base
   prompt             the text, or the token ids
+  sample             which of --num_samples
   text               the continuation
   tokens             its ids, with the stop token if it ended with one
   tokens_per_second  of all prompts of this adapter together, after each one's
@@ -18,6 +19,7 @@ and adapter:
                      read the prompts; null if nothing came after the first
 """
 
+import itertools
 import json
 
 from absl import flags, logging
@@ -71,6 +73,12 @@ _TOP_P = flags.DEFINE_float(
   'Draw from the most likely tokens whose probabilities reach p together.',
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
+_NUM_SAMPLES = flags.DEFINE_integer(
+  'num_samples',
+  1,
+  'Continuations of each prompt, which is read once; needs a temperature.',
+  lower_bound=1,
+)
 _STREAM = flags.DEFINE_bool(
   'stream', False, 'Print text as it comes, one prompt after the other.'
 )
@@ -80,8 +88,9 @@ _FORMAT = flags.DEFINE_enum(
 _WEIGHTS = flags.DEFINE_enum(
   'weights',
   'auto',
-  ['auto', 'float32', 'bfloat16'],
-  'Of the base in memory; auto is as in its file (dequantized: float32).',
+  ['auto', 'float32', 'bfloat16', 'int8'],
+  'Of the base in memory; auto is as in its file (dequantized: float32). int8 '
+  'is the fastest, and rounds: 255 values for each output channel.',
 )
 _COMPILATION_CACHE = flags.DEFINE_string(
   'compilation_cache', '', 'Folder of compiled programs; off keeps none.'
@@ -90,7 +99,7 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import adapters, sample
+  from gemma_jax import adapters, decode_weights, sample
   from gemma_jax import prompts as prompts_lib
   from gemma_jax.choice import SamplingConfig
   from gemma_jax.formats import source as source_lib
@@ -103,8 +112,16 @@ def main() -> int:
     seed=_SEED.value,
   )
   sampling.check()
+  num_samples = _NUM_SAMPLES.value
   if _STREAM.value and _FORMAT.value == 'json':
     app.fail('--stream: got --format=json, expected --format=text')
+  if _STREAM.value and num_samples > 1:
+    app.fail(f'--stream: got --num_samples={num_samples}, expected one sample')
+  if num_samples > 1 and not sampling.temperature:
+    app.fail(
+      f'--num_samples: got {num_samples} with --temperature=0, expected a '
+      'temperature above 0; greedy samples are all the same'
+    )
   app.set_compilation_cache(_COMPILATION_CACHE.value)
 
   # All that can be wrong is found before the weights are read.
@@ -120,18 +137,22 @@ def main() -> int:
     names = [adapters.BASE, *names]
   folders = [name for name in names if name != adapters.BASE]
   loaded = adapters.load_adapters(folders, source.config)
-  by_name = {adapter.name: adapter for adapter in loaded}
-
-  params = source.load_params(_WEIGHTS.value)
+  weights = _WEIGHTS.value
+  params = source.load_params(decode_weights.load_dtype(weights))
+  variables = decode_weights.for_adapters(params, loaded, weights)
+  del params  # what decoding does not use of it is freed
   sampler = sample.Sampler(source.config, tokenizer)
 
   def generate(name, indices, on_tokens=None):
     generation = sampler.generate(
-      by_name[name].variables(params),
+      variables[name],
       [rows[i] for i in indices],
       sampling,
       on_tokens,
-      row_ids=indices,
+      row_ids=[
+        i * num_samples + s for i in indices for s in range(num_samples)
+      ],
+      num_samples=num_samples,
     )
     speed = generation.tokens_per_second
     if speed is not None:
@@ -143,19 +164,20 @@ def main() -> int:
     for name in names:
       _print_json(name, prompts, generate(name, everything), tokenizer)
     return 0
-  label = len(names) * len(rows) > 1
+  label = len(names) * len(rows) * num_samples > 1
   made = {}
   if not _STREAM.value:
     made = {name: generate(name, everything) for name in names}
   for i, prompt in enumerate(prompts):
     if label:
       print(f'>>> {prompt}\n')
-    for name in names:
+    for name, sample_index in itertools.product(names, range(num_samples)):
       if label:
-        print(f'[{name}]')
+        number = f' {sample_index + 1}' if num_samples > 1 else ''
+        print(f'[{name}{number}]')
       show = _Printer(tokenizer)
       if made:
-        show(0, made[name].tokens[i])
+        show(0, made[name].tokens[i * num_samples + sample_index])
       else:
         generate(name, [i], show)
       show.end()
@@ -184,10 +206,12 @@ class _Printer:
 
 
 def _print_json(name, prompts, generation, tokenizer):
-  for prompt, ids in zip(prompts, generation.tokens, strict=True):
+  num_samples = len(generation.tokens) // len(prompts)
+  for row, ids in enumerate(generation.tokens):
     line = {
       'adapter': name,
-      'prompt': prompt,
+      'prompt': prompts[row // num_samples],
+      'sample': row % num_samples,
       'text': None if tokenizer is None else tokenizer.decode(ids),
       'tokens': ids,
       'tokens_per_second': generation.tokens_per_second,

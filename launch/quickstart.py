@@ -76,7 +76,7 @@ def main() -> int:
 
 def _answers(config, source, adapter: str) -> list[str]:
   """Greedy answers of the base and of the adapter, by one compilation."""
-  from gemma_jax import adapters, sample
+  from gemma_jax import adapters, decode_weights, sample
   from gemma_jax.choice import SamplingConfig
   from gemma_jax.data import examples
 
@@ -84,12 +84,15 @@ def _answers(config, source, adapter: str) -> list[str]:
   prompt = examples.prompt_tokens(
     tokenizer, config.data.template, _PROMPT.value
   )
-  params = source.load_params(config.model.dtype)
+  variables = decode_weights.for_adapters(
+    source.load_params(config.model.dtype),
+    adapters.load_adapters([adapter], source.config),
+  )
   sampler = sample.Sampler(source.config, tokenizer)
   greedy = SamplingConfig(max_new_tokens=_MAX_NEW_TOKENS.value, temperature=0.0)
   texts = []
-  for each in adapters.load_adapters([adapter], source.config):
-    made = sampler.generate(each.variables(params), [prompt], greedy)
+  for name in (adapters.BASE, adapter):
+    made = sampler.generate(variables[name], [prompt], greedy)
     texts.append(tokenizer.decode(made.tokens[0]))
   return texts
 

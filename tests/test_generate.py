@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gemma_jax import adapters, variants
+from gemma_jax import adapters, decode_weights, variants
 from gemma_jax.choice import SamplingConfig
 from gemma_jax.config import LoraConfig
 from gemma_jax.data import examples
@@ -61,13 +61,12 @@ def expected(folders):
   found = source.open_base(MODEL)
   tokenizer = found.tokenizer()
   sampler = Sampler(found.config, tokenizer)
-  params = found.load_params()
+  loaded = adapters.load_adapters(folders, found.config)
+  variables = decode_weights.for_adapters(found.load_params(), loaded)
   rows = [examples.prompt_tokens(tokenizer, 'dolly', QUESTION), [2, 5, 7]]
   return tokenizer, {
-    adapter.name: sampler.generate(
-      adapter.variables(params), rows, SAMPLING
-    ).tokens
-    for adapter in adapters.load_adapters(folders, found.config)
+    name: sampler.generate(chosen, rows, SAMPLING).tokens
+    for name, chosen in variables.items()
   }
 
 
@@ -96,6 +95,7 @@ def test_json_has_a_line_for_each_adapter_and_prompt(
     assert line == {
       'adapter': name,
       'prompt': [QUESTION, [2, 5, 7]][i],
+      'sample': 0,
       'text': tokenizer.decode(tokens[name][i]),
       'tokens': tokens[name][i],
     }
@@ -125,6 +125,19 @@ def test_one_adapter_prints_its_text_alone(folders, expected):
   assert out == text.replace('\r\n', '\n').replace('\r', '\n')
 
 
+def test_samples_are_labelled():
+  flags = [*FLAGS, '--tokens=2,5,7', '--tokens=2,9', '--num_samples=2']
+  out = output_of(*flags, '--format=json', '--weights=int8')
+  lines = [json.loads(line) for line in out.splitlines()]
+  labels = [(line['prompt'], line['sample']) for line in lines]
+  assert labels == [([2, 5, 7], 0), ([2, 5, 7], 1), ([2, 9], 0), ([2, 9], 1)]
+  assert len({str(line['tokens']) for line in lines}) == 4
+  out = output_of(*flags, '--weights=int8')
+  ends = [out.index(f'[base {n}]\n{line["text"]}'.replace('\r', '\n'))
+          for n, line in zip((1, 2), lines[:2], strict=True)]  # fmt: skip
+  assert ends == sorted(ends)
+
+
 def test_tokens_need_no_tokenizer():
   folder = Path(__file__).parent / 'golden' / 'parity' / 'gemma2'
   flags = [f'--model={folder}', '--tokens=2,5', '--max_new_tokens=5']
@@ -148,6 +161,11 @@ def test_tokens_need_no_tokenizer():
     (('--prompt=Hi', '--top_p=0'), 'top_p: got 0.0, expected a number in'),
     (('--prompt=Hi', '--template=chat'), "control token: got '<start_of_turn"),
     (('--prompt=Hi', '--stream', '--format=json'), '--stream: got --format=j'),
+    (('--prompt=Hi', '--num_samples=3'), '--num_samples: got 3 with --temper'),
+    (
+      ('--prompt=Hi', '--num_samples=3', '--temperature=1', '--stream'),
+      '--stream: got --num_samples=3, expected one sample',
+    ),
   ],
 )
 def test_bad_input_is_one_line(flags, message):
@@ -163,6 +181,6 @@ def test_help_explains_every_flag():
   done = call('--helpfull')
   for name in ('adapter', 'prompt', 'tokens', 'template', 'max_new_tokens',
                'temperature', 'top_k', 'top_p', 'seed', 'stream', 'format',
-               'weights'):  # fmt: skip
+               'weights', 'num_samples'):  # fmt: skip
     assert f'--{name}:' in done.stdout or f'--[no]{name}:' in done.stdout, name
   assert 'Continues prompts with a base' in done.stdout

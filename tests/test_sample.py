@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from gemma_jax import (
   adapters,
   choice,
+  decode_weights,
   layout,
   lora,
   pytree,
@@ -61,6 +62,12 @@ def base(name='tiny3'):
 
 
 @functools.cache
+def ready(name='tiny3', weights='auto'):
+  """The same for decoding."""
+  return decode_weights.prepare(base(name), weights)
+
+
+@functools.cache
 def sampler(name='tiny3'):
   """Compiled once for all tests; rows end at max_new_tokens only."""
   return Sampler(variants.get(name), stop_ids=())
@@ -69,7 +76,7 @@ def sampler(name='tiny3'):
 @functools.cache
 def generated(sampling, name='tiny3'):
   """All prompts in one batch."""
-  return sampler(name).generate(base(name), PROMPTS, sampling).tokens
+  return sampler(name).generate(ready(name), PROMPTS, sampling).tokens
 
 
 @functools.cache
@@ -139,7 +146,7 @@ def test_greedy_tokens_equal_transformers(family):
   prompt, expected = golden[:10], golden[10:]
   found = source.open_base(str(folder))
   made = Sampler(found.config, stop_ids=()).generate(
-    {'params': found.load_params('float32')},
+    decode_weights.prepare({'params': found.load_params('float32')}),
     [prompt],
     SamplingConfig(max_new_tokens=len(expected)),
   )
@@ -149,7 +156,7 @@ def test_greedy_tokens_equal_transformers(family):
 @pytest.mark.parametrize('sampling', [GREEDY, WARM], ids=['greedy', 'warm'])
 @pytest.mark.parametrize('row', [0, 1])
 def test_a_row_does_not_depend_on_its_neighbours(row, sampling):
-  alone = sampler().generate(base(), [PROMPTS[row]], sampling, row_ids=[row])
+  alone = sampler().generate(ready(), [PROMPTS[row]], sampling, row_ids=[row])
   assert alone.tokens == [generated(sampling)[row]]
 
 
@@ -157,15 +164,15 @@ def test_a_prompt_read_in_parts_continues_alike(monkeypatch):
   monkeypatch.setattr(prompts_lib, 'PREFILL_TOKENS', 16)
   assert prompts_lib.pad(PROMPTS)[0].shape == (3, 32)
   parts = Sampler(variants.get('tiny3'), stop_ids=())
-  assert parts.generate(base(), PROMPTS, WARM).tokens == generated(WARM)
+  assert parts.generate(ready(), PROMPTS, WARM).tokens == generated(WARM)
 
 
 def test_the_seed_decides():
-  again = sampler().generate(base(), PROMPTS, WARM).tokens
+  again = sampler().generate(ready(), PROMPTS, WARM).tokens
   assert again == generated(WARM)
   assert again != generated(dataclasses.replace(WARM, seed=1))
   # Equal prompts in a batch are drawn apart.
-  thrice = sampler().generate(base(), [PROMPTS[2]] * 3, WARM).tokens
+  thrice = sampler().generate(ready(), [PROMPTS[2]] * 3, WARM).tokens
   assert thrice[0] != thrice[1] != thrice[2] != thrice[0]
 
 
@@ -173,10 +180,18 @@ def test_top_k_of_one_is_greedy():
   assert generated(dataclasses.replace(WARM, top_k=1)) == generated(GREEDY)
 
 
+def test_samples_of_a_prompt_are_drawn_as_rows_of_a_batch():
+  twice = [prompt for prompt in PROMPTS for _ in range(2)]
+  want = sampler().generate(ready(), twice, WARM).tokens
+  got = sampler().generate(ready(), PROMPTS, WARM, num_samples=2).tokens
+  assert got == want
+  assert got[0] != got[1]
+
+
 def test_streaming_gives_the_same_tokens():
   calls = []
   streamed = sampler().generate(
-    base(),
+    ready(),
     PROMPTS,
     WARM,
     on_tokens=lambda row, ids: calls.append((row, ids)),
@@ -197,7 +212,7 @@ def test_a_row_ends_with_a_stop_token():
   others = Sampler(variants.get('tiny3'), stop_ids=(stop,))
   calls = []
   made = others.generate(
-    base(), PROMPTS, WARM, lambda row, ids: calls.append((row, ids))
+    ready(), PROMPTS, WARM, lambda row, ids: calls.append((row, ids))
   )
   for i, (new, all_of_it) in enumerate(zip(made.tokens, full, strict=True)):
     ends = all_of_it.index(stop) + 1 if stop in all_of_it else NEW
@@ -211,10 +226,10 @@ def test_a_row_ends_with_a_stop_token():
   tokens[2], segment_ids[2] = tokens[0], segment_ids[0]
   settings = Settings.of(WARM, [0, 0, 0])
   state = others.prefill(
-    base(), tokens, segment_ids, settings, cache_length=112
+    ready(), tokens, segment_ids, settings, cache_length=112
   )
   state, _, count = others.decode(
-    base(), state, settings, np.int32(sample.DECODE_TOKENS)
+    ready(), state, settings, np.int32(sample.DECODE_TOKENS)
   )
   assert count + 1 == len(made.tokens[0]) == state.step
   assert state.done.all()
@@ -237,26 +252,24 @@ def test_rows_beyond_the_tokenizer_are_never_chosen():
   params['embedder'] = jax.tree.map(
     lambda x: x.at[pieces:].multiply(30.0), params['embedder']
   )
+  variables = decode_weights.prepare({'params': params})
   masked = Sampler(config, ByteTokenizer(), stop_ids=())
   for sampling in (GREEDY, dataclasses.replace(WARM, top_k=0)):
     free, kept = (
-      s.generate({'params': params}, PROMPTS, sampling).tokens
+      s.generate(variables, PROMPTS, sampling).tokens
       for s in (sampler(), masked)
     )
     assert max(map(max, free)) >= pieces > max(map(max, kept))
 
 
 def test_adapters_are_switched_without_a_trace():
-  leaves = dict(pytree.items(base()['params']))
   made = make_adapters()
+  variables = decode_weights.for_adapters(base()['params'], made)
   other_prompts = [[2, 7, 9], [2, 11], [2, *range(60, 82)]]
 
   def generate(adapter, prompts=PROMPTS, sampling=GREEDY):
-    variables = adapter.variables(base()['params'])
-    for name, leaf in pytree.items(variables['params']):
-      if name != 'final_norm/scale':  # trained along with A
-        assert leaf is leaves[name]
-    return sampler().generate(variables, prompts, sampling).tokens
+    chosen = variables[adapter.name]
+    return sampler().generate(chosen, prompts, sampling).tokens
 
   for adapter in made[:2]:
     generate(adapter)
@@ -277,7 +290,7 @@ def test_an_adapter_equals_its_merged_base():
   params = base()['params']
   merged = {'params': lora.merge(params, adapter.effective, 1.0)}
   got, want = (
-    sampler().generate(variables, PROMPTS, WARM).tokens
+    sampler().generate(decode_weights.prepare(variables), PROMPTS, WARM).tokens
     for variables in (adapter.variables(params), merged)
   )
   assert got == want != generated(WARM)
@@ -287,7 +300,8 @@ def test_the_adapter_of_zeros_changes_no_bit():
   tokens, segment_ids = prompts_lib.pad(PROMPTS)
   settings = Settings.of(WARM, range(len(PROMPTS)))
   states = []
-  for variables in (base(), make_adapters()[0].variables(base()['params'])):
+  zeros = {**ready(), 'lora': make_adapters()[0].effective}
+  for variables in (ready(), zeros):
     state = sampler().prefill(
       variables, tokens, segment_ids, settings, cache_length=112
     )
@@ -300,20 +314,13 @@ def test_the_adapter_of_zeros_changes_no_bit():
   assert np.abs(states[0].cache.v).max() > 0.1
 
 
-@pytest.mark.parametrize('rows', [1, 3])
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_vocabulary_product(rows, dtype):
-  keys = jax.random.split(jax.random.key(0))
-  hidden = jax.random.normal(keys[0], (rows, 37))
-  embedding = jax.random.normal(keys[1], (53, 37)).astype(dtype)
-  product = jax.jit(sample.vocabulary_product)(hidden, embedding)
-  assert product.dtype == jnp.float32
-  wide = np.asarray(embedding).astype(np.float64)
-  toy.assert_close(product, np.asarray(hidden, np.float64) @ wide.T, 1e-5)
+def test_variables_of_training_decode_alike():
+  got = sampler().generate(base(), PROMPTS, WARM).tokens
+  assert got == generated(WARM)
 
 
 def test_bfloat16_weights_decode_as_their_values_do():
-  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base())
+  narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), ready())
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
   got, want = (
     sampler().generate(v, PROMPTS, WARM).tokens for v in (narrow, wide)
@@ -323,7 +330,8 @@ def test_bfloat16_weights_decode_as_their_values_do():
 
 @pytest.mark.usefixtures('as_users_compile')
 @pytest.mark.parametrize('rows', [1, 3])
-def test_bfloat16_weights_are_never_widened_all_at_once(rows):
+@pytest.mark.parametrize('weights', ['float32', 'bfloat16', 'int8'])
+def test_no_weight_is_copied_or_widened_for_a_token(weights, rows):
   config = dataclasses.replace(
     variants.get('tiny3'),
     vocab_size=100_003,
@@ -331,25 +339,32 @@ def test_bfloat16_weights_are_never_widened_all_at_once(rows):
     num_layers=7,
     layer_is_local=None,
   )
-  params = layout.abstract_params(config, jnp.bfloat16)
+  params = layout.abstract_params(
+    config, 'float32' if weights == 'float32' else 'bfloat16'
+  )
+  variables = jax.eval_shape(
+    lambda params: decode_weights.prepare({'params': params}, weights), params
+  )
   made = Sampler(config)
   settings = Settings.of(WARM, range(rows))
   prompt = [jax.ShapeDtypeStruct((rows, 16), jnp.int32)] * 2
-  prefill = made.prefill.lower(
-    {'params': params}, *prompt, settings, cache_length=32
-  )
-  decode = made.decode.lower(
-    {'params': params}, prefill.out_info, settings, np.int32(1)
-  )
-  for lowered in (prefill, decode):
-    temporary_bytes = lowered.compile().memory_analysis().temp_size_in_bytes
-    assert temporary_bytes < 0.5 * pytree.num_bytes(params)
+  prefill = made.prefill.lower(variables, *prompt, settings, cache_length=32)
+  decode = made.decode.lower(variables, prefill.out_info, settings, np.int32(1))
+  # Prefill has one layer's weights at a time; decode no more than its logits,
+  # a row of them for the choice of the token thrice over.
+  temporary_bytes = [
+    lowered.compile().memory_analysis().temp_size_in_bytes
+    for lowered in (prefill, decode)
+  ]
+  assert temporary_bytes[0] < 0.5 * pytree.num_bytes(params)
+  assert temporary_bytes[1] < 6 * 4 * rows * config.vocab_size
 
 
 def test_unrolled_layers_decode_alike():
   params = layout.unstack_layers(base()['params'])
   unrolled = Sampler(variants.get('tiny3'), scan_layers=False, stop_ids=())
-  made = unrolled.generate({'params': params}, PROMPTS, WARM)
+  variables = decode_weights.prepare({'params': params})
+  made = unrolled.generate(variables, PROMPTS, WARM)
   assert made.tokens == generated(WARM)
 
 
@@ -370,7 +385,7 @@ def test_sharded_weights_decode_alike():
 
 def test_the_longest_prompt_and_the_shortest_continuation():
   made = sampler().generate(
-    base(), [[2] * 511], SamplingConfig(max_new_tokens=1)
+    ready(), [[2] * 511], SamplingConfig(max_new_tokens=1)
   )
   assert [len(row) for row in made.tokens] == [1]
   assert made.tokens_per_second is None
@@ -382,6 +397,7 @@ def test_real_greedy_continuations_equal_transformers():
   found = source.open_base(source.REAL_270M)
   made = Sampler(found.config, found.tokenizer(), stop_ids=())
   params = found.load_params('float32')
+  variables = decode_weights.prepare({'params': params})
   golden = json.loads(ORACLE.read_text('utf-8'))['greedy']
   prompts = [case['prompt_ids'] for case in golden]
   expected = [
@@ -391,5 +407,5 @@ def test_real_greedy_continuations_equal_transformers():
   sampling = SamplingConfig(max_new_tokens=len(expected[0]))
   for group in (range(len(golden)), [0], [3]):
     chosen = [prompts[i] for i in group]
-    out = made.generate({'params': params}, chosen, sampling)
+    out = made.generate(variables, chosen, sampling)
     assert out.tokens == [expected[i] for i in group]

@@ -74,7 +74,7 @@ class Context(NamedTuple):
   index: jax.Array | None
 
 
-def visible(context: Context, window: int | None) -> jax.Array:
+def visible(context: Context, window: int | jax.Array | None) -> jax.Array:
   """Which keys each query sees: bool [B, T, S].
 
   A key is visible if it stands in the same segment (not 0), not later, and, in
@@ -211,6 +211,8 @@ class Attention(nn.Module):
       y = attend(None)
     elif isinstance(is_local, bool):
       y = attend(config.window_size if is_local else None)
+    elif kv is not None:  # the whole cache is read; only the mask differs
+      y = attend(jnp.where(is_local, config.window_size, config.max_positions))
     else:  # one compiled layer serves both kinds; only one branch runs
       y = jax.lax.cond(
         is_local, lambda: attend(config.window_size), lambda: attend(None)

@@ -1,10 +1,15 @@
-"""Einsum with an optional adapter, RMSNorm and the reversible embedding."""
+"""Einsum with an optional adapter, RMSNorm and the reversible embedding.
+
+Kernels and embedding come from the collection `params`, or, for decoding, from
+`rows` (`gemma_jax.decode_weights`).
+"""
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
 from gemma_jax import lora
+from gemma_jax.model import rows
 
 
 class Einsum(nn.Module):
@@ -24,8 +29,11 @@ class Einsum(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    w = self.param('w', nn.initializers.normal(0.02), self.shape)
-    y = jnp.einsum(self.equation, x, w.astype(x.dtype))
+    if self.has_variable('rows', 'w'):
+      y = rows.product(self.equation, x, self.get_variable('rows', 'w'))
+    else:
+      w = self.param('w', nn.initializers.normal(0.02), self.shape)
+      y = jnp.einsum(self.equation, x, w.astype(x.dtype))
     if self.has_variable('lora', 'lora_a'):
       if self.dropout > 0:
         idle = not self.has_rng('dropout')
@@ -69,25 +77,25 @@ class Embedder(nn.Module):
   dtype: jax.typing.DTypeLike
 
   def setup(self):
-    self.input_embedding = self.param(
-      'input_embedding',
-      nn.initializers.normal(0.02),
-      (self.vocab_size, self.embed_dim),
+    if self.has_variable('rows', 'input_embedding'):
+      self.rows = self.get_variable('rows', 'input_embedding')
+      return
+    self.rows = rows.Rows(
+      self.param(
+        'input_embedding',
+        nn.initializers.normal(0.02),
+        (self.vocab_size, self.embed_dim),
+      )
     )
 
   def encode(self, tokens: jax.Array) -> jax.Array:
     """tokens [B, T] → [B, T, D], times sqrt(D) rounded to the dtype."""
-    x = jnp.take(self.input_embedding, tokens, axis=0).astype(self.dtype)
+    x = rows.take(self.rows, tokens, self.dtype)
     return x * jnp.sqrt(jnp.float32(self.embed_dim)).astype(self.dtype)
 
   def decode(self, x: jax.Array) -> jax.Array:
     """hidden [B, T, D] → logits float32 [B, T, V], before the final cap."""
-    return jnp.einsum(
-      'BTD,VD->BTV',
-      x,
-      self.input_embedding.astype(x.dtype),
-      preferred_element_type=jnp.float32,
-    )
+    return rows.product('BTD,VD->BTV', x, self.rows, jnp.float32)
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:

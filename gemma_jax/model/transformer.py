@@ -108,7 +108,12 @@ class Transformer(nn.Module):
       layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
       self.layers = nn.scan(
         layer,
-        variable_axes={'params': 0, 'lora': 0, 'intermediates': 0},
+        variable_axes={
+          'params': 0,
+          'rows': 0,
+          'lora': 0,
+          'intermediates': 0,
+        },
         split_rngs={'params': True, 'dropout': True},
         in_axes=(0, 0, nn.broadcast),
         length=config.num_layers,
