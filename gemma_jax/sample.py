@@ -33,17 +33,13 @@ from gemma_jax.model_config import ModelConfig
 DECODE_TOKENS = 64
 STREAM_TOKENS = 1
 
-# Keeps narrow weights narrow on a CPU: each layer's are widened where they are
-# used, and XLA would move that out of the loops over layers and tokens, to hold
-# a float32 copy of the whole base beside it.
-_PREFILL_OPTIONS = {
-  'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'
-}
-
-# And makes one loop of each product with `model.rows`: XLA would leave its sum
-# to a library or cut it in two, and let the loop make its input anew for every
-# output (the expander removes the barrier before that).
-_DECODE_OPTIONS = {
+# What XLA's CPU compiler must leave alone, for speed and memory only:
+# - narrow weights are widened where they are used; moved out of the loops over
+#   layers and tokens, a float32 copy of the whole base would stand beside it;
+# - a product with `model.rows` is one loop; its sum must not be cut in two or
+#   left to a library, nor what makes its input be repeated for every output
+#   (the expander would remove the barrier against that).
+_CPU_OPTIONS = {
   'xla_disable_hlo_passes': (
     'while-loop-invariant-code-motion,tree_reduction_rewriter,'
     'cse_barrier_expander'
@@ -109,15 +105,16 @@ class Sampler:
     self.stop_ids = frozenset(stop_ids)
     self.dtype = dtype
     self.model = Transformer(config, dtype, scan_layers, remat=False)
+    options = _CPU_OPTIONS if on_cpu else None
     self.prefill = jax.jit(
       self._prefill,
       static_argnames=('cache_length', 'num_samples'),
-      compiler_options=_PREFILL_OPTIONS if on_cpu else None,
+      compiler_options=options,
     )
     self.decode = jax.jit(
       self._decode,
       donate_argnames='state',
-      compiler_options=_DECODE_OPTIONS if on_cpu else None,
+      compiler_options=options,
     )
 
   def generate(
