@@ -24,7 +24,7 @@ def get_config() -> TrainConfig:
     steps=300,
     eval_every_steps=100,
     checkpoint_every_steps=50,
-    model=BaseConfig(path='gemma3_270m', remat=False),
+    model=BaseConfig(path='gemma3_270m'),
     lora=LoraConfig(rank=8, alpha=16.0, targets='qv'),
     optimizer=OptimizerConfig(
       learning_rate=1e-3, schedule='cosine', warmup_steps=10

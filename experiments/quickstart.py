@@ -21,8 +21,7 @@ def get_config() -> TrainConfig:
   return TrainConfig(
     steps=100,
     checkpoint_every_steps=20,
-    # The activations of one row of 256 positions are small: keep them all.
-    model=BaseConfig(path='gemma3_270m', remat=False),
+    model=BaseConfig(path='gemma3_270m'),
     lora=LoraConfig(rank=8, alpha=16.0, targets='all'),
     optimizer=OptimizerConfig(
       learning_rate=1e-3, schedule='cosine', warmup_steps=5

@@ -6,7 +6,7 @@ from absl import logging
 import jax
 
 from gemma_jax import adapters as adapters_lib
-from gemma_jax import evaluate, layout, run, sharding, train_step
+from gemma_jax import compiler, evaluate, layout, run, sharding, train_step
 from gemma_jax.config import TrainConfig
 from gemma_jax.data import examples as examples_lib
 from gemma_jax.data import pipeline, sources
@@ -56,7 +56,10 @@ def evaluate_adapters(
   )
   params = source.load_params(config.model.dtype, shardings=shardings['params'])
   pieces = None if tokenizer is None else tokenizer.vocab_size
-  step = jax.jit(train_step.make_eval_step(model, scale=1.0, num_pieces=pieces))
+  step = jax.jit(
+    train_step.make_eval_step(model, scale=1.0, num_pieces=pieces),
+    compiler_options=compiler.options(mesh.devices.flat[0].platform),
+  )
   for name in names:
     variables = by_name[name].variables(params)
     batches = pipeline.eval_batches(

@@ -78,8 +78,9 @@ class BaseConfig(_Freezable):
     scan_layers: one compiled layer, scanned; False unrolls (`layer_0/...`).
     attention: auto (splash on TPU, cudnn on GPU where it can, einsum on CPU),
       or one of these by name.
-    remat: recompute each layer in the backward pass instead of keeping its
-      activations.
+    remat: what the backward pass makes again: full (all but each layer's
+      input), dots (all but products with weights), none, or auto: dots where
+      it fits in memory, else full.
   """
 
   path: str = 'gemma3_270m'
@@ -88,7 +89,7 @@ class BaseConfig(_Freezable):
   activation_dtype: str = 'auto'
   scan_layers: bool = True
   attention: str = 'auto'
-  remat: bool = True
+  remat: str = 'auto'
 
   def check(self):
     require(bool(self.path), 'model.path', self.path, 'a model reference')
@@ -101,6 +102,7 @@ class BaseConfig(_Freezable):
         'one of auto, bfloat16, float32',
         'float16 overflows in Gemma.' if value == 'float16' else '',
       )
+    _one_of('model.remat', self.remat, ('auto', 'full', 'dots', 'none'))
     _one_of(
       'model.attention', self.attention, ('auto', 'einsum', 'splash', 'cudnn')
     )

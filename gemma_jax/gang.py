@@ -25,6 +25,7 @@ import optax
 
 from gemma_jax import (
   adapters,
+  compiler,
   optimizer,
   pytree,
   sharding,
@@ -161,17 +162,25 @@ class Gang:
   def compile_train_step(self) -> jax.stages.Compiled:
     """step(state, members, frozen, batch) -> (state, metrics [K])."""
     run = self.run
+    return compiler.with_remat(
+      run.model, run.config.model.remat, run.mesh, self._compile_train_step
+    )
+
+  def _compile_train_step(self, model) -> jax.stages.Compiled:
+    run = self.run
     step = make_train_step(
-      run.model,
-      run.config,
-      run.steps,
-      num_pieces=run.num_pieces,
+      model, run.config, run.steps, num_pieces=run.num_pieces
     )
     state, frozen = self.abstract
     everywhere = sharding.replicated(run.mesh)
     return run_lib.compile_step(
       f'training step of a gang of {len(self)}',
-      jax.jit(step, donate_argnums=0, out_shardings=everywhere),
+      jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=everywhere,
+        compiler_options=run.compiler_options,
+      ),
       state,
       jax.eval_shape(lambda: self.members),
       frozen,
@@ -185,7 +194,11 @@ class Gang:
     state, frozen = self.abstract
     return run_lib.compile_step(
       f'evaluation step of a gang of {len(self)}',
-      jax.jit(step, out_shardings=sharding.replicated(run.mesh)),
+      jax.jit(
+        step,
+        out_shardings=sharding.replicated(run.mesh),
+        compiler_options=run.compiler_options,
+      ),
       state.trainable,
       jax.eval_shape(lambda: self.members),
       frozen,

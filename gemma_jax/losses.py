@@ -30,10 +30,12 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 # (C, C_V): positions and embedding rows whose logits exist at one time. On a
-# CPU a tile and its logits stay in cache, and few positions are computed for
-# nothing at the end; an accelerator wants large products.
-CPU_CHUNK = (64, 2048)
+# CPU a tile and its logits stay in cache; an accelerator wants large products.
+CPU_CHUNK = (128, 1024)
 ACCELERATOR_CHUNK = (512, 8192)
+# The last chunk is computed whole, however few of its positions count, so that
+# of a short row it is a quarter at most.
+_CHUNKS_AT_LEAST = 4
 _MASK_VALUE = -(2.0**30)
 
 
@@ -173,7 +175,7 @@ def _on_device(
     weights: [B, T].
   """
   shape, V = targets.shape, embedding.shape[0]
-  C, C_V = _chunk_sizes(options)
+  C, C_V = _chunk_sizes(options, targets.size)
   # Supervised positions first, in order; behind them an index past the end,
   # which reads as zeros of weight 0 and drops what is written.
   end = targets.size
@@ -351,11 +353,12 @@ def _dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   )
 
 
-def _chunk_sizes(options: _Options) -> tuple[int, int]:
+def _chunk_sizes(options: _Options, num_positions: int) -> tuple[int, int]:
   if options.chunk is not None:
     return options.chunk
   if options.sharding is None:
     platform = jax.default_backend()
   else:
     platform = options.sharding.mesh.devices.flat[0].platform
-  return CPU_CHUNK if platform == 'cpu' else ACCELERATOR_CHUNK
+  C, C_V = CPU_CHUNK if platform == 'cpu' else ACCELERATOR_CHUNK
+  return min(C, -(-num_positions // _CHUNKS_AT_LEAST)), C_V

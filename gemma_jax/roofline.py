@@ -195,7 +195,7 @@ def _sent(collectives: Sequence[Collective]) -> float:
 
 def _recomputes(config: TrainConfig) -> bool:
   """Whether the backward pass computes each layer a second time."""
-  return config.model.remat is True
+  return config.model.remat == 'full'
 
 
 def _product_flops(letters: str, sizes: dict[str, int]) -> int:

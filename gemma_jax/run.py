@@ -20,6 +20,7 @@ import numpy as np
 
 from gemma_jax import (
   adapters,
+  compiler,
   hosts,
   optimizer,
   pytree,
@@ -70,6 +71,11 @@ class Program:
     """Embedding rows that are tokens, or None where nobody knows."""
     return None if self.tokenizer is None else self.tokenizer.vocab_size
 
+  @property
+  def compiler_options(self) -> dict[str, str] | None:
+    """Of `jax.jit`, for the platform of the mesh."""
+    return compiler.options(self.mesh.devices.flat[0].platform)
+
   @functools.cached_property
   def schedule(self):
     """Learning rate by finished updates."""
@@ -107,8 +113,13 @@ class Program:
 
   def compile_train_step(self) -> jax.stages.Compiled:
     """step(state, frozen, batch) -> (state, metrics), state donated."""
+    return compiler.with_remat(
+      self.model, self.config.model.remat, self.mesh, self._compile_train_step
+    )
+
+  def _compile_train_step(self, model: Transformer) -> jax.stages.Compiled:
     step = train_step.make_train_step(
-      self.model,
+      model,
       self.tx,
       self.schedule,
       scale=self.config.lora.scale,
@@ -124,7 +135,12 @@ class Program:
     )
     return compile_step(
       'training step',
-      jax.jit(step, donate_argnums=0, out_shardings=out),
+      jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=out,
+        compiler_options=self.compiler_options,
+      ),
       state,
       frozen,
       self.abstract_batch,
@@ -143,6 +159,7 @@ class Program:
           train_state.join(trainable, frozen), batch
         ),
         out_shardings=sharding.replicated(self.mesh),
+        compiler_options=self.compiler_options,
       ),
       state.trainable,
       frozen,
@@ -358,7 +375,6 @@ def make_model(config: TrainConfig, model_config, mesh: Mesh) -> Transformer:
     model_config,
     dtype=dtype,
     scan_layers=config.model.scan_layers,
-    remat=config.model.remat,
     dropout=config.lora.dropout,
     hidden_sharding=sharding.batch_sharding(mesh),
     attend=kernels.choose(

@@ -104,7 +104,7 @@ class Sampler:
     )
     self.stop_ids = frozenset(stop_ids)
     self.dtype = dtype
-    self.model = Transformer(config, dtype, scan_layers, remat=False)
+    self.model = Transformer(config, dtype, scan_layers, remat='none')
     options = _CPU_OPTIONS if on_cpu else None
     self.prefill = jax.jit(
       self._prefill,

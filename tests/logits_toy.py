@@ -34,7 +34,7 @@ def source_of(config, scale_of_norms=0.3) -> BaseSource:
 
 def logits(config, params, tokens, lora=None) -> np.ndarray:
   """float32 [B, T, V] of the plain forward pass."""
-  model = Transformer(config, remat=False)
+  model = Transformer(config, remat='none')
   variables = {'params': params}
   if lora is not None:
     variables['lora'] = lora

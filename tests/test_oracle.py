@@ -27,7 +27,7 @@ def computed():
   prompt only, log-likelihoods in chunks: [B, T, V] would be 225 MB.
   """
   base = source.open_base(source.REAL_270M)
-  model = Transformer(base.config, remat=False)
+  model = Transformer(base.config, remat='none')
   params = base.load_params('float32')
   lengths = np.array([len(p['ids']) for p in PROMPTS])
   tokens = np.zeros((len(PROMPTS), lengths.max()), np.int32)

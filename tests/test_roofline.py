@@ -23,7 +23,7 @@ ROWS, LENGTH = 2, 11
 BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
-def make_config(remat=False, mesh=None, **lora):
+def make_config(remat='none', mesh=None, **lora):
   config = TrainConfig(
     lora=LoraConfig(rank=3, **lora), mesh=mesh or MeshConfig(fsdp=1)
   )
@@ -63,7 +63,7 @@ def dots(jaxpr, times=1):
 def traced_flops(lora_config, differentiated):
   """Products of the model's forward pass, or of it and its gradients."""
   config = dataclasses.replace(toy.FULL, layer_is_local=None, window_size=None)
-  model = Transformer(config, remat=False)
+  model = Transformer(config, remat='none')
   variables = {
     'params': toy.base(config),
     'lora': toy.factors(config, lora_config),
@@ -122,7 +122,7 @@ def test_local_layers_cost_less_and_remat_more():
   assert work(make_config()).model_flops < (
     work(make_config(), everywhere).model_flops
   )
-  kept, again = work(make_config()), work(make_config(remat=True))
+  kept, again = work(make_config()), work(make_config(remat='full'))
   assert kept.model_flops == again.model_flops < kept.executed_flops
   assert kept.executed_flops < again.executed_flops
   assert kept.hbm_bytes < again.hbm_bytes

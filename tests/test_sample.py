@@ -116,7 +116,7 @@ def traces_during(function):
 
 @pytest.mark.parametrize('name', ['tiny', 'tiny2', 'tiny3'])
 def test_cached_decoding_equals_full_forward_passes(name):
-  model = Transformer(variants.get(name), remat=False)
+  model = Transformer(variants.get(name), remat='none')
   variables = base(name)
 
   @jax.jit

@@ -276,7 +276,7 @@ def test_a_frozen_bases_gradient_is_not_even_traced(monkeypatch):
 def test_an_adapter_of_the_other_form_is_refused():
   """The model would find no factors and compute the base."""
   config = toy.PLAIN
-  model = Transformer(config, scan_layers=True, remat=False)
+  model = Transformer(config, scan_layers=True, remat='none')
   variables = {
     'params': toy.base(config),
     'lora': toy.factors(config, toy.ALL_TARGETS, scan_layers=False),

@@ -34,7 +34,7 @@ def test_the_same_config_is_accepted(made):
     ('', 'checkpoint_every_steps', 11),
     ('', 'profile_steps', (2,)),
     ('mesh', 'data', 2),
-    ('model', 'remat', False),
+    ('model', 'remat', 'full'),
   ],
 )
 def test_fields_that_change_nothing_learnt_may_change(

@@ -24,6 +24,15 @@ from gemma_jax.model.attention import (
 from gemma_jax.model.layers import Einsum, Embedder, RMSNorm, softcap
 from gemma_jax.model_config import ModelConfig
 
+# What a layer keeps of its forward pass, the rest being made again for the
+# backward pass: only its input, or also the results of its products with
+# weights (not the attention scores, which grow with T^2), or all.
+REMAT = {
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'none': None,
+}
+
 
 class Mlp(nn.Module):
   """GeGLU: down(gelu(gate x) * up x), GELU by its tanh approximation."""
@@ -83,7 +92,7 @@ class Transformer(nn.Module):
     dtype: of the activations; each layer's base weights are cast to it inside
       the scan.
     scan_layers: one scanned layer, or L unrolled ones.
-    remat: recompute each layer in the backward pass.
+    remat: what a layer keeps for the backward pass, a name of `REMAT`.
     dropout: rate on the adapters' inputs, active when a `dropout` key is given.
     hidden_sharding: sharding of [B, T, D] between layers, or None.
     attend: the attention of whole rows, from `kernels.choose`.
@@ -92,7 +101,7 @@ class Transformer(nn.Module):
   config: ModelConfig
   dtype: jax.typing.DTypeLike = jnp.float32
   scan_layers: bool = True
-  remat: bool = True
+  remat: str = 'full'
   dropout: float = 0.0
   hidden_sharding: Any = None
   attend: Attend = attend_by_einsum
@@ -102,10 +111,10 @@ class Transformer(nn.Module):
     self.embedder = Embedder(config.vocab_size, config.embed_dim, self.dtype)
     self.final_norm = RMSNorm(config.norm_eps)
     arguments = (config, self.dropout, self.hidden_sharding, self.attend)
-    # prevent_cse guards against a compiler merging the two forward passes; in
-    # a scan it cannot, and the guard would cost fusion.
     if self.scan_layers:
-      layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+      # prevent_cse guards against a compiler merging the two forward passes; in
+      # a scan it cannot, and the guard would cost fusion.
+      layer = self._rematerialized(prevent_cse=False)
       self.layers = nn.scan(
         layer,
         variable_axes={
@@ -120,7 +129,7 @@ class Transformer(nn.Module):
       )(*arguments)
     else:
       # is_local (argument 2, after self and carry) stays a Python bool.
-      layer = nn.remat(Layer, static_argnums=(2,)) if self.remat else Layer
+      layer = self._rematerialized(static_argnums=(2,))
       self.layer = [layer(*arguments) for _ in range(config.num_layers)]
 
   def __call__(
@@ -172,6 +181,10 @@ class Transformer(nn.Module):
   def logits(self, hidden: jax.Array) -> jax.Array:
     """hidden [B, T, D] → float32 [B, T, V], capped where the model caps."""
     return softcap(self.embedder.decode(hidden), self.config.final_softcap)
+
+  def _rematerialized(self, **options) -> type[Layer]:
+    keep = REMAT[self.remat]
+    return Layer if keep is None else nn.remat(Layer, policy=keep, **options)
 
   def _context(self, segment_ids, positions, cache) -> Context:
     config = self.config

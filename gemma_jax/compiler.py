@@ -1,0 +1,87 @@
+"""What a compiled step is asked for, and whether it fits in memory."""
+
+from collections.abc import Callable
+import os
+
+from absl import logging
+import jax
+from jax.sharding import Mesh
+
+from gemma_jax.model.transformer import Transformer
+
+# Keeps bfloat16 weights bfloat16 on a CPU: each layer's are widened where they
+# are used, and XLA would move that out of the loops over layers and tokens, to
+# hold a float32 copy of the whole base beside it.
+_CPU_OPTIONS = {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
+
+# What `auto` tries, in this order. Keeping all activations (`none`) is never
+# tried: elementwise results cost more to write and read than to make again.
+_AUTO_REMAT = ('dots', 'full')
+
+# Of a host's memory, what a step may take: Python, its libraries and the files
+# being read want some too. A device's own limit leaves out what it needs.
+_HOST_SHARE = 0.85
+
+
+def options(platform: str) -> dict[str, str] | None:
+  """`compiler_options` of `jax.jit` for a platform such as 'cpu'."""
+  return _CPU_OPTIONS if platform == 'cpu' else None
+
+
+def with_remat(
+  model: Transformer,
+  remat: str,
+  mesh: Mesh,
+  compile_with: Callable[[Transformer], jax.stages.Compiled],
+) -> jax.stages.Compiled:
+  """The training step under a remat policy; auto takes the first that fits.
+
+  The choice is made from the compiler's own account of the step's memory
+  against all the memory that a device has, used or not, so that a resumed run
+  computes as the first one did.
+
+  Args:
+    model: the transformer; its own policy does not matter.
+    remat: auto, or a policy of `Transformer.remat`.
+    mesh: where the step runs.
+    compile_with: compiles the step of a model.
+  """
+  candidates = _AUTO_REMAT if remat == 'auto' else (remat,)
+  limit = memory_limit_bytes(mesh)
+  for policy in candidates[:-1]:
+    try:
+      compiled = compile_with(model.clone(remat=policy))
+    except jax.errors.JaxRuntimeError as e:  # a TPU's compiler knows its limit
+      if 'RESOURCE_EXHAUSTED' not in str(e):
+        raise
+      needed = 'more than the device has'
+    else:
+      needed = memory_bytes(compiled)
+      if limit is None or needed <= limit:
+        logging.info('remat: %s', policy)
+        return compiled
+    logging.info('remat: %s needs %s bytes of %s', policy, needed, limit)
+  return compile_with(model.clone(remat=candidates[-1]))
+
+
+def memory_bytes(compiled: jax.stages.Compiled) -> int:
+  """Arguments, temporaries and new outputs of a program, per device."""
+  analysis = compiled.memory_analysis()
+  return (
+    analysis.argument_size_in_bytes
+    + analysis.temp_size_in_bytes
+    + analysis.output_size_in_bytes
+    - analysis.alias_size_in_bytes
+  )
+
+
+def memory_limit_bytes(mesh: Mesh) -> int | None:
+  """What a device of the mesh may hold; None where nobody knows."""
+  device = mesh.devices.flat[0]
+  if device.platform == 'cpu':
+    total = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return int(_HOST_SHARE * total) // len(mesh.local_devices)
+  try:
+    return (device.memory_stats() or {}).get('bytes_limit')
+  except jax.errors.JaxRuntimeError:  # a device of a described topology
+    return None
