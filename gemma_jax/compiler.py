@@ -1,7 +1,9 @@
 """What a compiled step is asked for, and whether it fits in memory."""
 
 from collections.abc import Callable
+import functools
 import os
+from typing import Any
 
 from absl import logging
 import jax
@@ -26,6 +28,24 @@ _HOST_SHARE = 0.85
 def options(platform: str) -> dict[str, str] | None:
   """`compiler_options` of `jax.jit` for a platform such as 'cpu'."""
   return _CPU_OPTIONS if platform == 'cpu' else None
+
+
+class ByLength:
+  """A step with a compiled program for each row length that it meets.
+
+  That for rows of seq_len is compiled at once, the others when they are met.
+  """
+
+  def __init__(
+    self, compile_for: Callable[[int], jax.stages.Compiled], seq_len: int
+  ):
+    self._program = functools.cache(compile_for)
+    self._program(seq_len)
+
+  def __call__(self, *arguments: Any) -> Any:
+    """Runs the step; its last argument is the batch [B, T]."""
+    length = arguments[-1]['tokens'].shape[1]
+    return self._program(length)(*arguments)
 
 
 def with_remat(

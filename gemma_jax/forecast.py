@@ -176,7 +176,7 @@ def forecast(config: TrainConfig, topology: Topology) -> Forecast:
     'base': _device_bytes(variables['params']),
     'adapter': _device_bytes(variables['lora']),
     'optimizer': _device_bytes(state.opt_state),
-    'batch': _device_bytes(program.abstract_batch),
+    'batch': _device_bytes(program.abstract_batch()),
   }
   found = Forecast(program, topology, 0, parts, (), work, None)
   try:

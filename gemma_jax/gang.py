@@ -159,14 +159,21 @@ class Gang:
     )
     return jax.tree.map(place, stacked), frozen
 
-  def compile_train_step(self) -> jax.stages.Compiled:
+  def compile_train_step(
+    self, length: int | None = None
+  ) -> jax.stages.Compiled:
     """step(state, members, frozen, batch) -> (state, metrics [K])."""
     run = self.run
     return compiler.with_remat(
-      run.model, run.config.model.remat, run.mesh, self._compile_train_step
+      run.model,
+      run.config.model.remat,
+      run.mesh,
+      lambda model: self._compile_train_step(model, length),
     )
 
-  def _compile_train_step(self, model) -> jax.stages.Compiled:
+  def _compile_train_step(
+    self, model, length: int | None
+  ) -> jax.stages.Compiled:
     run = self.run
     step = make_train_step(
       model, run.config, run.steps, num_pieces=run.num_pieces
@@ -184,10 +191,10 @@ class Gang:
       state,
       jax.eval_shape(lambda: self.members),
       frozen,
-      run.abstract_batch,
+      run.abstract_batch(length),
     )
 
-  def compile_eval_step(self) -> jax.stages.Compiled:
+  def compile_eval_step(self, length: int | None = None) -> jax.stages.Compiled:
     """eval_step(trainable, members, frozen, batch) -> losses [K, B, T]."""
     run = self.run
     step = make_eval_step(run.model, num_pieces=run.num_pieces)
@@ -202,7 +209,7 @@ class Gang:
       state.trainable,
       jax.eval_shape(lambda: self.members),
       frozen,
-      run.abstract_batch,
+      run.abstract_batch(length),
     )
 
 

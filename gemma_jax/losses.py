@@ -136,6 +136,9 @@ def _on_mesh(
   options: _Options, wanted: tuple[str, ...], *arrays: jax.Array
 ) -> dict[str, jax.Array]:
   """`_on_device` with its results put together, on every device of the mesh."""
+  _, embedding, *_ = arrays
+  if options.num_pieces is not None and options.num_pieces >= len(embedding):
+    options = options._replace(num_pieces=None)
   if options.sharding is None or options.sharding.mesh.size == 1:
     return _on_device(options, wanted, (), (), *arrays)
   mesh, rows = options.sharding.mesh, options.sharding.spec[0]
@@ -204,7 +207,7 @@ def _on_device(
   m, s, g = _statistics(options, share, 'd_hidden' in wanted)
   largest = jax.lax.pmax(m, column_axes) if column_axes else m
   rescale = jnp.exp(m - largest)
-  s = total(s * rescale)
+  s = jnp.maximum(total(s * rescale), 1.0)  # the largest term; 0 if not visited
   logsumexp = largest + jnp.log(s)
 
   # The target's row, from the device that has it.

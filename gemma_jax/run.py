@@ -100,10 +100,12 @@ class Program:
     )
     return self._placed(state), self._placed(frozen)
 
-  @functools.cached_property
-  def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch [B, T], rows over the mesh."""
-    shape = (self.config.data.global_batch_size, self.config.data.seq_len)
+  def abstract_batch(
+    self, length: int | None = None
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch [B, length], by default [B, T]; rows over the mesh."""
+    length = length or self.config.data.seq_len
+    shape = (self.config.data.global_batch_size, length)
     return {
       name: jax.ShapeDtypeStruct(
         shape, x.dtype, sharding=sharding.batch_sharding(self.mesh)
@@ -111,13 +113,24 @@ class Program:
       for name, x in examples_lib.empty_row(shape[1]).items()
     }
 
-  def compile_train_step(self) -> jax.stages.Compiled:
-    """step(state, frozen, batch) -> (state, metrics), state donated."""
+  def compile_train_step(
+    self, length: int | None = None
+  ) -> jax.stages.Compiled:
+    """step(state, frozen, batch) -> (state, metrics), state donated.
+
+    Args:
+      length: of the batch's rows; default: seq_len.
+    """
     return compiler.with_remat(
-      self.model, self.config.model.remat, self.mesh, self._compile_train_step
+      self.model,
+      self.config.model.remat,
+      self.mesh,
+      lambda model: self._compile_train_step(model, length),
     )
 
-  def _compile_train_step(self, model: Transformer) -> jax.stages.Compiled:
+  def _compile_train_step(
+    self, model: Transformer, length: int | None
+  ) -> jax.stages.Compiled:
     step = train_step.make_train_step(
       model,
       self.tx,
@@ -143,10 +156,10 @@ class Program:
       ),
       state,
       frozen,
-      self.abstract_batch,
+      self.abstract_batch(length),
     )
 
-  def compile_eval_step(self) -> jax.stages.Compiled:
+  def compile_eval_step(self, length: int | None = None) -> jax.stages.Compiled:
     """eval_step(trainable, frozen, batch) -> losses [B, T]."""
     step = train_step.make_eval_step(
       self.model, scale=self.config.lora.scale, num_pieces=self.num_pieces
@@ -163,7 +176,7 @@ class Program:
       ),
       state.trainable,
       frozen,
-      self.abstract_batch,
+      self.abstract_batch(length),
     )
 
   def init_adapter(self, params: Any) -> Any:

@@ -28,9 +28,9 @@ import jax
 import numpy as np
 import tqdm
 
+from gemma_jax import compiler, guards, hosts, pytree, sharding, train_state
 from gemma_jax import config as config_lib
 from gemma_jax import evaluate as evaluate_lib
-from gemma_jax import guards, hosts, pytree, sharding, train_state
 from gemma_jax import metrics as metrics_lib
 from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
@@ -120,8 +120,10 @@ class Trainer:
       self.found.setdefault('skipped', []),
       run.record_ids,
     )
-    self.train_step = run.compile_train_step()
-    self.eval_step = run.compile_eval_step()
+    self.train_step, self.eval_step = (
+      compiler.ByLength(compile_step, run.config.data.seq_len)
+      for compile_step in (run.compile_train_step, run.compile_eval_step)
+    )
     self.stop_if_asked()
     self.metrics = metrics_lib.open_writer(workdir, self.step)
 
@@ -201,6 +203,9 @@ class Trainer:
       'data_wait_secs': wait_secs,
       'tokens_per_sec': tokens / seconds,
     }
+    if step == self.loop_start[0]:
+      line['first_step_secs'] = time.perf_counter() - self.started
+      logging.info('Time to first step %.1f s', line['first_step_secs'])
     self.metrics.write(step + 1, self.guard.check(step + 1, line))
     bar.set_postfix_str(
       f'loss {values["loss"]:.3f} nats/token, {tokens / seconds:.0f} tokens/s'

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gemma_jax import (
@@ -123,3 +124,20 @@ def test_a_host_has_the_memory_that_the_kernel_says():
     total = 1024 * int(file.readline().split()[1])
   # JAX shows eight devices on this host; the mesh's one has all of it.
   assert 0.5 * total < limit < total
+
+
+def test_a_step_has_a_program_for_each_length_that_it_meets():
+  compiled = []
+
+  def compile_for(length):
+    compiled.append(length)
+    batch = {'tokens': jax.ShapeDtypeStruct((2, length), jnp.int32)}
+    double = jax.jit(lambda factor, batch: factor * batch['tokens'])
+    return double.lower(3, batch).compile()
+
+  step = compiler.ByLength(compile_for, 8)
+  assert compiled == [8]  # before any batch is there
+  for length in (4, 8, 4):
+    tokens = jnp.arange(2 * length).reshape(2, length)
+    np.testing.assert_array_equal(step(3, {'tokens': tokens}), 3 * tokens)
+  assert compiled == [8, 4]

@@ -126,10 +126,33 @@ def test_evaluation_rows_hold_every_example_once(slots):
   assert sorted(itertools.chain(*packed)) == list(range(len(slots)))
   assert all(sum(slots[i] for i in row) <= SEQ_LEN for row in packed)
   alone = row_plan.eval_rows(slots, SEQ_LEN, packing=False)
-  assert alone == [(i,) for i in range(len(slots))]
+  assert sorted(alone) == [(i,) for i in range(len(slots))]
+  lengths = [slots[i] for (i,) in alone]
+  assert lengths == sorted(lengths, reverse=True)
   # No two rows fit into one.
   filled = [sum(slots[i] for i in row) for row in packed]
   assert all(a + b > SEQ_LEN for a, b in itertools.combinations(filled, 2))
+
+
+@settings(deadline=None)
+@given(slots=some_slots, count=st.integers(1, 5))
+def test_padded_batches_have_few_lengths_that_hold_their_rows(slots, count):
+  plan = make_plan(slots, count, packing=False)
+  packed = make_plan(slots, count)
+  for step in range(5):
+    rows = plan.rows(step)
+    longest = max(slots[i] for (i,) in rows)
+    length = plan.length(rows)
+    assert longest <= length and length in (3, 6, 12, SEQ_LEN)
+    assert length < 2 * longest or length == 3  # no shorter one would do
+    assert packed.length(packed.rows(step)) == SEQ_LEN
+
+
+def test_batch_length_as_documented():
+  slots = (5, 3, 2, 4)
+  assert row_plan.batch_length([(1,), (2,)], slots, 16) == 4
+  assert row_plan.batch_length([(0,), (1,)], slots, 16) == 8
+  assert row_plan.batch_length([()], slots, 16) == 2
 
 
 def test_best_fit_as_documented():

@@ -85,7 +85,7 @@ def lesson(model, params, rows=6, length=7):
 @pytest.fixture(scope='module')
 def learnt():
   """(rank → its factors, function of factors → excess loss)."""
-  model, params = Transformer(MODEL, remat=False), toy.base(MODEL)
+  model, params = Transformer(MODEL, remat='none'), toy.base(MODEL)
   batch, entropy = lesson(model, params)
   initial = [
     lora.init(jax.random.key(0), MODEL, settings(rank)) for rank in RANKS

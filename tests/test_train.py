@@ -58,6 +58,18 @@ def test_learns_and_reports(finished):
   assert evaluations[0]['eval_loss_nats_per_token'] == result['loss_base']
   assert sum(row['tokens'] for row in updates) == result['tokens']
   assert list((workdir / 'tensorboard').iterdir())
+  assert updates[0]['first_step_secs'] > updates[0]['step_secs']
+  assert not any('first_step_secs' in row for row in updates[1:])
+
+
+def test_padded_rows_measure_what_packed_ones_do(records, finished, tmp_path):
+  """Each record in a row of its own, cut to the length of its batch."""
+  config = run_toy.config(records, steps=2)
+  config.data.packing = False
+  result = train.train(config.resolve(), str(tmp_path))
+  packed = finished[1]['loss_base']
+  np.testing.assert_allclose(result['loss_base'], packed, rtol=1e-5)
+  assert result['loss_adapted'] < result['loss_base']
 
 
 def test_held_out_losses_are_kept_by_record(finished):

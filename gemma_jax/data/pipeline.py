@@ -42,7 +42,8 @@ def train_batches(
 
   Yields:
     (step, place(batch)), batch being the arrays of `examples.make_row` with
-    the rows in front, [len(rows), T].
+    the rows in front, [len(rows), T]; T is the plan's seq_len or, where rows
+    are padded, `row_plan.batch_length`.
   """
   rows = range(plan.global_batch_size) if rows is None else rows
   # Lengths of grain are C long; 2**40 steps take a while.
@@ -51,7 +52,8 @@ def train_batches(
   def load(step: int) -> tuple[int, Any]:
     in_step = plan.rows(step)
     mine = [in_step[i] for i in rows]
-    return step, place(make_batch(examples, mine, plan.seq_len))
+    length = plan.length(in_step)  # of all rows: the processes agree on it
+    return step, place(make_batch(examples, mine, length))
 
   return _read_ahead(start_step, stop, load)
 
@@ -62,18 +64,18 @@ def eval_batches(
   batch_size: int,
   packing: bool = True,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-  """Batches that hold every example exactly once, in a fixed order.
+  """Batches that hold every example exactly once, longest first.
 
-      3 documents of 4, 3 and 2 slots, seq_len 7, batch_size 2, unpacked
-      batch 0 example_ids    [[0, 0, 0, 0, -1, -1, -1], [1, 1, 1, -1, ...]]
-      batch 1 example_ids    [[2, 2, -1, ...], [-1, ...]]     # an empty row
+      3 documents of 4, 3 and 2 slots, seq_len 8, batch_size 2, unpacked
+      batch 0 example_ids    [[0, 0, 0, 0], [1, 1, 1, -1]]
+      batch 1 example_ids    [[2, 2], [-1, -1]]     # an empty row
 
   Args:
     examples: to evaluate on.
     seq_len: T.
-    batch_size: B; the last batch is filled with empty rows, so that all
-      batches have one shape.
-    packing: several examples in a row, or each in a row of its own.
+    batch_size: B; the last batch is filled with empty rows.
+    packing: several examples in a row, or each in a row of its own; these are
+      cut to `row_plan.batch_length`.
 
   Yields:
     (batch, example_ids): the arrays of `examples.make_row`, [B, T], and int32
@@ -86,7 +88,10 @@ def eval_batches(
   def load(number: int) -> tuple[Batch, np.ndarray]:
     start = number * batch_size
     in_batch = rows[start : start + batch_size]
-    batch = make_batch(examples, in_batch, seq_len)
+    length = seq_len
+    if not packing:
+      length = row_plan_lib.batch_length(in_batch, examples.slots, seq_len)
+    batch = make_batch(examples, in_batch, length)
     ids = [
       np.array([-1, *row], np.int32)[segments]
       for row, segments in zip(in_batch, batch['segment_ids'], strict=True)

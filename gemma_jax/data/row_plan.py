@@ -80,6 +80,14 @@ class RowPlan:
         self._row(i) for i in range(first, first + self.global_batch_size)
       ]
 
+  def length(self, rows: Sequence[Row]) -> int:
+    """Places that a batch of these rows is given; see `batch_length`."""
+    return (
+      self.seq_len
+      if self._packing
+      else batch_length(rows, self._slots, self.seq_len)
+    )
+
   def epoch_rows(self, epoch: int) -> list[Row]:
     """All rows of an epoch, before they are cut into steps."""
     with self._lock:
@@ -135,11 +143,24 @@ class RowPlan:
 def eval_rows(
   slots: Sequence[int], seq_len: int, packing: bool = True
 ) -> list[Row]:
-  """Rows that hold each example exactly once: longest first, or unpacked."""
-  ids = range(len(slots))
-  if not packing:
-    return [(i,) for i in ids]
-  return pack(sorted(ids, key=lambda i: -slots[i]), slots, seq_len)
+  """Rows that hold each example exactly once, packed or not, longest first."""
+  ids = sorted(range(len(slots)), key=lambda i: -slots[i])
+  return pack(ids, slots, seq_len) if packing else [(i,) for i in ids]
+
+
+def batch_length(
+  rows: Sequence[Row], slots: Sequence[int], seq_len: int
+) -> int:
+  """The shortest of seq_len, a half, a quarter and an eighth that holds rows.
+
+  Rows of one example each would otherwise be padding for the most part; a few
+  lengths are a few compiled programs.
+
+      slots (5, 3, 2, 4), seq_len 16      rows (1,) (2,) → 4     (0,) (1,) → 8
+  """
+  longest = max((sum(int(slots[i]) for i in row) for row in rows), default=0)
+  lengths = (-(-seq_len // parts) for parts in (8, 4, 2, 1))
+  return next(length for length in lengths if length >= longest)
 
 
 def pack(ids: Sequence[int], slots: Sequence[int], seq_len: int) -> list[Row]:

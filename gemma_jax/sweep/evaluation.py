@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from gemma_jax import evaluate, gang, pytree, sharding, train_state
+from gemma_jax import compiler, evaluate, gang, pytree, sharding, train_state
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.config import TrainConfig
 from gemma_jax.data import pipeline
@@ -73,7 +73,9 @@ def evaluate_adapters(
     {'params': params, 'lora': adapters}, members.run.config.trainable
   )
   trainable = jax.device_put(trainable, sharding.replicated(members.run.mesh))
-  step = members.compile_eval_step()
+  step = compiler.ByLength(
+    members.compile_eval_step, members.run.config.data.seq_len
+  )
   return evaluate_members(
     lambda batch: step(trainable, members.members, frozen, batch),
     members.run,

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 import tqdm
 
+from gemma_jax import compiler, sharding, spectrum, train_state
 from gemma_jax import gang as gang_lib
 from gemma_jax import metrics as metrics_lib
-from gemma_jax import sharding, spectrum, train_state
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.checkpoint import Checkpoints
 from gemma_jax.config import TrainConfig
@@ -70,8 +70,10 @@ class _Trainer:
     self.members = gang.members
     self.checkpoints = Checkpoints(workdir)
     self.state, self.frozen, self.found = self._start()
-    self.train_step = gang.compile_train_step()
-    self.eval_step = gang.compile_eval_step()
+    self.train_step, self.eval_step = (
+      compiler.ByLength(compile_step, self.run.config.data.seq_len)
+      for compile_step in (gang.compile_train_step, gang.compile_eval_step)
+    )
     self.metrics = [
       metrics_lib.MetricsWriter(folder, self.step) for folder in self.folders
     ]

@@ -10,7 +10,7 @@ import re
 from absl import logging
 import jax
 
-from gemma_jax import gang, pytree, summary
+from gemma_jax import compiler, gang, pytree, summary
 from gemma_jax import run as run_lib
 from gemma_jax.config import TrainConfig
 
@@ -64,18 +64,12 @@ def split(
 def peak_bytes(members: gang.Gang) -> int:
   """Of the training step, per device: arguments, temporaries, new outputs."""
   try:
-    analysis = members.compile_train_step().memory_analysis()
+    return compiler.memory_bytes(members.compile_train_step())
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     # A TPU's compiler refuses; the halved gang will tell.
     return 2 * available_bytes()
-  return (
-    analysis.argument_size_in_bytes
-    + analysis.temp_size_in_bytes
-    + analysis.output_size_in_bytes
-    - analysis.alias_size_in_bytes
-  )
 
 
 def available_bytes() -> int:
