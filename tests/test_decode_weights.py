@@ -27,7 +27,7 @@ TOKENS = toy.batch()['tokens']
 
 @functools.cache
 def _apply(scan_layers):
-  model = Transformer(toy.FULL, scan_layers=scan_layers, remat=False)
+  model = Transformer(toy.FULL, scan_layers=scan_layers, remat='none')
 
   @jax.jit
   def logits(variables):
@@ -108,7 +108,7 @@ def test_int8_costs_the_real_model_little():
   path = Path(__file__).parent / 'golden' / 'oracle_gemma3_270m.json'
   prompts = json.loads(path.read_text('utf-8'))['prompts']
   found = source.open_base(source.REAL_270M)
-  model = Transformer(found.config, remat=False)
+  model = Transformer(found.config, remat='none')
   ready = decode_weights.prepare(
     {'params': found.load_params('float32')}, 'int8'
   )
