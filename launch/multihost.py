@@ -71,15 +71,22 @@ def join() -> None:
   timer = threading.Timer(_TIMEOUT_SECS.value, _give_up)
   timer.daemon = True
   timer.start()
-  jax.distributed.initialize(
-    address,
-    _NUM_PROCESSES.value,
-    _PROCESS_ID.value,
-    initialization_timeout=2 * _TIMEOUT_SECS.value + 10,
-    heartbeat_timeout_seconds=_HEARTBEAT_SECS.value,
-    shutdown_timeout_seconds=_HEARTBEAT_SECS.value,
-  )
-  timer.cancel()
+  try:
+    jax.distributed.initialize(
+      address,
+      _NUM_PROCESSES.value,
+      _PROCESS_ID.value,
+      initialization_timeout=2 * _TIMEOUT_SECS.value + 10,
+      heartbeat_timeout_seconds=_HEARTBEAT_SECS.value,
+      shutdown_timeout_seconds=_HEARTBEAT_SECS.value,
+    )
+  except (ValueError, OSError) as e:
+    if address is not None:
+      raise
+    # A TPU that is not Cloud's, or not one of several: a notebook's, say.
+    logging.info('This TPU names no other workers (%s).', e)
+  finally:
+    timer.cancel()
   if jax.process_index() > 0:  # process 0 logs for all
     logging.set_verbosity(logging.WARNING)
 
