@@ -14,58 +14,14 @@ import copy
 import dataclasses
 import json
 import math
-import re
 from typing import Any
 
-# Which projections a preset name stands for; a regex over these names works
-# as well, e.g. targets='q|v|gate'.
-PROJECTIONS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
-TARGET_PRESETS = {
-  'qv': 'q|v',
-  'attention': 'q|k|v|o',
-  'all': '|'.join(PROJECTIONS),
-}
-
-
-def require(ok: bool, name: str, got: Any, expected: str, remedy: str = ''):
-  """ValueError that says name, got, expected and remedy, unless ok."""
-  if not ok:
-    tail = f' {remedy}' if remedy else ''
-    raise ValueError(f'{name}: got {got!r}, expected {expected}.{tail}')
-
-
-def _at_least(name: str, got: Any, low: int, remedy: str = ''):
-  is_integer = isinstance(got, int) and not isinstance(got, bool)
-  require(is_integer and got >= low, name, got, f'an integer >= {low}', remedy)
-
-
-def _one_of(name: str, got: Any, choices: tuple[str, ...]):
-  require(got in choices, name, got, 'one of ' + ', '.join(choices))
-
-
-def _check_regex(name: str, pattern: Any):
-  require(isinstance(pattern, str), name, pattern, 'a regex')
-  try:
-    re.compile(pattern)
-  except re.error as e:
-    raise ValueError(
-      f'{name}: {pattern!r} is not a regular expression ({e}).'
-    ) from None
-
-
-class _Freezable:
-  """Mutable until `resolve` has checked it."""
-
-  def __setattr__(self, name: str, value: Any):
-    if '_is_frozen' in self.__dict__:
-      raise dataclasses.FrozenInstanceError(
-        f'{name}: a resolved config does not change; set it before resolve().'
-      )
-    super().__setattr__(name, value)
+from gemma_jax.checks import Freezable, at_least, check_regex, one_of, require
+from gemma_jax.lora_config import LoraConfig
 
 
 @dataclasses.dataclass
-class BaseConfig(_Freezable):
+class BaseConfig(Freezable):
   """Which base model, and how it is computed (`config.model`).
 
   Attributes:
@@ -102,109 +58,14 @@ class BaseConfig(_Freezable):
         'one of auto, bfloat16, float32',
         'float16 overflows in Gemma.' if value == 'float16' else '',
       )
-    _one_of('model.remat', self.remat, ('auto', 'full', 'dots', 'none'))
-    _one_of(
+    one_of('model.remat', self.remat, ('auto', 'full', 'dots', 'none'))
+    one_of(
       'model.attention', self.attention, ('auto', 'einsum', 'splash', 'cudnn')
     )
 
 
 @dataclasses.dataclass
-class LoraConfig(_Freezable):
-  """Low-rank adapters: W' = W + scale * B A (Hu et al. 2021, eq. 3).
-
-  Attributes:
-    rank: r.
-    alpha: numerator of the scale.
-    scale_rule: constant (scale = alpha), alpha_over_r (the paper) or
-      alpha_over_sqrt_r (rsLoRA, Kalajdzievski 2023).
-    targets: preset qv, attention or all, or a regex over q k v o gate up down.
-    factorization: matrix (A [D, r], B [r, N, H]: the paper, PEFT) or keras
-      (A takes the kernel's shape with r for its last axis).
-    init: peft (kaiming_uniform, a = sqrt 5) or keras (he_uniform) for A.
-    dropout: rate on the adapter's input while training; with DoRA on that of
-      B A alone (PEFT also drops inputs of the base's share of the gain).
-    dora: train the length of each output's weights too (Liu et al. 2024).
-    path: adapter to start from, a PEFT folder or a .lora.h5 file of Keras; all
-      fields but dropout then become its own. '' starts a new one.
-    ranks: where the rank is another, by path (in an experiment's file), e.g.
-      {'layer_[0-8]/.*': 4, '.*/mlp/up': 16}; the first regex that matches the
-      whole path counts. All have one scale.
-  """
-
-  rank: int = 8
-  alpha: float = 16.0
-  scale_rule: str = 'alpha_over_r'
-  targets: str = 'qv'
-  factorization: str = 'matrix'
-  init: str = 'peft'
-  dropout: float = 0.0
-  dora: bool = False
-  path: str = ''
-  ranks: dict[str, int] = dataclasses.field(default_factory=dict)
-
-  @property
-  def scale(self) -> float:
-    """The factor on B A that the rule gives for this rank."""
-    return {
-      'constant': self.alpha,
-      'alpha_over_r': self.alpha / self.rank,
-      'alpha_over_sqrt_r': self.alpha / self.rank**0.5,
-    }[self.scale_rule]
-
-  @property
-  def target_names(self) -> tuple[str, ...]:
-    """The projections that carry an adapter, in the order q k v o ..."""
-    pattern = TARGET_PRESETS.get(self.targets, self.targets)
-    return tuple(p for p in PROJECTIONS if re.fullmatch(pattern, p))
-
-  def rank_of(self, path: str) -> int:
-    """The rank of a module of the unrolled tree, e.g. layer_3/attn/q."""
-    for pattern, rank in self.ranks.items():
-      if re.fullmatch(pattern, path):
-        return rank
-    return self.rank
-
-  def check(self):
-    for pattern, rank in self.ranks.items():
-      _at_least(f'lora.ranks[{pattern!r}]', rank, 1)
-      _check_regex('lora.ranks', pattern)
-    _at_least(
-      'lora.rank',
-      self.rank,
-      1,
-      'To evaluate the base alone, pass no adapter.',
-    )
-    require(0 < self.alpha < math.inf, 'lora.alpha', self.alpha, 'a number > 0')
-    _one_of(
-      'lora.scale_rule',
-      self.scale_rule,
-      ('constant', 'alpha_over_r', 'alpha_over_sqrt_r'),
-    )
-    _one_of('lora.factorization', self.factorization, ('matrix', 'keras'))
-    _one_of('lora.init', self.init, ('peft', 'keras'))
-    require(
-      0 <= self.dropout < 1, 'lora.dropout', self.dropout, 'a rate in [0, 1)'
-    )
-    choices = f'{", ".join(TARGET_PRESETS)} or a regex over {PROJECTIONS}'
-    try:
-      names = self.target_names
-    except re.error as e:
-      raise ValueError(
-        f'lora.targets: got {self.targets!r}, which is no regex ({e}); '
-        f'expected {choices}.'
-      ) from None
-    remedy = ''
-    if 'embed' in self.targets:
-      remedy = (
-        'The embedding is also the output layer (tied); an adapter on it '
-        'would change both, so it is not offered.'
-      )
-    is_fine = bool(names) and not remedy
-    require(is_fine, 'lora.targets', self.targets, choices, remedy)
-
-
-@dataclasses.dataclass
-class OptimizerConfig(_Freezable):
+class OptimizerConfig(Freezable):
   """AdamW on the trainable leaves.
 
   Attributes:
@@ -238,10 +99,10 @@ class OptimizerConfig(_Freezable):
       self.learning_rate,
       'a number > 0',
     )
-    _one_of(
+    one_of(
       'optimizer.schedule', self.schedule, ('constant', 'linear', 'cosine')
     )
-    _at_least('optimizer.warmup_steps', self.warmup_steps, 0)
+    at_least('optimizer.warmup_steps', self.warmup_steps, 0)
     for name in ('weight_decay', 'clip_norm'):
       value = getattr(self, name)
       require(value >= 0, f'optimizer.{name}', value, 'a number >= 0')
@@ -249,11 +110,11 @@ class OptimizerConfig(_Freezable):
       value = getattr(self, name)
       require(0 <= value < 1, f'optimizer.{name}', value, 'a number in [0, 1)')
     require(self.eps > 0, 'optimizer.eps', self.eps, 'a number > 0')
-    _at_least('optimizer.accumulate_steps', self.accumulate_steps, 1)
+    at_least('optimizer.accumulate_steps', self.accumulate_steps, 1)
 
 
 @dataclasses.dataclass
-class MeshConfig(_Freezable):
+class MeshConfig(Freezable):
   """Devices along each mesh axis; -1 takes all that are left, once.
 
   Attributes:
@@ -273,12 +134,12 @@ class MeshConfig(_Freezable):
     sizes = (self.data, self.fsdp, self.tensor)
     for name, size in zip(('data', 'fsdp', 'tensor'), sizes, strict=True):
       if size != -1:
-        _at_least(f'mesh.{name}', size, 1, '-1 takes what is left.')
+        at_least(f'mesh.{name}', size, 1, '-1 takes what is left.')
     require(sizes.count(-1) <= 1, 'mesh', sizes, 'at most one axis of size -1')
 
 
 @dataclasses.dataclass
-class DataConfig(_Freezable):
+class DataConfig(Freezable):
   """Records, and how they become rows.
 
   Attributes:
@@ -315,16 +176,16 @@ class DataConfig(_Freezable):
 
   def check(self):
     require(bool(self.path), 'data.path', self.path, 'a file or tfds:NAME')
-    _one_of('data.loss_on', self.loss_on, ('response', 'all'))
-    _at_least('data.seq_len', self.seq_len, 2)
-    _at_least('data.global_batch_size', self.global_batch_size, 1)
+    one_of('data.loss_on', self.loss_on, ('response', 'all'))
+    at_least('data.seq_len', self.seq_len, 2)
+    at_least('data.global_batch_size', self.global_batch_size, 1)
     for name in ('max_records', 'max_eval_records'):
-      _at_least(f'data.{name}', getattr(self, name), 0)
-    _at_least('data.order_seed', self.order_seed, -1)
+      at_least(f'data.{name}', getattr(self, name), 0)
+    at_least('data.order_seed', self.order_seed, -1)
 
 
 @dataclasses.dataclass
-class TrainConfig(_Freezable):
+class TrainConfig(Freezable):
   """Everything that decides a run's result, and what it leaves behind.
 
   Attributes:
@@ -372,7 +233,7 @@ class TrainConfig(_Freezable):
     config = copy.deepcopy(self)
     for name in ('seed', 'steps', 'eval_every_steps', 'checkpoint_every_steps',
                  'early_stopping_evals', 'max_skipped_batches'):  # fmt: skip
-      _at_least(name, getattr(config, name), 0)
+      at_least(name, getattr(config, name), 0)
     # Beyond 32 bits another seed would give the same random numbers.
     require(config.seed < 2**32, 'seed', config.seed, 'an integer < 2^32')
     require(
@@ -387,7 +248,7 @@ class TrainConfig(_Freezable):
       config.epochs,
       'a number > 0, since steps is 0',
     )
-    _at_least('log_every_steps', config.log_every_steps, 1)
+    at_least('log_every_steps', config.log_every_steps, 1)
     # A lone string would be taken letter by letter, and 'p' is all of params/.
     require(
       isinstance(config.trainable, tuple | list) and len(config.trainable) > 0,
@@ -396,7 +257,7 @@ class TrainConfig(_Freezable):
       'a tuple of regexes, at least one',
     )
     for pattern in config.trainable:
-      _check_regex('trainable', pattern)
+      check_regex('trainable', pattern)
     parts = (
         config.model, config.lora, config.optimizer, config.mesh, config.data
     )  # fmt: skip

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax import layout, pytree
-from gemma_jax.config import PROJECTIONS, LoraConfig
+from gemma_jax.lora_config import PROJECTIONS, LoraConfig
 from gemma_jax.model_config import ModelConfig
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gemma_jax.config import require
+from gemma_jax.checks import require
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from gemma_jax import config as config_lib
-from gemma_jax.config import LoraConfig, TrainConfig
+from gemma_jax.config import TrainConfig
 
 
 def with_field(path: str, value) -> TrainConfig:
@@ -108,11 +108,6 @@ def test_resolved_is_an_equal_copy_that_does_not_change():
   assert dataclasses.replace(resolved, steps=5).steps == 5
 
 
-def test_the_embedding_as_a_target_is_refused_with_the_reason():
-  with pytest.raises(ValueError, match='also the output layer'):
-    with_field('lora.targets', 'embedder').resolve()
-
-
 def test_float16_is_refused_with_the_reason():
   with pytest.raises(ValueError, match='float16 overflows'):
     with_field('model.dtype', 'float16').resolve()
@@ -134,28 +129,6 @@ def test_steps_win_over_epochs():
   config = with_field('epochs', 0.0)
   config.steps = 7
   assert config.resolve().steps == 7
-
-
-@pytest.mark.parametrize(
-  ('targets', 'names'),
-  [
-    ('qv', ('q', 'v')),
-    ('attention', ('q', 'k', 'v', 'o')),
-    ('all', ('q', 'k', 'v', 'o', 'gate', 'up', 'down')),
-    ('q|v|gate', ('q', 'v', 'gate')),
-    ('.*p', ('up',)),
-    ('v|q', ('q', 'v')),  # the project's order, not the regex's
-  ],
-)
-def test_targets_by_preset_or_regex(targets, names):
-  assert LoraConfig(targets=targets).target_names == names
-
-
-def test_scale_rules():
-  scale = lambda rule: LoraConfig(rank=9, alpha=6.0, scale_rule=rule).scale
-  assert scale('constant') == 6.0
-  assert scale('alpha_over_r') == 6.0 / 9.0
-  assert scale('alpha_over_sqrt_r') == 2.0
 
 
 def test_to_dict_survives_json():
@@ -201,9 +174,3 @@ def test_configs_do_not_share_their_parts():
   before = copy.deepcopy(second)
   first.lora.rank = 64
   assert second == before
-
-
-def test_an_embedding_among_other_targets_is_refused_too():
-  config = TrainConfig(lora=LoraConfig(targets='q|v|embedder'))
-  with pytest.raises(ValueError, match=r'lora\.targets.*tied'):
-    config.resolve()

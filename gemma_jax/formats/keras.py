@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gemma_jax import layout, lora, pytree
-from gemma_jax.config import TARGET_PRESETS, LoraConfig
+from gemma_jax.lora_config import TARGET_PRESETS, LoraConfig
 from gemma_jax.model_config import ModelConfig
 
 _MAGIC = b'\x89HDF\r\n\x1a\n'

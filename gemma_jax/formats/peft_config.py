@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from gemma_jax.config import PROJECTIONS, TARGET_PRESETS, LoraConfig
+from gemma_jax.lora_config import PROJECTIONS, TARGET_PRESETS, LoraConfig
 
 # Options that decide nothing about a finished adapter.
 _IGNORED = frozenset({

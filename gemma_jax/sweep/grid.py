@@ -15,7 +15,8 @@ from typing import Any
 import jax
 
 from gemma_jax import lora, pytree
-from gemma_jax.config import LoraConfig, TrainConfig, require
+from gemma_jax.checks import require
+from gemma_jax.config import LoraConfig, TrainConfig
 from gemma_jax.model_config import ModelConfig
 
 RATE_RULES = ('constant', 'over_r', 'over_sqrt_r')
