@@ -1,5 +1,9 @@
 """Parts of leaves on a mesh, filled chunk by chunk, make the whole leaf."""
 
+from pathlib import Path
+import subprocess
+import sys
+
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
@@ -10,6 +14,7 @@ from gemma_jax.config import MeshConfig
 from gemma_jax.formats import parts as parts_lib
 from gemma_jax.formats.parts import Part
 
+ROOT = Path(__file__).parent.parent
 SHAPE = (12, 10, 8)
 WHOLE = np.arange(12 * 10 * 8, dtype=np.float32).reshape(SHAPE)
 
@@ -62,3 +67,36 @@ def test_on_the_cpu_nothing_is_copied_once_more():
   part.take(np.ones((40, 50), np.float32), 0)
   leaf = parts_lib.to_devices(by_device, (40, 50), device)
   assert leaf.unsafe_buffer_pointer() == part.out.ctypes.data
+
+
+MEASURE = """
+import jax
+
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+from gemma_jax import layout, metrics, pytree, sharding
+from gemma_jax.config import MeshConfig
+from gemma_jax.formats import source
+
+base = source.open_base('random:gemma3_270m')
+mesh = sharding.make_mesh(MeshConfig(fsdp=8))
+abstract = {'params': layout.abstract_params(base.config)}
+placed = sharding.tree_shardings(abstract, base.config, mesh)['params']
+before = metrics.peak_memory_bytes()
+params = base.load_params('float32', shardings=placed)
+print(metrics.peak_memory_bytes() - before, pytree.num_bytes(params))
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_of_a_load_is_its_result():
+  """Of 1.07 GB over eight devices; a process of its own, for its peak."""
+  out = subprocess.run(
+    [sys.executable, '-c', MEASURE],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  grown, result = map(int, out.split())
+  assert grown < 1.05 * result
