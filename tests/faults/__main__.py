@@ -17,17 +17,20 @@ import numpy as np
 
 from tests.faults import corpora, damage, disks, fuzz, runs, several, signals
 
+
+def _is_whole(n) -> bool:
+  """Every disturbed run ended as the undisturbed one, and nothing was lost."""
+  is_equal = n['bit-equal adapters'] == n['whole metrics'] == n['runs']
+  return is_equal and not n['steps lost'] + n['resumed elsewhere']
+
+
 # What must be, as a function of the counts.
 _PROMISES = {
-  'kill': lambda n: (
-    n['bit-equal adapters'] == n['whole metrics'] == n['runs']
-    and not n['steps lost'] + n['resumed elsewhere'] + n['other exits']
-  ),
+  'kill': lambda n: _is_whole(n) and n['exits with -9'] == n['signals'],
   'stop': lambda n: (
-    n['bit-equal adapters'] == n['whole metrics'] == n['runs']
-    and not n['steps lost'] + n['resumed elsewhere']
+    _is_whole(n)
     and n['exits with 75'] == n['named the step saved']
-    and n['exits with 75'] + n['exits with -15'] == n['stops']
+    and n['exits with 75'] + n['exits with -15'] == n['signals']
     and n['exits with -15'] <= n['while starting']
   ),
   'damage': lambda n: n['detected, newest good step used'] == n['damages'],

@@ -11,35 +11,8 @@ from tests.faults import runs as runs_lib
 
 
 def kill(runs: runs_lib.Runs, trials: int, rng: np.random.Generator):
-  """SIGKILL, then the same command, until it ends.
-
-  Moments are uniform over the time of an undisturbed run.
-
-  Args:
-    runs: to disturb.
-    trials: kills in all.
-    rng: of the moments.
-
-  Returns:
-    What was counted, by name.
-  """
-  found = collections.Counter()
-  while found['kills'] < trials:
-    workdir = runs.folder / f'kill{found["runs"]}'
-    found['runs'] += 1
-    committed = 0
-    while found['kills'] < trials:
-      code = _start_and_signal(runs, workdir, rng, signal.SIGKILL)
-      if code == 0:
-        break
-      found['kills'] += 1
-      found[f'while {runs_lib.phase(workdir)}'] += 1
-      found['other exits'] += code != -signal.SIGKILL
-      step = runs_lib.newest_step(workdir)
-      found['steps lost'] += max(0, committed - step)
-      committed = step
-    _finish(runs, workdir, committed, found)
-  return found
+  """SIGKILL, then the same command, until it ends."""
+  return _disturb(runs, trials, rng, signal.SIGKILL)
 
 
 def stop(runs: runs_lib.Runs, trials: int, rng: np.random.Generator):
@@ -48,18 +21,38 @@ def stop(runs: runs_lib.Runs, trials: int, rng: np.random.Generator):
   A stopped run exits with 75 and names the step that it saved. A signal that
   comes before the command has begun (Python starts) ends it as any program.
   """
+  return _disturb(runs, trials, rng, signal.SIGTERM)
+
+
+def _disturb(
+  runs: runs_lib.Runs,
+  trials: int,
+  rng: np.random.Generator,
+  number: signal.Signals,
+) -> collections.Counter:
+  """Sends signals at moments uniform over the time of an undisturbed run.
+
+  Args:
+    runs: to disturb.
+    trials: signals in all.
+    rng: of the moments.
+    number: the signal.
+
+  Returns:
+    What was counted, by name.
+  """
   found = collections.Counter()
-  while found['stops'] < trials:
-    workdir = runs.folder / f'stop{found["runs"]}'
+  while found['signals'] < trials:
+    workdir = runs.folder / f'{number.name}{found["runs"]}'
     found['runs'] += 1
     committed = 0
-    while found['stops'] < trials:
-      code = _start_and_signal(runs, workdir, rng, signal.SIGTERM)
+    while found['signals'] < trials:
+      code = _start_and_signal(runs, workdir, rng, number)
       if code == 0:
         break
-      found['stops'] += 1
-      found[f'while {runs_lib.phase(workdir)}'] += 1
+      found['signals'] += 1
       found[f'exits with {code}'] += 1
+      found[f'while {runs_lib.phase(workdir)}'] += 1
       step = runs_lib.newest_step(workdir)
       log = runs_lib.log_path(workdir).read_text()
       found['named the step saved'] += f'Stopped at step {step} of' in log
