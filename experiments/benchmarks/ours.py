@@ -24,7 +24,7 @@ def train(job):
   train_step = run.compile_train_step()
   seconds, tokens, losses, supervised = [], [], [], 0
   first = None
-  batches = pipeline.train_batches(run.train, run.plan, 0, run.steps, 0, 1)
+  batches = pipeline.train_batches(run.train, run.plan, 0, run.steps)
   for _, batch in batches:
     started = time.perf_counter()
     state, metrics = train_step(
