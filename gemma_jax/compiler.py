@@ -17,8 +17,8 @@ from gemma_jax.model.transformer import Transformer
 _CPU_OPTIONS = {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
 
 # What `auto` tries, in this order. Keeping all activations (`none`) is not: it
-# was no faster than `dots` on a CPU, and takes three times the temporaries (0.94
-# against 0.35 GiB for 512 tokens of the 270M; `full` 0.09).
+# was no faster than `dots` on a CPU, and takes three times the temporaries
+# (0.94 against 0.35 GiB for 512 tokens of the 270M; `full` 0.09).
 _AUTO_REMAT = ('dots', 'full')
 
 # Of a host's memory, what a step may take: Python, its libraries and the files
