@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gemma_jax import files, summary
+from gemma_jax import describe, files, summary
 from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.checkpoint import Checkpoints
@@ -34,7 +34,7 @@ def dry_run(config: TrainConfig, workdir: str) -> str:
     what = 'has finished'
   sections = [
     run.summary().table(),
-    run.description(),
+    describe.describe(run),
     f'workdir {workdir}: writable; the run {what}.',
     _memory_lines(run),
     _first_batch(run, step),

@@ -251,30 +251,6 @@ class Run(Program):
     rows = self.plan.rows(step)
     return [int(self.train.record_ids[i]) for row in rows for i in row]
 
-  def description(self) -> str:
-    """What decides the result, in a few lines for the start of a log."""
-    lora, tx, data = self.config.lora, self.config.optimizer, self.config.data
-    lines = [
-      f'base: {self.source.reference}, {self.dtype} weights, '
-      f'{np.dtype(self.model.dtype)} activations',
-      f'adapter: {"DoRA" if lora.dora else "LoRA"}, rank {lora.rank} on '
-      f'{" ".join(lora.target_names)}, scale {lora.scale:g}, dropout '
-      f'{lora.dropout:g}',
-      *(f'adapter: rank {r} at {where}' for where, r in lora.ranks.items()),
-      *([f'adapter: starts as {lora.path}'] if lora.path else []),
-      f'optimizer: AdamW, learning rate {tx.learning_rate:g} {tx.schedule} '
-      f'after {tx.warmup_steps} steps of warm-up, weight decay '
-      f'{tx.weight_decay:g}, clip {tx.clip_norm:g}',
-      f'data: {data.path}, template {data.template}, loss on {data.loss_on}',
-      self.train.stats.line('training'),
-      self.heldout.stats.line('held-out'),
-      *(f'skipped: {n:,} x {reason}' for reason, n in self.skipped.items()),
-      f'{self.steps:,} steps of {data.global_batch_size} rows x {data.seq_len} '
-      f'positions ({self.plan.rows_per_epoch():,} rows an epoch); mesh '
-      f'{dict(self.mesh.shape)} on {self.mesh.devices.flat[0].device_kind}',
-    ]
-    return '\n'.join(lines)
-
   def fingerprints(self) -> dict[str, str]:
     """What a resume must find unchanged besides the config."""
     digest = hashlib.sha256()

@@ -28,7 +28,15 @@ import jax
 import numpy as np
 import tqdm
 
-from gemma_jax import compiler, guards, hosts, pytree, sharding, train_state
+from gemma_jax import (
+  compiler,
+  describe,
+  guards,
+  hosts,
+  pytree,
+  sharding,
+  train_state,
+)
 from gemma_jax import config as config_lib
 from gemma_jax import evaluate as evaluate_lib
 from gemma_jax import metrics as metrics_lib
@@ -368,7 +376,7 @@ class Trainer:
 def log_start(run: run_lib.Run) -> None:
   """Parameter table and description, before anything expensive."""
   table = run.summary().table(leaves=False)
-  for line in f'{table}\n{run.description()}'.splitlines():
+  for line in f'{table}\n{describe.describe(run)}'.splitlines():
     logging.info('%s', line)
 
 
