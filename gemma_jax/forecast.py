@@ -31,8 +31,8 @@ class Forecast:
     program: as it would run.
     topology: where.
     needed_bytes: what the compiler wants of the HBM.
-    part_bytes: name → bytes; what of it is what. Without `temporaries` and
-      `program` if it does not fit.
+    part_bytes: name → bytes; what of it is what. `padding` is what the arrays'
+      tiles hold besides them. The last three are missing if it does not fit.
     collectives: of a step; empty if it does not fit.
     work: of a step.
     bound: least times; None if it does not fit.
@@ -188,6 +188,7 @@ def forecast(config: TrainConfig, topology: Topology) -> Forecast:
     return dataclasses.replace(found, needed_bytes=needed)
   memory = compiled.memory_analysis()
   parts |= {
+    'padding': memory.argument_size_in_bytes - sum(parts.values()),
     'temporaries': memory.temp_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes,
@@ -197,9 +198,7 @@ def forecast(config: TrainConfig, topology: Topology) -> Forecast:
   tokens = config.data.global_batch_size * config.data.seq_len
   return dataclasses.replace(
     found,
-    needed_bytes=memory.argument_size_in_bytes
-    + parts['temporaries']
-    + parts['program'],
+    needed_bytes=sum(parts.values()),
     collectives=collectives,
     bound=roofline.bound(work, collectives, topology.chip, mesh, tokens),
   )

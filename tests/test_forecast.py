@@ -94,16 +94,16 @@ class TestCompiledStep:
           assert math.prod(shape) < positions * vocab, shape
 
   def test_the_base_is_gathered_layer_by_layer(self, compiled):
-    """Inside the scan: no gather brings more than one layer's kernel."""
-    found, _ = compiled
-    gathers = [c for c in found.collectives if c.kind == 'all-gather']
-    in_scan = [c for c in gathers if c.count == SMALL.num_layers]
-    kernel_bytes = 2 * SMALL.embed_dim * SMALL.hidden_dim // 2
-    assert len(in_scan) >= len(layout.PROJECTION_EQUATIONS)
-    assert all(c.result_bytes <= kernel_bytes for c in in_scan)
-    table_bytes = 2 * SMALL.vocab_size * SMALL.embed_dim
-    once = [c.result_bytes for c in gathers if c.count == 1]
-    assert all(size <= table_bytes for size in once)
+    """In the scan [D, F / 2] of a layer, and never [L, D, F / 2]."""
+    found, text = compiled
+    L, D, F = SMALL.num_layers, SMALL.embed_dim, SMALL.hidden_dim
+    shapes = hlo.arrays(text)
+    assert (L, D // 2, F // 2) in shapes  # what a device holds
+    assert shapes & {(1, D, F // 2), (D, F // 2)}  # what it computes with
+    for whole in ((L, D, F // 2), (L, F // 2, D), (L, D, F), (L, F, D)):
+      assert whole not in shapes
+    counts = [c.count for c in found.collectives if c.kind == 'all-gather']
+    assert counts.count(L) >= len(layout.PROJECTION_EQUATIONS)
 
   def test_report_and_json_say_the_same(self, compiled):
     found, _ = compiled
@@ -128,7 +128,7 @@ def test_rows_are_rounded_up_to_the_mesh_and_said_so(small, caplog):
 @pytest.mark.aot
 def test_what_does_not_fit_says_how_much_it_needs(small):
   found = forecast.forecast(
-    make_config(rows=400_000, fsdp=1), topology.parse('v5e:1x1')
+    make_config(rows=40_000, fsdp=1), topology.parse('v5e:1x1')
   )
   assert not found.fits
   assert found.needed_bytes > found.topology.chip.hbm_bytes
@@ -264,7 +264,7 @@ class TestCommand:
     )
 
   @pytest.mark.aot
-  @pytest.mark.parametrize(('rows', 'code'), [(2, 0), (30_000_000, 1)])
+  @pytest.mark.parametrize(('rows', 'code'), [(2, 0), (1_000_000, 1)])
   def test_the_exit_code_says_whether_it_fits(self, tmp_path, rows, code):
     """With no data set, no workdir and no weight."""
     config = run_toy.config_file(tmp_path, 'tfds:there_is_no_such_data')
