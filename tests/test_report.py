@@ -83,7 +83,7 @@ def test_figures_are_written_as_svg_and_png(written):
   names = {path.name for path in written[1][2:]}
   for name in ('loss_by_rank', 'loss_by_parameters', 'loss_by_seconds',
                'learning_curves', 'truncation', 'spectrum_attn_q',
-               'effective_rank', 'similarity'):  # fmt: skip
+               'effective_rank', 'energy', 'similarity'):  # fmt: skip
     assert {f'{name}.svg', f'{name}.png'} <= names
 
 

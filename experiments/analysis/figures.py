@@ -102,19 +102,29 @@ def all_figures(
     found[f'spectrum_{path.replace("/", "_")}'] = (
       f'Singular values of the update to {path}, {largest.name}.',
       lambda figure, theme, path=path: _heat_map(
-        figure, theme, spectra.heat_map(largest, path), path
+        figure, theme, largest.spectrum()[path]
       ),
     )
   found['effective_rank'] = (
     "Effective rank of the updates (exp of the spectrum's entropy, mean over "
     'projections and layers) while training, first seed.',
-    lambda figure, theme: _effective_rank(figure, theme, table),
+    lambda figure, theme: _while_training(
+      figure, theme, table, spectra.effective_ranks, 'effective rank'
+    ),
+  )
+  found['energy'] = (
+    'Energy of the updates (the sum of their squared singular values) while '
+    'training, first seed.',
+    lambda figure, theme: _while_training(
+      figure, theme, table, spectra.energies, 'energy'
+    ),
   )
   if len(directions) > 1:
     found['similarity'] = (
       f'Shared input directions (of the {spectra.DIRECTIONS} strongest; 0 '
-      'none, 1 all). Cells of one seed start from nested factors and share '
-      'some from the start.',
+      f'none, 1 all, {spectra.by_chance(directions[largest.name]):.3f} by '
+      'chance). Cells of one seed start from nested factors and share some '
+      'from the start.',
       lambda figure, theme: _similarity(figure, theme, directions),
     )
     path = next(iter(directions[largest.name]))
@@ -227,7 +237,7 @@ def _truncation(figure, theme, cut) -> None:
   axes.legend()
 
 
-def _heat_map(figure, theme, values, path) -> None:
+def _heat_map(figure, theme, values) -> None:
   axes = figure.add_subplot()
   axes.grid(False)
   image = axes.imshow(values, aspect='auto', cmap='cividis', origin='lower')
@@ -237,16 +247,16 @@ def _heat_map(figure, theme, values, path) -> None:
   figure.colorbar(image, label='singular value')
 
 
-def _effective_rank(figure, theme, table) -> None:
+def _while_training(figure, theme, table, measure, name) -> None:
   axes = figure.add_subplot()
   for row, colour, marker in zip(
     table, colours(theme, len(table)), MARKERS * len(table), strict=False
   ):
-    points = spectra.effective_ranks(row.cells[0])
+    points = measure(row.cells[0])
     axes.plot(points.keys(), points.values(), marker=marker, color=colour,
               label=row.label, markersize=4)  # fmt: skip
   axes.set_xlabel('updates')
-  axes.set_ylabel('effective rank')
+  axes.set_ylabel(name)
   axes.legend()
 
 

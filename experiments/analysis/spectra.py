@@ -19,11 +19,6 @@ DIRECTIONS = 4
 Directions = dict[str, np.ndarray]
 
 
-def heat_map(cell: Outcome, path: str) -> np.ndarray:
-  """Singular values [L, R] of one projection's updates."""
-  return cell.spectrum()[path]
-
-
 def effective_ranks(cell: Outcome) -> dict[int, float]:
   """Step → effective rank, mean over projections and layers."""
   return {
@@ -78,6 +73,6 @@ def between_layers(cell: Directions, path: str) -> np.ndarray:
   return spectrum.similarity(u[:, None], u[None])
 
 
-def by_chance(config: ModelConfig, k: int = DIRECTIONS) -> float:
-  """The similarity that k random directions of D have, k / D."""
-  return k / config.embed_dim
+def by_chance(cell: Directions) -> float:
+  """The similarity of as many random directions, mean over projections."""
+  return float(np.mean([u.shape[-1] / u.shape[-2] for u in cell.values()]))

@@ -2,11 +2,11 @@
 
   python -m experiments.benchmarks.gang [--steps=60] [--seq_len=128]
 
-Both ways go through the commands that a user calls, on the real Gemma 3 270M
-and the embedded records, each with an empty compilation cache: `launch.sweep`
-with ranks 1 to 32 in one gang, and `launch.train` once for each rank. Prints
-one JSON line: seconds of both and their ratio, seconds an update and adapter,
-and peak memory of the gang and of the largest single run.
+Both ways go through the commands that a user calls, on the embedded records,
+each with an empty compilation cache: `launch.sweep` with all ranks in one gang,
+and `launch.train` once for each rank. Prints one JSON line: seconds of both and
+their ratio, seconds an update and adapter, and peak memory of the gang and of
+the largest single run.
 """
 
 import argparse
@@ -18,16 +18,18 @@ import sys
 import tempfile
 import time
 
-RANKS = (1, 2, 4, 8, 16, 32)
-
 
 def main() -> None:
   """Runs both ways."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--model', default='gemma3_270m')
+  parser.add_argument('--ranks', default='1,2,4,8,16,32')
   parser.add_argument('--steps', type=int, default=60)
   parser.add_argument('--seq_len', type=int, default=128)
   options = parser.parse_args()
+  ranks = tuple(map(int, options.ranks.split(',')))
   shared = [
+    f'--config.model.path={options.model}',
     f'--config.steps={options.steps}',
     f'--config.data.seq_len={options.seq_len}',
     '--config.data.path=sample:seoul_travel',
@@ -39,7 +41,7 @@ def main() -> None:
     gang_secs = _run(
       'sweep', f'{folder}/gang', 'rank_ablation',
       [
-        *shared, f'--config.grid.ranks={RANKS}', '--config.grid.seeds=(0,)',
+        *shared, f'--config.grid.ranks={ranks}', '--config.grid.seeds=(0,)',
         '--config.grid.learning_rates=(1e-3,)', '--config.grid.baselines=()',
         '--config.grid.truncate=False', '--config.grid.sample_prompts=0',
       ],
@@ -49,17 +51,18 @@ def main() -> None:
       for path in Path(folder).glob('gang/cells/*/result.json')
     ]
     alone_secs, alone = 0.0, []
-    for rank in RANKS:
+    for rank in ranks:
       workdir = f'{folder}/alone-{rank}'
       alone_secs += _run(
         'train', workdir, 'dolly_lora', [*shared, f'--config.lora.rank={rank}']
       )
       alone.append(json.loads(Path(workdir, 'result.json').read_text()))
-    steps = [_step_secs(f'{folder}/alone-{rank}') for rank in RANKS]
+    steps = [_step_secs(f'{folder}/alone-{rank}') for rank in ranks]
   print(
     json.dumps(
       {
-        'ranks': RANKS,
+        'model': options.model,
+        'ranks': ranks,
         'steps': options.steps,
         'seq_len': options.seq_len,
         'gang_seconds': round(gang_secs, 1),

@@ -81,16 +81,6 @@ def take(
   return Lease(path, expiry_secs)
 
 
-def is_free(
-  folder: str | os.PathLike, name: str, expiry_secs: float = EXPIRY_SECS
-) -> bool:
-  """Whether nobody holds a job."""
-  found = [p for p in Path(folder).glob(f'{name}.*') if _is_lease(p, name)]
-  if not found:
-    return True
-  return _expired(max(found, key=lambda p: _parts(p)[1]), expiry_secs)
-
-
 def _expired(path: Path, expiry_secs: float) -> bool:
   touched = path.stat().st_mtime
   if touched == 0:  # released

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax import metrics as metrics_lib
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.sweep import manifest as manifest_lib
 
@@ -70,11 +69,6 @@ class Outcome:
     """Nats per token where `which` [N] is true, after a step (the last)."""
     nll, tokens = self.last if step is None else self.losses[step]
     return float(nll[which].sum() / max(tokens[which].sum(), 1))
-
-  @property
-  def curve(self) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return metrics_lib.read(self.folder / 'metrics.jsonl')
 
   def spectrum(self, step: int | None = None) -> dict[str, np.ndarray]:
     """Path → singular values [L, R] of the update after a step (the last)."""
