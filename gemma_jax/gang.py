@@ -113,6 +113,12 @@ class Gang:
         'gang: got lora.path or lora.ranks, expected neither: members start '
         'anew, with one rank each. Train this config alone.'
       )
+    if first.max_skipped_batches:
+      raise ValueError(
+        f'max_skipped_batches: got {first.max_skipped_batches}, expected 0: a '
+        'batch is left out for one member and not for another. Train this '
+        'config alone.'
+      )
     self.configs = tuple(configs)
     largest = max(configs, key=lambda config: config.lora.rank)
     if run is None:

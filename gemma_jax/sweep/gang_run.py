@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import tqdm
 
-from gemma_jax import compiler, sharding, spectrum, train_state
+from gemma_jax import compiler, guards, sharding, spectrum, train_state
 from gemma_jax import gang as gang_lib
 from gemma_jax import metrics as metrics_lib
 from gemma_jax import workdir as workdir_lib
@@ -155,7 +155,7 @@ class _Trainer:
 
   def _is_finite(self, i: int, step: int, line: dict[str, Any]) -> bool:
     try:
-      metrics_lib.check_finite(step, line)
+      guards.check_finite(step, line)
       return True
     except FloatingPointError as e:
       self.found['failed'][str(i)] = str(e)
