@@ -3,6 +3,7 @@
 Adapters of different rank, scale and targets become trees of one shape: scales
 are folded into B, ranks padded with zero columns, missing targets filled with
 zeros. The base itself is then the adapter of zeros, whose update is exactly 0.
+`start_from` makes one of them the start of a run.
 """
 
 from collections.abc import Sequence
