@@ -42,12 +42,14 @@ def for_adapters(
     weights: as in `prepare`.
   """
   base = prepare({'params': params}, weights)
-  return {
-    adapter.name: prepare(adapter.variables(params), weights)
-    if adapter.trained_base
-    else {**base, 'lora': adapter.effective}
-    for adapter in adapters
-  }
+  found = {}
+  for adapter in adapters:
+    variables = adapter.variables(params)
+    if adapter.trained_base:
+      found[adapter.name] = prepare(variables, weights)
+    else:
+      found[adapter.name] = {**base, 'lora': variables['lora']}
+  return found
 
 
 def prepare(variables: Any, weights: str = 'auto') -> dict[str, Any]:

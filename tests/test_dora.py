@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax import adapters, layout, lora, optimizer, pytree, train_step
+from gemma_jax import (
+  adapters,
+  decode_weights,
+  layout,
+  lora,
+  optimizer,
+  pytree,
+  train_step,
+)
 from gemma_jax.config import LoraConfig, OptimizerConfig
 from gemma_jax.formats import peft
 from gemma_jax.model.transformer import Transformer
@@ -169,6 +177,11 @@ def test_beside_other_adapters_in_one_program(hidden, params, tmp_path):
   )
   shapes = [jax.tree.map(jnp.shape, a.variables(params)) for a in loaded]
   assert shapes[0] == shapes[1] == shapes[2]
+  decoded = decode_weights.for_adapters(params, loaded)
+  for adapter in loaded:
+    toy.assert_equal(
+      decoded[adapter.name]['lora'], adapter.variables(params)['lora']
+    )
   base, dora, plain = (hidden(a.variables(params)) for a in loaded)
   np.testing.assert_array_equal(base, hidden({'params': params}))
   factors = toy.factors(toy.FULL, CONFIG)
