@@ -76,9 +76,9 @@ class MetricsWriter:
   def close(self) -> None:
     """Flushes both."""
     self._file.close()
+    self.flush()
     self._board.close()
-    if self._remote:
-      self.flush()
+    if self._scratch:
       self._scratch.cleanup()
 
 
