@@ -1,5 +1,6 @@
 """Files whole or not at all, on this machine and in an object store."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gemma_jax import files, metrics, workdir
+from gemma_jax.data import records
 from gemma_jax.formats import atomic_folder
 from tests import gcs_toy
 
@@ -42,6 +44,15 @@ def test_write_then_read(root):
   files.write(f'{root}/a/b.txt', b'second \xea\xb0\x80')
   assert files.path(f'{root}/a/b.txt').read_text() == 'second 가'
   assert names(root) == ['a/b.txt']
+
+
+@pytest.mark.parametrize('suffix', ['', '.gz'])
+def test_records_are_read_from_either(root, suffix):
+  rows = [{'prompt': f'가 {i}', 'response': 'r' * i} for i in range(7)]
+  text = ''.join(json.dumps(row) + '\n' for row in rows).encode()
+  path = f'{root}/records.jsonl{suffix}'
+  files.write(path, gzip.compress(text) if suffix else text)
+  assert [row for _, row in records.read_jsonl(path)] == rows
 
 
 def test_json_and_json_lines(root):

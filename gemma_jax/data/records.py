@@ -14,6 +14,7 @@ these at once is taken as tokens, else messages, else instruction, else prompt.
 import collections
 from collections.abc import Iterable, Iterator, Mapping
 import gzip
+import io
 import json
 import lzma
 from typing import Any
@@ -93,7 +94,8 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
     )
   with file.open('rb') as raw:
     opened = {'.gz': gzip.open, '.xz': lzma.open}.get(file.suffix)
-    lines = opened(raw) if opened else raw
+    # An object store's own readline takes no limit.
+    lines = opened(raw) if opened else io.BufferedReader(raw)
     number = 0
     try:
       while line := lines.readline(_MAX_LINE_BYTES + 1):
