@@ -13,10 +13,8 @@ from gemma_jax import (
   optimizer,
   pytree,
   sharding,
-  topology,
   train_state,
 )
-from gemma_jax import run as run_lib
 from gemma_jax.config import LoraConfig, MeshConfig, TrainConfig
 from gemma_jax.data import pipeline
 from gemma_jax.model.transformer import Transformer
@@ -185,18 +183,3 @@ def test_a_base_that_is_trained_is_refused(records):
   found = configs(records, trainable=('params/layers/attn/v/w',))
   with pytest.raises(ValueError, match='Train this config alone'):
     gang.Gang(found)
-
-
-@pytest.mark.aot
-def test_compiled_for_a_tpu_a_gang_holds_the_base_once(records):
-  """Two more members add their factors and moments, and no base."""
-  config = configs(records)[1]
-  program = run_lib.prepare_program(config, topology.parse('v5e:1x1').devices())
-  one, three = (
-    gang.Gang([config] * size, program)
-    .compile_train_step()
-    .memory_analysis()
-    .argument_size_in_bytes
-    for size in (1, 3)
-  )
-  assert three - one < pytree.num_bytes(program.abstract[1]) / 2
