@@ -57,13 +57,20 @@ def prepare(variables: Any, weights: str = 'auto') -> dict[str, Any]:
 
   Args:
     variables: {'params'} or {'params', 'lora'}, scanned or unrolled.
-    weights: 'int8' quantizes the kernels and the embedding; else they keep
-      their dtype.
+    weights: 'int8' quantizes the kernels and the embedding; else they keep the
+      dtype they were loaded in (`load_dtype`).
 
   Returns:
     `variables` with kernels and embedding moved from `params` to `rows`, where
     their leaves are `Rows`; norm scales stay.
+
+  Raises:
+    ValueError: weights of another name.
   """
+  if weights not in WEIGHTS:
+    raise ValueError(
+      f'weights: got {weights!r}, expected one of {", ".join(WEIGHTS)}.'
+    )
   params, rows = {}, {}
   for name, leaf in pytree.items(variables['params']):
     num_summed = 0

@@ -102,6 +102,11 @@ def test_adapters_share_the_base_unless_they_trained_some_of_it():
   np.testing.assert_allclose(up.scale, 1 / 127, rtol=1e-6)
 
 
+def test_unknown_weights_are_refused():
+  with pytest.raises(ValueError, match=r"weights: got 'int4', expected one of"):
+    decode_weights.prepare({'params': {}}, 'int4')
+
+
 @pytest.mark.real
 def test_int8_costs_the_real_model_little():
   """Log-likelihoods of the oracle's prompts, in nats a token."""

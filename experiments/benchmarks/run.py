@@ -92,13 +92,19 @@ def main() -> int:
       'cores': os.cpu_count(),
       'gemm_flops_per_second': [],
     }
+    failed = []
     for _ in range(_ROUNDS.value):
       facts['gemm_flops_per_second'].append(flops.gemm_rate())
       for case, results in measured:
         for label, program, job in case.jobs:
           if program not in programs:
             continue
-          result = _run(programs[program], job)
+          try:
+            result = _run(programs[program], job)
+          except ValueError as e:  # the others are still worth measuring
+            logging.error('%s, %s: %s', case.name, label, e)
+            failed.append(label)
+            continue
           rate = max(facts['gemm_flops_per_second'])
           result |= _share(config, job, result, rate)
           result['commit'] = facts['commit']
@@ -109,7 +115,7 @@ def main() -> int:
   print((output / 'table.md').read_text('utf-8'))
   rate = max(facts['gemm_flops_per_second'])
   print(f'float32 GEMM of this machine: {rate / 1e9:.0f} GFLOP/s')
-  return 0
+  return 1 if failed else 0
 
 
 def _programs() -> dict[str, tuple[list[str], dict[str, str]]]:

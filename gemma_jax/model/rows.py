@@ -11,8 +11,8 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-# Most rows of a batch whose products with a kernel are written as a sum on a
-# CPU; above it a matrix product is as fast.
+# Largest batch whose products are sums on a CPU: more rows are bound by
+# arithmetic, which a matrix product does better.
 MAX_SUMMED_BATCH = 16
 
 
