@@ -19,7 +19,7 @@ from gemma_jax.config import (
 def get_config() -> TrainConfig:
   """The config of `launch/quickstart.sh`."""
   return TrainConfig(
-    steps=100,
+    steps=160,
     checkpoint_every_steps=20,
     model=BaseConfig(path='gemma3_270m'),
     lora=LoraConfig(rank=8, alpha=16.0, targets='all'),

@@ -83,6 +83,7 @@ def train(
   started = time.perf_counter()
   workdir_lib.check_writable(workdir)
   run = run_lib.prepare(config)
+  run.check()  # before there is a workdir that could have trouble of its own
   should_stop = hosts.any_of_them(should_stop)
   try:
     return Trainer(run, workdir, should_stop, started).train()
@@ -114,7 +115,6 @@ class Trainer:
     fingerprints = run.fingerprints()
     hosts.check_agreement('inputs', fingerprints)
     workdir_lib.check_same_fingerprints(workdir, fingerprints)
-    run.check()
     self.checkpoints = Checkpoints(workdir)
     self.facts = workdir_lib.facts(run.given, run.steps, fingerprints)
     if hosts.is_lead():

@@ -1,7 +1,6 @@
-"""What all commands share: signals, logs, messages, whole files."""
+"""What all commands share: signals, logs, messages."""
 
 import io
-import json
 import logging
 import os
 import signal
@@ -43,12 +42,3 @@ def test_an_error_is_one_line():
   assert app._one_line(ValueError('a:\n  b\n')) == 'a: b'
   assert app._one_line(KeyError('no "x"')) == 'no "x"'
   assert app._one_line(ValueError()) == 'ValueError'
-
-
-def test_lines_are_written_whole_or_not_at_all(tmp_path):
-  path = tmp_path / 'a.jsonl'
-  app.write_lines(str(path), [{'text': '서울'}, {'n': 1}])
-  assert path.read_text('utf-8') == '{"text": "서울"}\n{"n": 1}\n'
-  with pytest.raises(TypeError):
-    app.write_lines(str(path), [{'n': 2}, {'not': object()}])
-  assert json.loads(path.read_text('utf-8').splitlines()[1]) == {'n': 1}

@@ -185,7 +185,7 @@ def test_stats_as_a_line():
   stats = examples_lib.ExampleStats(9, 7, 12_345, 11, 2, 3, 1)
   assert stats.line('training') == (
     'training: 7 records, 12,345 tokens, 11 supervised, 2 truncated to '
-    'seq_len, 3 dropped, 1 duplicates'
+    'seq_len, 3 dropped (no supervised token), 1 duplicates'
   )
 
 
