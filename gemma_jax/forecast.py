@@ -32,10 +32,10 @@ class Forecast:
     topology: where.
     needed_bytes: what the compiler wants of the HBM.
     part_bytes: name → bytes; what of it is what. `padding` is what the arrays'
-      tiles hold besides them. The last three are missing if it does not fit.
-    collectives: of a step; empty if it does not fit.
+      tiles hold besides them. The last three need a compiled program.
+    collectives: of a step; empty if the compiler found no room.
     work: of a step.
-    bound: least times; None if it does not fit.
+    bound: least times; None if the compiler found no room.
   """
 
   program: run_lib.Program
@@ -48,8 +48,9 @@ class Forecast:
 
   @property
   def fits(self) -> bool:
-    """Whether the compiler found room for it."""
-    return self.bound is not None
+    """Whether the compiler found room for it, its own program included."""
+    hbm_bytes = self.topology.chip.hbm_bytes
+    return self.bound is not None and self.needed_bytes <= hbm_bytes
 
   @property
   def rows_per_device(self) -> int:
@@ -126,7 +127,7 @@ class Forecast:
       f'bound by {bound.bound_by}: at most {bound.tokens_per_sec:,.0f} '
       f'tokens/s, MFU {bound.mfu:.2f}',
       '',
-      f'fits: {total} of {hbm}',
+      f'{"fits" if self.fits else "does not fit"}: needs {total} of {hbm}',
     ]
     return '\n'.join(lines)
 

@@ -12,7 +12,8 @@ shortened):
     }
 
 A collective that the compiler spread over several fusions, to overlap it with
-compute, appears in each of them under one channel_id, and is one.
+compute, appears in each of them under one channel_id, and is one. What goes to
+another slice is a `send` to the runtime that joins them.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ import numpy as np
 
 KINDS = (
     'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
-    'collective-permute', 'collective-broadcast',
+    'collective-permute', 'collective-broadcast', 'send',
 )  # fmt: skip
 
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -45,7 +46,7 @@ class Collective:
     result_bytes: of its result, one execution.
     count: executions in a step.
     groups: int [groups, size], devices that exchange with each other, by their
-      place in the mesh.
+      place in the mesh; of a `send`, all of them.
   """
 
   kind: str
@@ -72,6 +73,8 @@ class Collective:
 
   def crosses(self, slices: Sequence[int]) -> bool:
     """Whether a group reaches over slices, given the slice of each device."""
+    if self.kind == 'send':
+      return True
     slices = np.asarray(slices)[self.groups]
     return bool((slices != slices[:, :1]).any())
 
@@ -102,7 +105,8 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
         found |= max(branches, key=_sent)
       elif (base := kind.removesuffix('-start')) in KINDS:
         channel = re.search(r'channel_id=(\d+)', rest)
-        found[channel[1] if channel else f'{name}/{instruction}'] = Collective(
+        where = channel[1] if channel else f'{name}/{instruction}'
+        found[f'{base} {where}'] = Collective(
           kind=base,
           result_bytes=_result_bytes(result, kind),
           count=times,
@@ -221,6 +225,8 @@ def _result_bytes(result: str, kind: str) -> int:
     for dtype, dims in _ARRAY.findall(result)
     if dims  # scalars weigh nothing, and a start has some of its own
   ]
+  if kind == 'send':
+    sizes = sizes[:1]
   if kind.endswith('-start') and kind != 'all-reduce-start':
     sizes = sizes[len(sizes) // 2 :]  # operands come first
   return sum(sizes)

@@ -204,6 +204,26 @@ def test_the_dialect_of_the_tpu_compiler():
   )  # fmt: skip
 
 
+# A sum over two slices of two devices: scattered within each, sent to the
+# other, gathered again, all under one channel.
+SLICES_TEXT = """
+ENTRY %main (p: f32[6,4]) -> f32[6,4] {
+  %r = f32[3,4]{1,0} reduce-scatter(%p), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}
+  %s = (f32[3,4]{1,0}, u32[], token[]) send(%r, %after), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %v = (f32[3,4]{1,0}, u32[], token[]) recv(%after), channel_id=1, is_host_transfer=true
+  ROOT %g = f32[6,4]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}
+}
+"""  # noqa: E501
+
+
+def test_what_goes_between_slices_is_a_send():
+  found = hlo.collectives(SLICES_TEXT, 4)
+  assert [(c.kind, c.sent_bytes) for c in found] == [
+    ('reduce-scatter', 48), ('send', 48), ('all-gather', 48),
+  ]  # fmt: skip
+  assert [c.crosses([0, 0, 1, 1]) for c in found] == [False, True, False]
+
+
 def test_arrays_lists_every_shape():
   text = scanned(functools.partial(jax.lax.psum, axis_name='a'))
   assert {(4, 12), ()} <= hlo.arrays(text)
