@@ -115,18 +115,24 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
 class _Log(standard_logging.Handler):
   """Our log lines on standard error, above a progress bar if there is one.
 
-  Of the libraries below us only warnings are shown: Orbax logs thirty lines a
-  checkpoint.
+  Of the libraries below us only warnings are shown, in a line each: Orbax logs
+  thirty lines a checkpoint, and the traceback of what it raises as well.
   """
+
+  def __init__(self, tracebacks: bool = False):
+    super().__init__()
+    self._tracebacks = tracebacks
 
   def emit(self, record):
     ours = '-packages' not in record.pathname
+    if not ours and not self._tracebacks:
+      record.exc_info = record.exc_text = None
     if ours or record.levelno >= standard_logging.WARNING:
       tqdm.tqdm.write(self.format(record), file=sys.stderr)
 
 
 def _set_up_log():
-  handler = _Log()
+  handler = _Log(tracebacks=_DEBUG.value)
   handler.setFormatter(
     standard_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S')
   )

@@ -38,6 +38,23 @@ def test_libraries_only_warn(level, path, shown, monkeypatch):
   assert ('saved' in stderr.getvalue()) == shown
 
 
+@pytest.mark.parametrize('tracebacks', [False, True])
+def test_tracebacks_of_libraries_are_for_debugging(tracebacks, monkeypatch):
+  stderr = io.StringIO()
+  monkeypatch.setattr(sys, 'stderr', stderr)
+  try:
+    raise OSError('disk full')
+  except OSError:
+    raised = sys.exc_info()
+  path = '/usr/lib/python3/site-packages/orbax/save.py'
+  record = logging.LogRecord(
+    'absl', logging.ERROR, path, 1, 'not saved', (), raised
+  )
+  app._Log(tracebacks).emit(record)
+  assert 'not saved' in stderr.getvalue()
+  assert ('Traceback' in stderr.getvalue()) == tracebacks
+
+
 def test_an_error_is_one_line():
   assert app._one_line(ValueError('a:\n  b\n')) == 'a: b'
   assert app._one_line(KeyError('no "x"')) == 'no "x"'
