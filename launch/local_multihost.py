@@ -41,6 +41,16 @@ _HEARTBEAT_SECS = 10
 _GRACE_SECS = 3 * _HEARTBEAT_SECS
 
 
+def threads(devices: int) -> int:
+  """How many threads XLA needs for so many CPU devices: the value of NPROC.
+
+  XLA takes the larger of the cores and the devices. A device that waits in a
+  collective keeps its thread, so with few cores all can wait while the one
+  that they wait for has none left to compute with; after 40 s XLA aborts.
+  """
+  return max(2 * devices, os.cpu_count() or 1)
+
+
 class Job:
   """The processes of one start."""
 
@@ -51,6 +61,7 @@ class Job:
     environment = os.environ | {
       'JAX_PLATFORMS': 'cpu',
       'JAX_NUM_CPU_DEVICES': str(devices),
+      'NPROC': str(threads(devices)),
     }
     self.processes = [
       subprocess.Popen(

@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from launch import local_multihost
+
 # Programs compiled once serve the whole suite, the commands that it starts and
 # the next time; JAX keys them by program, options and version.
 _CACHE = Path.home() / '.cache' / 'gemma_jax' / 'tests'
@@ -21,6 +23,7 @@ for _name, _value in (
 # Before any array exists: the count of devices is fixed by the first one.
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
+os.environ.setdefault('NPROC', str(local_multihost.threads(8)))
 
 # Marker → what a test so marked needs: a package, and the extra that has it.
 _NEEDS = {

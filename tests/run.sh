@@ -3,10 +3,13 @@
 #
 #   bash tests/run.sh                    everything that this machine can run
 #   bash tests/run.sh tests/test_lora.py -k merge     arguments go to pytest
+#   bash tests/run.sh -n 0 --pdb         in one process, to debug
 #   EXTRAS=tpu,parity bash tests/run.sh --heavy       the long ones as well
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
 ensure_environment "gemma3_270m,test${EXTRAS:+,$EXTRAS}"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
-exec "$VENV/bin/python" -m pytest "$@"
+# A module's tests stay together: they share what it compiles.
+exec "$VENV/bin/python" -m pytest \
+  --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"

@@ -46,14 +46,16 @@ def starts(folder):
 def test_each_process_knows_the_others(tmp_path):
   out, log = launch(
     tmp_path,
-    "print(*sys.argv[1:], os.environ['JAX_NUM_CPU_DEVICES'])\n"
+    "print(*sys.argv[1:], os.environ['JAX_NUM_CPU_DEVICES'],"
+    " os.environ['NPROC'])\n"
     "print('log', me, file=sys.stderr)\n",
     processes=3,
   ).communicate(timeout=60)
   (line,) = out.splitlines()  # of process 0 alone
-  address, count, me, _, devices = line.split()
+  address, count, me, _, devices, threads = line.split()
   assert address.startswith('--coordinator_address=127.0.0.1:')
   assert (count, me, devices) == ('--num_processes=3', '--process_id=0', '3')
+  assert int(threads) >= 6  # two for each device: one may wait, one computes
   assert {f'[{i}] log {i}' for i in range(3)} <= set(log.splitlines())
   assert starts(tmp_path) == [1, 1, 1]
 

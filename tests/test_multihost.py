@@ -71,8 +71,9 @@ class Pod:
   def wait(self):
     """(exit code, result on standard output or None, log)."""
     out, log = self.process.communicate(timeout=300)
-    # Only process 0 has something to say, besides the transport below JAX.
-    lines = [x for x in out.splitlines() if not x.startswith('[Gloo]')]
+    # Only process 0 has something to say, besides the transport below JAX,
+    # whose threads write into each other's lines.
+    lines = [x for x in out.splitlines() if x.startswith('{')]
     assert len(lines) <= 1, lines
     result = json.loads(lines[0]) if lines else None
     return self.process.returncode, result, log
