@@ -164,6 +164,22 @@ def test_adapter_that_changes_nothing_is_refused(tmp_path):
   assert not (tmp_path / 'm').exists()
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_untrained_magnitudes_are_refused(dtype, tmp_path):
+  """Where B is zero, a row's length differs from its magnitude by rounding."""
+  base = source.open_base('random:tiny3')
+  config = LoraConfig(rank=3, targets='all', dora=True)
+  factors = lora_lib.with_magnitudes(
+    lora_lib.init(jax.random.key(0), base.config, config), base.load_params()
+  )
+  peft.write_adapter(tmp_path / 'a', factors, config, 'b')
+  with pytest.raises(ValueError, match=f'equal the base in {dtype}'):
+    convert.convert(
+      'random:tiny3', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'), dtype
+    )
+  assert not (tmp_path / 'm').exists()
+
+
 @pytest.mark.parametrize('verify', [True, False])
 def test_update_that_is_lost_in_rounding_is_refused(verify, tmp_path):
   """A bfloat16 base and an update far below its last bit."""
