@@ -63,8 +63,10 @@ def train(
 
   Returns:
     `steps`, `tokens` (seen in training, padding not counted), `seconds` (of
-    this process), `loss_base`, `loss_adapted` (held-out, nats per supervised
-    token), `loss_best`, `adapter` (its folder), `peak_memory_bytes`.
+    this process), `loss_base` and `loss_adapted` (held-out, nats per supervised
+    token, before the first update and after the last; before it an adapter
+    changes nothing, unless the run started from one, `lora.path`), `loss_best`,
+    `adapter` (its folder), `peak_memory_bytes`.
 
   Raises:
     ValueError: the workdir belongs to another config, base or data, or the

@@ -7,9 +7,10 @@ Any field of the config (gemma_jax/config.py explains them) can be set:
 reports a finished one. --dry_run stops before the first step; with
 --topology=v5e:2x4 it says what the run needs on that TPU slice, from anywhere.
 The last line on standard output is the result as JSON: steps, tokens, seconds,
-loss_base and loss_adapted (held-out, nats per token), loss_best, adapter (its
-folder), peak_memory_bytes. On a TPU slice every worker runs the same command
-(`launch/multihost.py`).
+loss_base and loss_adapted (held-out, nats per token, before the first update,
+which is the base's unless --config.lora.path starts from an adapter, and after
+the last), loss_best, adapter (its folder), peak_memory_bytes. On a TPU slice
+every worker runs the same command (`launch/multihost.py`).
 """
 
 from collections.abc import Callable
