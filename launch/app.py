@@ -23,6 +23,13 @@ _DEBUG = flags.DEFINE_bool(
   'debug', False, 'Show the traceback of an error instead of one line.'
 )
 
+# What commands say of the flags that they share.
+MODEL_HELP = (
+  'Base: gemma3_270m, a .gguf file, a Hugging Face or Flax release folder, '
+  'hf:OWNER/NAME, or random:VARIANT.'
+)
+TOKENIZER_HELP = 'tokenizer.model to use instead of the one of the base.'
+
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 
 # What a user's input or a full disk raises, with a message of its own;

@@ -14,13 +14,8 @@ from absl import flags
 
 from launch import app
 
-_MODEL = flags.DEFINE_string(
-    'model', 'gemma3_270m', 'Base: gemma3_270m, a .gguf file, a Hugging Face '
-    'or Flax folder, hf:OWNER/NAME, or random:VARIANT.',
-)  # fmt: skip
-_TOKENIZER = flags.DEFINE_string(
-  'tokenizer', '', 'tokenizer.model to use instead of the one of the base.'
-)
+_MODEL = flags.DEFINE_string('model', 'gemma3_270m', app.MODEL_HELP)
+_TOKENIZER = flags.DEFINE_string('tokenizer', '', app.TOKENIZER_HELP)
 _ADAPTER = flags.DEFINE_string(
     'adapter', '', 'PEFT folder or .lora.h5 file to merge into the base (with '
     '--to=peft: to write as a PEFT folder).',

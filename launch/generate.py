@@ -28,15 +28,8 @@ from gemma_jax.data import examples
 from gemma_jax.data.tokenizer import StreamDecoder, Tokenizer
 from launch import app
 
-_MODEL = flags.DEFINE_string(
-  'model',
-  'gemma3_270m',
-  'Base: gemma3_270m, a .gguf file, a Hugging Face or Flax release folder, '
-  'hf:owner/name, or random:VARIANT.',
-)
-_TOKENIZER = flags.DEFINE_string(
-  'tokenizer', '', 'tokenizer.model to use instead of the one of the base.'
-)
+_MODEL = flags.DEFINE_string('model', 'gemma3_270m', app.MODEL_HELP)
+_TOKENIZER = flags.DEFINE_string('tokenizer', '', app.TOKENIZER_HELP)
 _ADAPTERS = flags.DEFINE_multi_string(
   'adapter',
   [],
