@@ -206,10 +206,10 @@ def forecast(config: TrainConfig, topology: Topology) -> Forecast:
 
 
 def largest_fit(config: TrainConfig, topology: Topology) -> Forecast:
-  """Searches the largest batch that fits; the rest of the config stays.
+  """Searches the largest batch that fits, from the config's own.
 
-  Memory grows nearly in proportion to the rows, so each compilation tells
-  where to look next.
+  The rest of the config stays. Memory grows nearly in proportion to the rows,
+  so each compilation tells where to look next.
 
   Returns:
     The forecast of that batch, or of one row a device if not even that fits.
@@ -218,7 +218,7 @@ def largest_fit(config: TrainConfig, topology: Topology) -> Forecast:
   unit = _rows_per_part(config, mesh)
   known: dict[int, Forecast] = {}
   low, high = 0, _MAX_ROWS_PER_DEVICE + 1  # fits, does not
-  guess = 1
+  guess = min(max(config.data.global_batch_size // unit, 1), high - 1)
   while high - low > 1:
     found = forecast(_with_rows(config, unit * guess), topology)
     known[guess] = found
@@ -235,19 +235,20 @@ def largest_fit(config: TrainConfig, topology: Topology) -> Forecast:
 def _next_guess(known, low: int, high: int, capacity: int) -> int:
   """Between low and high, where a line through the two nearest is full.
 
-  Of the first forecast it takes all temporaries to grow with the rows, which
-  rather underestimates what fits.
+  Of a single forecast it takes all but the state to grow with the rows, which
+  underestimates what fits if there are few.
   """
-  if len(known) == 1:
-    (first,) = known.values()
-    growing = first.part_bytes.get('temporaries', capacity)
-    guess = (capacity - first.needed_bytes + growing) // growing
+  distance = lambda n: abs(known[n].needed_bytes - capacity)
+  nearest = sorted(known, key=distance)
+  x1 = nearest[0]
+  y1 = known[x1].needed_bytes
+  if len(nearest) == 1:
+    state = ('base', 'adapter', 'optimizer')
+    x2, y2 = 0, sum(known[x1].part_bytes[name] for name in state)
   else:
-    distance = lambda n: abs(known[n].needed_bytes - capacity)
-    x1, x2 = sorted(known, key=distance)[:2]
-    y1, y2 = known[x1].needed_bytes, known[x2].needed_bytes
-    slope = max((y2 - y1) / (x2 - x1), 1)
-    guess = int(x1 + (capacity - y1) / slope)
+    x2, y2 = nearest[1], known[nearest[1]].needed_bytes
+  slope = max((y2 - y1) / (x2 - x1), 1)
+  guess = int(x1 + (capacity - y1) / slope)
   return min(max(guess, low + 1), high - 1)
 
 

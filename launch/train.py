@@ -39,7 +39,9 @@ _TOPOLOGY = flags.DEFINE_string(
     'such as v5e:2x4 or 2xv5e:4x4, with no TPU, data or --workdir (extra tpu).',
 )  # fmt: skip
 _FIT = flags.DEFINE_bool(
-  'fit', False, 'With --topology: search the largest batch that fits.'
+  'fit',
+  False,
+  "With --topology: search the largest batch that fits, from the config's own.",
 )
 _FORMAT = flags.DEFINE_enum(
   'format', 'text', ['text', 'json'], 'Of the report with --topology.'

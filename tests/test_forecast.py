@@ -179,7 +179,7 @@ def fake(rows, needed):
     program=None,
     topology=topo,
     needed_bytes=int(needed),
-    part_bytes={'temporaries': int(needed) // 2} if fits else {},
+    part_bytes={'base': int(needed) // 2, 'adapter': 0, 'optimizer': 0},
     collectives=(),
     work=roofline.Work(1, 1, 1),
     bound=roofline.Bound(1, 1, 1, rows, 1) if fits else None,
@@ -189,8 +189,9 @@ def fake(rows, needed):
 @pytest.mark.parametrize('largest', [1, 2, 3, 7, 8, 61, 500])
 @pytest.mark.parametrize('curve', [1.0, 1.1, 0.9])
 @pytest.mark.parametrize('fixed', [0.0, 0.3, 0.9])
+@pytest.mark.parametrize('start', [1, 5, 200])
 def test_the_search_finds_the_largest_that_fits(
-  monkeypatch, largest, curve, fixed
+  monkeypatch, largest, curve, fixed, start
 ):
   """Also where memory does not grow quite in proportion to the rows."""
   capacity = chips.CHIPS['v5e'].hbm_bytes
@@ -207,9 +208,10 @@ def test_the_search_finds_the_largest_that_fits(
 
   monkeypatch.setattr(forecast, 'forecast', forecast_of)
   monkeypatch.setattr(topology.Topology, 'devices', lambda _: None)
-  config = make_config(rows=5, fsdp=1)
+  config = make_config(rows=start, fsdp=1)
   found = forecast.largest_fit(config, topology.parse('v5e:1x1'))
   assert found.bound.tokens == largest
+  assert asked[0] == start
   assert len(asked) == len(set(asked)) <= 7
 
 
