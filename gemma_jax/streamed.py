@@ -70,7 +70,7 @@ def logits(
     scale = _read(source, 'final_norm/', pool)
     x = RMSNorm(config.norm_eps).apply({'params': scale}, x)
     chunks = []
-    rows = 16 * base.chunk_rows(embedding.shape)
+    rows = 2 * base.chunk_rows(embedding.shape)
     for start in range(0, config.vocab_size, rows):
       stop = min(start + rows, config.vocab_size)
       chunks.append(np.asarray(decode(x, embedding.read(start, stop))))

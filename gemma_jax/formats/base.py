@@ -28,9 +28,9 @@ from gemma_jax.model_config import ModelConfig
 if TYPE_CHECKING:
   from gemma_jax.data.tokenizer import Tokenizer
 
-# Elements read at a time: small enough for the cache that the transposition
-# and the dequantization work in, large enough to hide their overhead.
-CHUNK_ELEMENTS = 1 << 17
+# Elements read at a time: some megabytes, which a cache holds; hundreds of rows
+# of a large matrix, so that what transposes them writes long runs.
+CHUNK_ELEMENTS = 1 << 20
 
 _FINGERPRINT_BLOCKS = 256
 _FINGERPRINT_BLOCK_BYTES = 1 << 16

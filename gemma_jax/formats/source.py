@@ -31,6 +31,7 @@ _FORMS = (
   f'{", ".join(variants.VARIANTS)}'
 )
 _SEED = 0
+_RANDOM_BLOCK_ELEMENTS = 1 << 17  # another size draws other weights
 
 
 def open_base(reference: str, tokenizer: str = '') -> BaseSource:
@@ -145,7 +146,7 @@ def _random_rows(
   """Rows [start, stop), drawn in blocks that begin where they always do."""
   if len(shape) == 1:
     return np.zeros(stop - start, np.float32)
-  step = base.chunk_rows(shape)
+  step = max(1, _RANDOM_BLOCK_ELEMENTS // shape[1])
   first = start // step * step
   blocks = []
   for begin in range(first, stop, step):
