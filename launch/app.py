@@ -103,9 +103,12 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     received.append(number)
     for each in (signal.SIGTERM, signal.SIGINT):
       signal.signal(each, signal.SIG_DFL)
-    logging.warning(
-      'Received %s: saving, then stopping. A second one ends at once.',
-      signal.Signals(number).name,
+    # Not through sys.stderr, which may be what the signal interrupted: Python
+    # refuses to write there again before it is done, and raises.
+    os.write(
+      2,
+      f'\n{time.strftime("%H:%M:%S")} Received {signal.Signals(number).name}: '
+      'saving, then stopping. A second one ends at once.\n'.encode(),
     )
 
   before = {

@@ -22,6 +22,28 @@ def test_a_signal_asks_for_a_stop_and_handlers_come_back():
   assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_signal_may_come_while_a_line_is_logged(monkeypatch):
+  """The stream that it interrupts must not be written to by the handler."""
+
+  class Interrupted(io.RawIOBase):
+    def writable(self):
+      return True
+
+    def write(self, text):
+      os.kill(os.getpid(), signal.SIGTERM)
+      return len(text)
+
+  stream = io.TextIOWrapper(
+    io.BufferedWriter(Interrupted()), line_buffering=True
+  )
+  monkeypatch.setattr(sys, 'stderr', stream)
+  monkeypatch.setattr(logging.getLogger(), 'handlers', [app._Log()])
+  with app.stop_on_signal() as should_stop:
+    print('a line', file=sys.stderr)
+    assert should_stop()
+  monkeypatch.undo()
+
+
 @pytest.mark.parametrize(
   ('level', 'path', 'shown'),
   [

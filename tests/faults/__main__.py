@@ -31,7 +31,7 @@ _PROMISES = {
     _is_whole(n)
     and n['exits with 75'] == n['named the step saved']
     and n['exits with 75'] + n['exits with -15'] == n['signals']
-    and n['exits with -15'] <= n['while starting']
+    and n['exits with -15'] <= n['while starting'] + n['while ending']
   ),
   'damage': lambda n: n['detected, newest good step used'] == n['damages'],
   'several': lambda n: n['bit-equal adapters'] == n['ended'] == n['disturbed'],

@@ -110,6 +110,8 @@ def newest_step(workdir: Path) -> int:
 def phase(workdir: Path) -> str:
   """What a run was doing when it was stopped, from what it left behind."""
   log = log_path(workdir).read_text()
+  if (workdir / 'result.json').exists():
+    return 'ending'
   if (workdir / '.adapter.new').exists():
     return 'exporting'
   if list((workdir / 'checkpoints').glob('*-tmp')):

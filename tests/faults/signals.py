@@ -4,9 +4,11 @@ import collections
 import signal
 import subprocess
 
+from absl import logging
 import numpy as np
 
 from gemma_jax import metrics
+from launch.app import EXIT_RESUMABLE
 from tests.faults import runs as runs_lib
 
 
@@ -19,7 +21,8 @@ def stop(runs: runs_lib.Runs, trials: int, rng: np.random.Generator):
   """SIGTERM, then the same command, until it ends.
 
   A stopped run exits with 75 and names the step that it saved. A signal that
-  comes before the command has begun (Python starts) ends it as any program.
+  comes before the command has begun (Python starts) or when all is written
+  (Python ends) ends it as any program.
   """
   return _disturb(runs, trials, rng, signal.SIGTERM)
 
@@ -55,6 +58,8 @@ def _disturb(
       found[f'while {runs_lib.phase(workdir)}'] += 1
       step = runs_lib.newest_step(workdir)
       log = runs_lib.log_path(workdir).read_text()
+      if code not in (-number, EXIT_RESUMABLE):
+        logging.error('Exit code %d; its log:\n%s', code, log)
       found['named the step saved'] += f'Stopped at step {step} of' in log
       found['steps lost'] += max(0, committed - step)
       committed = step
