@@ -41,6 +41,8 @@ _DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
 # Arrays are stored in blocks of at most this size, so that a reader need not
 # hold the embedding twice.
 _BLOCK_BYTES = 64 << 20
+# Orbax holds a file of data in memory until it is so large.
+_DATA_FILE_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +194,11 @@ def write_folder(
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(
       folder.absolute() / FOLDER_NAME,
-      args=ocp.args.PyTreeSave(tree, save_args=save_args),
+      args=ocp.args.PyTreeSave(
+        tree,
+        save_args=save_args,
+        ocdbt_target_data_file_size=_DATA_FILE_BYTES,
+      ),
     )
   tokenizer = source.tokenizer()
   if tokenizer is not None and tokenizer.model_proto is not None:
