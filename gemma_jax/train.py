@@ -69,8 +69,8 @@ def train(
     `adapter` (its folder), `peak_memory_bytes`.
 
   Raises:
-    ValueError: the workdir belongs to another config, base or data, or the
-      processes do not agree on these.
+    ValueError: the workdir belongs to another config, base or data, or another
+      process trains in it, or the processes do not agree on these.
     FloatingPointError: a loss or gradient is not finite.
     OSError: the workdir's disk is full, read-only or gone.
     Stopped: should_stop said so, and the last finished step is saved.
@@ -88,7 +88,8 @@ def train(
   run.check()  # before there is a workdir that could have trouble of its own
   should_stop = hosts.any_of_them(should_stop)
   try:
-    return Trainer(run, workdir, should_stop, started).train()
+    with workdir_lib.only_run(workdir):
+      return Trainer(run, workdir, should_stop, started).train()
   except Exception as e:
     trouble = workdir_lib.disk_error(workdir, e)
     if trouble is None:

@@ -10,7 +10,10 @@ tensorboard/      the same
 result.json       the result line, when the run has finished
 """
 
+from collections.abc import Iterator
+import contextlib
 import errno
+import fcntl
 import json
 import os
 from typing import Any
@@ -18,7 +21,7 @@ from typing import Any
 from etils import epath
 
 from gemma_jax import config as config_lib
-from gemma_jax import files, integrity
+from gemma_jax import files, hosts, integrity
 from gemma_jax.config import TrainConfig
 
 # Changing these does not change what is learnt.
@@ -137,6 +140,38 @@ def check_writable(workdir: str) -> None:
       f'workdir: got {workdir}, but {path} is not a folder that can be '
       'written to; expected one that can.'
     )
+
+
+@contextlib.contextmanager
+def only_run(workdir: str) -> Iterator[None]:
+  """Keeps a second run out of the workdir, which is made if need be.
+
+  The lock is the kernel's, on the folder itself: it leaves nothing behind and
+  ends with the process, however that ends. An object store has none, nor do
+  some network disks; there nobody is kept out.
+
+  Raises:
+    ValueError: another process trains in this workdir.
+  """
+  if files.is_remote(workdir) or not hosts.is_lead():
+    yield
+    return
+  os.makedirs(workdir, exist_ok=True)
+  folder = os.open(workdir, os.O_RDONLY)
+  try:
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    os.close(folder)
+    raise ValueError(
+      f'workdir {workdir}: another process is training in it; wait until it '
+      'has ended, or use another workdir.'
+    ) from None
+  except OSError:
+    pass
+  try:
+    yield
+  finally:
+    os.close(folder)
 
 
 def disk_error(workdir: str, e: Exception) -> OSError | None:

@@ -14,6 +14,7 @@ import pytest
 
 from gemma_jax import files, integrity, metrics, train, variants
 from gemma_jax import run as run_lib
+from gemma_jax import workdir as workdir_lib
 from gemma_jax.config import LoraConfig
 from gemma_jax.formats import peft
 from tests import gcs_toy, run_toy
@@ -79,6 +80,16 @@ def test_held_out_losses_are_kept_by_record(finished):
     rows = [json.loads(line) for line in lines.splitlines()]
     nll = sum(row['nll'] for row in rows) / sum(row['tokens'] for row in rows)
     np.testing.assert_allclose(nll, result[name], rtol=1e-12)
+
+
+def test_a_workdir_in_use_is_refused(records, tmp_path):
+  config = run_toy.config(records).resolve()
+  with (
+    workdir_lib.only_run(str(tmp_path)),
+    pytest.raises(ValueError, match='another process is training in it'),
+  ):
+    train.train(config, str(tmp_path))
+  assert not list(tmp_path.iterdir())
 
 
 def test_finished_run_changes_nothing(finished, records):

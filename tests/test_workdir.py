@@ -137,3 +137,28 @@ def test_held_out_losses_round_trip(tmp_path):
     {'index': 2, 'nll': 0.25, 'tokens': 1},
   ]
   assert [p.name for p in (tmp_path / 'heldout').iterdir()] == ['step_3.jsonl']
+
+
+def test_one_run_at_a_time(tmp_path):
+  folder = str(tmp_path / 'new')
+  with workdir.only_run(folder):
+    with (
+      pytest.raises(ValueError, match='another process is training in it'),
+      workdir.only_run(folder),
+    ):
+      pass
+    with workdir.only_run(str(tmp_path / 'other')):
+      pass
+  with pytest.raises(ZeroDivisionError), workdir.only_run(folder):
+    raise ZeroDivisionError
+  with workdir.only_run(folder):
+    assert os.listdir(folder) == []
+
+
+def test_a_disk_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
+  def flock(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+  monkeypatch.setattr('fcntl.flock', flock)
+  with workdir.only_run(str(tmp_path)), workdir.only_run(str(tmp_path)):
+    assert tmp_path.is_dir()
