@@ -300,7 +300,7 @@ def test_gangs_are_split_by_memory(records, caplog):
   ]
   caplog.set_level('INFO')
   assert plan.split(configs) == [[0, 1, 2, 3, 4, 5]]
-  three = plan.peak_bytes(gang.Gang([configs[2]] * 3))
+  three = plan.peak_bytes(gang.Gang([configs[2]] * 3), 1 << 40)
   found = plan.split(configs, limit_bytes=three)
   assert found == [[0, 1, 2], [3, 4, 5]]
   assert '6 cells are trained as 2 gangs' in caplog.text

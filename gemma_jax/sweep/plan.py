@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 import itertools
 import math
-import os
-from pathlib import Path
-import re
 
 from absl import logging
 import jax
@@ -14,8 +11,8 @@ from gemma_jax import compiler, gang, pytree, summary
 from gemma_jax import run as run_lib
 from gemma_jax.config import TrainConfig
 
-# Of the memory that is there; the rest is for data, evaluation and the host.
-_SHARE = 0.8
+# Of the memory that a device may hold; the rest is for evaluation's.
+_SHARE = 0.9
 
 
 def split(
@@ -31,16 +28,18 @@ def split(
   Returns:
     Indices of the cells of each gang, in order, in gangs of almost one size.
   """
-  limit_bytes = limit_bytes or int(_SHARE * available_bytes())
   count = len(configs)
   parts = math.ceil(count / (max_size or count))
   # The steps of all cells have the largest rank's shapes, at most.
   largest = max(configs, key=lambda config: config.lora.rank)
   shared = run_lib.prepare_program(largest)
   base_bytes = pytree.num_bytes(shared.abstract[1])
+  limit_bytes = limit_bytes or int(
+    _SHARE * compiler.memory_limit_bytes(shared.mesh)
+  )
   while True:
     size = math.ceil(count / parts)
-    peak = peak_bytes(gang.Gang([largest] * size, shared))
+    peak = peak_bytes(gang.Gang([largest] * size, shared), limit_bytes)
     logging.info(
       'A gang of %d needs %s of %s', size, summary.format_bytes(peak),
       summary.format_bytes(limit_bytes),
@@ -61,7 +60,7 @@ def split(
   return [list(range(*pair)) for pair in itertools.pairwise(ends)]
 
 
-def peak_bytes(members: gang.Gang) -> int:
+def peak_bytes(members: gang.Gang, limit_bytes: int) -> int:
   """Of the training step, per device: arguments, temporaries, new outputs."""
   try:
     return compiler.memory_bytes(members.compile_train_step())
@@ -69,16 +68,4 @@ def peak_bytes(members: gang.Gang) -> int:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
     # A TPU's compiler refuses; the halved gang will tell.
-    return 2 * available_bytes()
-
-
-def available_bytes() -> int:
-  """Memory of a device; on a CPU, what the machine can still give."""
-  stats = jax.local_devices()[0].memory_stats()
-  if stats and 'bytes_limit' in stats:
-    return stats['bytes_limit'] - stats.get('bytes_in_use', 0)
-  meminfo = Path('/proc/meminfo')
-  if meminfo.exists():
-    (found,) = re.findall(r'MemAvailable:\s+(\d+) kB', meminfo.read_text())
-    return int(found) * 1024
-  return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    return 2 * limit_bytes
