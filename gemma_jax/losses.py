@@ -19,7 +19,10 @@ twice. Work is proportional to the supervised tokens, not to B T; a tile is read
 
 On a mesh each device walks its own positions (rows over some axes) and its own
 part of the vocabulary (over the others). Devices with more supervised positions
-walk longer, and none waits inside the walk: m, s and g meet after it.
+walk longer, and none waits inside the walk: m, s and g meet after it. Of its
+rows of the embedding a device needs all D columns: what `fsdp` has divided is
+gathered for the walk, V / tensor x D values at once (1 GB in bfloat16 for 256k
+rows of 2048).
 """
 
 import functools
