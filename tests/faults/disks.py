@@ -7,6 +7,7 @@ from pathlib import Path
 import shutil
 import subprocess
 
+from absl import logging
 import numpy as np
 
 from tests.faults import runs as runs_lib
@@ -48,8 +49,9 @@ def full(runs: runs_lib.Runs, trials: int, rng: np.random.Generator):
 
   Args:
     runs: to disturb.
-    trials: disks.
-    rng: of their sizes, uniform up to what an undisturbed run leaves.
+    trials: disks that a run fills.
+    rng: of their sizes, uniform up to what an undisturbed run leaves; one that
+      proves large enough is not counted among the disks.
 
   Returns:
     What was counted, by name.
@@ -58,19 +60,24 @@ def full(runs: runs_lib.Runs, trials: int, rng: np.random.Generator):
   needed = sum(
     p.stat().st_size + 4096 for p in (runs.folder / 'undisturbed').rglob('*')
   )
-  for trial in range(trials):
+  while found['disks'] < trials:
     size = int(rng.uniform(8192, needed))
-    with small_disk(runs.folder / f'disk{trial}', size) as disk:
+    with small_disk(runs.folder / f'disk{size}', size) as disk:
       workdir = disk / 'run'
-      log = runs.folder / f'disk{trial}.log'
+      log = runs.folder / f'disk{size}.log'
       code, text = runs.finish(workdir, log)
+      if code == 0:
+        found['large enough'] += 1
+        continue
       found['disks'] += 1
       found[f'exits with {code}'] += 1
       errors = [x for x in text.splitlines() if x.startswith('error: ')]
       found['one line that says so'] += (
         len(errors) == 1 and 'No space left' in errors[0]
       )
-      found['tracebacks'] += 'Traceback' in text
+      if 'Traceback' in text:
+        found['tracebacks'] += 1
+        logging.error('A disk of %d bytes:\n%s', size, text)
       adapter = runs_lib.adapter_bytes(workdir)
       found['half-written adapters'] += adapter not in (None, runs.adapter)
       step = runs_lib.newest_step(workdir)
