@@ -61,11 +61,16 @@ def split(
 
 
 def peak_bytes(members: gang.Gang, limit_bytes: int) -> int:
-  """Of the training step, per device: arguments, temporaries, new outputs."""
+  """Of the training step, per device: arguments, temporaries, new outputs.
+
+  Args:
+    members: of the gang.
+    limit_bytes: of a device; twice that stands for a step that a TPU's compiler
+      refuses without saying what it needs.
+  """
   try:
     return compiler.memory_bytes(members.compile_train_step())
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise
-    # A TPU's compiler refuses; the halved gang will tell.
     return 2 * limit_bytes
