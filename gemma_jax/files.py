@@ -172,7 +172,7 @@ def _connect() -> None:
     import gcsfs  # noqa: F401
   except ImportError:
     raise ValueError(
-      "path: gs:// needs the extra gcs; pip install 'gemma_jax[gcs]'."
+      "path: gs:// needs the extra gcs; pip install -e '.[gcs]'."
     ) from None
   from fsspec.config import conf
 

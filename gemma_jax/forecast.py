@@ -14,7 +14,15 @@ from absl import logging
 import jax
 import numpy as np
 
-from gemma_jax import hlo, pytree, roofline, sharding, summary, train_state
+from gemma_jax import (
+  gang,
+  hlo,
+  pytree,
+  roofline,
+  sharding,
+  summary,
+  train_state,
+)
 from gemma_jax import run as run_lib
 from gemma_jax.config import TrainConfig
 from gemma_jax.topology import Topology
@@ -36,6 +44,7 @@ class Forecast:
     collectives: of a step; empty if the compiler found no room.
     work: of a step.
     bound: least times; None if the compiler found no room.
+    members: adapters that train at once.
   """
 
   program: run_lib.Program
@@ -45,6 +54,7 @@ class Forecast:
   collectives: Sequence[hlo.Collective]
   work: roofline.Work
   bound: roofline.Bound | None
+  members: int = 1
 
   @property
   def fits(self) -> bool:
@@ -65,6 +75,7 @@ class Forecast:
       'mesh': dict(self.program.mesh.shape),
       'global_batch_size': data.global_batch_size,
       'seq_len': data.seq_len,
+      'members': self.members,
       'fits': self.fits,
       'needed_bytes': self.needed_bytes,
       'hbm_bytes': self.topology.chip.hbm_bytes,
@@ -98,6 +109,7 @@ class Forecast:
       f'{np.dtype(program.model.dtype)} activations',
       f'{data.global_batch_size} rows x {data.seq_len} positions an update, '
       f'{self.rows_per_device} rows a device at a time',
+      *([f'a gang of {self.members} adapters'] if self.members > 1 else []),
       '',
       'memory, per device',
     ]
@@ -143,7 +155,9 @@ class Forecast:
     return rows
 
 
-def forecast(config: TrainConfig, topology: Topology) -> Forecast:
+def forecast(
+  config: TrainConfig, topology: Topology, members: int = 1
+) -> Forecast:
   """Compiles a run's step for a slice and reads the program.
 
   A batch that does not divide over the slice is made larger until it does, and
@@ -152,6 +166,8 @@ def forecast(config: TrainConfig, topology: Topology) -> Forecast:
   Args:
     config: resolved.
     topology: where.
+    members: adapters of this config that train at once; tokens and FLOPs are
+      of all of them.
 
   Raises:
     ValueError: model, mesh and slice do not go together.
@@ -169,9 +185,15 @@ def forecast(config: TrainConfig, topology: Topology) -> Forecast:
     config = _with_rows(config, rows)
   program = run_lib.prepare_program(config, devices)
   work = roofline.training_step(
-    config, program.source.config, mesh, np.dtype(program.model.dtype)
+    config,
+    program.source.config,
+    mesh,
+    np.dtype(program.model.dtype),
+    members,
   )
-  state, frozen = program.abstract
+  is_gang = members > 1
+  step = gang.Gang([config] * members, program) if is_gang else program
+  state, frozen = step.abstract
   variables = train_state.join(state.trainable, frozen)
   parts = {
     'base': _device_bytes(variables['params']),
@@ -179,9 +201,9 @@ def forecast(config: TrainConfig, topology: Topology) -> Forecast:
     'optimizer': _device_bytes(state.opt_state),
     'batch': _device_bytes(program.abstract_batch()),
   }
-  found = Forecast(program, topology, 0, parts, (), work, None)
+  found = Forecast(program, topology, 0, parts, (), work, None, members)
   try:
-    compiled = program.compile_train_step()
+    compiled = step.compile_train_step()
   except jax.errors.JaxRuntimeError as e:
     needed = _needed_bytes(str(e))
     if needed is None:
@@ -196,7 +218,7 @@ def forecast(config: TrainConfig, topology: Topology) -> Forecast:
     'program': memory.generated_code_size_in_bytes,
   }
   collectives = hlo.collectives(compiled.as_text(), mesh.size)
-  tokens = config.data.global_batch_size * config.data.seq_len
+  tokens = members * config.data.global_batch_size * config.data.seq_len
   return dataclasses.replace(
     found,
     needed_bytes=sum(parts.values()),

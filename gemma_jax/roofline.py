@@ -90,7 +90,11 @@ class Bound:
 
 
 def training_step(
-  config: TrainConfig, model_config: ModelConfig, mesh: Mesh, dtype: Any
+  config: TrainConfig,
+  model_config: ModelConfig,
+  mesh: Mesh,
+  dtype: Any,
+  members: int = 1,
 ) -> Work:
   """The work of one update.
 
@@ -99,9 +103,12 @@ def training_step(
     model_config: architecture.
     mesh: gives the split of rows and kernels.
     dtype: of the activations, in which kernels are read.
+    members: adapters of a gang, each with activations of its own; a kernel is
+      read once for all of them.
   """
   sizes = {**layout.axis_sizes(model_config), 'R': config.lora.rank}
-  tokens = config.data.global_batch_size * config.data.seq_len
+  rows = members * config.data.global_batch_size
+  tokens = rows * config.data.seq_len
   layers = model_config.num_layers
   trained = _trained_params(config, model_config)
   kernels = layers * sum(
@@ -116,7 +123,7 @@ def training_step(
     4
     * model_config.num_heads
     * model_config.head_dim
-    * config.data.global_batch_size
+    * rows
     * sum(
       visible_pairs(
         config.data.seq_len, model_config.window_size if is_local else None
@@ -138,7 +145,7 @@ def training_step(
   return Work(
     model_flops=model_flops,
     executed_flops=model_flops + again,
-    hbm_bytes=_hbm_bytes(config, model_config, mesh, dtype.itemsize),
+    hbm_bytes=_hbm_bytes(config, model_config, mesh, dtype.itemsize, tokens),
   )
 
 
@@ -228,15 +235,14 @@ def _trained_params(config: TrainConfig, model_config: ModelConfig) -> int:
   )
 
 
-def _hbm_bytes(config, model_config, mesh, itemsize) -> float:
+def _hbm_bytes(config, model_config, mesh, itemsize, tokens) -> float:
   """Of one device: operands and results of each product, each pass."""
   sizes = {
     letter: size / (mesh.shape['tensor'] if _splits(letter, size, mesh) else 1)
     for letter, size in layout.axis_sizes(model_config).items()
   }
   size = lambda letters: math.prod(sizes[c] for c in letters if c not in 'BT')
-  rows = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
-  tokens = config.data.global_batch_size * config.data.seq_len / rows
+  tokens = tokens / math.prod(mesh.shape[axis] for axis in sharding.BATCH)
   parts = config.optimizer.accumulate_steps  # each reads all kernels
   passes = 3 if _recomputes(config) else 2
   elements = 0.0

@@ -2,7 +2,7 @@
 # Sourced by the scripts: makes .venv once, installs what is asked for, and
 # installs again only when setup.py has changed.
 #
-#   ensure_environment EXTRAS        e.g. ensure_environment gemma3_270m,test
+#   ensure_environment EXTRAS        e.g. ensure_environment gemma3-270m,test
 #
 # PYTHON names the interpreter (default: the first of python3, python3.13,
 # python3.12, python3.11 that is 3.11 to 3.13), VENV the folder (.venv).

@@ -5,7 +5,9 @@
 The same command again goes on after a stop or a kill; on another machine that
 shares the folder it takes part. Any field can be set, e.g.
 --config.grid.ranks="(1,4,16)" --config.data.path=FILE. Standard output is the
-table of cells; `python -m experiments.report DIR` makes the report.
+table of cells; `python -m experiments.report DIR` makes the report. --dry_run
+--topology=v5e:1x1 says how many cells would train at once on that TPU slice,
+what they need there and what training them together gains, from anywhere.
 """
 
 from absl import flags, logging
@@ -21,6 +23,15 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the sweep; machines that take part share it.'
 )
+_DRY_RUN = flags.DEFINE_bool(
+  'dry_run', False, 'With --topology: compile for it, then stop.'
+)
+_TOPOLOGY = flags.DEFINE_string(
+  'topology',
+  None,
+  'With --dry_run: a TPU slice, such as v5e:1x1, with no TPU, data or '
+  '--workdir (extra tpu).',
+)
 
 
 def main() -> int:
@@ -28,7 +39,9 @@ def main() -> int:
   from gemma_jax.evaluate import Stopped
   from gemma_jax.sweep import grid, results, worker
 
-  if not _WORKDIR.value:
+  if bool(_TOPOLOGY.value) != _DRY_RUN.value:
+    app.fail('--dry_run, --topology: got one, expected both or neither')
+  if not _WORKDIR.value and not _DRY_RUN.value:
     app.fail('--workdir: missing, expected a folder for the sweep')
   if not isinstance(_CONFIG.value, grid.SweepConfig):
     app.fail(
@@ -36,6 +49,8 @@ def main() -> int:
       'experiments/rank_ablation.py; launch.train runs a single one'
     )
   config = _CONFIG.value.resolve()
+  if _DRY_RUN.value:
+    return forecast(config)
   app.set_compilation_cache(config.compilation_cache)
   try:
     with app.stop_on_signal() as should_stop:
@@ -47,6 +62,20 @@ def main() -> int:
   if not sweep.finished('lora') and not sweep.finished('full'):
     app.fail('sweep: every cell failed; the table above says why')
   return 0
+
+
+def forecast(config) -> int:
+  """Prints what the gangs would need on --topology; 1 if one does not fit."""
+  import jax
+
+  from gemma_jax import topology
+  from gemma_jax.sweep import forecast
+
+  # The slice is compiled for, not used; what this machine has is left alone.
+  jax.config.update('jax_platforms', 'cpu')
+  found = forecast.forecast(config, topology.parse(_TOPOLOGY.value))
+  print('\n\n'.join(each.report() for each in found))
+  return 0 if all(each.together.fits for each in found) else 1
 
 
 if __name__ == '__main__':

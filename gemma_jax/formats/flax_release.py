@@ -13,10 +13,12 @@ or nested dicts, with or without the `w` of the MLP: all of these are read. The
 arrays are read through TensorStore, one at a time; nothing is unpickled.
 """
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from concurrent import futures
 import dataclasses
 import functools
+import math
 import os
 from pathlib import Path
 import re
@@ -141,8 +143,8 @@ def write_folder(
 ):
   """Fills an empty folder with `params/` (Orbax) and tokenizer.model.
 
-  The whole model is in memory while Orbax writes it. An embedding of 256000
-  rows gets the 128 rows of zeros that the release has and its readers expect.
+  One array is in memory at a time. An embedding of 256000 rows gets the 128
+  rows of zeros that the release has and its readers expect.
 
   Args:
     folder: exists and is empty; `atomic_folder.replace` makes it appear whole.
@@ -153,8 +155,6 @@ def write_folder(
   Raises:
     ValueError: a dtype that is not one of these.
   """
-  import orbax.checkpoint as ocp
-
   dtype = base.weight_dtype(source, dtype)
   config = source.config
   places = make_places(
@@ -162,29 +162,92 @@ def write_folder(
     fused=config.num_heads == config.num_kv_heads,
     swapped=config.use_qk_norm,
   )
-  leaves: dict[str, np.ndarray] = {}
+  parts: dict[str, dict[str, Place]] = {}
+  for path, place in places.items():
+    parts.setdefault(place.name, {})[path] = place
   with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-    for path, place in places.items():
-      if place.name not in leaves:
-        leaves[place.name] = np.zeros(place.shape, dtype)
-      array = leaves[place.name]
-      leaf = place.view(array if place.index is None else array[place.index])
-      if path == 'embedder/input_embedding':
-        leaf = leaf[: config.vocab_size]
-      source.read_into(path, leaf, pool)
+    leaves = {
+      f'transformer/{name}': _Leaf(
+        own[next(iter(own))].shape,
+        np.dtype(dtype),
+        functools.partial(_fill, source, own, pool),
+      )
+      for name, own in parts.items()
+    }
+    _save(folder.absolute() / FOLDER_NAME, leaves, nested)
+  tokenizer = source.tokenizer()
+  if tokenizer is not None and tokenizer.model_proto is not None:
+    (folder / 'tokenizer.model').write_bytes(tokenizer.model_proto)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+  """An array that is read when its turn has come.
+
+  Attributes:
+    shape: of the whole.
+    dtype: as it is written.
+    fill: puts the values into an array of zeros.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  fill: Callable[[np.ndarray], None]
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  def load(self) -> np.ndarray:
+    array = np.zeros(self.shape, self.dtype)
+    self.fill(array)
+    return array
+
+
+def _fill(
+  source: BaseSource,
+  places: Mapping[str, Place],
+  pool: futures.Executor,
+  array: np.ndarray,
+) -> None:
+  """Reads what lies in one array of the release, by path of our tree."""
+  for path, place in places.items():
+    leaf = place.view(array if place.index is None else array[place.index])
+    if path == 'embedder/input_embedding':
+      leaf = leaf[: source.config.vocab_size]
+    source.read_into(path, leaf, pool)
+
+
+def _save(folder: Path, leaves: Mapping[str, _Leaf], nested: bool) -> None:
+  """Writes 'transformer/module/name' → leaf with Orbax, a leaf at a time."""
+  import orbax.checkpoint as ocp
+
+  class InTurn(ocp.type_handlers.NumpyHandler):
+    """Writes the next array when one is written.
+
+    Orbax would start all at once and hold what it has not written yet.
+    """
+
+    async def serialize(self, values, infos, args=None):
+      args = args or [ocp.SaveArgs()] * len(values)
+      for value, info, arg in zip(values, infos, args, strict=True):
+        started = await super().serialize([value.load()], [info], [arg])
+        for future in started:
+          await asyncio.to_thread(future.result)
+      return []
+
   if nested:
-    tree = pytree.unflatten({f'transformer/{n}': x for n, x in leaves.items()})
+    tree = pytree.unflatten(leaves)
   else:
     tree = {}
-    for name, x in leaves.items():
+    for name, leaf in leaves.items():
       module, _, last = name.rpartition('/')
-      tree.setdefault(f'transformer/{module}', {})[last] = x
+      tree.setdefault(module, {})[last] = leaf
   registry = ocp.type_handlers.create_type_handler_registry(
-    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    (_Leaf, InTurn(deepcopy_host_arrays=False)),
     (jax.Array, ocp.type_handlers.ArrayHandler()),
   )
   handler = ocp.PyTreeCheckpointHandler(
-    save_concurrent_gb=1,
     use_compression=False,  # trained weights hardly shrink
     type_handler_registry=registry,
   )
@@ -193,16 +256,13 @@ def write_folder(
   )
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(
-      folder.absolute() / FOLDER_NAME,
+      folder,
       args=ocp.args.PyTreeSave(
         tree,
         save_args=save_args,
         ocdbt_target_data_file_size=_DATA_FILE_BYTES,
       ),
     )
-  tokenizer = source.tokenizer()
-  if tokenizer is not None and tokenizer.model_proto is not None:
-    (folder / 'tokenizer.model').write_bytes(tokenizer.model_proto)
 
 
 def exported_config(config: ModelConfig) -> ModelConfig:

@@ -47,7 +47,7 @@ def fetch(reference: str) -> Path:
   except ImportError:
     raise ValueError(
       f'model.path: fetching {reference!r} takes huggingface_hub, which is not '
-      "installed; pip install 'gemma_jax[hub]'."
+      "installed; pip install -e '.[hub]'."
     ) from None
 
   def refuse(reason: str) -> ValueError:

@@ -53,7 +53,7 @@ def read_lora(
   except ImportError:
     raise ValueError(
       f'{path}: reading it takes h5py, which is not installed; '
-      "pip install 'gemma_jax[keras]'."
+      "pip install -e '.[keras]'."
     ) from None
   try:
     with h5py.File(path, 'r') as file:

