@@ -27,6 +27,12 @@ def gpu_mesh(capability):
   return types.SimpleNamespace(devices=np.array([[[device]]]))
 
 
+def tpu_mesh(version):
+  """Stands in for a mesh on a TPU."""
+  device = types.SimpleNamespace(platform='tpu', device_kind=f'TPU {version}')
+  return types.SimpleNamespace(devices=np.array([[[device]]]))
+
+
 def test_by_name_and_by_platform():
   assert choose('auto') is attention.attend_by_einsum
   assert choose('einsum', mesh=gpu_mesh('9.0')) is attention.attend_by_einsum
@@ -40,6 +46,11 @@ def test_auto_falls_back_and_says_why(caplog):
   got = choose('auto', variants.GEMMA2_2B, mesh=gpu_mesh('9.0'))
   assert got is attention.attend_by_einsum
   assert 'Attention by einsum; cudnn: it has no soft cap' in caplog.text
+  assert choose('auto', mesh=tpu_mesh('v3')) is attention.attend_by_einsum
+  assert 'splash: it takes float32 activations on TPU v3' in caplog.text
+  for dtype, version in (('float32', 'v3'), ('bfloat16', 'v4')):
+    got = choose('auto', dtype=dtype, mesh=tpu_mesh(version))
+    assert isinstance(got, splash.Splash)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +59,7 @@ def test_auto_falls_back_and_says_why(caplog):
     ('cudnn', CPU, 'on a GPU, not on cpu'),
     ('cudnn', gpu_mesh('8.0'), 'head_dim up to 128'),
     ('splash', gpu_mesh('9.0'), 'runs on a TPU'),
+    ('splash', tpu_mesh('v3'), 'float32 activations on TPU v3, not bfloat16'),
   ],
 )
 def test_a_kernel_asked_for_by_name_is_not_replaced(name, mesh, reason):

@@ -45,9 +45,7 @@ def choose(
   else:
     interpret = device.platform == 'cpu'
     attend = splash.Splash(mesh, batch_axes, head_axis, interpret)
-    why_not = None
-    if device.platform == 'gpu':
-      why_not = 'it runs on a TPU (and, interpreted, on a CPU)'
+    why_not = splash.refusal(dtype, device)
   if why_not is None:
     return attend
   if name == 'auto':

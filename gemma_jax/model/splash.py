@@ -9,6 +9,7 @@ tokens stand together, one position apart, which is what packing makes.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 from jax.experimental.pallas.ops.tpu import splash_attention as pallas_splash
@@ -17,6 +18,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gemma_jax.model.attention import Context
 
+# Their matrix units take bfloat16 from XLA, not from a Pallas kernel: libtpu
+# 0.0.42 says "Unsupported matmul RHS type".
+_FLOAT32_ONLY = ('TPU v2', 'TPU v3')
 _LANES = 128  # of a TPU's vector unit: rows are padded to a multiple
 _MAX_BLOCK = 512  # scores of a block, 512 x 512 float32: 1 MiB of VMEM
 
@@ -75,6 +79,23 @@ class Splash:
     # Padding is a segment for the kernel; its queries must give zeros.
     is_real = (context.q_segment_ids > 0)[:, :, None, None]
     return jnp.where(is_real, out, jnp.zeros_like(out))
+
+
+def refusal(dtype: Any, device: Any) -> str | None:
+  """Why the kernel cannot run, or None if it can.
+
+  Args:
+    dtype: of the activations.
+    device: one of the mesh.
+  """
+  if device.platform == 'gpu':
+    return 'it runs on a TPU (and, interpreted, on a CPU)'
+  if device.device_kind in _FLOAT32_ONLY and jnp.dtype(dtype) != jnp.float32:
+    return (
+      f'it takes float32 activations on {device.device_kind}, not '
+      f'{jnp.dtype(dtype).name}'
+    )
+  return None
 
 
 def _attend_locally(q, k, v, segment_ids, *, window, cap, interpret):
