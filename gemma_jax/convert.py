@@ -3,8 +3,9 @@
 The order is the contract:
   1. the logits that are wanted: of the base, or of the base with the adapter;
   2. the output is written beside its place;
-  3. it is read again, and must give these logits, and other weights than the
-     base if an adapter was merged;
+  3. it is read again: its weights must be those that were meant
+     (`formats.weight_check`), and other than the base's if an adapter was
+     merged; the logits must be the wanted ones;
   4. what was measured is written to `conversion.json`, and the output appears.
 A conversion that fails leaves nothing.
 """
@@ -32,6 +33,7 @@ from gemma_jax.formats import (
   hf_writer,
   merged,
   peft,
+  weight_check,
 )
 from gemma_jax.formats import source as source_lib
 from gemma_jax.formats.base import BaseSource
@@ -66,6 +68,7 @@ def convert(
   tokenizer: str = '',
   verify: bool = True,
   max_shard_bytes: int = hf_writer.MAX_SHARD_BYTES,
+  nested: bool = False,
 ) -> dict[str, Any]:
   """Converts, merging an adapter if one is given.
 
@@ -76,12 +79,15 @@ def convert(
     adapter: PEFT folder or .lora.h5 file; '' converts the base itself.
     dtype: of the weights written: auto (the base's own), float32, bfloat16.
     tokenizer: path of a tokenizer.model that replaces the base's own.
-    verify: re-read the output and compare logits.
+    verify: re-read the output, compare weights and logits. Merged weights are
+      compared in any case.
     max_shard_bytes: of a file of weights ('hf').
+    nested: names of arrays as nested dicts, not flat ('flax').
 
   Returns:
     output; files and folders in it; bytes and parameters written; their
     dtype; and largest_logit_difference, absolute, None without verification.
+    What else was measured is in the output's conversion.json.
 
   Raises:
     ValueError: anything that does not fit, or an output that does not compute
@@ -121,7 +127,7 @@ def convert(
       )
 
     def write(new: Path) -> dict[str, Any]:
-      return _write_model(new, result, to, dtype, max_shard_bytes)
+      return _write_model(new, result, to, dtype, max_shard_bytes, nested)
 
   tokens = _batch(source)
   want = _logits(source, tokens, loaded) if verify else None
@@ -130,17 +136,19 @@ def convert(
 
   def fill(new: Path):
     record.update(write(new))
+    if to != 'peft' and (verify or loaded is not None):
+      logging.info('Reading it again, comparing weights')
+      record.update(_verify_weights(source, _reopen(new), loaded, record))
     measured = None
     if verify:
       logging.info('Reading it again, comparing logits')
-      measured = _verify(new, source, loaded, to, tokens, want, record)
-    elif loaded is not None and to != 'peft':
-      _check_changed(source, _reopen(new), loaded, record['dtype'])
+      measured = _verify_logits(new, source, loaded, to, tokens, want, record)
     record['largest_logit_difference'] = measured
     text = json.dumps(record, indent=2, sort_keys=True) + '\n'
     (new / flax_config.RECORD_NAME).write_text(text, 'utf-8')
     written = sorted(p for p in new.rglob('*') if p.is_file())
     sizes.update({str(p.relative_to(new)): p.stat().st_size for p in written})
+    _check_free(folder)  # another conversion may have ended meanwhile
 
   atomic_folder.replace(folder, fill)
   return {
@@ -162,6 +170,10 @@ def _check_arguments(folder: epath.Path, to: str, adapter: str, dtype: str):
     raise ValueError(
       f'dtype: got {dtype!r}, expected auto; factors are written as float32.'
     )
+  _check_free(folder)
+
+
+def _check_free(folder: epath.Path):
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(
       f'output: {folder} is there already, expected a new or empty folder.'
@@ -179,13 +191,18 @@ def _effects(loaded: Adapter) -> list[np.ndarray]:
 
 
 def _write_model(
-  new: Path, source: BaseSource, to: str, dtype: str, max_shard_bytes: int
+  new: Path,
+  source: BaseSource,
+  to: str,
+  dtype: str,
+  max_shard_bytes: int,
+  nested: bool,
 ) -> dict[str, Any]:
   if to == 'hf':
     hf_writer.write_folder(new, source, dtype, max_shard_bytes)
     config = hf_writer.exported_config(source.config)
   else:
-    flax_release.write_folder(new, source, dtype)
+    flax_release.write_folder(new, source, dtype, nested)
     config = flax_release.exported_config(source.config)
   shapes = base.stored_shapes(config).values()
   record = {
@@ -198,7 +215,31 @@ def _write_model(
   return record
 
 
-def _verify(
+def _verify_weights(
+  source: BaseSource,
+  result: BaseSource,
+  loaded: Adapter | None,
+  record: dict[str, Any],
+) -> dict[str, Any]:
+  """What the weights show; raises ValueError unless they are those meant."""
+  dtype = np.dtype(jnp.dtype(record['dtype']))
+  adapter = ()
+  if loaded is not None:
+    adapter = (loaded.config, loaded.factors, loaded.trained_base)
+  found = weight_check.compare(source, result, dtype, *adapter)
+  if loaded is not None and not found.num_changed:
+    raise ValueError(
+      f'output: the merged weights equal the base in {dtype.name}, expected '
+      "the adapter's update to be visible; it is lost in rounding, use "
+      '--dtype=float32. Nothing was written.'
+    )
+  return {
+    'largest_weight_difference': found.largest_difference,
+    'changed_tensors': found.num_changed,
+  }
+
+
+def _verify_logits(
   new: Path,
   source: BaseSource,
   loaded: Adapter | None,
@@ -217,11 +258,8 @@ def _verify(
     got = _logits(source, tokens, again)
     dtype = 'float32'
   else:
-    result = _reopen(new)
     dtype = record['dtype']
-    if loaded is not None:
-      _check_changed(source, result, loaded, dtype)
-    got = _logits(result, tokens, None)
+    got = _logits(_reopen(new), tokens, None)
   rows = min(got.shape[-1], want.shape[-1])  # those that pad the Flax release
   got, want = got[..., :rows], want[..., :rows]
   difference = np.abs(got - want)
@@ -237,18 +275,6 @@ def _verify(
     )
   record['largest_relative_logit_difference'] = float(relative.max())
   return float(difference.max())
-
-
-def _check_changed(
-  source: BaseSource, result: BaseSource, loaded: Adapter, dtype: str
-):
-  paths = merged.changed_paths(loaded.factors, loaded.trained_base)
-  if not merged.changes(source, result, paths, np.dtype(jnp.dtype(dtype))):
-    raise ValueError(
-      f'output: the merged weights equal the base in {dtype}, expected the '
-      "adapter's update to be visible; it is lost in rounding, use "
-      '--dtype=float32. Nothing was written.'
-    )
 
 
 def _reopen(folder: Path) -> BaseSource:

@@ -3,9 +3,9 @@
   python -m launch.convert --model=gemma3_270m --adapter=DIR/adapter \\
       --to=hf --output=my_gemma
 
-The output is read again and its logits compared before the folder appears. One
-JSON line on standard output: output, files, bytes, parameters, dtype,
-largest_logit_difference.
+The output is read again, its weights and logits compared, before the folder
+appears. One JSON line on standard output: output, files, bytes, parameters,
+dtype, largest_logit_difference.
 """
 
 import json
@@ -30,12 +30,16 @@ _DTYPE = flags.DEFINE_enum(
     "auto: the base's own.",
 )  # fmt: skip
 _VERIFY = flags.DEFINE_enum(
-    'verify', 'on', ['on', 'off'], 'Read the output again and compare logits; '
-    'off is for models that do not fit into memory.',
+    'verify', 'on', ['on', 'off'], 'Read the output again and compare weights '
+    'and logits. off is for huge models; merged weights are compared anyway.',
 )  # fmt: skip
 _MAX_SHARD_BYTES = flags.DEFINE_integer(
     'max_shard_bytes', 5_000_000_000, 'Largest file of weights (--to=hf).',
     lower_bound=1,
+)  # fmt: skip
+_NESTED = flags.DEFINE_bool(
+    'nested', False, 'Names of arrays as nested dicts, as some readers expect; '
+    'not flat, as in the release (--to=flax).',
 )  # fmt: skip
 
 
@@ -55,6 +59,7 @@ def main() -> int:
     tokenizer=_TOKENIZER.value,
     verify=_VERIFY.value == 'on',
     max_shard_bytes=_MAX_SHARD_BYTES.value,
+    nested=_NESTED.value,
   )
   print(json.dumps(result), flush=True)
   return 0

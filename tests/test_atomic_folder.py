@@ -76,3 +76,16 @@ def test_folder_is_flushed_before_it_appears(tmp_path, monkeypatch):
   write(tmp_path / 'adapter', 'first')
   # The file, its folder, then the name, then the folder that holds the name.
   assert events == ['fsync', 'fsync', 'rename', 'fsync']
+
+
+def test_second_writer_is_refused_and_the_first_one_goes_on(tmp_path):
+  folder = tmp_path / 'adapter'
+
+  def fill(new):
+    (new / 'a.txt').write_text('first')
+    with pytest.raises(BlockingIOError, match='another process is writing it'):
+      write(folder, 'second')
+
+  atomic_folder.replace(folder, fill)
+  assert read(folder) == {'a.txt': 'first'}
+  assert list(tmp_path.iterdir()) == [folder]

@@ -7,13 +7,14 @@ import sys
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from gemma_jax import convert, pytree, variants
 from gemma_jax import lora as lora_lib
 from gemma_jax.config import LoraConfig
 from gemma_jax.formats import adapter as adapter_lib
-from gemma_jax.formats import hf_writer, peft, source
+from gemma_jax.formats import hf_writer, merged, peft, source
 from gemma_jax.formats.base import StoredTensor
 from tests import gcs_toy, hf_toy, logits_toy, peft_toy, toy
 
@@ -50,6 +51,16 @@ def test_converted_base_is_bit_equal(to, variant, tmp_path):
     p.name + '/' * p.is_dir() for p in (tmp_path / 'out').iterdir()
   )
   assert [p.name for p in tmp_path.iterdir()] == ['out']
+
+
+def test_nested_names(tmp_path):
+  reference = 'random:tiny3'
+  convert.convert(reference, str(tmp_path / 'out'), 'flax', nested=True)
+  tree = ocp.PyTreeCheckpointer().restore(tmp_path / 'out' / 'params')
+  assert tree['transformer']['layer_1']['mlp']['linear'].keys() == {'w'}
+  again = source.open_base(str(tmp_path / 'out')).load_params()
+  base = source.open_base(reference).load_params()
+  hf_toy.assert_trees_equal(again, base)
 
 
 def test_to_an_object_store_and_read_from_there(tmp_path, monkeypatch):
@@ -99,6 +110,9 @@ def test_merged_model_computes_what_the_adapter_does(to, dtype, tmp_path):
   )
   assert record['adapter'] == str(tmp_path / 'a')
   assert record['dtype'] == dtype
+  assert record['changed_tensors'] == 3 * 7
+  rounding = 1e-6 if dtype == 'float32' else 2**-8
+  assert 0 <= record['largest_weight_difference'] < 4 * rounding
   assert record['base_fingerprint'] == (
     source.open_base('random:tiny3').fingerprint()
   )
@@ -192,9 +206,8 @@ def test_update_that_is_lost_in_rounding_is_refused(verify, tmp_path):
 
 
 @pytest.mark.parametrize('to', ['hf', 'flax'])
-def test_output_that_computes_something_else_is_refused(
-  to, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_output_of_other_weights_is_refused(to, dtype, tmp_path, monkeypatch):
   """A writer that puts one kernel in another's place leaves nothing behind."""
   writer = convert._write_model
 
@@ -205,10 +218,61 @@ def test_output_that_computes_something_else_is_refused(
     return writer(new, dataclasses.replace(base, tensors=tensors), *rest)
 
   monkeypatch.setattr(convert, '_write_model', wrong)
-  for dtype in ('float32', 'bfloat16'):
-    with pytest.raises(ValueError, match=r'logits differ .* expected at most'):
-      convert.convert('random:tiny', str(tmp_path / 'm'), to, dtype=dtype)
+  with pytest.raises(ValueError, match='tensor layer_0/mlp/gate/w is not that'):
+    convert.convert('random:tiny', str(tmp_path / 'm'), to, dtype=dtype)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('verify', [True, False])
+def test_adapter_that_was_merged_in_part_is_refused(
+  verify, tmp_path, monkeypatch
+):
+  """In bfloat16, too little for the logits to tell; nothing is left behind."""
+  write_adapter(tmp_path / 'a', 'random:tiny', size=0.002, targets='all')
+  merge = merged.merge
+
+  def in_part(source_, config, factors, trained=None):
+    result = merge(source_, config, factors, trained)
+    left = {'layer_1/mlp/up/w': source_.tensors['layer_1/mlp/up/w']}
+    return dataclasses.replace(result, tensors={**result.tensors, **left})
+
+  monkeypatch.setattr(merged, 'merge', in_part)
+  with pytest.raises(ValueError, match='tensor layer_1/mlp/up/w differs'):
+    convert.convert(
+      'random:tiny', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'),
+      'bfloat16', verify=verify,
+    )  # fmt: skip
+  assert [p.name for p in tmp_path.iterdir()] == ['a']
+
+
+def test_output_that_computes_something_else_is_refused(tmp_path, monkeypatch):
+  """The right weights, of a model whose heads attend otherwise."""
+  writer = convert._write_model
+
+  def wrong(new, base, *rest):
+    config = dataclasses.replace(base.config, query_scale=1.0)
+    return writer(new, dataclasses.replace(base, config=config), *rest)
+
+  monkeypatch.setattr(convert, '_write_model', wrong)
+  with pytest.raises(ValueError, match=r'logits differ .* expected at most'):
+    convert.convert('random:tiny2', str(tmp_path / 'm'), 'hf')
+  assert not list(tmp_path.iterdir())
+
+
+def test_output_that_another_conversion_wrote_meanwhile_is_kept(
+  tmp_path, monkeypatch
+):
+  writer = convert._write_model
+
+  def slow(new, *rest):
+    (tmp_path / 'm').mkdir()
+    (tmp_path / 'm' / 'theirs').write_text('text')
+    return writer(new, *rest)
+
+  monkeypatch.setattr(convert, '_write_model', slow)
+  with pytest.raises(ValueError, match='is there already'):
+    convert.convert('random:tiny', str(tmp_path / 'm'), 'hf')
+  assert [p.name for p in tmp_path.rglob('*')] == ['m', 'theirs']
 
 
 def test_nan_is_not_taken_for_equal(tmp_path, monkeypatch):
@@ -223,7 +287,7 @@ def test_nan_is_not_taken_for_equal(tmp_path, monkeypatch):
   monkeypatch.setattr(
     source, 'open_base', lambda r, t='': broken if r == 'toy' else real(r, t)
   )
-  with pytest.raises(ValueError, match='logits differ'):
+  with pytest.raises(ValueError, match='tensor final_norm/scale is not that'):
     convert.convert('toy', str(tmp_path / 'm'), 'hf')
 
 

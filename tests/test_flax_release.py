@@ -12,12 +12,23 @@ from tests import hf_toy, logits_toy
 
 # 7B's layout: as many kv heads as query heads, hence qkv_einsum.
 MHA = dataclasses.replace(variants.TINY, num_kv_heads=4, max_positions=8192)
+# Gemma 2 9B's layout: gate and up the other way round, known by its layers.
+LARGE2 = dataclasses.replace(
+  variants.TINY2,
+  num_layers=42,
+  layer_is_local=variants.alternating(42, 1),
+  window_size=4096,
+  attention_softcap=50.0,
+  final_softcap=30.0,
+  max_positions=8192,
+)
 
 
 def release_tree(config, params):
   """The release's arrays of an unrolled tree, spelt out here."""
   p = {name: np.asarray(x) for name, x in pytree.items(params)}
   gemma3 = config.use_qk_norm
+  is_swapped = gemma3 or config == LARGE2
   tree = {
     'transformer/embedder': {'input_embedding': p['embedder/input_embedding']},
     'transformer/final_norm': {'scale': p['final_norm/scale']},
@@ -33,8 +44,9 @@ def release_tree(config, params):
       tree[f'{stem}/attn/kv_einsum'] = {'w': np.stack([k, v])}
     tree[f'{stem}/attn/attn_vec_einsum'] = {'w': get('attn/o/w')}
     gating = np.stack([get('mlp/gate/w'), get('mlp/up/w')])
-    if gemma3:
+    if is_swapped:
       gating = np.ascontiguousarray(gating.swapaxes(1, 2))
+    if gemma3:
       for n in 'qk':
         norm = 'query' if n == 'q' else 'key'
         tree[f'{stem}/attn/_{norm}_norm'] = {
@@ -79,6 +91,7 @@ CONFIGS = {
   'gemma1': variants.TINY,
   'gemma1 7b': MHA,
   'gemma2': variants.TINY2,
+  'gemma2 9b': LARGE2,
   'gemma3': variants.TINY3,
 }
 
@@ -277,11 +290,30 @@ def test_damaged_checkpoint_is_named(tmp_path):
     assert '\n' not in str(e.value)
 
 
+@pytest.mark.parametrize('use_zarr3', [False, True])
+def test_block_that_is_missing_is_not_read_as_zeros(use_zarr3, tmp_path):
+  config = variants.TINY
+  tree = release_tree(config, params_of(config, scan_layers=False))
+  folder = save(tmp_path / 'm', tree, use_ocdbt=False, use_zarr3=use_zarr3)
+  blocks = [
+    p
+    for p in folder.rglob('*')
+    if p.is_file() and 'q_einsum' in str(p) and p.name[0] in '0c'
+  ]
+  assert len(blocks) == config.num_layers
+  blocks[0].unlink()
+  with pytest.raises(ValueError, match=r'q_einsum/w has 0 of the 1 blo') as e:
+    open_folder(folder)
+  assert '\n' not in str(e.value)
+
+
 def test_layers_of_the_tree_are_complete():
   """Every leaf has a place, and every place's array is filled by its leaves."""
   for config in CONFIGS.values():
     fused = config.num_heads == config.num_kv_heads
-    places = flax_release.make_places(config, fused, config.use_qk_norm)
+    places = flax_release.make_places(
+      config, fused, config.use_qk_norm or config == LARGE2
+    )
     assert places.keys() == layout.param_axes(config, False).keys()
     size = lambda s: int(np.prod(s))
     arrays = {p.name: p.shape for p in places.values()}

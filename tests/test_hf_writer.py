@@ -93,10 +93,13 @@ def test_files_of_the_tokenizer(tmp_path):
 
   # What stands beside the base's own tokenizer goes along with it ...
   (origin / 'tokenizer_config.json').write_text('{"mine": 1}')
+  generation = '{"eos_token_id": [1, 5, 7], "top_k": 64}'
+  (origin / 'generation_config.json').write_text(generation)
   copy = tmp_path / 'copy'
   copy.mkdir()
   hf_writer.write_folder(copy, source.open_base(str(origin)))
   assert (copy / 'tokenizer_config.json').read_text() == '{"mine": 1}'
+  assert (copy / 'generation_config.json').read_text() == generation
   # ... and not with another that replaces it.
   (tmp_path / 'other.model').write_bytes(logits_toy.tokenizer_proto(7))
   other = tmp_path / 'other'
@@ -105,6 +108,7 @@ def test_files_of_the_tokenizer(tmp_path):
     other, source.open_base(str(origin), str(tmp_path / 'other.model'))
   )
   assert 'mine' not in (other / 'tokenizer_config.json').read_text()
+  assert 'top_k' not in (other / 'generation_config.json').read_text()
   assert (other / 'tokenizer.model').read_bytes() != proto
   # Without SentencePiece there is none.
   plain = tmp_path / 'plain'

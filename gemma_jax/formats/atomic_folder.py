@@ -1,6 +1,9 @@
 """Writes a folder so that it is there whole or not at all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import errno
+import fcntl
 import os
 from pathlib import Path
 import shutil
@@ -21,10 +24,11 @@ def replace(folder: str | os.PathLike, fill: Callable[[Path], None]):
   folder go last.
 
   Args:
-    folder: to be made or replaced; one process writes it at a time.
+    folder: to be made or replaced.
     fill: writes files into the empty folder that it is given.
 
   Raises:
+    BlockingIOError: another process of this machine is writing it.
     OSError: or whatever `fill` raises; `folder` is then as it was.
   """
   if files.is_remote(folder):
@@ -37,24 +41,57 @@ def replace(folder: str | os.PathLike, fill: Callable[[Path], None]):
   new = folder.with_name(f'.{folder.name}.new')
   old = folder.with_name(f'.{folder.name}.old')
   folder.parent.mkdir(parents=True, exist_ok=True)
-  if old.exists() and not folder.exists():
-    os.rename(old, folder)
-  for leftover in (new, old):
-    shutil.rmtree(leftover, ignore_errors=True)
-  try:
-    new.mkdir()
-    fill(new)
-    for path in (*new.rglob('*'), new):
-      _flush(path)
-    if folder.exists():
-      os.rename(folder, old)
-    os.rename(new, folder)
-  finally:
+  with _empty_and_ours(new, folder):
     if old.exists() and not folder.exists():
       os.rename(old, folder)
-    shutil.rmtree(new, ignore_errors=True)
-  _flush(folder.parent)
-  shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+      fill(new)
+      for path in (*new.rglob('*'), new):
+        _flush(path)
+      if folder.exists():
+        os.rename(folder, old)
+      os.rename(new, folder)
+    finally:
+      if old.exists() and not folder.exists():
+        os.rename(old, folder)
+      shutil.rmtree(new, ignore_errors=True)
+    _flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _empty_and_ours(new: Path, folder: Path) -> Iterator[None]:
+  """Makes the folder `new`, locked against other processes.
+
+  A lock ends with its process, so what a killed one left is taken over.
+  """
+  new.mkdir(exist_ok=True)
+  descriptor = os.open(new, os.O_RDONLY)
+  try:
+    if not _lock(descriptor, new):
+      raise BlockingIOError(
+        errno.EWOULDBLOCK, 'another process is writing it', str(folder)
+      )
+    for leftover in new.iterdir():
+      shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _lock(descriptor: int, new: Path) -> bool:
+  """Whether the folder is ours: locked, and still the one of that name."""
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError:
+    return True  # a file system without locks
+  try:
+    return os.path.samestat(os.fstat(descriptor), new.stat())
+  except FileNotFoundError:
+    return False  # renamed by the process that had the lock
 
 
 def _flush(path: Path):

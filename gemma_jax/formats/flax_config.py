@@ -34,7 +34,7 @@ def model_config(shapes: dict[str, tuple[int, ...]], root: Path) -> ModelConfig:
   """
   record = root.parent / RECORD_NAME
   if record.is_file():
-    return _recorded(record)
+    return _recorded(record, len(shapes))
   fields = _sizes(shapes, root)
   for variant in variants.VARIANTS.values():
     tokens = hf_writer.TOKEN_ROWS.get(fields['vocab_size'])
@@ -50,9 +50,10 @@ def to_record(config: ModelConfig) -> dict[str, Any]:
   return dataclasses.asdict(config)
 
 
-def _recorded(record: Path) -> ModelConfig:
+def _recorded(record: Path, num_arrays: int) -> ModelConfig:
   try:
     fields = json.loads(record.read_text('utf-8'))['model_config']
+    base.check_layer_count(fields['num_layers'], num_arrays, str(record))
     pattern = fields['layer_is_local']
     fields['layer_is_local'] = None if pattern is None else tuple(pattern)
     return ModelConfig(**fields)

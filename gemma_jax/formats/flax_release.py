@@ -8,13 +8,15 @@
       transformer/layer_0/mlp/gating_einsum    w [2, D, F]        gate, up
 
 With as many kv heads as query heads `qkv_einsum` [3, N, D, H] stands for the
-first two; Gemma 3 stores gate and up as [2, F, D]. Names are flat (as above)
-or nested dicts, with or without the `w` of the MLP: all of these are read. The
-arrays are read through TensorStore, one at a time; nothing is unpickled.
+first two; Gemma 3, and Gemma 2 from 9B on, store gate and up as [2, F, D].
+Names are flat (as above) or nested dicts, with or without the `w` of the MLP:
+all of these are read. The arrays are read through TensorStore, one at a time;
+nothing is unpickled.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+import collections
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent import futures
 import dataclasses
 import functools
@@ -107,7 +109,7 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
   fused = 'layer_0/attn/qkv_einsum/w' in shapes
   gating = shapes.get('layer_0/mlp/gating_einsum/w', ())
   D, F = config.embed_dim, config.hidden_dim
-  swapped = gating == (2, F, D) and (D != F or config.use_qk_norm)
+  swapped = gating == (2, F, D) and (D != F or _gating_is_swapped(config))
   places = make_places(config, fused, swapped)
   _check(places, arrays, root)
   dtypes = {array.dtype.numpy_dtype for array in arrays.values()}
@@ -160,7 +162,7 @@ def write_folder(
   places = make_places(
     exported_config(config),
     fused=config.num_heads == config.num_kv_heads,
-    swapped=config.use_qk_norm,
+    swapped=_gating_is_swapped(config),
   )
   parts: dict[str, dict[str, Place]] = {}
   for path, place in places.items():
@@ -307,6 +309,16 @@ def make_places(
   return places
 
 
+def _gating_is_swapped(config: ModelConfig) -> bool:
+  """Whether the release of this architecture has gate and up as [2, F, D].
+
+  That of Gemma 3 has, and those of Gemma 2 9B and 27B (42 and 46 layers):
+  `transpose_gating_einsum` in google-deepmind/gemma, gemma/gm/nn/_gemma.py.
+  """
+  large = config.use_post_norms and config.num_layers in (42, 46)
+  return config.use_qk_norm or large
+
+
 _IN_QKV = ('attn/q/w', 'attn/k/w', 'attn/v/w')
 _IN_KV = ('attn/k/w', 'attn/v/w')
 _NAMES = {
@@ -326,7 +338,9 @@ def _open_arrays(root: Path) -> dict[str, Any]:
   """TensorStore handles by name: 'layer_0/attn/q_einsum/w', ...
 
   Flat and nested names, and those of Orbax with and without OCDBT, differ in
-  where '/' and '.' stand; as paths they are equal.
+  where '/' and '.' stand; as paths they are equal. A block that is not there
+  TensorStore would read as zeros, so they are counted; that also shows a size
+  that the files do not have before anything is allocated for it.
   """
   import tensorstore as ts
 
@@ -338,20 +352,31 @@ def _open_arrays(root: Path) -> dict[str, Any]:
     keys = [
       k.decode() for k in ts.KvStore.open(kvstore).result().list().result()
     ]
-    for driver, marker in _ARRAY_FILES.items():
-      for key in keys:
-        stem, _, last = key.rpartition('/')
-        if last != marker:
-          continue
-        path = stem.replace('.', '/').removeprefix('params/')
-        path = path.removeprefix('transformer/')
-        if re.fullmatch(r'layer_\d+/mlp/(gating_einsum|linear)', path):
-          path += '/w'
-        if _VISION.match(path):
-          continue
-        own = {**kvstore, 'path': kvstore.get('path', '') + f'{stem}/'}
-        spec = {'driver': driver, 'kvstore': own}
-        arrays[path] = ts.open(spec, open=True).result()
+    drivers = {
+      stem: driver
+      for stem, _, last in (key.rpartition('/') for key in keys)
+      for driver, marker in _ARRAY_FILES.items()
+      if last == marker
+    }
+    num_blocks = _count_blocks(drivers, keys)
+    for stem, driver in drivers.items():
+      path = stem.replace('.', '/').removeprefix('params/')
+      path = path.removeprefix('transformer/')
+      if re.fullmatch(r'layer_\d+/mlp/(gating_einsum|linear)', path):
+        path += '/w'
+      if _VISION.match(path):
+        continue
+      own = {**kvstore, 'path': kvstore.get('path', '') + f'{stem}/'}
+      spec = {'driver': driver, 'kvstore': own}
+      array = ts.open(spec, open=True).result()
+      block = array.chunk_layout.write_chunk.shape
+      wanted = math.prod(map(_ceil_div, array.shape, block))
+      if num_blocks[stem] != wanted:
+        raise ValueError(
+          f'array {path} has {num_blocks[stem]} of the {wanted} blocks of its '
+          'shape'
+        )
+      arrays[path] = array
   except ValueError as e:
     raise ValueError(
       f'{root}: this is no whole Orbax checkpoint ({e}).'
@@ -359,6 +384,23 @@ def _open_arrays(root: Path) -> dict[str, Any]:
   if not arrays:
     raise ValueError(f'{root}: this Orbax checkpoint holds no arrays.')
   return arrays
+
+
+def _count_blocks(
+  stems: Collection[str], keys: Iterable[str]
+) -> collections.Counter[str]:
+  """How many keys, beside the metadata, lie below each array's stem."""
+  counts = collections.Counter()
+  for key in keys:
+    folder, _, last = key.rpartition('/')
+    while folder and folder not in stems:
+      folder, _, _ = folder.rpartition('/')
+    counts[folder] += last not in _ARRAY_FILES.values()
+  return counts
+
+
+def _ceil_div(size: int, block: int) -> int:
+  return -(-size // block)
 
 
 def _check(places: Mapping[str, Place], arrays: Mapping[str, Any], root: Path):

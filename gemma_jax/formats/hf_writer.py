@@ -1,7 +1,7 @@
 """Writes a base as a Hugging Face folder, streamed tensor by tensor.
 
     config.json                    both dialects (`hf_config.to_json`)
-    generation_config.json         where sampling stops
+    generation_config.json         where sampling stops; the base's own if any
     model.safetensors              or shards and model.safetensors.index.json
     tokenizer.model, ...           if the base has a tokenizer
 
@@ -72,17 +72,7 @@ def write_folder(
   }
   _write_weights(folder, tensors, dtype, max_shard_bytes)
   write_tokenizer(folder, source)
-  end_of_turn = None
-  if (tokenizer := source.tokenizer()) is not None:
-    end_of_turn = tokenizer.end_of_turn_id
-  _write_json(
-    folder / 'generation_config.json',
-    {
-      'bos_token_id': 2,
-      'eos_token_id': 1 if end_of_turn is None else [1, end_of_turn],
-      'pad_token_id': 0,
-    },
-  )
+  _write_generation_config(folder / 'generation_config.json', source)
 
 
 def exported_config(config: ModelConfig) -> ModelConfig:
@@ -99,11 +89,8 @@ def write_tokenizer(folder: Path, source: BaseSource):
   """
   tokenizer = source.tokenizer()
   proto = None if tokenizer is None else tokenizer.model_proto
-  origin = source.files[0].parent if source.files else None
-  own = None if origin is None else origin / 'tokenizer.model'
-  if own is not None and (origin / 'config.json').is_file():
-    is_own = own.read_bytes() == proto if own.is_file() else proto is None
-    for name in _TOKENIZER_FILES if is_own else ():
+  if (origin := _origin(source)) is not None:
+    for name in _TOKENIZER_FILES:
       if (origin / name).is_file():
         shutil.copyfile(origin / name, folder / name)
   if proto is None:
@@ -123,6 +110,36 @@ def write_tokenizer(folder: Path, source: BaseSource):
         'unk_token': '<unk>',
       },
     )
+
+
+def _write_generation_config(path: Path, source: BaseSource):
+  """Copies that of the base's folder, or says where its tokenizer stops."""
+  origin = _origin(source)
+  if origin is not None and (origin / path.name).is_file():
+    shutil.copyfile(origin / path.name, path)
+    return
+  tokenizer = source.tokenizer()
+  end_of_turn = None if tokenizer is None else tokenizer.end_of_turn_id
+  _write_json(
+    path,
+    {
+      'bos_token_id': 2,
+      'eos_token_id': 1 if end_of_turn is None else [1, end_of_turn],
+      'pad_token_id': 0,
+    },
+  )
+
+
+def _origin(source: BaseSource) -> Path | None:
+  """The Hugging Face folder of the base and of its tokenizer, if both are."""
+  folder = source.files[0].parent if source.files else None
+  if folder is None or not (folder / 'config.json').is_file():
+    return None
+  tokenizer = source.tokenizer()
+  proto = None if tokenizer is None else tokenizer.model_proto
+  own = folder / 'tokenizer.model'
+  is_own = own.read_bytes() == proto if own.is_file() else proto is None
+  return folder if is_own else None
 
 
 def _write_weights(

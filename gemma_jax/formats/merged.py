@@ -7,7 +7,6 @@ to the dtype that is wanted. Nothing is held but the factors, so a model of any
 size is merged in the memory of its adapter.
 """
 
-from collections.abc import Iterable
 import dataclasses
 import functools
 import math
@@ -48,7 +47,7 @@ def merge(
     ValueError: a leaf that does not fit the base.
   """
   tensors = dict(source.tensors)
-  for path, leaf in pytree.items(_unrolled(trained_base or {})):
+  for path, leaf in pytree.items(unrolled(trained_base or {})):
     if path not in tensors:
       raise ValueError(
         f'trained base leaf {path}: {source.reference} has none of that name; '
@@ -62,7 +61,7 @@ def merge(
       )
     rows = base.stored_view(path, leaf).reshape(shape)
     tensors[path] = StoredTensor(path, shape, lambda i, j, rows=rows: rows[i:j])
-  factors = dict(pytree.items(_unrolled(lora)))
+  factors = dict(pytree.items(unrolled(lora)))
   for path, a in factors.items():
     module, _, factor = path.rpartition('/')
     if factor != 'lora_a':
@@ -92,33 +91,8 @@ def merge(
   return dataclasses.replace(source, tensors=tensors)
 
 
-def changes(
-  source: BaseSource, result: BaseSource, paths: Iterable[str], dtype: np.dtype
-) -> bool:
-  """Whether one of these tensors differs once both are cast to `dtype`."""
-  for path in paths:
-    before, after = source.tensors[path], result.tensors[path]
-    step = base.chunk_rows(before.shape)
-    for start in range(0, before.shape[0], step):
-      stop = min(start + step, before.shape[0])
-      pair = [x.read(start, stop).astype(dtype) for x in (before, after)]
-      if not np.array_equal(*pair):
-        return True
-  return False
-
-
-def changed_paths(
-  lora: pytree.Tree, trained_base: pytree.Tree | None = None
-) -> list[str]:
-  """Leaves of the unrolled base that merging changes."""
-  paths = [path for path, _ in pytree.items(_unrolled(trained_base or {}))]
-  for path, _ in pytree.items(_unrolled(lora)):
-    if path.endswith('/lora_a'):
-      paths.append(f'{path.removesuffix("/lora_a")}/w')
-  return paths
-
-
-def _unrolled(tree: pytree.Tree) -> pytree.Tree:
+def unrolled(tree: pytree.Tree) -> pytree.Tree:
+  """On the host, with its layers apart."""
   tree = jax.device_get(tree)
   return layout.unstack_layers(tree) if 'layers' in tree else tree
 
@@ -135,6 +109,7 @@ def _merged_rows(
   if magnitude is not None:
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     wanted = magnitude[start:stop]
-    is_plain = (wanted == 0) | (np.abs(wanted - norms) <= _NORM_ERROR * norms)
+    is_plain = (wanted == 0) | (norms == 0)
+    is_plain |= np.abs(wanted - norms) <= _NORM_ERROR * norms
     rows *= np.where(is_plain, 1, wanted / np.where(is_plain, 1, norms))
   return rows
