@@ -10,10 +10,12 @@ hence their moments, updates and decay, and what they add to the clipped norm:
     rank 2 among 4    A [a1 a2 0 0]    B [b1 b2 0 0]^T    A B = a1 b1 + a2 b2
 
 The rate and the scale enter the step as arguments. The leaves of a gang have a
-leading axis K.
+leading axis K. On a CPU that many positions as fill its cores are mapped, and
+the groups of members follow each other inside the step: more would cost memory
+and caches, and gain nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -43,8 +45,8 @@ MEMBER_FIELDS = (
     'optimizer.learning_rate',
 )  # fmt: skip
 
-# A state's axes under vmap: all members have finished the same updates.
-_STATE_AXES = TrainState(step=None, trainable=0, opt_state=0)
+# Positions that a CPU has enough to do with.
+_CPU_POSITIONS = 1024
 
 
 @struct.dataclass
@@ -181,8 +183,15 @@ class Gang:
     self, model, length: int | None
   ) -> jax.stages.Compiled:
     run = self.run
+    batch = run.abstract_batch(length)
     step = make_train_step(
-      model, run.config, run.steps, num_pieces=run.num_pieces
+      model,
+      run.config,
+      run.steps,
+      num_pieces=run.num_pieces,
+      at_once=self._at_once(
+        batch['weights'].size // run.config.optimizer.accumulate_steps
+      ),
     )
     state, frozen = self.abstract
     everywhere = sharding.replicated(run.mesh)
@@ -197,13 +206,18 @@ class Gang:
       state,
       jax.eval_shape(lambda: self.members),
       frozen,
-      run.abstract_batch(length),
+      batch,
     )
 
   def compile_eval_step(self, length: int | None = None) -> jax.stages.Compiled:
     """eval_step(trainable, members, frozen, batch) -> losses [K, B, T]."""
     run = self.run
-    step = make_eval_step(run.model, num_pieces=run.num_pieces)
+    batch = run.abstract_batch(length)
+    step = make_eval_step(
+      run.model,
+      num_pieces=run.num_pieces,
+      at_once=self._at_once(batch['weights'].size),
+    )
     state, frozen = self.abstract
     return run_lib.compile_step(
       f'evaluation step of a gang of {len(self)}',
@@ -215,8 +229,15 @@ class Gang:
       state.trainable,
       jax.eval_shape(lambda: self.members),
       frozen,
-      run.abstract_batch(length),
+      batch,
     )
+
+  def _at_once(self, num_positions: int) -> int:
+    """Members that a step maps at a time: a divisor of their number."""
+    if self.run.mesh.devices.flat[0].platform != 'cpu':
+      return len(self)
+    most = max(1, _CPU_POSITIONS // num_positions)
+    return max(n for n in range(1, most + 1) if len(self) % n == 0)
 
 
 def init_state(trainable: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -225,7 +246,12 @@ def init_state(trainable: Any, tx: optax.GradientTransformation) -> TrainState:
 
 
 def make_train_step(
-  model, config: TrainConfig, steps: int, *, num_pieces: int | None
+  model,
+  config: TrainConfig,
+  steps: int,
+  *,
+  num_pieces: int | None,
+  at_once: int | None = None,
 ):
   """Makes step(state, members, frozen, batch) -> (state, metrics).
 
@@ -234,6 +260,7 @@ def make_train_step(
     config: what the members share.
     steps: updates in the run, for the schedule.
     num_pieces: as in `train_step.make_train_step`.
+    at_once: members that are mapped at a time, a divisor of K; None maps all.
 
   Returns:
     A pure function; state and metrics have a leading axis K, but for the
@@ -255,21 +282,41 @@ def make_train_step(
     )
     return step(state, frozen, batch)
 
-  return jax.vmap(
-    one, in_axes=(_STATE_AXES, 0, None, None), out_axes=(_STATE_AXES, 0)
-  )
+  def step(state, members, frozen, batch):
+    def update(leaves, member):
+      new, metrics = one(TrainState(state.step, *leaves), member, frozen, batch)
+      return (new.trainable, new.opt_state), metrics
+
+    leaves, metrics = _map(
+      update, ((state.trainable, state.opt_state), members), at_once
+    )
+    return TrainState(state.step + 1, *leaves), metrics
+
+  return step
 
 
-def make_eval_step(model, *, num_pieces: int | None):
+def make_eval_step(
+  model, *, num_pieces: int | None, at_once: int | None = None
+):
   """Makes eval_step(trainable, members, frozen, batch) -> [K, B, T]."""
 
-  def one(trainable, member, frozen, batch):
-    step = train_step.make_eval_step(
-      model, scale=member.scale, num_pieces=num_pieces
-    )
-    return step(train_state.join(trainable, frozen), batch)
+  def eval_step(trainable, members, frozen, batch):
+    def one(trainable, member):
+      step = train_step.make_eval_step(
+        model, scale=member.scale, num_pieces=num_pieces
+      )
+      return step(train_state.join(trainable, frozen), batch)
 
-  return jax.vmap(one, in_axes=(0, 0, None, None))
+    return _map(one, (trainable, members), at_once)
+
+  return eval_step
+
+
+def _map(fn: Callable, args: tuple, at_once: int | None):
+  """fn of each member, `at_once` of them mapped, their groups in turn."""
+  if at_once in (None, jax.tree.leaves(args)[0].shape[0]):
+    return jax.vmap(fn)(*args)
+  return jax.lax.map(lambda xs: fn(*xs), args, batch_size=at_once)
 
 
 def cut(factors: pytree.Tree, rank: int) -> pytree.Tree:

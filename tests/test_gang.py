@@ -50,9 +50,12 @@ def batches():
   return [toy.batch(seed=i) for i in range(STEPS)]
 
 
-@pytest.fixture(scope='module')
-def together(batches):
-  """(state, losses [steps, K]) of `MEMBERS` trained as one gang."""
+@pytest.fixture(scope='module', params=[None, 1])
+def together(batches, request):
+  """(state, losses [steps, K]) of `MEMBERS` trained as one gang.
+
+  All of them mapped, and one after the other.
+  """
   together = gang.stack(adapters.align([factors(*m[:3]) for m in MEMBERS]))
   trainable, frozen = train_state.split(
     {'params': toy.base(), 'lora': together}, ('lora/',)
@@ -63,7 +66,11 @@ def together(batches):
     seed=jnp.array([m[4] for m in MEMBERS]),
   )
   model = Transformer(toy.FULL, dropout=0.2)
-  step = jax.jit(gang.make_train_step(model, CONFIG, 100, num_pieces=None))
+  step = jax.jit(
+    gang.make_train_step(
+      model, CONFIG, 100, num_pieces=None, at_once=request.param
+    )
+  )
   tx = optimizer.make_optimizer(CONFIG.optimizer, 100, ('lora/',))
   state = gang.init_state(trainable, tx)
   losses = []
@@ -152,6 +159,12 @@ def test_on_a_mesh_equals_one_device(records):
   mesh = MeshConfig(data=2, fsdp=2)
   many = gang.Gang(configs(records, mesh=mesh))
   toy.assert_close(steps_of(many), steps_of(one), 1e-5)
+
+
+def test_on_a_cpu_long_batches_are_not_mapped(records):
+  members = gang.Gang(configs(records))
+  sizes = (1, 341, 342, 1024, 4096)
+  assert [members._at_once(n) for n in sizes] == [3, 3, 1, 1, 1]
 
 
 def test_members_keep_their_own_initial_factors(records):
