@@ -152,7 +152,8 @@ def init(
 def check_rank(config: ModelConfig, lora: LoraConfig) -> None:
   """ValueError if a rank exceeds the smaller side of a target's kernel.
 
-  Or if a pattern of `lora.ranks` matches no target.
+  Unless it is that of an adapter to start from. Or if a pattern of `lora.ranks`
+  matches no target.
   """
   sizes = layout.axis_sizes(config)
   modules = []
@@ -162,7 +163,7 @@ def check_rank(config: ModelConfig, lora: LoraConfig) -> None:
       math.prod(sizes[c] for c in a[:-1]), math.prod(sizes[c] for c in b[1:])
     )
     rank = max(_ranks(config, lora, path))
-    if rank > side:
+    if rank > side and not lora.path:
       raise ValueError(
         f'lora.rank: got {rank}, expected at most {side}, the smaller '
         f'side of {path}; a larger rank adds parameters but no freedom.'

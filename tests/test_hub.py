@@ -14,7 +14,7 @@ import pytest
 from gemma_jax.formats import hub, source
 from tests import hf_toy
 
-pytest.importorskip('huggingface_hub')
+huggingface_hub = pytest.importorskip('huggingface_hub')
 
 SHA = '0123456789abcdef0123456789abcdef01234567'
 NAME = 'google/gemma-toy'
@@ -218,3 +218,19 @@ def test_what_cannot_be_fetched_is_one_clear_line(server, tmp_path):
 def test_references_that_are_none(reference):
   with pytest.raises(ValueError, match='expected hf:OWNER/NAME'):
     hub.fetch(reference)
+
+
+def test_error_of_any_library_is_one_line(monkeypatch):
+  """httpx's and Xet's are no OSError, and some have no message."""
+
+  class ReadTimeout(Exception):
+    pass
+
+  for message, reason in (('', 'ReadTimeout'), ('slow\nx', 'slow')):
+
+    def fail(*args, message=message, **kwargs):
+      raise ReadTimeout(message)
+
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', fail)
+    with pytest.raises(ValueError, match=rf'fetched whole \({reason}\)'):
+      hub.fetch('hf:a/b')

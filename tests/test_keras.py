@@ -131,24 +131,61 @@ def edit(tmp_path, change, family='gemma1'):
   return path
 
 
-def _reshape(file):
-  a = file['lora/8/vars/lora_kernel_a'][()]
-  del file['lora/8/vars/lora_kernel_a']
-  file['lora/8/vars/lora_kernel_a'] = a[:, :19]
+KERNEL = 'lora/8/vars/lora_kernel_a'
+
+
+def _replace(make):
+  """An edit that puts something else in a kernel's place."""
+
+  def change(file):
+    values = file[KERNEL][()]
+    del file[KERNEL]
+    make(file, values)
+
+  return change
+
+
+def _unwritten(file, values):
+  """A shape, and nothing on disk."""
+  file.create_dataset(KERNEL, (2, 22, 3), 'f4', chunks=(1, 22, 3))
 
 
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    (lambda f: f.move('lora/10', 'lora/9'), r'layer 9 .* for layer_0/attn/k'),
-    (lambda f: f.move('lora/10', 'lora/11'), 'layer 11 is no projection'),
-    (lambda f: f.move('lora/21', 'lora/32'), 'layer 32 is no projection'),
-    (_reshape, r'layer 8 has factors \(2, 19, 3\)'),
+    (lambda f: f.move('lora/10', 'lora/9'), 'lora/9/.* has shape'),
+    (lambda f: f.move('lora/10', 'lora/11'), 'lora/11 is no projection'),
+    (lambda f: f.move('lora/21', 'lora/32'), 'lora/32 is no projection'),
     (lambda f: f.__delitem__('lora/19'), 'layer_1/attn/v has no factors'),
-    (lambda f: f.__delitem__('lora/8/vars/lora_kernel_b'), 'is damaged'),
-    (lambda f: f.__delitem__('lora/vars/rank'), 'is damaged'),
-    (lambda f: f.move('lora/8', 'lora/embedding'), 'lora/embedding is unexp'),
-    (lambda f: f.move('lora', 'other'), 'is damaged or holds no LoRA'),
+    (lambda f: f.__delitem__('lora/8/vars/lora_kernel_b'), 'kernel_b is miss'),
+    (lambda f: f.__delitem__('lora/vars/rank'), 'lora/vars/rank is missing'),
+    (lambda f: f.move('lora/8', 'lora/embedding'), 'lora/embedding is no proj'),
+    (lambda f: f.move('lora', 'other'), 'lora/vars/rank is missing'),
+    (
+      _replace(lambda f, x: f.create_dataset(KERNEL, data=x[:, :19])),
+      rf'{KERNEL} has shape \(2, 19, 3\), expected \(2, 22, 3\)',
+    ),
+    (
+      _replace(lambda f, x: f.create_dataset(KERNEL, data=x.astype('S1'))),
+      f'{KERNEL} is no dataset of numbers',
+    ),
+    (
+      _replace(lambda f, x: f.create_group(KERNEL)),
+      f'{KERNEL} is no dataset of numbers',
+    ),
+    (
+      _replace(
+        lambda f, x: f.__setitem__(KERNEL, h5py.ExternalLink('/etc/x', 'a'))
+      ),
+      f'{KERNEL} is missing or a link',
+    ),
+    (_replace(_unwritten), f'{KERNEL} stores 0 bytes of its'),
+    (
+      _replace(
+        lambda f, x: f.create_dataset(KERNEL, data=0 * x, compression='gzip')
+      ),
+      'expected all of them, not compressed',
+    ),
   ],
 )
 def test_files_that_do_not_fit(change, message, tmp_path):

@@ -164,6 +164,9 @@ class TestInit:
       ValueError, match=rf'lora.rank: got {rank}, .* at most {side}, .*{path}'
     ):
       init(toy.FULL, config)
+    # Of an adapter that is there already, it is what it is.
+    there = dataclasses.replace(config, path='adapter')
+    lora.check_rank(toy.FULL, there)
 
 
 def axes_of(equation):

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from gemma_jax.config import LoraConfig
-from gemma_jax.formats import peft
+from gemma_jax.formats import peft, peft_config
 from tests import hf_toy, peft_toy
 
 
@@ -45,6 +45,7 @@ def test_written_config_has_the_fields_peft_needs(tmp_path):
     'inference_mode': True,
     'layers_to_transform': None,
     'modules_to_save': None,
+    'revision': None,
   }
   tensors = load_file(tmp_path / 'a' / peft.WEIGHTS_NAME)
   assert len(tensors) == 2 * 2 * peft_toy.MODEL.num_layers
@@ -117,6 +118,13 @@ def test_target_modules_as_a_regex(adapter):
     ('fan_in_fan_out', True),
     ('layers_to_transform', [0, 2]),
     ('layers_to_transform', 1),
+    ('layers_to_transform', [[0], 1, 2]),
+    ('use_dora', 'false'),
+    ('use_rslora', 'false'),
+    ('use_rslora', 2),
+    ('r', 10**400),
+    ('lora_alpha', 10**400),
+    ('alpha_pattern', {'q_proj': -(10**400)}),
     ('layer_replication', [[0, 2]]),
     ('trainable_token_indices', [3]),
     ('lora_bias', True),
@@ -156,3 +164,18 @@ def test_options_that_say_nothing_are_accepted(adapter):
   got = peft.read_adapter(adapter, peft_toy.MODEL)
   assert got[0] == want[0]
   hf_toy.assert_trees_equal(got[1], want[1])
+
+
+@pytest.mark.parametrize(
+  ('reference', 'name', 'revision'),
+  [
+    ('gemma3_270m', 'google/gemma-3-270m', None),
+    ('hf:google/gemma-2b', 'google/gemma-2b', None),
+    ('hf:google/gemma-2b@9cf48e52', 'google/gemma-2b', '9cf48e52'),
+    ('models/gemma-2b', 'models/gemma-2b', None),
+  ],
+)
+def test_base_is_named_as_other_tools_name_it(reference, name, revision):
+  raw = peft_config.to_json({'q_proj': 4}, LoraConfig(rank=4), reference)
+  assert raw['base_model_name_or_path'] == name
+  assert raw['revision'] == revision

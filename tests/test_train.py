@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from gemma_jax import files, integrity, metrics, train, variants
+from gemma_jax import files, integrity, metrics, pytree, train, variants
 from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.config import LoraConfig
-from gemma_jax.formats import peft
-from tests import gcs_toy, run_toy
+from gemma_jax.formats import peft, source
+from tests import gcs_toy, hf_toy, run_toy
 
 ROOT = Path(__file__).parent.parent
 
@@ -322,6 +322,30 @@ def test_a_run_starts_from_an_adapter(dora, records, tmp_path):
   assert np.all(m > 0) and np.std(m) > 0
   # The same command again: a finished run, whatever the adapter holds now.
   assert train.train(config.resolve(), str(tmp_path / 'run')) == again
+
+
+def test_a_run_starts_from_an_adapter_that_peft_made(tmp_path):
+  """On its base, which has no tokenizer; the records are tokens."""
+  base = hf_toy.PARITY / 'gemma3'
+  rng = np.random.default_rng(0)
+  with (tmp_path / 'data.jsonl').open('w') as f:
+    for _ in range(20):
+      tokens = [2, *rng.integers(4, 60, 9).tolist()]
+      f.write(json.dumps({'tokens': tokens, 'loss_mask': [0] * 5 + [1] * 5}))
+      f.write('\n')
+  config = run_toy.config(str(tmp_path / 'data.jsonl'), steps=2)
+  config.model.path = str(base)
+  config.lora.path = str(base / 'adapter_all')
+  result = train.train(config.resolve(), str(tmp_path / 'run'))
+  assert result['loss_adapted'] != result['loss_base']
+  source_ = source.open_base(str(base))
+  before, old = peft.read_adapter(base / 'adapter_all', source_.config)
+  after, new = peft.read_adapter(tmp_path / 'run' / 'adapter', source_.config)
+  assert (after.rank, after.scale, after.targets) == (4, 2.0, 'all')
+  assert before.scale == after.scale
+  for name, x in pytree.items(new):
+    moved = np.abs(x - dict(pytree.items(old))[name]).max()
+    assert 0 < moved < 0.1, name
 
 
 def test_an_adapter_of_another_base_is_no_start(dora, records, tmp_path):

@@ -7,6 +7,8 @@ PREFIX = 'hf:'
 
 # All that is read here, and what transformers wants beside it.
 _FILES = (
+  'added_tokens.json',
+  'chat_template.jinja',
   'config.json',
   'generation_config.json',
   '*.safetensors',
@@ -73,9 +75,10 @@ def fetch(reference: str) -> Path:
       'which is not in the cache, and the Hub cannot be reached; check the '
       'network, or give the path of a folder.'
     ) from None
-  except (errors.HfHubHTTPError, OSError) as e:
+  except Exception as e:  # of the hub, of the network's and Xet's libraries
+    reason = (str(e).splitlines() or [type(e).__name__])[0]
     raise refuse(
-      f'which could not be fetched whole ({str(e).splitlines()[0]}); the same '
-      'command goes on where it ended.'
+      f'which could not be fetched whole ({reason}); the same command goes on '
+      'where it ended.'
     ) from None
   return Path(folder)

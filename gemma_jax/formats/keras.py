@@ -11,6 +11,7 @@ from the architecture. Keras's scale is alpha / r with alpha = r, hence 1.
 """
 
 from pathlib import Path
+import re
 from typing import Any
 
 import numpy as np
@@ -57,31 +58,15 @@ def read_lora(
     ) from None
   try:
     with h5py.File(path, 'r') as file:
-      rank, kernels = _read(file, path)
+      rank, unrolled = _read(file, model_config)
   except (OSError, KeyError, RuntimeError) as e:
     raise ValueError(
       f'{path}: it is damaged or holds no LoRA weights of a KerasHub backbone '
       f'({e}).'
     ) from None
+  except ValueError as e:
+    raise ValueError(f'{path}: {e}') from None
 
-  names = layer_names(model_config)
-  unrolled: dict[str, np.ndarray] = {}
-  for index, (a, b) in sorted(kernels.items()):
-    if index not in names:
-      raise ValueError(
-        f'{path}: layer {index} is no projection of a Gemma with '
-        f'{model_config.num_layers} layers; the file is for another '
-        'architecture.'
-      )
-    name = names[index]
-    want = _shapes(name.split('/', 1)[1], model_config, rank)
-    if (a.shape, b.shape) != want:
-      raise ValueError(
-        f'{path}: layer {index} has factors {a.shape} and {b.shape}, expected '
-        f'{want[0]} and {want[1]} for {name}; the file is for another '
-        'architecture.'
-      )
-    unrolled[f'{name}/lora_a'], unrolled[f'{name}/lora_b'] = a, b
   targets = [
     target
     for target in layout.PROJECTION_EQUATIONS
@@ -129,25 +114,70 @@ def layer_names(config: ModelConfig) -> dict[int, str]:
 
 
 def _read(
-  file: Any, path: Path
-) -> tuple[int, dict[int, tuple[np.ndarray, np.ndarray]]]:
-  """The rank, and the factors by the layer's number."""
-  rank = int(file['lora/vars/rank'][()])
+  file: Any, model_config: ModelConfig
+) -> tuple[int, dict[str, np.ndarray]]:
+  """The rank, and the factors by their paths in the unrolled tree."""
+  rank = int(_dataset(file, 'lora/vars/rank', (), 'iuf')[()])
   if not 0 < rank < 1 << 16:
-    raise ValueError(f'{path}: lora/vars/rank is {rank}, expected a rank >= 1.')
-  kernels = {}
+    raise ValueError(f'lora/vars/rank is {rank}, expected a rank >= 1.')
+  names = layer_names(model_config)
+  unrolled: dict[str, np.ndarray] = {}
   for key in file['lora']:
     if key == 'vars':
       continue
-    if not key.isdigit():
-      raise ValueError(f'{path}: lora/{key} is unexpected, expected numbers.')
-    group = file[f'lora/{key}/vars']
-    kernels[int(key)] = tuple(
-      np.asarray(group[f'lora_kernel_{factor}'], np.float32) for factor in 'ab'
+    index = int(key) if re.fullmatch('[0-9]{1,6}', key) else -1
+    if index not in names:
+      raise ValueError(
+        f'lora/{key} is no projection of a Gemma with '
+        f'{model_config.num_layers} layers; the file is for another '
+        'architecture.'
+      )
+    shapes = _shapes(names[index].split('/', 1)[1], model_config, rank)
+    for factor, shape in zip('ab', shapes, strict=True):
+      dataset = _dataset(
+        file, f'lora/{key}/vars/lora_kernel_{factor}', shape, 'f'
+      )
+      unrolled[f'{names[index]}/lora_{factor}'] = np.asarray(
+        dataset, np.float32
+      )
+  if not unrolled:
+    raise ValueError('there are no factors in it.')
+  return rank, unrolled
+
+
+def _dataset(file: Any, name: str, shape: tuple[int, ...], kinds: str) -> Any:
+  """A dataset that is what Keras writes: in this file, plain and whole.
+
+  Links to elsewhere, filters and blocks that were never written are refused:
+  what is read is as large as what is stored.
+
+  Raises:
+    ValueError: it is not; names it.
+    KeyError: there is none.
+  """
+  import h5py
+
+  group = file
+  for part in name.split('/'):
+    if not isinstance(group, h5py.Group):
+      raise ValueError(f'{name} lies in a dataset, expected groups.')
+    if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+      raise ValueError(f'{name} is missing or a link, expected a dataset.')
+    group = group[part]
+  if not isinstance(group, h5py.Dataset) or group.dtype.kind not in kinds:
+    raise ValueError(f'{name} is no dataset of numbers, expected one.')
+  if group.shape != shape:
+    raise ValueError(
+      f'{name} has shape {group.shape}, expected {shape}; the file is for '
+      'another architecture.'
     )
-  if not kernels:
-    raise ValueError(f'{path}: there are no factors in it.')
-  return rank, kernels
+  stored = group.id.get_storage_size()
+  if group.is_virtual or group.external or stored != group.nbytes:
+    raise ValueError(
+      f'{name} stores {stored} bytes of its {group.nbytes} in the file, '
+      'expected all of them, not compressed.'
+    )
+  return group
 
 
 def _shapes(

@@ -2,10 +2,11 @@
 
 from collections.abc import Collection
 import dataclasses
-import math
 import re
+import sys
 from typing import Any
 
+from gemma_jax.formats import hub
 from gemma_jax.lora_config import PROJECTIONS, TARGET_PRESETS, LoraConfig
 
 # Options that decide nothing about a finished adapter.
@@ -42,6 +43,11 @@ _HONOURED = frozenset({
     'use_dora',
     'use_rslora',
 })  # fmt: skip
+
+_MAX_RANK = 1 << 20
+
+# Names of ours → those on the Hub, which other tools look for.
+_HUB_NAMES = {'gemma3_270m': 'google/gemma-3-270m'}
 
 # Initial values of A and B that leave the base's weights as they were.
 _PLAIN_INITS = (None, True, False, 'gaussian', 'eva', 'orthogonal')
@@ -102,10 +108,16 @@ class Options:
     check(
       'layers_to_transform',
       layers is None
-      or (isinstance(layers, list) and set(range(num_layers)) <= set(layers)),
+      or (
+        isinstance(layers, list)
+        and all(isinstance(i, int) for i in layers)
+        and set(range(num_layers)) <= set(layers)
+      ),
       f'null or all {num_layers} layers',
     )
-    check('r', _is_rank(raw.get('r')), 'an integer >= 1')
+    for name in ('use_dora', 'use_rslora'):
+      check(name, raw.get(name) in (None, False, True), 'true or false')
+    check('r', _is_rank(raw.get('r')), f'an integer from 1 to {_MAX_RANK}')
     check('lora_alpha', _is_number(raw.get('lora_alpha')), 'a number')
     check('lora_dropout', _is_number(raw.get('lora_dropout', 0.0)), 'a number')
     for name in ('target_modules', 'exclude_modules'):
@@ -202,8 +214,11 @@ def to_json(
   Args:
     ranks: by module, or by the last part of the name for those of all layers.
     lora_config: the rank, scale and dropout of the training run.
-    base_name: name or path of the base.
+    base_name: of the base: a path, hf:OWNER/NAME[@REVISION], or a name of ours.
   """
+  name, revision = base_name, ''
+  if base_name.startswith(hub.PREFIX):
+    name, _, revision = base_name.removeprefix(hub.PREFIX).partition('@')
   rank, scale = lora_config.rank, lora_config.scale
   own = {name: r for name, r in sorted(ranks.items()) if r != rank}
   # With patterns, plain alpha / r says any scale, and more readers know it.
@@ -214,7 +229,7 @@ def to_json(
     alpha = scale * rank
   return {
     'alpha_pattern': {name: _whole(scale * r) for name, r in own.items()},
-    'base_model_name_or_path': base_name,
+    'base_model_name_or_path': _HUB_NAMES.get(name, name),
     'bias': 'none',
     'fan_in_fan_out': False,
     'inference_mode': True,
@@ -226,6 +241,7 @@ def to_json(
     'peft_type': 'LORA',
     'r': rank,
     'rank_pattern': own,
+    'revision': revision or None,
     'target_modules': sorted({name.rpartition('.')[2] for name in ranks}),
     'task_type': 'CAUSAL_LM',
     'use_dora': lora_config.dora,
@@ -240,11 +256,12 @@ def _whole(x: float) -> int | float:
 def _is_number(x: Any) -> bool:
   if not isinstance(x, int | float) or isinstance(x, bool):
     return False
-  return math.isfinite(x)
+  return abs(x) <= sys.float_info.max  # false of NaN, and of larger integers
 
 
 def _is_rank(x: Any) -> bool:
-  return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+  is_integer = isinstance(x, int) and not isinstance(x, bool)
+  return is_integer and 1 <= x <= _MAX_RANK
 
 
 def _is_regex(x: Any) -> bool:

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import gzip
+import importlib.util
 import json
 import lzma
 from pathlib import Path
+import shutil
 
 import numpy as np
 
@@ -149,6 +151,17 @@ def _write_adapter(folder: Path) -> None:
   )
 
 
+def _write_keras(folder: Path) -> None:
+  golden = Path(__file__).parent.parent / 'golden' / 'keras'
+  shutil.copy(golden / 'gemma2.lora.h5', folder / 'a.lora.h5')
+
+
+def _read_keras(folder: Path) -> None:
+  from tests import test_keras
+
+  adapter.read_adapter(folder / 'a.lora.h5', test_keras.CONFIGS['gemma2'])
+
+
 def _write_tokenizer(folder: Path) -> None:
   proto = tokenizer.build_model_proto(*data_toy.vocabulary())
   (folder / 'tokenizer.model').write_bytes(proto)
@@ -241,3 +254,5 @@ CORPORA = {
   'records': Corpus(_write_records, _read_records),
   'config': Corpus(_write_config, _read_config),
 }
+if importlib.util.find_spec('h5py'):  # of the extra `keras`
+  CORPORA['keras'] = Corpus(_write_keras, _read_keras)
