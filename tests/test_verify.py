@@ -78,6 +78,14 @@ def test_another_bit_in_a_saved_factor_is_found_by_replaying(workdir):
   assert "other bits in ['trainable/lora/" in found.text
 
 
+def test_replaying_on_other_records_is_refused(workdir, tmp_path):
+  facts = json.loads((workdir / 'run.json').read_text())
+  facts['config']['data']['path'] = run_toy.write_records(tmp_path, count=19)
+  (workdir / 'run.json').write_text(json.dumps(facts))
+  with pytest.raises(ValueError, match='its data had the fingerprint'):
+    verify.replay(str(workdir))
+
+
 def test_values_that_are_not_finite_are_bad(workdir):
   save_again(
     workdir, 3, lambda state, notes: (add_to_factors(state, jnp.nan), notes)

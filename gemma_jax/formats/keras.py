@@ -125,7 +125,8 @@ def _read(
   for key in file['lora']:
     if key == 'vars':
       continue
-    index = int(key) if re.fullmatch('[0-9]{1,6}', key) else -1
+    # h5py gives names that are no UTF-8 as bytes.
+    index = int(key) if re.fullmatch('[0-9]{1,6}', str(key)) else -1
     if index not in names:
       raise ValueError(
         f'lora/{key} is no projection of a Gemma with '
