@@ -127,3 +127,14 @@ def edit_tensors(folder, change):
   tensors = load_file(folder / peft.WEIGHTS_NAME)
   change(tensors)
   save_file(tensors, folder / peft.WEIGHTS_NAME)
+
+
+def keep_layers(folder, layers):
+  """Takes the tensors of all other layers away."""
+
+  def change(tensors):
+    for name in list(tensors):
+      if int(name.removeprefix(f'{STEM}.').split('.')[0]) not in layers:
+        del tensors[name]
+
+  edit_tensors(folder, change)

@@ -69,5 +69,5 @@ def test_record_of_a_conversion_must_be_an_architecture(tmp_path):
       source.open_base(str(tmp_path / 'm'))
   fields = {**flax_config.to_record(config), 'num_layers': 10**9}
   record.write_text(json.dumps({'model_config': fields}))
-  with pytest.raises(ValueError, match='got 1000000000 layers, expected an int'):
+  with pytest.raises(ValueError, match='got 1000000000 layers, expected'):
     source.open_base(str(tmp_path / 'm'))

@@ -159,10 +159,13 @@ def endpoint(server):
 
 
 def test_needed_files_are_fetched_once(server, tmp_path):
+  of_instruct_models = ('chat_template.jinja', 'added_tokens.json')
+  server.files |= dict.fromkeys(of_instruct_models, b'{}')
   folder = Path(fetch(f'hf:{NAME}', endpoint(server), tmp_path))
   assert {p.name for p in folder.iterdir()} == {
     'config.json',
     'model.safetensors',
+    *of_instruct_models,
   }
   hf_toy.assert_trees_equal(
     source.open_base(str(folder)).load_params(),
@@ -226,7 +229,12 @@ def test_error_of_any_library_is_one_line(monkeypatch):
   class ReadTimeout(Exception):
     pass
 
-  for message, reason in (('', 'ReadTimeout'), ('slow\nx', 'slow')):
+  for message, reason in (
+    ('', 'ReadTimeout'),
+    ('slow\nx', 'slow'),
+    ('\n slow', 'slow'),
+    (' \n', 'ReadTimeout'),
+  ):
 
     def fail(*args, message=message, **kwargs):
       raise ReadTimeout(message)

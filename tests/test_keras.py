@@ -2,6 +2,8 @@ import dataclasses
 from pathlib import Path
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -132,6 +134,7 @@ def edit(tmp_path, change, family='gemma1'):
 
 
 KERNEL = 'lora/8/vars/lora_kernel_a'
+RANK = 'lora/vars/rank'
 
 
 def _replace(make):
@@ -145,21 +148,41 @@ def _replace(make):
   return change
 
 
-def _unwritten(file, values):
-  """A shape, and nothing on disk."""
-  file.create_dataset(KERNEL, (2, 22, 3), 'f4', chunks=(1, 22, 3))
+def _external(file, values):
+  """Raw data in a file of its own, which is there."""
+  raw = Path(file.filename).with_name('raw')
+  raw.write_bytes(values.tobytes())
+  file.create_dataset(
+    KERNEL, values.shape, 'f4', external=[(str(raw), 0, values.nbytes)]
+  )
+
+
+def _time(file, values):
+  """A type of HDF5 that NumPy does not have."""
+  space = h5py.h5s.create_simple(values.shape)
+  h5py.h5d.create(file.id, KERNEL.encode(), h5py.h5t.UNIX_D32LE, space)
+
+
+def _rank(value):
+  return lambda f: (f.pop(RANK), f.__setitem__(RANK, value))
 
 
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
     (lambda f: f.move('lora/10', 'lora/9'), 'lora/9/.* has shape'),
-    (lambda f: f.move('lora/10', 'lora/11'), 'lora/11 is no projection'),
-    (lambda f: f.move('lora/21', 'lora/32'), 'lora/32 is no projection'),
+    (
+      lambda f: f.move('lora/10', 'lora/11'),
+      "lora holds '11', which is no proj",
+    ),
+    (
+      lambda f: f.move('lora/21', 'lora/32'),
+      "lora holds '32', which is no proj",
+    ),
     (lambda f: f.__delitem__('lora/19'), 'layer_1/attn/v has no factors'),
     (lambda f: f.__delitem__('lora/8/vars/lora_kernel_b'), 'kernel_b is miss'),
     (lambda f: f.__delitem__('lora/vars/rank'), 'lora/vars/rank is missing'),
-    (lambda f: f.move('lora/8', 'lora/embedding'), 'lora/embedding is no proj'),
+    (lambda f: f.move('lora/8', 'lora/embedding'), "lora holds 'embedding'"),
     (lambda f: f.move('lora', 'other'), 'lora/vars/rank is missing'),
     (
       _replace(lambda f, x: f.create_dataset(KERNEL, data=x[:, :19])),
@@ -167,25 +190,40 @@ def _unwritten(file, values):
     ),
     (
       _replace(lambda f, x: f.create_dataset(KERNEL, data=x.astype('S1'))),
-      f'{KERNEL} is no dataset of numbers',
+      f'{KERNEL} is of bytes8, expected float16 or',
     ),
     (
       _replace(lambda f, x: f.create_group(KERNEL)),
       f'{KERNEL} is no dataset of numbers',
     ),
+    (_replace(_time), f'{KERNEL} is no dataset of numbers'),
     (
       _replace(
         lambda f, x: f.__setitem__(KERNEL, h5py.ExternalLink('/etc/x', 'a'))
       ),
       f'{KERNEL} is missing or a link',
     ),
-    (_replace(_unwritten), f'{KERNEL} stores 0 bytes of its'),
+    (
+      lambda f: (f.move('lora', 'l'), f.update(lora=h5py.SoftLink('/l'))),
+      f'{RANK} is missing or a link',
+    ),
+    (_replace(_external), f'{KERNEL} lies in chunks or in another file'),
+    (
+      _replace(lambda f, x: f.create_dataset(KERNEL, x.shape, 'f4')),
+      f'{KERNEL} stores 0 bytes, expected all of its 528',
+    ),
     (
       _replace(
         lambda f, x: f.create_dataset(KERNEL, data=0 * x, compression='gzip')
       ),
-      'expected all of them, not compressed',
+      f'{KERNEL} lies in chunks',
     ),
+    (_rank(3.5), f'{RANK} is of float64, expected int32 or int64'),
+    (_rank(float('inf')), f'{RANK} is of float64'),
+    (_rank(0), f'{RANK} is 0, expected 1 to 65535'),
+    (lambda f: f.copy('lora/10', 'lora/010'), "lora holds '010', which is no"),
+    (lambda f: f.move('lora/10', 'lora/1\n0'), r"lora holds '1\\n0', which is"),
+    (lambda f: f.move('lora/10', b'lora/1\xff'), r"lora holds b'1\\xff'"),
   ],
 )
 def test_files_that_do_not_fit(change, message, tmp_path):
@@ -194,6 +232,41 @@ def test_files_that_do_not_fit(change, message, tmp_path):
     keras.read_lora(path, GEMMA1)
   assert str(path) in str(e.value)
   assert '\n' not in str(e.value)
+
+
+def test_factors_must_fit_into_the_file(tmp_path):
+  """One layer under the names of 99: each is whole, together they are not."""
+
+  def repeat(file):
+    for i in range(2, 100):
+      file[f'lora/{8 + 11 * i}'] = file['lora/8']
+      file[f'lora/{10 + 11 * i}'] = file['lora/10']
+
+  path = edit(tmp_path, repeat)
+  message = f'factors are 172800 bytes, .* {path.stat().st_size}; it is damaged'
+  with pytest.raises(ValueError, match=message):
+    keras.read_lora(path, dataclasses.replace(GEMMA1, num_layers=100))
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float64'])
+def test_factors_of_another_type(dtype, tmp_path):
+  """Keras stores bfloat16 as two bytes that HDF5 knows nothing of."""
+
+  def change(file):
+    for key in ('8', '10', '19', '21'):
+      group = file[f'lora/{key}/vars']
+      for name in ('lora_kernel_a', 'lora_kernel_b'):
+        values = group.pop(name)[()].astype(jnp.dtype(dtype))
+        made = group.create_dataset(name, data=values)
+        if dtype == 'bfloat16':
+          made.attrs['dtype'] = 'bfloat16'
+
+  _, want = keras.read_lora(GOLDEN / 'gemma1.lora.h5', GEMMA1)
+  _, got = keras.read_lora(edit(tmp_path, change), GEMMA1)
+  rounded = jax.tree.map(
+    lambda x: x.astype(jnp.dtype(dtype)).astype(np.float32), want
+  )
+  hf_toy.assert_trees_equal(got, rounded)
 
 
 def test_adapter_of_another_architecture():

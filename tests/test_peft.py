@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gemma_jax import layout, pytree
+from gemma_jax import convert, layout, pytree, streamed
 from gemma_jax.config import LoraConfig
-from gemma_jax.formats import hf_safetensors, peft, peft_matrices
-from tests import hf_toy, peft_toy
+from gemma_jax.formats import hf_safetensors, peft, peft_matrices, source
+from tests import hf_toy, peft_toy, toy
 
 
 def read_base(family):
@@ -41,6 +41,28 @@ def test_adapter_that_peft_wrote(family, targets):
   np.testing.assert_array_equal(got[2, 3], b[48:64, 2])
   unrolled = peft.read_adapter(folder, config, scan_layers=False)[1]
   hf_toy.assert_trees_equal(unrolled, layout.unstack_layers(lora))
+
+
+@pytest.mark.parametrize(
+  ('family', 'tag'),
+  [('gemma1', 'patterns'), ('gemma2', 'qv'), ('gemma3', 'all'),
+   ('gemma3', 'dora')],
+)  # fmt: skip
+@pytest.mark.parametrize('to', ['hf', 'flax'])
+def test_adapter_that_peft_wrote_is_merged_as_peft_does(
+  family, tag, to, tmp_path
+):
+  """By the command: the output's logits are those of merge_and_unload."""
+  folder = hf_toy.PARITY / family
+  convert.convert(
+    str(folder), str(tmp_path / 'm'), to, str(folder / f'adapter_{tag}')
+  )
+  batch = load_file(folder / 'ref_base.safetensors')
+  merged = source.open_base(str(tmp_path / 'm'))
+  got = streamed.logits(merged, batch['input_ids'].astype(np.int32))
+  want = load_file(folder / f'ref_{tag}.safetensors')['merged_logits']
+  is_real = batch['attention_mask'].astype(bool)
+  toy.assert_close(got[is_real][:, : want.shape[-1]], want[is_real], 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -326,11 +348,45 @@ def test_tensors_must_fit_the_config_and_the_base(change, message, adapter):
   assert '\n' not in str(e.value)
 
 
-def test_adapter_on_some_layers_only(adapter):
-  peft_toy.edit_tensors(adapter, lambda t: (t.pop(Q1A), t.pop(Q1B)))
-  peft_toy.edit(adapter, target_modules=r'.*v_proj|.*\.[02]\.self_attn\.q_proj')
-  with pytest.raises(ValueError, match='but not in layer 1, expected all 3'):
-    peft.read_adapter(adapter, peft_toy.MODEL)
+@pytest.mark.parametrize('dora', [False, True])
+def test_adapter_on_some_layers_only(dora, tmp_path):
+  """Zero in the others, which are left out again when it is written."""
+  config = LoraConfig(
+    rank=5, alpha=10.0, targets='q|v|up', dora=dora, ranks={'.*/attn/v': 4}
+  )
+  folder = tmp_path / 'adapter'
+  lora = peft_toy.make_lora(peft_toy.MODEL, config)
+  for leaf in jax.tree.leaves(lora):
+    leaf[1] = 0
+  v = lora['layers']['attn']['v']
+  v['lora_a'], v['lora_b'] = v['lora_a'][..., :4], v['lora_b'][:, :4]
+  lora['layers']['mlp']['up']['lora_a'][1] = 1  # as at the start of a run
+  peft.write_adapter(folder, lora, config, 'base')
+  raw = json.loads((folder / peft.CONFIG_NAME).read_text())
+  assert raw['target_modules'] == [
+    *(f'model.layers.0.self_attn.{x}_proj' for x in 'qv'),
+    *(f'model.layers.2.self_attn.{x}_proj' for x in 'qv'),
+    'up_proj',
+  ]
+  assert raw['rank_pattern'] == {'v_proj': 4}
+  tensors = load_file(folder / peft.WEIGHTS_NAME)
+  assert {n.split('.')[6] for n in tensors if '.layers.1.' in n} == {'up_proj'}
+  got_config, got = peft.read_adapter(folder, peft_toy.MODEL)
+  hf_toy.assert_trees_equal(got, lora)
+  # A layer without an adapter has the rank that its zeros have.
+  assert got_config.rank_of('layer_1/attn/v') == 4
+  again = tmp_path / 'again'
+  peft.write_adapter(again, got, got_config, 'base')
+  for name in (peft.CONFIG_NAME, peft.WEIGHTS_NAME):
+    assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_adapter_of_zeros_is_written_whole(tmp_path):
+  config = LoraConfig(rank=5, targets='qv')
+  lora = jax.tree.map(np.zeros_like, peft_toy.make_lora(peft_toy.MODEL, config))
+  peft.write_adapter(tmp_path / 'a', lora, config, 'base')
+  got = peft.read_adapter(tmp_path / 'a', peft_toy.MODEL)[1]
+  hf_toy.assert_trees_equal(got, lora)
 
 
 def test_adapter_of_another_base_says_so(adapter):

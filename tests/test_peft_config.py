@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -116,12 +117,15 @@ def test_target_modules_as_a_regex(adapter):
     ('bias', 'all'),
     ('modules_to_save', ['embed_tokens']),
     ('fan_in_fan_out', True),
-    ('layers_to_transform', [0, 2]),
-    ('layers_to_transform', 1),
+    ('init_lora_weights', 1),
     ('layers_to_transform', [[0], 1, 2]),
+    ('layers_to_transform', [0, True, 2]),
+    ('layers_to_transform', -1),
+    ('layers_to_transform', '012'),
     ('use_dora', 'false'),
     ('use_rslora', 'false'),
     ('use_rslora', 2),
+    ('use_dora', 0),
     ('r', 10**400),
     ('lora_alpha', 10**400),
     ('alpha_pattern', {'q_proj': -(10**400)}),
@@ -135,9 +139,17 @@ def test_target_modules_as_a_regex(adapter):
     ('r', None),
     ('lora_alpha', '16'),
     ('lora_alpha', float('nan')),
+    ('lora_alpha', 1e39),
     ('lora_dropout', None),
     ('target_modules', {'q_proj': 1}),
+    ('target_modules', [[0]]),
+    ('target_modules', 0),
     ('target_modules', '(q_proj'),
+    ('target_modules', 'a{99999999999999}'),
+    ('target_modules', '(' * 5000 + ')' * 5000),
+    ('exclude_modules', False),
+    ('rank_pattern', []),
+    ('rank_pattern', {'(?i)q_proj': 5}),
     ('rank_pattern', {'q_proj': 0}),
     ('rank_pattern', {'(q_proj': 3}),
     ('alpha_pattern', ['q_proj']),
@@ -149,6 +161,46 @@ def test_unsupported_option_is_named(option, value, adapter):
     peft.read_adapter(adapter, peft_toy.MODEL)
   assert str(adapter / peft.CONFIG_NAME) in str(e.value)
   assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ('options', 'layers'),
+  [
+    ({'layers_to_transform': [0, 2]}, {0, 2}),
+    ({'layers_to_transform': 1, 'layers_pattern': 'layers'}, {1}),
+    ({'layers_to_transform': [2, 40], 'layers_pattern': ['layers']}, {2}),
+    ({'layers_to_transform': []}, {0, 1, 2}),
+    ({'target_modules': r'.*\.[02]\.self_attn\.[qv]_proj'}, {0, 2}),
+    # PEFT asks for the layer only where the name does not say it.
+    (
+      {
+        'layers_to_transform': [1],
+        'target_modules': [
+          'v_proj', 'q_proj', 'model.layers.2.self_attn.q_proj',
+          'model.layers.2.self_attn.v_proj',
+        ],
+      },
+      {1, 2},
+    ),
+  ],
+)  # fmt: skip
+def test_layers_that_are_adapted(options, layers, adapter):
+  whole = peft.read_adapter(adapter, peft_toy.MODEL)[1]
+  peft_toy.edit(adapter, **options)
+  if layers != {0, 1, 2}:
+    with pytest.raises(ValueError, match=r'target_modules.* leaves out model'):
+      peft.read_adapter(adapter, peft_toy.MODEL)
+  peft_toy.keep_layers(adapter, layers)
+  config, lora = peft.read_adapter(adapter, peft_toy.MODEL)
+  assert config == LoraConfig(rank=5, alpha=10.0, targets='qv')
+  mask = np.isin(range(3), list(layers))
+  hf_toy.assert_trees_equal(lora, jax.tree.map(lambda x: (x.T * mask).T, whole))
+
+
+def test_layers_of_another_name_are_refused(adapter):
+  peft_toy.edit(adapter, layers_to_transform=[0], layers_pattern='blocks')
+  with pytest.raises(ValueError, match='option layers_pattern is'):
+    peft.read_adapter(adapter, peft_toy.MODEL)
 
 
 def test_options_that_say_nothing_are_accepted(adapter):
@@ -176,6 +228,8 @@ def test_options_that_say_nothing_are_accepted(adapter):
   ],
 )
 def test_base_is_named_as_other_tools_name_it(reference, name, revision):
-  raw = peft_config.to_json({'q_proj': 4}, LoraConfig(rank=4), reference)
+  raw = peft_config.to_json(
+    {'q_proj': 4}, ['q_proj'], LoraConfig(rank=4), reference
+  )
   assert raw['base_model_name_or_path'] == name
   assert raw['revision'] == revision

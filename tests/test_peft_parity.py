@@ -94,3 +94,42 @@ def test_logits_are_equal_active_and_merged(family, options, tmp_path):
   toy.assert_close(torch_logits(model), want, 1e-4, 'active')
   merged = model.merge_and_unload()
   toy.assert_close(torch_logits(merged), want, 1e-4, 'merged')
+
+
+@pytest.mark.parametrize('dora', [False, True])
+def test_adapter_on_some_layers_there_and_back(dora, tmp_path):
+  """As PEFT makes it with layers_to_transform, and as we write it again."""
+  folder = hf_toy.PARITY / 'gemma3'
+  model = peft_package.get_peft_model(
+    transformers.AutoModelForCausalLM.from_pretrained(folder),
+    peft_package.LoraConfig(
+      r=3, lora_alpha=6, target_modules=['q_proj', 'down_proj'],
+      layers_to_transform=[0, 2], layers_pattern='layers', use_dora=dora,
+    ),
+  )  # fmt: skip
+  torch.manual_seed(0)
+  with torch.no_grad():
+    for name, x in model.named_parameters():
+      if '.lora_B.' in name:
+        x.normal_(std=0.1)
+      elif 'lora_magnitude' in name:
+        x *= 1.3
+  model.save_pretrained(tmp_path / 'a')
+  want = torch_logits(model)
+  base = source.open_base(str(folder))
+  params = base.load_params()
+  config, factors = peft.read_adapter(tmp_path / 'a', base.config)
+  assert not factors['layers']['attn']['q']['lora_a'][1].any()
+  lora = lora_lib.effective(factors, np.float32(config.scale))
+  lora = lora_lib.with_gains(lora, params)
+  got = logits_toy.logits(base.config, params, TOKENS, lora)
+  toy.assert_close(got, want, 1e-4, 'ours')
+  peft.write_adapter(tmp_path / 'b', factors, config, str(folder))
+  again = load('gemma3', tmp_path / 'b')
+  toy.assert_close(torch_logits(again), want, 1e-4, 'theirs')
+  adapted = {
+    name.split('layers.')[1].split('.')[0]
+    for name, module in again.named_modules()
+    if hasattr(module, 'get_delta_weight')
+  }
+  assert adapted == {'0', '2'}

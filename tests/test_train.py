@@ -17,7 +17,7 @@ from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.config import LoraConfig
 from gemma_jax.formats import peft, source
-from tests import gcs_toy, hf_toy, run_toy
+from tests import gcs_toy, hf_toy, peft_toy, run_toy
 
 ROOT = Path(__file__).parent.parent
 
@@ -346,6 +346,36 @@ def test_a_run_starts_from_an_adapter_that_peft_made(tmp_path):
   for name, x in pytree.items(new):
     moved = np.abs(x - dict(pytree.items(old))[name]).max()
     assert 0 < moved < 0.1, name
+
+
+@pytest.mark.parametrize('dora', [False, True])
+def test_a_run_starts_from_a_wide_adapter_on_some_layers(
+  dora, records, tmp_path
+):
+  """A rank beyond the matrix's smaller side; layer 1 stays without one."""
+  model = variants.get('tiny3')
+  lora = LoraConfig(rank=20, targets='q|v', dora=dora)
+  factors = jax.tree.map(
+    lambda x: np.abs(x) * np.float32(0.02), peft_toy.make_lora(model, lora)
+  )
+  for leaf in jax.tree.leaves(factors):
+    leaf[1] = 0
+  peft.write_adapter(tmp_path / 'start', factors, lora, 'b')
+  config = run_toy.config(records, steps=2, eval_every_steps=0)
+  config.lora.path = str(tmp_path / 'start')
+  result = train.train(config.resolve(), str(tmp_path / 'run'))
+  assert result['loss_adapted'] < result['loss_base']
+  after, trained = peft.read_adapter(tmp_path / 'run' / 'adapter', model)
+  assert (after.rank, after.target_names) == (20, ('q', 'v'))
+  old = dict(pytree.items(factors))
+  for name, x in pytree.items(trained):
+    assert not x[1].any(), name
+    assert np.all(np.abs(x - old[name])[[0, 2]].max() > 0), name
+  raw = json.loads(
+    (tmp_path / 'run' / 'adapter' / peft.CONFIG_NAME).read_text()
+  )
+  assert 'model.layers.2.self_attn.v_proj' in raw['target_modules']
+  assert not any('layers.1.' in name for name in raw['target_modules'])
 
 
 def test_an_adapter_of_another_base_is_no_start(dora, records, tmp_path):

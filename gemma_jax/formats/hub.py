@@ -76,7 +76,7 @@ def fetch(reference: str) -> Path:
       'network, or give the path of a folder.'
     ) from None
   except Exception as e:  # of the hub, of the network's and Xet's libraries
-    reason = (str(e).splitlines() or [type(e).__name__])[0]
+    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     raise refuse(
       f'which could not be fetched whole ({reason}); the same command goes on '
       'where it ended.'

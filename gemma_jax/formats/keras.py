@@ -10,10 +10,13 @@ its sublayers, the last one first. Which projection a number stands for follows
 from the architecture. Keras's scale is alpha / r with alpha = r, hence 1.
 """
 
+from collections.abc import Iterator
+import contextlib
 from pathlib import Path
 import re
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from gemma_jax import layout, lora, pytree
@@ -21,6 +24,11 @@ from gemma_jax.lora_config import TARGET_PRESETS, LoraConfig
 from gemma_jax.model_config import ModelConfig
 
 _MAGIC = b'\x89HDF\r\n\x1a\n'
+_FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
+_INTEGERS = ('int32', 'int64')
+
+# What h5py raises for a damaged file, beside ValueError.
+_DAMAGE = (OSError, KeyError, RuntimeError, TypeError)
 
 
 def is_hdf5(path: Path) -> bool:
@@ -58,8 +66,8 @@ def read_lora(
     ) from None
   try:
     with h5py.File(path, 'r') as file:
-      rank, unrolled = _read(file, model_config)
-  except (OSError, KeyError, RuntimeError) as e:
+      rank, unrolled = _read(file, model_config, path.stat().st_size)
+  except _DAMAGE as e:
     raise ValueError(
       f'{path}: it is damaged or holds no LoRA weights of a KerasHub backbone '
       f'({e}).'
@@ -114,71 +122,124 @@ def layer_names(config: ModelConfig) -> dict[int, str]:
 
 
 def _read(
-  file: Any, model_config: ModelConfig
+  file: Any, model_config: ModelConfig, num_bytes: int
 ) -> tuple[int, dict[str, np.ndarray]]:
-  """The rank, and the factors by their paths in the unrolled tree."""
-  rank = int(_dataset(file, 'lora/vars/rank', (), 'iuf')[()])
+  """The rank, and the factors by their paths in the unrolled tree.
+
+  All are checked before one is read, and must fit into the file's `num_bytes`.
+  """
+  name = 'lora/vars/rank'
+  with _naming(name):
+    rank = int(_dataset(file, name, (), _INTEGERS)[()])
   if not 0 < rank < 1 << 16:
-    raise ValueError(f'lora/vars/rank is {rank}, expected a rank >= 1.')
-  names = layer_names(model_config)
-  unrolled: dict[str, np.ndarray] = {}
-  for key in file['lora']:
-    if key == 'vars':
-      continue
-    # h5py gives names that are no UTF-8 as bytes.
-    index = int(key) if re.fullmatch('[0-9]{1,6}', str(key)) else -1
-    if index not in names:
-      raise ValueError(
-        f'lora/{key} is no projection of a Gemma with '
-        f'{model_config.num_layers} layers; the file is for another '
-        'architecture.'
-      )
-    shapes = _shapes(names[index].split('/', 1)[1], model_config, rank)
-    for factor, shape in zip('ab', shapes, strict=True):
-      dataset = _dataset(
-        file, f'lora/{key}/vars/lora_kernel_{factor}', shape, 'f'
-      )
-      unrolled[f'{names[index]}/lora_{factor}'] = np.asarray(
-        dataset, np.float32
-      )
-  if not unrolled:
+    raise ValueError(f'{name} is {rank}, expected 1 to {(1 << 16) - 1}.')
+  datasets: dict[str, tuple[str, Any]] = {}
+  for name, path, shape in _wanted(file['lora'], model_config, rank):
+    with _naming(name):
+      datasets[path] = name, _dataset(file, name, shape, _FLOATS)
+  if not datasets:
     raise ValueError('there are no factors in it.')
+  total = sum(dataset.nbytes for _, dataset in datasets.values())
+  if total > num_bytes:
+    raise ValueError(
+      f"its factors are {total} bytes, expected at most the file's "
+      f'{num_bytes}; it is damaged.'
+    )
+  unrolled = {}
+  for path, (name, dataset) in datasets.items():
+    with _naming(name):
+      unrolled[path] = dataset[()].view(_dtype(dataset)).astype(np.float32)
   return rank, unrolled
 
 
-def _dataset(file: Any, name: str, shape: tuple[int, ...], kinds: str) -> Any:
+def _wanted(
+  group: Any, model_config: ModelConfig, rank: int
+) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+  """Of each factor: the dataset's name, the path of its leaf, its shape.
+
+  Raises:
+    ValueError: the group holds something else than projections; names it.
+  """
+  projections = layer_names(model_config)
+  for key in group:
+    if key == 'vars':
+      continue
+    # h5py gives names that are no UTF-8 as bytes.
+    index = int(key) if re.fullmatch('[1-9][0-9]{0,5}', str(key)) else -1
+    if index not in projections:
+      raise ValueError(
+        f'lora holds {key!r}, which is no projection of a Gemma with '
+        f'{model_config.num_layers} layers; the file is for another '
+        'architecture.'
+      )
+    path = projections[index]
+    shapes = _shapes(path.split('/', 1)[1], model_config, rank)
+    for factor, shape in zip('ab', shapes, strict=True):
+      name = f'lora/{key}/vars/lora_kernel_{factor}'
+      yield name, f'{path}/lora_{factor}', shape
+
+
+@contextlib.contextmanager
+def _naming(name: str):
+  """Turns what h5py raises into a ValueError that names the dataset."""
+  try:
+    yield
+  except _DAMAGE as e:
+    raise ValueError(f'{name} is damaged ({e}).') from None
+
+
+def _dataset(
+  file: Any, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
+) -> Any:
   """A dataset that is what Keras writes: in this file, plain and whole.
 
-  Links to elsewhere, filters and blocks that were never written are refused:
-  what is read is as large as what is stored.
+  Links to elsewhere, chunks, filters and blocks that were never written are
+  refused: what is read is as large as what is stored.
 
   Raises:
     ValueError: it is not; names it.
-    KeyError: there is none.
   """
   import h5py
 
-  group = file
+  found = file
   for part in name.split('/'):
-    if not isinstance(group, h5py.Group):
+    if not isinstance(found, h5py.Group):
       raise ValueError(f'{name} lies in a dataset, expected groups.')
-    if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+    if not isinstance(found.get(part, getlink=True), h5py.HardLink):
       raise ValueError(f'{name} is missing or a link, expected a dataset.')
-    group = group[part]
-  if not isinstance(group, h5py.Dataset) or group.dtype.kind not in kinds:
-    raise ValueError(f'{name} is no dataset of numbers, expected one.')
-  if group.shape != shape:
+    found = found[part]
+  dtype = _dtype(found) if isinstance(found, h5py.Dataset) else None
+  if dtype is None or dtype.name not in dtypes:
+    got = 'no dataset of numbers' if dtype is None else f'of {dtype.name}'
+    raise ValueError(f'{name} is {got}, expected {" or ".join(dtypes)}.')
+  if found.shape != shape:
     raise ValueError(
-      f'{name} has shape {group.shape}, expected {shape}; the file is for '
+      f'{name} has shape {found.shape}, expected {shape}; the file is for '
       'another architecture.'
     )
-  stored = group.id.get_storage_size()
-  if group.is_virtual or group.external or stored != group.nbytes:
+  kind = found.id.get_create_plist().get_layout()
+  if kind not in (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS) or found.external:
     raise ValueError(
-      f'{name} stores {stored} bytes of its {group.nbytes} in the file, '
-      'expected all of them, not compressed.'
+      f'{name} lies in chunks or in another file, expected one plain block; '
+      'save it again with Keras.'
     )
-  return group
+  stored = found.id.get_storage_size()
+  if stored != found.nbytes:
+    raise ValueError(
+      f'{name} stores {stored} bytes, expected all of its {found.nbytes}.'
+    )
+  return found
+
+
+def _dtype(dataset: Any) -> np.dtype | None:
+  """A dataset's dtype, None if NumPy has none; Keras marks its bfloat16."""
+  try:
+    dtype = dataset.dtype
+  except (TypeError, ValueError):
+    return None
+  if dtype == 'V2' and str(dataset.attrs.get('dtype')) == 'bfloat16':
+    return np.dtype(ml_dtypes.bfloat16)
+  return dtype
 
 
 def _shapes(

@@ -72,8 +72,10 @@ def read_adapter(
   The factorization is `matrix`. Leaves of different projections may differ in
   rank (the leaf's shape says it); ranks that differ between the layers of a
   projection are padded with zeros to the largest, and `LoraConfig.ranks` keeps
-  the true ones. Where a module's scale is not the adapter's common one, the
-  ratio is multiplied into its lora_b.
+  the true ones. A projection that is adapted in some layers only is zero in the
+  others: zero in A and in B it has no gradient, and stays so. Where a module's
+  scale is not the adapter's common one, the ratio is multiplied into its
+  lora_b.
 
   Args:
     folder: holds adapter_config.json and adapter_model.safetensors.
@@ -93,7 +95,7 @@ def read_adapter(
   folder = Path(folder)
   where = folder / CONFIG_NAME
   options = peft_config.Options.parse(
-    hf_safetensors.read_json(where), model_config.num_layers, str(where)
+    hf_safetensors.read_json(where), str(where)
   )
   factors = _read_factors(folder / WEIGHTS_NAME, model_config)
   names = _check_targets(factors, options, model_config.num_layers)
@@ -101,33 +103,55 @@ def read_adapter(
   modules = {key: options.module(x.module) for key, x in factors.items()}
   for key, found in factors.items():
     _check_module(found, modules[key], options)
+  for name in names:  # in layers that have none, zeros of the largest rank
+    of_layers = [m for (_, other), m in modules.items() if other == name]
+    widest = max(of_layers, key=lambda module: module.rank)
+    for i in range(model_config.num_layers):
+      modules.setdefault((i, name), widest)
   lora_config = options.lora_config(
     {f'layer_{i}/{name}': modules[i, name] for i, name in sorted(modules)}
   )
 
   tree: dict[str, np.ndarray] = {}
-  layers = range(model_config.num_layers)
   for name in names:
-    rank = max(modules[i, name].rank for i in layers)
-    a_shape, b_shape = peft_matrices.factor_shapes(name, model_config, rank)
-    all_a = np.zeros((len(layers), *a_shape), np.float32)
-    all_b = np.zeros((len(layers), *b_shape), np.float32)
-    for i in layers:
-      _, a, b, _ = factors[i, name]
-      ratio = modules[i, name].scale / lora_config.scale
-      if not math.isclose(ratio, 1.0, rel_tol=1e-9):
-        b = b * np.float32(ratio)
-      r = len(a)
-      all_a[i, ..., :r] = np.moveaxis(a, 0, -1).reshape(*a_shape[:-1], r)
-      all_b[i, :r] = np.moveaxis(b, -1, 0).reshape(r, *b_shape[1:])
-    tree[f'layers/{name}/lora_a'] = all_a
-    tree[f'layers/{name}/lora_b'] = all_b
-    if options.use_dora:
-      tree[f'layers/{name}/lora_magnitude'] = np.stack(
-        [factors[i, name].magnitude.reshape(b_shape[1:]) for i in layers]
-      )
+    tree |= _leaves(name, factors, modules, lora_config, model_config)
   scanned = pytree.unflatten(tree)
   return lora_config, scanned if scan_layers else layout.unstack_layers(scanned)
+
+
+def _leaves(
+  name: str,
+  factors: dict[tuple[int, str], Factors],
+  modules: dict[tuple[int, str], peft_config.Module],
+  lora_config: LoraConfig,
+  model_config: ModelConfig,
+) -> dict[str, np.ndarray]:
+  """A projection's leaves by path, e.g. layers/attn/q/lora_a [L, D, r].
+
+  Zero beyond a module's rank and in layers without one.
+  """
+  layers = range(model_config.num_layers)
+  rank = max(modules[i, name].rank for i in layers)
+  a_shape, b_shape = peft_matrices.factor_shapes(name, model_config, rank)
+  all_a = np.zeros((len(layers), *a_shape), np.float32)
+  all_b = np.zeros((len(layers), *b_shape), np.float32)
+  magnitudes = np.zeros((len(layers), *b_shape[1:]), np.float32)
+  for i in layers:
+    if (i, name) not in factors:
+      continue
+    _, a, b, magnitude = factors[i, name]
+    ratio = modules[i, name].scale / lora_config.scale
+    if not math.isclose(ratio, 1.0, rel_tol=1e-9):
+      b = b * np.float32(ratio)
+    r = len(a)
+    all_a[i, ..., :r] = np.moveaxis(a, 0, -1).reshape(*a_shape[:-1], r)
+    all_b[i, :r] = np.moveaxis(b, -1, 0).reshape(r, *b_shape[1:])
+    if magnitude is not None:
+      magnitudes[i] = magnitude.reshape(b_shape[1:])
+  leaves = {'lora_a': all_a, 'lora_b': all_b}
+  if lora_config.dora:
+    leaves['lora_magnitude'] = magnitudes
+  return {f'layers/{name}/{leaf}': x for leaf, x in leaves.items()}
 
 
 def write_adapter(
@@ -141,8 +165,9 @@ def write_adapter(
 
   A `keras` factorization of q, k or v becomes one block of rank r for each
   head, N r in all: exact, and larger. Ranks that are padded with zeros get
-  their true size again (`LoraConfig.ranks`). The folder appears whole or not at
-  all; an adapter that is there already is replaced.
+  their true size again (`LoraConfig.ranks`); a projection that is zero
+  throughout in some layers only is left out there. The folder appears whole or
+  not at all; an adapter that is there already is replaced.
 
   Args:
     folder: to be made, or an adapter that is replaced.
@@ -169,8 +194,8 @@ def write_adapter(
   lora = jax.device_get(lora)
   if 'layers' in lora:
     lora = layout.unstack_layers(lora)
-  tensors, ranks = _export(dict(pytree.items(lora)), lora_config)
-  raw = peft_config.to_json(ranks, lora_config, base_name)
+  tensors, ranks, targets = _export(dict(pytree.items(lora)), lora_config)
+  raw = peft_config.to_json(ranks, targets, lora_config, base_name)
   from safetensors.numpy import save_file
 
   def fill(tmp: Path):
@@ -292,9 +317,11 @@ def _check_targets(
   """The projections that carry factors; the options must select just these.
 
   Raises:
-    ValueError: a module is selected but has no tensors or the other way round,
-      or a projection is adapted in some layers only.
+    ValueError: a module is selected but has no tensors or the other way round.
   """
+  chooser = 'target_modules'
+  if options.layers_to_transform:
+    chooser += ' with layers_to_transform'
   names = [
     name
     for name in layout.PROJECTION_EQUATIONS
@@ -308,22 +335,17 @@ def _check_targets(
       present, selected = (i, name) in factors, options.selects(module)
       if present != selected:
         raise ValueError(
-          f'{options.where}: target_modules '
+          f'{options.where}: {chooser} '
           f'{"selects" if selected else "leaves out"} {module}, but '
           f'{WEIGHTS_NAME} has {"factors" if present else "none"} for it.'
-        )
-      if not present and name in names:
-        raise ValueError(
-          f'{options.where}: there is an adapter on {name} in some layers '
-          f'but not in layer {i}, expected all {num_layers} layers.'
         )
   return names
 
 
 def _export(
   leaves: dict[str, np.ndarray], lora_config: LoraConfig
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-  """PEFT's tensors, and the ranks that `peft_config.to_json` takes."""
+) -> tuple[dict[str, np.ndarray], dict[str, int], list[str]]:
+  """PEFT's tensors; the ranks and targets that `peft_config.to_json` takes."""
   modules: dict[str, dict[str, np.ndarray]] = {}
   for path, leaf in leaves.items():
     match = _LEAF.fullmatch(path)
@@ -335,6 +357,7 @@ def _export(
     raise ValueError('adapter: the tree has no factors, nothing to write.')
   tensors = {}
   ranks: dict[str, dict[str, int]] = {}  # of each module, by projection
+  unused = _unused(modules)
   for path, parts in modules.items():
     if not {'lora_a', 'lora_b'} <= parts.keys():
       raise ValueError(f'adapter: {path} needs both lora_a and lora_b.')
@@ -345,9 +368,11 @@ def _export(
         f'adapter: {path} has rank {rank} but factors beyond it, expected '
         'zeros there.'
       )
+    if path in unused:
+      continue
     a, b = peft_matrices.matrices(name, a[..., :rank], b[:rank], lora_config)
     module = f'model.layers.{layer}.{hf_safetensors.MODULES[name]}'
-    ranks.setdefault(module.rpartition('.')[2], {})[module] = len(a)
+    ranks.setdefault(name, {})[module] = len(a)
     written = {'lora_A.weight': a, 'lora_B.weight': b}
     if 'lora_magnitude' in parts:
       written['lora_magnitude_vector'] = parts['lora_magnitude'].ravel()
@@ -355,7 +380,21 @@ def _export(
       tensor = f'base_model.model.{module}.{key}'
       tensors[tensor] = np.ascontiguousarray(x, np.float32)
   patterns: dict[str, int] = {}
-  for projection, by_module in ranks.items():
+  targets: list[str] = []
+  for name, by_module in ranks.items():
+    projection = hf_safetensors.MODULES[name].rpartition('.')[2]
     common = set(by_module.values())
     patterns |= {projection: common.pop()} if len(common) == 1 else by_module
-  return tensors, patterns
+    in_part = any(path.endswith(f'/{name}') for path in unused)
+    targets += by_module if in_part else [projection]
+  return tensors, patterns, targets
+
+
+def _unused(modules: dict[str, dict[str, np.ndarray]]) -> set[str]:
+  """Modules that are zero throughout, where others of their projection are not.
+
+  They stand for layers without an adapter (`read_adapter`).
+  """
+  used = {path for path, x in modules.items() if any(map(np.any, x.values()))}
+  adapted = {path.partition('/')[2] for path in used}
+  return {p for p in modules.keys() - used if p.partition('/')[2] in adapted}

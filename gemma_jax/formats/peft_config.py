@@ -3,10 +3,9 @@
 from collections.abc import Collection
 import dataclasses
 import re
-import sys
 from typing import Any
 
-from gemma_jax.formats import hub
+from gemma_jax.formats import hub, source
 from gemma_jax.lora_config import PROJECTIONS, TARGET_PRESETS, LoraConfig
 
 # Options that decide nothing about a finished adapter.
@@ -17,7 +16,6 @@ _IGNORED = frozenset({
     'ensure_weight_tying',
     'eva_config',
     'inference_mode',
-    'layers_pattern',
     'loftq_config',
     'lora_ga_config',
     'megatron_config',
@@ -34,6 +32,7 @@ _HONOURED = frozenset({
     'bias',
     'exclude_modules',
     'init_lora_weights',
+    'layers_pattern',
     'layers_to_transform',
     'lora_alpha',
     'lora_dropout',
@@ -45,9 +44,10 @@ _HONOURED = frozenset({
 })  # fmt: skip
 
 _MAX_RANK = 1 << 20
+_MAX_NUMBER = 1e38  # scales are applied in float32
 
 # Names of ours → those on the Hub, which other tools look for.
-_HUB_NAMES = {'gemma3_270m': 'google/gemma-3-270m'}
+_HUB_NAMES = {source.REAL_270M: 'google/gemma-3-270m'}
 
 # Initial values of A and B that leave the base's weights as they were.
 _PLAIN_INITS = (None, True, False, 'gaussian', 'eva', 'orthogonal')
@@ -73,12 +73,13 @@ class Options:
   lora_dropout: float
   target_modules: str | list[str]
   exclude_modules: str | list[str]
+  layers_to_transform: frozenset[int]  # empty for all
   rank_pattern: dict[str, int]
   alpha_pattern: dict[str, float]
   where: str
 
   @classmethod
-  def parse(cls, raw: Any, num_layers: int, where: str) -> 'Options':
+  def parse(cls, raw: Any, where: str) -> 'Options':
     """Checks a parsed adapter_config.json.
 
     Raises:
@@ -99,40 +100,51 @@ class Options:
     for name in sorted(raw.keys() - _IGNORED - _HONOURED):
       check(name, not raw[name], 'it unset; this option is not supported')
     check('bias', raw.get('bias', 'none') == 'none', "'none'")
+    init = raw.get('init_lora_weights')
     check(
       'init_lora_weights',
-      raw.get('init_lora_weights') in _PLAIN_INITS,
+      any(type(init) is type(x) and init == x for x in _PLAIN_INITS),
       f'one of {_PLAIN_INITS}; others changed the base as well',
     )
     layers = raw.get('layers_to_transform')
-    check(
-      'layers_to_transform',
-      layers is None
-      or (
-        isinstance(layers, list)
-        and all(isinstance(i, int) for i in layers)
-        and set(range(num_layers)) <= set(layers)
-      ),
-      f'null or all {num_layers} layers',
-    )
+    if layers is not None:
+      layers = layers if isinstance(layers, list) else [layers]
+      check(
+        'layers_to_transform',
+        all(_is_index(i) for i in layers),
+        'null, a layer or a list of layers',
+      )
+      check(
+        'layers_pattern',
+        raw.get('layers_pattern') in (None, '', [], 'layers', ['layers']),
+        "null or 'layers', as Gemma's are called",
+      )
     for name in ('use_dora', 'use_rslora'):
-      check(name, raw.get(name) in (None, False, True), 'true or false')
+      check(name, isinstance(raw.get(name), bool | None), 'true or false')
     check('r', _is_rank(raw.get('r')), f'an integer from 1 to {_MAX_RANK}')
-    check('lora_alpha', _is_number(raw.get('lora_alpha')), 'a number')
+    check(
+      'lora_alpha',
+      _is_number(raw.get('lora_alpha')),
+      f'a number of size {_MAX_NUMBER} at most',
+    )
     check('lora_dropout', _is_number(raw.get('lora_dropout', 0.0)), 'a number')
     for name in ('target_modules', 'exclude_modules'):
-      value = raw.get(name) or []
-      check(name, _is_selection(value), 'a list of names or a regex')
-    for name, is_valid in (
-      ('rank_pattern', _is_rank),
-      ('alpha_pattern', _is_number),
+      value = raw.get(name)
+      check(
+        name,
+        value is None or _is_selection(value),
+        'a list of names or a regex',
+      )
+    for name, is_valid, largest in (
+      ('rank_pattern', _is_rank, _MAX_RANK),
+      ('alpha_pattern', _is_number, _MAX_NUMBER),
     ):
-      value = raw.get(name) or {}
+      value = {} if raw.get(name) is None else raw[name]
       check(
         name,
         isinstance(value, dict)
-        and all(_is_regex(k) and is_valid(v) for k, v in value.items()),
-        'an object of module names and numbers',
+        and all(_is_ending(k) and is_valid(v) for k, v in value.items()),
+        f'an object of regexes and numbers, of size {largest} at most',
       )
     return cls(
       r=raw['r'],
@@ -142,16 +154,26 @@ class Options:
       lora_dropout=float(raw.get('lora_dropout', 0.0)),
       target_modules=raw.get('target_modules') or [],
       exclude_modules=raw.get('exclude_modules') or [],
+      layers_to_transform=frozenset(layers or ()),
       rank_pattern=raw.get('rank_pattern') or {},
       alpha_pattern=raw.get('alpha_pattern') or {},
       where=where,
     )
 
   def selects(self, module: str) -> bool:
-    """Whether PEFT puts an adapter on the base's module of that name."""
-    return _selected(self.target_modules, module) and not _selected(
+    """Whether PEFT puts an adapter on the base's module of that name.
+
+    `layers_to_transform` decides on names that are given by their end alone.
+    """
+    targets, layers = self.target_modules, self.layers_to_transform
+    if not _selected(targets, module) or _selected(
       self.exclude_modules, module
-    )
+    ):
+      return False
+    if not layers or isinstance(targets, str) or module in targets:
+      return True
+    layer = re.search(r'\blayers\.(\d+)\.', module)
+    return layer is not None and int(layer[1]) in layers
 
   def module(self, module: str) -> Module:
     """Rank and scale of a module: the first pattern that matches its end."""
@@ -204,7 +226,10 @@ class Options:
 
 
 def to_json(
-  ranks: dict[str, int], lora_config: LoraConfig, base_name: str
+  ranks: dict[str, int],
+  targets: Collection[str],
+  lora_config: LoraConfig,
+  base_name: str,
 ) -> dict[str, Any]:
   """The adapter_config.json of factors with `lora_config.scale`.
 
@@ -213,6 +238,7 @@ def to_json(
 
   Args:
     ranks: by module, or by the last part of the name for those of all layers.
+    targets: the adapted modules, by the last part for those of all layers.
     lora_config: the rank, scale and dropout of the training run.
     base_name: of the base: a path, hf:OWNER/NAME[@REVISION], or a name of ours.
   """
@@ -242,7 +268,7 @@ def to_json(
     'r': rank,
     'rank_pattern': own,
     'revision': revision or None,
-    'target_modules': sorted({name.rpartition('.')[2] for name in ranks}),
+    'target_modules': sorted(targets),
     'task_type': 'CAUSAL_LM',
     'use_dora': lora_config.dora,
     'use_rslora': rslora,
@@ -256,20 +282,27 @@ def _whole(x: float) -> int | float:
 def _is_number(x: Any) -> bool:
   if not isinstance(x, int | float) or isinstance(x, bool):
     return False
-  return abs(x) <= sys.float_info.max  # false of NaN, and of larger integers
+  return abs(x) <= _MAX_NUMBER  # false of NaN
+
+
+def _is_index(x: Any) -> bool:
+  return isinstance(x, int) and not isinstance(x, bool) and x >= 0
 
 
 def _is_rank(x: Any) -> bool:
-  is_integer = isinstance(x, int) and not isinstance(x, bool)
-  return is_integer and 1 <= x <= _MAX_RANK
+  return _is_index(x) and 1 <= x <= _MAX_RANK
 
 
 def _is_regex(x: Any) -> bool:
   try:
-    re.compile(x)
-  except (re.error, TypeError):
+    return isinstance(x, str) and bool(re.compile(x))
+  except (re.error, OverflowError, RecursionError):
     return False
-  return isinstance(x, str)
+
+
+def _is_ending(x: Any) -> bool:
+  """Whether it is a regex, and one still as `_matches` takes it."""
+  return _is_regex(x) and _is_regex(_ending(x))
 
 
 def _is_selection(x: Any) -> bool:
@@ -296,4 +329,8 @@ def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
 
 def _matches(pattern: str, module: str) -> bool:
   """PEFT's rule for the keys of rank_pattern and alpha_pattern."""
-  return re.match(rf'(.*\.)?({pattern})$', module) is not None
+  return re.match(_ending(pattern), module) is not None
+
+
+def _ending(pattern: str) -> str:
+  return rf'(.*\.)?({pattern})$'
