@@ -29,7 +29,7 @@ from gemma_jax.formats import (
   atomic_folder,
   base,
   flax_config,
-  flax_release,
+  flax_writer,
   hf_writer,
   merged,
   peft,
@@ -202,8 +202,8 @@ def _write_model(
     hf_writer.write_folder(new, source, dtype, max_shard_bytes)
     config = hf_writer.exported_config(source.config)
   else:
-    flax_release.write_folder(new, source, dtype, nested)
-    config = flax_release.exported_config(source.config)
+    flax_writer.write_folder(new, source, dtype, nested)
+    config = flax_writer.exported_config(source.config)
   shapes = base.stored_shapes(config).values()
   record = {
     'dtype': base.weight_dtype(source, dtype).name,

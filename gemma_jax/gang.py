@@ -267,28 +267,25 @@ def make_train_step(
     finished updates, which the members share.
   """
 
-  def one(state, member, frozen, batch):
-    settings = dataclasses.replace(
-      config.optimizer, learning_rate=member.learning_rate
-    )
-    step = train_step.make_train_step(
-      model,
-      optimizer.make_optimizer(settings, steps, config.trainable),
-      optimizer.make_schedule(settings, steps),
-      scale=member.scale,
-      num_pieces=num_pieces,
-      accumulate_steps=settings.accumulate_steps,
-      seed=member.seed,
-    )
-    return step(state, frozen, batch)
-
   def step(state, members, frozen, batch):
-    def update(leaves, member):
-      new, metrics = one(TrainState(state.step, *leaves), member, frozen, batch)
+    def one(leaves, member):
+      settings = dataclasses.replace(
+        config.optimizer, learning_rate=member.learning_rate
+      )
+      update = train_step.make_train_step(
+        model,
+        optimizer.make_optimizer(settings, steps, config.trainable),
+        optimizer.make_schedule(settings, steps),
+        scale=member.scale,
+        num_pieces=num_pieces,
+        accumulate_steps=settings.accumulate_steps,
+        seed=member.seed,
+      )
+      new, metrics = update(TrainState(state.step, *leaves), frozen, batch)
       return (new.trainable, new.opt_state), metrics
 
     leaves, metrics = _map(
-      update, ((state.trainable, state.opt_state), members), at_once
+      one, ((state.trainable, state.opt_state), members), at_once
     )
     return TrainState(state.step + 1, *leaves), metrics
 
@@ -298,7 +295,10 @@ def make_train_step(
 def make_eval_step(
   model, *, num_pieces: int | None, at_once: int | None = None
 ):
-  """Makes eval_step(trainable, members, frozen, batch) -> [K, B, T]."""
+  """Makes eval_step(trainable, members, frozen, batch) -> losses [K, B, T].
+
+  `at_once` as in `make_train_step`; losses in nats, weighted.
+  """
 
   def eval_step(trainable, members, frozen, batch):
     def one(trainable, member):

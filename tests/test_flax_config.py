@@ -6,7 +6,7 @@ import json
 import pytest
 
 from gemma_jax import variants
-from gemma_jax.formats import flax_config, flax_release, source
+from gemma_jax.formats import flax_config, flax_release, flax_writer, source
 from tests import logits_toy
 
 
@@ -15,7 +15,7 @@ from tests import logits_toy
 )
 def test_variant_is_recognised_by_the_shapes(name, tmp_path):
   """From the shapes alone, with the 256128 rows of the release."""
-  config = flax_release.exported_config(variants.get(name))
+  config = flax_writer.exported_config(variants.get(name))
   rows = 262_144 if name.startswith('gemma3') else 256_128
   assert config.vocab_size == rows
   fused = config.num_heads == config.num_kv_heads
@@ -58,7 +58,7 @@ def test_other_sizes_take_what_their_family_shares(tmp_path):
 
 def test_record_of_a_conversion_must_be_an_architecture(tmp_path):
   (tmp_path / 'm').mkdir()
-  flax_release.write_folder(tmp_path / 'm', logits_toy.source_of(variants.TINY))
+  flax_writer.write_folder(tmp_path / 'm', logits_toy.source_of(variants.TINY))
   record = tmp_path / 'm' / flax_config.RECORD_NAME
   config = dataclasses.replace(variants.TINY, rope_theta=9973.0)
   record.write_text(json.dumps({'model_config': flax_config.to_record(config)}))

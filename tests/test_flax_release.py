@@ -7,7 +7,7 @@ import pytest
 
 from gemma_jax import layout, pytree, variants
 from gemma_jax.formats import base as base_lib
-from gemma_jax.formats import flax_release, source
+from gemma_jax.formats import flax_release, flax_writer, source
 from tests import hf_toy, logits_toy
 
 # 7B's layout: as many kv heads as query heads, hence qkv_einsum.
@@ -161,7 +161,7 @@ def test_vision_is_passed_over(tmp_path):
 def test_what_is_written_is_the_release(name, nested, tmp_path):
   """Orbax itself restores the names and bits that the release would have."""
   config = CONFIGS[name]
-  flax_release.write_folder(
+  flax_writer.write_folder(
     tmp_path, logits_toy.source_of(config), 'bfloat16', nested
   )
   got = ocp.PyTreeCheckpointer().restore(tmp_path / flax_release.FOLDER_NAME)
@@ -185,7 +185,7 @@ def test_an_array_is_read_when_the_one_before_is_on_disk(tmp_path):
       written.append(leaf.nbytes)
       super().read_into(path, leaf, pool)
 
-  flax_release.write_folder(tmp_path, Watched(**vars(source_)))
+  flax_writer.write_folder(tmp_path, Watched(**vars(source_)))
   earlier = np.cumsum([0, *written])
   # k and v, and gate and up, are in one array: the second is read before the
   # first is written.
@@ -203,7 +203,7 @@ def test_what_cannot_be_read_is_said_in_its_own_words(tmp_path):
       super().read_into(path, leaf, pool)
 
   with pytest.raises(ValueError, match=r'^the file is cut short$'):
-    flax_release.write_folder(tmp_path, Damaged(**vars(source_)))
+    flax_writer.write_folder(tmp_path, Damaged(**vars(source_)))
 
 
 def test_tokenizer_stands_beside_or_within(tmp_path):
@@ -218,7 +218,7 @@ def test_tokenizer_stands_beside_or_within(tmp_path):
   assert source.open_base(str(tmp_path / '2b')).tokenizer().model_proto == proto
   out = tmp_path / 'out'
   out.mkdir()
-  flax_release.write_folder(out, base)
+  flax_writer.write_folder(out, base)
   assert (out / 'tokenizer.model').read_bytes() == proto
 
 
@@ -275,7 +275,7 @@ def test_arrays_are_exactly_those_expected(change, message, tmp_path):
 
 def test_damaged_checkpoint_is_named(tmp_path):
   (tmp_path / 'm').mkdir()
-  flax_release.write_folder(tmp_path / 'm', logits_toy.source_of(variants.TINY))
+  flax_writer.write_folder(tmp_path / 'm', logits_toy.source_of(variants.TINY))
   data = max(
     (p for p in (tmp_path / 'm').rglob('*') if p.is_file()),
     key=lambda p: p.stat().st_size,

@@ -9,7 +9,7 @@ import pytest
 
 from gemma_jax import layout, pytree, variants
 from gemma_jax.data import tokenizer as tokenizer_lib
-from gemma_jax.formats import flax_release, source
+from gemma_jax.formats import flax_release, flax_writer, source
 from tests import hf_toy
 
 
@@ -172,6 +172,6 @@ def test_random_weights_do_not_depend_on_how_they_are_read(rows):
 
 def test_flax_folder_is_recognised_by_its_content(tmp_path):
   base = source.open_base('random:tiny3')
-  flax_release.write_folder(tmp_path, base)
+  flax_writer.write_folder(tmp_path, base)
   for folder in (tmp_path, tmp_path / flax_release.FOLDER_NAME):
     assert source.open_base(str(folder)).config == base.config

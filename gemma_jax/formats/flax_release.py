@@ -1,4 +1,4 @@
-"""The Flax release of Gemma 1, 2 and 3 (Orbax), read and written.
+"""The Flax release of Gemma 1, 2 and 3 (Orbax), read; `flax_writer` writes it.
 
     gemma-2b/tokenizer.model
     gemma-2b/2b/                   Orbax: an array for each name below
@@ -14,25 +14,21 @@ all of these are read. The arrays are read through TensorStore, one at a time;
 nothing is unpickled.
 """
 
-import asyncio
 import collections
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent import futures
+from collections.abc import Collection, Iterable, Mapping
 import dataclasses
 import functools
 import math
-import os
 from pathlib import Path
 import re
 import threading
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
-from gemma_jax import layout, pytree
-from gemma_jax.formats import base, flax_config, hf_writer
+from gemma_jax import layout
+from gemma_jax.formats import base, flax_config
 from gemma_jax.formats.base import BaseSource, StoredTensor
 from gemma_jax.model_config import ModelConfig
 
@@ -41,12 +37,6 @@ _MARKERS = ('_METADATA', 'manifest.ocdbt', 'checkpoint')
 _ARRAY_FILES = {'zarr': '.zarray', 'zarr3': 'zarr.json'}
 _VISION = re.compile(r'(vision_encoder|SigLiP\w*)/|embedder/mm_')
 _DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
-
-# Arrays are stored in blocks of at most this size, so that a reader need not
-# hold the embedding twice.
-_BLOCK_BYTES = 64 << 20
-# Orbax holds a file of data in memory until it is so large.
-_DATA_FILE_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +99,7 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
   fused = 'layer_0/attn/qkv_einsum/w' in shapes
   gating = shapes.get('layer_0/mlp/gating_einsum/w', ())
   D, F = config.embed_dim, config.hidden_dim
-  swapped = gating == (2, F, D) and (D != F or _gating_is_swapped(config))
+  swapped = gating == (2, F, D) and (D != F or gating_is_swapped(config))
   places = make_places(config, fused, swapped)
   _check(places, arrays, root)
   dtypes = {array.dtype.numpy_dtype for array in arrays.values()}
@@ -138,140 +128,6 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
     ),
     make_tokenizer=functools.partial(_tokenizer, tokenizer),
   )
-
-
-def write_folder(
-  folder: Path, source: BaseSource, dtype: Any = 'auto', nested: bool = False
-):
-  """Fills an empty folder with `params/` (Orbax) and tokenizer.model.
-
-  One array is in memory at a time. An embedding of 256000 rows gets the 128
-  rows of zeros that the release has and its readers expect.
-
-  Args:
-    folder: exists and is empty; `atomic_folder.replace` makes it appear whole.
-    source: any base, also a merged one.
-    dtype: 'auto' (the base's own), 'float32' or 'bfloat16'.
-    nested: names as nested dicts, not flat.
-
-  Raises:
-    ValueError: a dtype that is not one of these.
-  """
-  dtype = base.weight_dtype(source, dtype)
-  config = source.config
-  places = make_places(
-    exported_config(config),
-    fused=config.num_heads == config.num_kv_heads,
-    swapped=_gating_is_swapped(config),
-  )
-  parts: dict[str, dict[str, Place]] = {}
-  for path, place in places.items():
-    parts.setdefault(place.name, {})[path] = place
-  with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-    leaves = {
-      f'transformer/{name}': _Leaf(
-        own[next(iter(own))].shape,
-        np.dtype(dtype),
-        functools.partial(_fill, source, own, pool),
-      )
-      for name, own in parts.items()
-    }
-    _save(folder.absolute() / FOLDER_NAME, leaves, nested)
-  tokenizer = source.tokenizer()
-  if tokenizer is not None and tokenizer.model_proto is not None:
-    (folder / 'tokenizer.model').write_bytes(tokenizer.model_proto)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-  """An array that is read when its turn has come.
-
-  Attributes:
-    shape: of the whole.
-    dtype: as it is written.
-    fill: puts the values into an array of zeros.
-  """
-
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  fill: Callable[[np.ndarray], None]
-
-  @property
-  def size(self) -> int:
-    return math.prod(self.shape)
-
-  def load(self) -> np.ndarray:
-    array = np.zeros(self.shape, self.dtype)
-    self.fill(array)
-    return array
-
-
-def _fill(
-  source: BaseSource,
-  places: Mapping[str, Place],
-  pool: futures.Executor,
-  array: np.ndarray,
-) -> None:
-  """Reads what lies in one array of the release, by path of our tree."""
-  for path, place in places.items():
-    leaf = place.view(array if place.index is None else array[place.index])
-    if path == 'embedder/input_embedding':
-      leaf = leaf[: source.config.vocab_size]
-    source.read_into(path, leaf, pool)
-
-
-def _save(folder: Path, leaves: Mapping[str, _Leaf], nested: bool) -> None:
-  """Writes 'transformer/module/name' → leaf with Orbax, a leaf at a time."""
-  import orbax.checkpoint as ocp
-
-  class InTurn(ocp.type_handlers.NumpyHandler):
-    """Writes the next array when one is written.
-
-    Orbax would start all at once and hold what it has not written yet.
-    """
-
-    async def serialize(self, values, infos, args=None):
-      args = args or [ocp.SaveArgs()] * len(values)
-      for value, info, arg in zip(values, infos, args, strict=True):
-        started = await super().serialize([value.load()], [info], [arg])
-        for future in started:
-          await asyncio.to_thread(future.result)
-      return []
-
-  if nested:
-    tree = pytree.unflatten(leaves)
-  else:
-    tree = {}
-    for name, leaf in leaves.items():
-      module, _, last = name.rpartition('/')
-      tree.setdefault(module, {})[last] = leaf
-  registry = ocp.type_handlers.create_type_handler_registry(
-    (_Leaf, InTurn(deepcopy_host_arrays=False)),
-    (jax.Array, ocp.type_handlers.ArrayHandler()),
-  )
-  handler = ocp.PyTreeCheckpointHandler(
-    use_compression=False,  # trained weights hardly shrink
-    type_handler_registry=registry,
-  )
-  save_args = jax.tree.map(
-    lambda _: ocp.SaveArgs(chunk_byte_size=_BLOCK_BYTES), tree
-  )
-  with ocp.Checkpointer(handler) as checkpointer:
-    checkpointer.save(
-      folder,
-      args=ocp.args.PyTreeSave(
-        tree,
-        save_args=save_args,
-        ocdbt_target_data_file_size=_DATA_FILE_BYTES,
-      ),
-    )
-
-
-def exported_config(config: ModelConfig) -> ModelConfig:
-  """The architecture with the rows that the release's embedding has."""
-  padded = {tokens: rows for rows, tokens in hf_writer.TOKEN_ROWS.items()}
-  rows = padded.get(config.vocab_size, config.vocab_size)
-  return dataclasses.replace(config, vocab_size=rows)
 
 
 def make_places(
@@ -309,11 +165,11 @@ def make_places(
   return places
 
 
-def _gating_is_swapped(config: ModelConfig) -> bool:
+def gating_is_swapped(config: ModelConfig) -> bool:
   """Whether the release of this architecture has gate and up as [2, F, D].
 
   That of Gemma 3 has, and those of Gemma 2 9B and 27B (42 and 46 layers):
-  `transpose_gating_einsum` in google-deepmind/gemma, gemma/gm/nn/_gemma.py.
+  `transpose_gating_einsum` in github.com/google-deepmind/gemma.
   """
   large = config.use_post_norms and config.num_layers in (42, 46)
   return config.use_qk_norm or large

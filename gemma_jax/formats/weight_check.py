@@ -83,12 +83,7 @@ def compare(
           _read(x, path, shapes[path].shape, pool)
           for x in (source_with, written)
         )
-        want = lora_lib.merge(
-          pytree.unflatten({path: old}),
-          pytree.unflatten(own),
-          lora_config.scale,
-        )
-        (want,) = map(np.asarray, jax.tree.leaves(want))
+        want = _merge(path, old, own, lora_config.scale)
         difference, changed = _compare_merged(path, want, got, old, dtype)
       else:
         difference, changed = _compare_kept(
@@ -106,6 +101,16 @@ def _read(
   out = np.empty(shape, np.float32)
   source.read_into(path, out, pool)
   return out
+
+
+def _merge(
+  path: str, kernel: np.ndarray, factors: dict[str, np.ndarray], scale: float
+) -> np.ndarray:
+  """One kernel with its adapter, by `lora.merge`."""
+  tree = lora_lib.merge(
+    pytree.unflatten({path: kernel}), pytree.unflatten(factors), scale
+  )
+  return np.asarray(dict(pytree.items(tree))[path])
 
 
 def _compare_merged(
