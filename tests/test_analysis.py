@@ -1,5 +1,6 @@
 """Intervals that hold what they promise, and answers that follow from them."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,24 @@ def test_the_smallest_rank_that_is_not_worse():
   assert f'[{low:+.4f}, {high:+.4f}]' in text
   assert 'Distinguishably worse than the best: rank 1, rank 2.' in text
   assert 'fewer than' not in text
+
+
+def test_truncation_goes_from_the_smallest_rank_to_the_largest():
+  """By number: 16 comes after 2, which it does not as text."""
+  levels = {1: 0.5, 2: 0.2, 16: 0.0, 32: 0.0}
+  sweep = made_sweep(levels)
+  for cell in sweep.finished('lora'):
+    if cell.axes['learning_rate'] == 2e-3 and cell.axes['rank'] < 32:
+      cut = dataclasses.replace(
+        cell, kind='truncated', axes={**cell.axes, 'from_rank': 32}
+      )
+      vars(cut)['losses'] = cell.losses
+      sweep.cells.append(cut)
+  found = compare.truncation(sweep, compare.rows(sweep))
+  assert [each['rank'] for each in found] == [1, 2, 16]
+  for each in found:
+    assert each['from_rank'] == 32
+    assert each['truncated'] == pytest.approx(each['trained'])
 
 
 def test_few_seeds_are_said():

@@ -198,8 +198,9 @@ def truncation(sweep: Sweep, table: list[Row]) -> list[dict[str, Any]]:
   """Test loss at each rank: trained there, and cut to it from the largest.
 
   Returns:
-    Dicts of `label`, `rank`, `from_rank`, `trained` and `truncated` (mean
-    losses), and `difference`, truncated minus trained.
+    Dicts of `label`, `others` (the label without its rank), `rank`,
+    `from_rank`, `trained` and `truncated` (mean losses), and `difference`,
+    truncated minus trained; by others, then by rank.
   """
   test = sweep.part('test')
   by_arm: dict[Arm, list[Outcome]] = {}
@@ -215,6 +216,7 @@ def truncation(sweep: Sweep, table: list[Row]) -> list[dict[str, Any]]:
     found.append(
       {
         'label': row.label,
+        'others': row.label.removesuffix(f'rank {row.arm["rank"]}'),
         'rank': row.arm['rank'],
         'from_rank': dict(arm)['from_rank'],
         'trained': row.test,
@@ -222,7 +224,7 @@ def truncation(sweep: Sweep, table: list[Row]) -> list[dict[str, Any]]:
         'difference': difference(cells, row.cells, test),
       }
     )
-  return sorted(found, key=lambda each: (each['label'], each['rank']))
+  return sorted(found, key=lambda each: (each['others'], each['rank']))
 
 
 def label(arm: Arm, varying: set[str]) -> str:

@@ -7,6 +7,7 @@ maps use cividis. Both are made for colour-blind readers. Sizes suit a phone.
 
 from collections.abc import Callable
 import contextlib
+import itertools
 
 import matplotlib
 
@@ -223,14 +224,17 @@ def _curves(figure, theme, sweep, table) -> None:
 
 def _truncation(figure, theme, cut) -> None:
   axes = figure.add_subplot()
-  ranks = [each['rank'] for each in cut]
+  ranks = sorted({each['rank'] for each in cut})
   pair = colours(theme, 2)
-  axes.plot(ranks, [each['trained'] for each in cut], '-o', color=pair[0],
-            label='trained at this rank')  # fmt: skip
-  axes.plot(ranks, [each['truncated'] for each in cut], '--s', color=pair[1],
-            label=f'cut from rank {cut[-1]["from_rank"]}')  # fmt: skip
+  for others, rows in itertools.groupby(cut, lambda each: each['others']):
+    rows = list(rows)
+    x = [each['rank'] for each in rows]
+    axes.plot(x, [each['trained'] for each in rows], '-o', color=pair[0],
+              label=f'{others}trained at this rank')  # fmt: skip
+    axes.plot(x, [each['truncated'] for each in rows], '--s', color=pair[1],
+              label=f'{others}cut from {rows[0]["from_rank"]}')  # fmt: skip
   axes.set_xscale('log', base=2)
-  axes.set_xticks(sorted(set(ranks)), [str(r) for r in sorted(set(ranks))])
+  axes.set_xticks(ranks, [str(r) for r in ranks])
   axes.minorticks_off()
   axes.set_xlabel('rank')
   axes.set_ylabel('test loss, nats per token')
