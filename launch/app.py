@@ -13,7 +13,9 @@ import logging as standard_logging
 import os
 import re
 import signal
+import socket
 import sys
+import threading
 import time
 
 from absl import app, flags, logging
@@ -93,33 +95,53 @@ def set_compilation_cache(folder: str) -> None:
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
   """Makes SIGTERM and Ctrl-C ask for a stop; a second one ends at once.
 
+  Python runs a signal's handler between two of its own instructions, so not
+  before a compilation or a step is over, and then once for all that have come.
+  A thread, told by the system's handler, does not wait for that: it says that
+  the signal was heard, and ends the process at the second one with 128 plus its
+  number, the code that a shell gives to what a signal has ended.
+
   Yields:
     should_stop(), true once a signal has come.
   """
-  received = []
+  stopping = threading.Event()
+  numbers, from_handler = socket.socketpair()
+  from_handler.setblocking(False)
 
-  def handle(number, frame):
-    del frame
-    received.append(number)
-    for each in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(each, signal.SIG_DFL)
-    # Not through sys.stderr, which may be what the signal interrupted: Python
-    # refuses to write there again before it is done, and raises.
-    os.write(
-      2,
-      f'\n{time.strftime("%H:%M:%S")} Received {signal.Signals(number).name}: '
-      'saving, then stopping. A second one ends at once.\n'.encode(),
+  def watch():
+    while number := numbers.recv(1):
+      which = signal.Signals(number[0])
+      if which not in (signal.SIGTERM, signal.SIGINT):
+        continue  # another one that Python handles
+      if stopping.is_set():
+        os._exit(128 + which)
+      # Not through sys.stderr, whose lock another thread may hold for long.
+      os.write(
+        2,
+        f'\n{time.strftime("%H:%M:%S")} Received {which.name}: saving, then '
+        'stopping. A second one ends at once.\n'.encode(),
+      )
+      stopping.set()
+
+  with numbers, from_handler:
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    told_before = signal.set_wakeup_fd(
+      from_handler.fileno(), warn_on_full_buffer=False
     )
-
-  before = {
-    each: signal.signal(each, handle)
-    for each in (signal.SIGTERM, signal.SIGINT)
-  }
-  try:
-    yield lambda: bool(received)
-  finally:
-    for each, handler in before.items():
-      signal.signal(each, handler)
+    # A handler of Python's, or the system would not call Python's at all.
+    before = {
+      each: signal.signal(each, lambda number, frame: None)
+      for each in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+      yield stopping.is_set
+    finally:
+      for each, handler in before.items():
+        signal.signal(each, handler)
+      signal.set_wakeup_fd(told_before)
+      from_handler.shutdown(socket.SHUT_WR)
+      watcher.join()
 
 
 class _Log(standard_logging.Handler):
