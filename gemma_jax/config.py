@@ -32,8 +32,8 @@ class BaseConfig(Freezable):
       bfloat16 or float32.
     activation_dtype: auto is bfloat16 on TPU and GPU, float32 on CPU.
     scan_layers: one compiled layer, scanned; False unrolls (`layer_0/...`).
-    attention: auto (splash on TPU, cudnn on GPU where it can, einsum on CPU),
-      or one of these by name.
+    attention: auto (splash on TPU, cudnn on GPU where it can, blocks on CPU),
+      one of these by name, or einsum.
     remat: what the backward pass makes again: full (all but each layer's
       input), dots (all but products with weights), none, or auto: dots where
       it fits in memory, else full.
@@ -60,7 +60,9 @@ class BaseConfig(Freezable):
       )
     one_of('model.remat', self.remat, ('auto', 'full', 'dots', 'none'))
     one_of(
-      'model.attention', self.attention, ('auto', 'einsum', 'splash', 'cudnn')
+      'model.attention',
+      self.attention,
+      ('auto', 'einsum', 'blocks', 'splash', 'cudnn'),
     )
 
 

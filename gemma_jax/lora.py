@@ -25,6 +25,7 @@ into one number an output, so adapters of one shape are interchangeable inputs
 of one compiled program.
 """
 
+import functools
 import math
 import re
 
@@ -88,7 +89,31 @@ def apply(
   a, b = _axes_of(equation, lora_a.ndim)
   mid = ''.join(c for c in out if c in x_axes + a) + 'R'
   x = jnp.einsum(f'{x_axes},{a}->{mid}', x, lora_a.astype(x.dtype))
-  return jnp.einsum(f'{mid},{b}->{out}', x, lora_b.astype(x.dtype))
+  return _widen(mid, b, out, x, lora_b.astype(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _widen(mid, b, out, x, lora_b):
+  """x A [.., R] times B; its gradient has the narrow operand first.
+
+  JAX would put the wide cotangent first, with its summed axes, the tokens,
+  before the others; XLA's CPU backend then makes a transposed copy of it (3 %
+  of a step of the 270M with 4 x 256 tokens).
+  """
+  return jnp.einsum(f'{mid},{b}->{out}', x, lora_b)
+
+
+def _widen_forward(mid, b, out, x, lora_b):
+  return _widen(mid, b, out, x, lora_b), (x, lora_b)
+
+
+def _widen_backward(mid, b, out, operands, cotangent):
+  x, lora_b = operands
+  d_x = jnp.einsum(f'{out},{b}->{mid}', cotangent, lora_b)
+  return d_x, jnp.einsum(f'{mid},{out}->{b}', x, cotangent)
+
+
+_widen.defvjp(_widen_forward, _widen_backward)
 
 
 def init(

@@ -8,7 +8,7 @@ import pytest
 
 from gemma_jax import sharding, variants
 from gemma_jax.config import MeshConfig
-from gemma_jax.model import attention, cudnn, kernels, splash
+from gemma_jax.model import attention, blocks, cudnn, kernels, splash
 from gemma_jax.model.transformer import Transformer
 from tests import toy
 
@@ -34,7 +34,7 @@ def tpu_mesh(version):
 
 
 def test_by_name_and_by_platform():
-  assert choose('auto') is attention.attend_by_einsum
+  assert choose('auto') is blocks.attend
   assert choose('einsum', mesh=gpu_mesh('9.0')) is attention.attend_by_einsum
   assert choose('auto', mesh=gpu_mesh('9.0')) is cudnn.attend
   assert choose('cudnn', mesh=gpu_mesh('9.0')) is cudnn.attend

@@ -53,9 +53,11 @@ OPTIONS = [
 @pytest.mark.parametrize(
   ('options', 'chunk'),
   [
-    *((options, (4, 11)) for options in OPTIONS),
-    (OPTIONS[-1], (2, 53)),
-    (OPTIONS[-1], (64, 64)),
+    *((options, ((4,), 11)) for options in OPTIONS),
+    (OPTIONS[-1], ((2,), 53)),
+    (OPTIONS[-1], ((64,), 64)),
+    (OPTIONS[-1], ((5, 2), 11)),
+    (OPTIONS[-1], ((8, 3, 1), 11)),
   ],
   ids=str,
 )
@@ -81,7 +83,7 @@ def test_equals_the_plain_loss_and_both_gradients(case, options, chunk):
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
 def test_token_losses_equal_the_plain_ones(case, options):
-  got = losses.token_cross_entropy(*case, chunk=(4, 7), **options)
+  got = losses.token_cross_entropy(*case, chunk=((4,), 7), **options)
   np.testing.assert_allclose(got, plain(*case, **options), atol=1e-5)
 
 
@@ -108,7 +110,7 @@ def test_bfloat16_states_keep_float32_logits_and_loss(case):
 def test_a_frozen_embedding_gets_no_gradient_buffer(case):
   hidden, embedding, targets, weights = case
   loss = lambda h, e: losses.linear_cross_entropy(
-    h, e, targets, weights, chunk=(4, 11)
+    h, e, targets, weights, chunk=((4,), 11)
   )
   frozen = jax.make_jaxpr(jax.grad(loss, 0))(hidden, embedding)
   trained = jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, embedding)
@@ -139,7 +141,7 @@ def test_ignores_what_stands_at_unsupervised_positions(case):
 
 
 def test_work_is_proportional_to_supervised_tokens(case, monkeypatch):
-  """Chunks without a supervised position are never visited."""
+  """One chunk of 4 and one of 1 hold five positions; no other is visited."""
   hidden, embedding, targets, _ = case
   statistics, seen = losses._statistics, []
 
@@ -151,11 +153,11 @@ def test_work_is_proportional_to_supervised_tokens(case, monkeypatch):
   weights = np.zeros((B, T), np.float32)
   weights[1, :5] = 1.0
   losses.token_cross_entropy(
-    hidden, embedding, targets, jnp.array(weights), chunk=(4, 11)
+    hidden, embedding, targets, jnp.array(weights), chunk=((4, 1), 11)
   )
   ((m, s, g),) = seen
-  assert m.shape == (6, 4)  # chunks, C
-  np.testing.assert_array_equal(s > 0, [[True] * 4] * 2 + [[False] * 4] * 4)
+  assert m.shape == (B * T + 1,)  # and room for a last chunk
+  np.testing.assert_array_equal(s > 0, [True] * 5 + [False] * (B * T - 4))
   assert g is None  # evaluation makes no gradient
 
 
@@ -176,7 +178,7 @@ def test_scan_and_remat_change_nothing(case):
   hidden, embedding, targets, weights = case
   loss = jax.checkpoint(
     lambda h, *xs: losses.linear_cross_entropy(
-      h[None], embedding, *(x[None] for x in xs), chunk=(4, 11)
+      h[None], embedding, *(x[None] for x in xs), chunk=((4,), 11)
     )
   )
 
@@ -209,7 +211,7 @@ def test_a_mesh_changes_neither_loss_nor_gradients(sizes):
   options = {
     **plain_options,
     'sharding': sharding_lib.batch_sharding(mesh),
-    'chunk': (2, 5),
+    'chunk': ((4, 2), 5),
   }
 
   def sharded(h, e):

@@ -252,7 +252,7 @@ def test_no_step_holds_the_logits_of_a_batch(trainable):
 
 def test_a_frozen_bases_gradient_is_not_even_traced(monkeypatch):
   """Neither a kernel's gradient nor the embedding's has a place in the step."""
-  monkeypatch.setattr(losses, 'CPU_CHUNK', (5, 11))  # tiles smaller than V
+  monkeypatch.setattr(losses, 'CPU_CHUNK', ((5,), 11))  # tiles smaller than V
   tree = {
     'params': layout.abstract_params(toy.FULL),
     'lora': jax.eval_shape(

@@ -110,15 +110,19 @@ def einsum_attention(
   """
   B, T, N, H = q.shape
   K = k.shape[2]
-  q = q.reshape(B, T, K, N // K, H)  # heads grouped by the kv head they share
+  # Heads are grouped by the kv head they share. Scores stand as the product
+  # leaves them, the groups behind the queries, or all of them would be moved.
+  q = q.reshape(B, T, K, N // K, H)
   scores = jnp.einsum(
-    'BTKGH,BSKH->BKGTS', q, k, preferred_element_type=jnp.float32
+    'BTKGH,BSKH->BKTGS', q, k, preferred_element_type=jnp.float32
   )
-  mask = mask[:, None, None]  # [B, 1, 1, T, S]
-  scores = jnp.where(mask, softcap(scores, cap), MASK_VALUE)
-  probs = jnp.where(mask, jax.nn.softmax(scores, axis=-1), 0.0)
-  out = jnp.einsum('BKGTS,BSKH->BTKGH', probs.astype(v.dtype), v)
-  return out.reshape(B, T, N, H)
+  seen = mask[:, None, :, None]  # [B, 1, T, 1, S]
+  scores = jnp.where(seen, softcap(scores, cap), MASK_VALUE)
+  probs = jax.nn.softmax(scores, axis=-1)
+  out = jnp.einsum('BKTGS,BSKH->BTKGH', probs.astype(v.dtype), v)
+  out = out.reshape(B, T, N, H)
+  sees_any = jnp.any(mask, axis=-1)[:, :, None, None]  # else a mean of v
+  return jnp.where(sees_any, out, jnp.zeros_like(out))
 
 
 class Attend(Protocol):

@@ -5,10 +5,12 @@ from typing import Any
 from absl import logging
 from jax.sharding import Mesh
 
-from gemma_jax.model import attention, cudnn, splash
+from gemma_jax.model import attention, blocks, cudnn, splash
 from gemma_jax.model_config import ModelConfig
 
-_BY_PLATFORM = {'tpu': 'splash', 'gpu': 'cudnn', 'cpu': 'einsum'}
+_BY_PLATFORM = {'tpu': 'splash', 'gpu': 'cudnn', 'cpu': 'blocks'}
+
+_EVERYWHERE = {'einsum': attention.attend_by_einsum, 'blocks': blocks.attend}
 
 
 def choose(
@@ -26,7 +28,7 @@ def choose(
   model, `auto` falls back to einsum and says why.
 
   Args:
-    name: auto, einsum, splash or cudnn.
+    name: auto, einsum, blocks, splash or cudnn.
     config: architecture.
     dtype: of the activations.
     mesh: where it will run.
@@ -38,8 +40,8 @@ def choose(
   """
   device = mesh.devices.flat[0]
   choice = _BY_PLATFORM[device.platform] if name == 'auto' else name
-  if choice == 'einsum':
-    return attention.attend_by_einsum
+  if choice in _EVERYWHERE:
+    return _EVERYWHERE[choice]
   if choice == 'cudnn':
     attend, why_not = cudnn.attend, cudnn.refusal(config, dtype, device)
   else:
