@@ -256,11 +256,15 @@ class _Walk(NamedTuple):
 
 
 def _walks(sizes: tuple[int, ...], supervised: jax.Array) -> list[_Walk]:
-  """Walks over the positions that count: whole chunks, smaller ones behind."""
+  """Walks over the positions that count, the smallest chunks last.
+
+  A larger chunk also takes what would fill it but for a part of the smallest:
+  511 positions are one chunk of 512, not four of 128.
+  """
   walks, start = [], jnp.zeros_like(supervised)
   for size in sizes:
-    left = supervised - start
-    count = -(-left // size) if size == sizes[-1] else left // size
+    left = jnp.maximum(supervised - start, 0)
+    count = (left + sizes[-1] - 1) // size
     walks.append(_Walk(size, start, count))
     start += count * size
   return walks

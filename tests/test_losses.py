@@ -161,6 +161,25 @@ def test_work_is_proportional_to_supervised_tokens(case, monkeypatch):
   assert g is None  # evaluation makes no gradient
 
 
+@pytest.mark.parametrize(
+  ('supervised', 'chunks'),
+  [
+    (0, [0, 0]),
+    (1, [0, 1]),
+    (384, [0, 3]),
+    (385, [1, 0]),
+    (511, [1, 0]),
+    (513, [1, 1]),
+    (1020, [2, 0]),
+  ],
+)
+def test_the_rest_of_the_positions_walks_in_smaller_chunks(supervised, chunks):
+  """512 at a time, then 128, and never more positions than 128 would take."""
+  walks = losses._walks((512, 128), jnp.int32(supervised))
+  assert [int(walk.count) for walk in walks] == chunks
+  assert int(walks[1].start) == 512 * chunks[0]
+
+
 def test_vmap_over_hidden_states_equals_a_loop(case):
   """Several adapters share targets and weights (ganged training)."""
   hidden, embedding, targets, weights = case
