@@ -163,7 +163,7 @@ def test_on_a_mesh_equals_one_device(records):
 
 def test_on_a_cpu_long_batches_are_not_mapped(records):
   members = gang.Gang(configs(records))
-  sizes = (1, 341, 342, 1024, 4096)
+  sizes = (1, 256, 257, 1024, 4096)
   assert [members._at_once(n) for n in sizes] == [3, 3, 1, 1, 1]
 
 
