@@ -27,23 +27,25 @@ rows of 2048).
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-# (sizes, C_V): as many positions at a time, and embedding rows, have logits.
-# Positions are walked in chunks of the first size, what is left of them in
-# chunks of the next. On a CPU a tile and its logits stay in cache (chunks of
-# 128 alone reached 75 % of the rate of a matrix product with 1,024 positions,
-# those of 512 reach 92 %); an accelerator wants large products.
+# (sizes, C_V): a chunk of positions and a tile of C_V embedding rows have
+# logits at a time. Positions are walked in chunks of the first size, what is
+# left of them in chunks of the next, smaller one. On a CPU a tile and its
+# logits stay in cache (with 1,024 positions, chunks of 128 alone reach 75 % of
+# the rate of a matrix product, and those of 512 reach 90 %); an accelerator
+# wants large ones.
 Chunk = tuple[tuple[int, ...], int]
 CPU_CHUNK: Chunk = ((512, 128), 1024)
 ACCELERATOR_CHUNK: Chunk = ((512,), 8192)
-# The last chunk is computed whole, however few of its positions count, so that
-# of a short row it is a quarter at most.
-_CHUNKS_AT_LEAST = 4
+# The last chunk is computed whole, however few of its positions count: so the
+# smallest size is at most this share of the device's positions.
+_SMALLEST_CHUNK_SHARE = 1 / 4
 _MASK_VALUE = -(2.0**30)
 
 
@@ -191,6 +193,8 @@ def _on_device(
   # Supervised positions first, in order; behind them an index past the end,
   # which reads as zeros of weight 0 and drops what is written.
   end = targets.size
+  # A walk's last chunk ends less than sizes[-1] behind them, so that no slice
+  # of a chunk is moved back.
   order = jnp.flatnonzero(weights, size=end + sizes[-1], fill_value=end)
 
   def gather(x):
@@ -259,7 +263,8 @@ def _walks(sizes: tuple[int, ...], supervised: jax.Array) -> list[_Walk]:
   """Walks over the positions that count, the smallest chunks last.
 
   A larger chunk also takes what would fill it but for a part of the smallest:
-  511 positions are one chunk of 512, not four of 128.
+  511 positions are one chunk of 512, not four of 128. So the walks end less
+  than one smallest chunk behind the last position that counts.
   """
   walks, start = [], jnp.zeros_like(supervised)
   for size in sizes:
@@ -411,6 +416,6 @@ def _chunk_sizes(options: _Options, num_positions: int) -> Chunk:
   else:
     platform = options.sharding.mesh.devices.flat[0].platform
   sizes, C_V = CPU_CHUNK if platform == 'cpu' else ACCELERATOR_CHUNK
-  last = min(sizes[-1], -(-num_positions // _CHUNKS_AT_LEAST))
+  last = min(sizes[-1], math.ceil(num_positions * _SMALLEST_CHUNK_SHARE))
   larger = (min(size, num_positions) for size in sizes[:-1])
   return (*(size for size in larger if size > last), last), C_V

@@ -1,7 +1,8 @@
 """What every command shares: flags parsed, errors in one line, exit codes.
 
 Exit code 0; 1 with one clear line on standard error (a traceback only with
-`--debug`); 75 when a signal stopped a run that saved and can be resumed.
+`--debug`); 75 when a signal stopped a run that saved and can be resumed; 128
+plus its number (130 for Ctrl-C, 143 for SIGTERM) when a second one ended it.
 Standard output carries the result, standard error the log.
 """
 
@@ -12,6 +13,7 @@ import importlib
 import logging as standard_logging
 import os
 import re
+import select
 import signal
 import socket
 import sys
@@ -33,6 +35,7 @@ MODEL_HELP = (
 TOKENIZER_HELP = 'tokenizer.model to use instead of the one of the base.'
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 # What a user's input or a full disk raises, with a message of its own;
 # anything else is shown with the name of its type.
@@ -109,39 +112,45 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
   from_handler.setblocking(False)
 
   def watch():
-    while number := numbers.recv(1):
-      which = signal.Signals(number[0])
-      if which not in (signal.SIGTERM, signal.SIGINT):
-        continue  # another one that Python handles
-      if stopping.is_set():
-        os._exit(128 + which)
-      # Not through sys.stderr, whose lock another thread may hold for long.
-      os.write(
-        2,
-        f'\n{time.strftime("%H:%M:%S")} Received {which.name}: saving, then '
-        'stopping. A second one ends at once.\n'.encode(),
-      )
-      stopping.set()
+    with numbers:
+      while number := numbers.recv(1):
+        if number[0] not in _STOP_SIGNALS:
+          continue  # another one that Python handles
+        if stopping.is_set():
+          os._exit(128 + number[0])
+        stopping.set()
+        _say_at_once(
+          f'\n{time.strftime("%H:%M:%S")} Received '
+          f'{signal.Signals(number[0]).name}: saving, then stopping. A second '
+          'one ends at once.\n'
+        )
 
-  with numbers, from_handler:
+  # Undone in the opposite order, each as soon as there is something to undo:
+  # Ctrl-C may come between any two lines.
+  with contextlib.ExitStack() as undo:
+    undo.enter_context(from_handler)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    told_before = signal.set_wakeup_fd(
-      from_handler.fileno(), warn_on_full_buffer=False
-    )
-    # A handler of Python's, or the system would not call Python's at all.
-    before = {
-      each: signal.signal(each, lambda number, frame: None)
-      for each in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-      yield stopping.is_set
-    finally:
-      for each, handler in before.items():
-        signal.signal(each, handler)
-      signal.set_wakeup_fd(told_before)
-      from_handler.shutdown(socket.SHUT_WR)
-      watcher.join()
+    undo.callback(watcher.join)
+    undo.callback(from_handler.shutdown, socket.SHUT_WR)
+    undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(-1))
+    signal.set_wakeup_fd(from_handler.fileno(), warn_on_full_buffer=False)
+    for each in _STOP_SIGNALS:
+      undo.callback(signal.signal, each, signal.getsignal(each))
+      # A handler of Python's, or the system would not call Python's at all.
+      signal.signal(each, lambda number, frame: None)
+    yield stopping.is_set
+
+
+def _say_at_once(text: str) -> None:
+  """Writes to standard error, unless that would wait for a reader.
+
+  Not through sys.stderr, whose lock another thread may hold for long.
+  """
+  with contextlib.suppress(OSError):  # nobody is left to read it
+    _, writable, _ = select.select([], [2], [], 0)
+    if writable:
+      os.write(2, text.encode())
 
 
 class _Log(standard_logging.Handler):

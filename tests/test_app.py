@@ -1,5 +1,6 @@
 """What all commands share: signals, logs, messages."""
 
+import contextlib
 import io
 import logging
 import os
@@ -22,44 +23,109 @@ def wait_for(condition):
   return condition()
 
 
-def test_a_signal_asks_for_a_stop_and_handlers_come_back(capfd):
-  before = signal.getsignal(signal.SIGTERM), threading.active_count()
-  with app.stop_on_signal() as should_stop:
-    assert not should_stop()
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert wait_for(should_stop)
-  assert 'Received SIGTERM: saving, then stopping' in capfd.readouterr().err
-  assert before == (signal.getsignal(signal.SIGTERM), threading.active_count())
+def signal_state():
+  """What a signal meets in this process, and who listens."""
+  wakeup = signal.set_wakeup_fd(-1)
+  signal.set_wakeup_fd(wakeup)
+  handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+  return wakeup, handlers, threading.active_count()
 
 
-# A process that spends its time in one call of a library, as a compilation is.
-BUSY = """
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_for_a_stop_and_handlers_come_back(number, capfd):
+  before = signal_state()
+  for _ in range(2):
+    with app.stop_on_signal() as should_stop:
+      assert not should_stop()
+      os.kill(os.getpid(), number)
+      assert wait_for(should_stop)
+    said = f'Received {number.name}: saving, then stopping'
+    assert capfd.readouterr().err.count(said) == 1
+    assert signal_state() == before
+
+
+def test_handlers_come_back_from_an_error():
+  before = signal_state()
+  with pytest.raises(RuntimeError), app.stop_on_signal():
+    raise RuntimeError
+  assert signal_state() == before
+
+
+def test_other_signals_ask_for_nothing():
+  """Those with a handler are told to the same thread, with or without name."""
+  other, heard = signal.SIGRTMIN + 1, []
+  before = signal.signal(other, lambda number, frame: heard.append(number))
+  try:
+    with app.stop_on_signal() as should_stop:
+      os.kill(os.getpid(), other)
+      assert wait_for(lambda: heard == [other])
+      assert not should_stop()
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert wait_for(should_stop)
+  finally:
+    signal.signal(other, before)
+
+
+# A process that is in one call of a library, as a compilation is, for longer
+# than a test waits.
+IN_A_LIBRARY = """
+import hashlib
+import os
 import sys
-import numpy as np
+import time
 from launch import app
 
-x = np.ones((4000, 4000))
+if sys.argv[1] == 'full':
+  os.set_blocking(2, False)
+  try:
+    while True:
+      os.write(2, bytes(1000))
+  except BlockingIOError:
+    os.set_blocking(2, True)
 with app.stop_on_signal() as should_stop:
   print('ready', flush=True)
-  for _ in range(6):
-    x = x @ x
-print('not reached', flush=True)
+  while sys.argv[1] != 'read' and not should_stop():
+    time.sleep(0.01)
+  print('working', flush=True)
+  hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
 """
+
+
+@contextlib.contextmanager
+def in_a_library(stderr):
+  process = subprocess.Popen(
+    [sys.executable, '-c', IN_A_LIBRARY, stderr],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+  try:
+    assert process.stdout.readline() == b'ready\n'
+    yield process
+  finally:
+    process.kill()
+    process.communicate()
 
 
 def test_a_second_signal_ends_while_a_library_works():
   """Neither of the two waits until Python has its turn again."""
-  process = subprocess.Popen(
-    [sys.executable, '-c', BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-  )
-  assert process.stdout.readline() == b'ready\n'
-  process.send_signal(signal.SIGTERM)
-  assert process.stderr.readline() == b'\n'
-  assert b'Received SIGTERM' in process.stderr.readline()
-  process.send_signal(signal.SIGINT)
-  out, _ = process.communicate(timeout=60)
-  assert process.returncode == 128 + signal.SIGINT
-  assert out == b''
+  with in_a_library('read') as process:
+    assert process.stdout.readline() == b'working\n'
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline() == b'\n'
+    assert b'Received SIGTERM' in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize('stderr', ['gone', 'full'])
+def test_signals_are_heard_where_nobody_reads_what_is_said(stderr):
+  with in_a_library(stderr) as process:
+    if stderr == 'gone':
+      process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == b'working\n'  # should_stop() is true
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(

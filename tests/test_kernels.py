@@ -38,6 +38,7 @@ def test_by_name_and_by_platform():
   assert choose('einsum', mesh=gpu_mesh('9.0')) is attention.attend_by_einsum
   assert choose('auto', mesh=gpu_mesh('9.0')) is cudnn.attend
   assert choose('cudnn', mesh=gpu_mesh('9.0')) is cudnn.attend
+  assert choose('blocks', mesh=gpu_mesh('9.0')) is blocks.attend
   assert choose('splash') == splash.Splash(CPU, ('fsdp',), 'tensor', True)
 
 
@@ -68,16 +69,17 @@ def test_a_kernel_asked_for_by_name_is_not_replaced(name, mesh, reason):
 
 
 @pytest.mark.usefixtures('strict', 'quick_compile')
-def test_a_model_is_the_same_with_splash():
+@pytest.mark.parametrize(('name', 'length'), [('splash', 37), ('blocks', 300)])
+def test_a_model_is_the_same_with_any_kernel(name, length):
   """Under scan, remat and the choice between local and global layers."""
-  batch, base = toy.batch(length=37), toy.base()
+  batch, base = toy.batch(length=length), toy.base()
 
   def loss_and_gradients(attend):
     model = Transformer(toy.FULL, attend=attend)
     loss = lambda lora: toy.loss(model, {'params': base, 'lora': lora}, batch)
     return jax.jit(jax.value_and_grad(loss))(toy.factors())
 
-  got, got_grads = loss_and_gradients(choose('splash', toy.FULL))
+  got, got_grads = loss_and_gradients(choose(name, toy.FULL))
   want, want_grads = loss_and_gradients(attention.attend_by_einsum)
   assert abs(got - want) <= 1e-5 * max(1.0, want)
   toy.assert_close(got_grads, want_grads, 1e-5)

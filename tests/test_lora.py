@@ -1,6 +1,7 @@
 """The adapter: its counts, its start, its application and its merging."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -228,6 +229,57 @@ def test_apply_and_deltas_equal_float64_einsum(path, factorization):
     got = lora.deltas(factors, 1.7)
     want = pytree.unflatten({f'{layers}/{path}/w': 1.7 * stack(update)})
     toy.assert_close(got, want, 1e-5)
+
+
+def plain_apply(equation, x, a, b):
+  """`lora.apply` by one einsum, whose gradients are JAX's own."""
+  x_axes, _, out = axes_of(equation)
+  a_axes, b_axes = lora._axes_of(equation, a.ndim)
+  return jnp.einsum(f'{x_axes},{a_axes},{b_axes}->{out}', x, a, b)
+
+
+@pytest.mark.parametrize('factorization', FACTORIZATIONS)
+@pytest.mark.parametrize('path', layout.PROJECTION_EQUATIONS)
+def test_gradients_of_apply_equal_those_of_one_einsum(path, factorization):
+  """Also for adapters mapped over one input, and over an input for each."""
+  equation = layout.PROJECTION_EQUATIONS[path]
+  x_axes, _, _ = axes_of(equation)
+  a_axes, b_axes = lora.factor_axes(equation, factorization)
+  sizes = layout.axis_sizes(toy.FULL) | {'B': 2, 'T': 7, 'R': R}
+  rng = np.random.default_rng(1)
+
+  def draw(axes, summed):  # so that outputs are of order one
+    scale = math.prod(sizes[c] for c in summed) ** -0.5
+    values = rng.standard_normal([3, *(sizes[c] for c in axes)])
+    return jnp.asarray(scale * values, jnp.float32)
+
+  x = draw(x_axes, '')
+  a, b = draw(a_axes, set(a_axes) & set(x_axes)), draw(b_axes, 'R')
+  one = x[0], a[0], b[0]
+
+  def gradients(function, mapped, arrays):
+    function = functools.partial(function, equation)
+    if mapped:
+      function = jax.vmap(function, mapped)
+    total = lambda *arrays: jnp.sum(jnp.sin(function(*arrays)))
+    found = jax.jit(jax.grad(total, (0, 1, 2)))(*arrays)
+    return dict(zip('xab', found, strict=True))
+
+  for mapped, arrays in (
+    (None, one),
+    ((None, 0, 0), (x[0], a, b)),
+    ((0, 0, 0), (x, a, b)),
+  ):
+    got = gradients(lora.apply, mapped, arrays)
+    toy.assert_close(got, gradients(plain_apply, mapped, arrays), 1e-5)
+
+  half = [y.astype(jnp.bfloat16) for y in one]
+  want = gradients(plain_apply, None, [y.astype(jnp.float32) for y in half])
+  got = gradients(lora.apply, None, half)
+  for name, y in got.items():
+    assert y.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.asarray(y, np.float32) - want[name])
+    assert error <= 0.02 * np.linalg.norm(want[name]), name
 
 
 @pytest.fixture(scope='module')

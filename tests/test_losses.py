@@ -180,6 +180,17 @@ def test_the_rest_of_the_positions_walks_in_smaller_chunks(supervised, chunks):
   assert int(walks[1].start) == 512 * chunks[0]
 
 
+@pytest.mark.parametrize('sizes', [(5, 2), (8, 3, 1), (301, 76), (4,)])
+def test_walks_take_every_position_once_and_little_more(sizes):
+  """One walk starts where the one before ends, and no slice is moved back."""
+  for supervised in range(2 * sizes[0] + 2):
+    end = 0
+    for walk in losses._walks(sizes, jnp.int32(supervised)):
+      assert int(walk.start) == end
+      end += int(walk.count) * walk.size
+    assert supervised <= end <= max(0, supervised + sizes[-1] - 1)
+
+
 def test_vmap_over_hidden_states_equals_a_loop(case):
   """Several adapters share targets and weights (ganged training)."""
   hidden, embedding, targets, weights = case

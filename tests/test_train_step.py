@@ -247,7 +247,7 @@ def test_no_step_holds_the_logits_of_a_batch(trainable):
     if config.vocab_size in s
   }
   assert with_vocabulary  # the search does see the chunks
-  assert max(with_vocabulary) < rows * length / 2
+  assert max(with_vocabulary) <= losses.CPU_CHUNK[0][0] < rows * length
 
 
 def test_a_frozen_bases_gradient_is_not_even_traced(monkeypatch):

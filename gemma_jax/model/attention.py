@@ -110,7 +110,7 @@ def einsum_attention(
   """
   B, T, N, H = q.shape
   K = k.shape[2]
-  # Heads are grouped by the kv head they share. Scores stand as the product
+  # Heads are grouped by the kv head they share. Scores stand as a CPU's product
   # leaves them, the groups behind the queries, or all of them would be moved.
   q = q.reshape(B, T, K, N // K, H)
   scores = jnp.einsum(
@@ -131,7 +131,8 @@ class Attend(Protocol):
   q [B, T, N, H] is already scaled, k and v are [B, S, K, H]; `window` is a
   local layer's, or None; `cap` is the soft cap on the scores, or None. Returns
   [B, T, N, H], zeros for a query that sees no key. Equal to
-  `attend_by_einsum`, whatever the code.
+  `attend_by_einsum`, whatever the code, for rows as `packing` makes them: a
+  segment's tokens stand together, one position apart.
   """
 
   def __call__(
@@ -146,7 +147,7 @@ class Attend(Protocol):
 
 
 def attend_by_einsum(q, k, v, context, window, cap) -> jax.Array:
-  """The `Attend` that runs everywhere, and the reference for the others."""
+  """The `Attend` for any segments and positions, the others' reference."""
   return einsum_attention(q, k, v, visible(context, window), cap)
 
 

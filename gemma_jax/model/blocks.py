@@ -1,8 +1,9 @@
 """Attention a block of queries at a time, each with the keys that it may see.
 
 Keys behind the block's last query, or before its first one's window, are never
-multiplied, half of all scores and more; and what remains of them for a block
-stays in cache. It masks by index within a row, as `splash` does and under the
+multiplied: of n blocks' scores a share of (n - 1) / 2n without a window (37 %
+of a row of 512), more with one; and a block's scores stay in cache. Keys are
+left out by their index within the row, as `splash` masks them and under the
 same condition: a segment's tokens stand together, one position apart.
 
 On two cores of an AMD EPYC, forward and backward of a layer of the 270M take

@@ -54,5 +54,6 @@ def choose(
     logging.info('Attention by einsum; %s: %s.', choice, why_not)
     return attention.attend_by_einsum
   raise ValueError(
-    f'model.attention: got {name!r}, but {why_not}; expected auto or einsum.'
+    f'model.attention: got {name!r}, but {why_not}; expected auto, or '
+    f'{" or ".join(_EVERYWHERE)}, which run everywhere.'
   )
