@@ -282,6 +282,29 @@ def test_gradients_of_apply_equal_those_of_one_einsum(path, factorization):
     assert error <= 0.02 * np.linalg.norm(want[name]), name
 
 
+def test_the_gradient_of_b_copies_no_cotangent():
+  """JAX's own does: it would be moved for its tokens to come first."""
+  x, a, b = jnp.ones((4, 256, 64)), jnp.ones((64, R)), jnp.ones((R, 4, 256))
+  shape = (4, 256, 4, 256)
+
+  def by_two_products(b):
+    return jnp.einsum('BTR,RNH->BTNH', jnp.einsum('BTD,DR->BTR', x, a), b)
+
+  def by_apply(b):
+    return lora.apply('BTD,NDH->BTNH', x, a, b)
+
+  def largest_copy(function):
+    def gradient(b, cotangent):
+      return jax.vjp(function, b)[1](cotangent)
+
+    program = jax.jit(gradient).lower(b, jnp.ones(shape)).compile().as_text()
+    copies = re.findall(r'\[([\d,]+)\]\S* copy\(', program)
+    return max(math.prod(map(int, copy.split(','))) for copy in copies)
+
+  assert largest_copy(by_two_products) == math.prod(shape)
+  assert largest_copy(by_apply) < math.prod(shape)
+
+
 @pytest.fixture(scope='module')
 def hidden():
   """variables → hidden [2, 11, D], compiled once for each structure."""
