@@ -39,7 +39,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 # left of them in chunks of the next, smaller one. On a CPU a tile and its
 # logits stay in cache (with 1,024 positions, chunks of 128 alone reach 75 % of
 # the rate of a matrix product, and those of 512 reach 90 %); an accelerator
-# wants large ones.
+# wants large products.
 Chunk = tuple[tuple[int, ...], int]
 CPU_CHUNK: Chunk = ((512, 128), 1024)
 ACCELERATOR_CHUNK: Chunk = ((512,), 8192)
