@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.benchmarks import flops, jobs, protocol, table
+from experiments.benchmarks import attention, flops, jobs, protocol, table
 from gemma_jax import variants
 from tests import hf_toy, toy
 
@@ -155,3 +155,18 @@ def test_flops_of_a_step():
   ]
   missed = sum(max(0, i + 1 - 4) for i in range(9))
   assert seen[1] - seen[0] == 3 * 4 * 2 * missed * 10 * 14
+
+
+@pytest.mark.parametrize('segments', ['packed', 'full'])
+def test_attention_is_timed_by_both_kernels(segments):
+  measured = attention.measure(160, segments, 64, repeats=1)
+  assert measured['milliseconds'].keys() == {'einsum', 'blocks'}
+  assert measured['ratio'] > 0
+
+
+def test_packed_rows_hold_several_segments():
+  ids, positions = attention.packed(1024)
+  assert ids.shape == positions.shape == (1, 1024)
+  starts = np.flatnonzero(np.diff(ids[0])) + 1
+  assert len(starts) > 3
+  np.testing.assert_array_equal(np.flatnonzero(positions[0] == 0)[1:], starts)

@@ -12,17 +12,17 @@ programs for 1, 3, 7, ... blocks of keys before its own, and one for all of
 them; the shortest that does for all rows runs, and again in the backward pass,
 whatever `remat` says.
 
-On two cores of an AMD EPYC, forward and backward of a layer of the 270M take
-18 ms for 1 x 512 tokens (41 ms by one einsum), and 25 ms for 4 x 256 (35 ms).
-What the choice of programs changes, with segments of 170 tokens on average
-and with one that fills the row, and what it adds to compiling:
+Forward and backward of a layer of the 270M, on two cores of an AMD EPYC, by
+`python -m experiments.benchmarks.attention`, in milliseconds; packed segments
+have some 120 tokens:
 
-  row                  packed, ms     full, ms     compiling, s
-  1 x 1024             66 to 42       65 to 69     2.0 to 2.9
-  1 x 1024, window 512 53 to 45       55 to 66     1.6 to 2.6
-  1 x 2048             299 to 106     311 to 274   1.8 to 7.5
-  1 x 2048, window 512 184 to 120     164 to 154   1.6 to 6.0
-  1 x 4096             1798 to 348                 2.4 to 8.1
+  row       einsum  blocks, packed  blocks, full
+  1 x 512      34        20             20
+  1 x 1024    116        42             73
+  1 x 2048    518       106            306
+
+Compiling takes 3 s at 1,024 and 8 s at 2,048, einsum 0.5 s. Where one segment
+fills a row of 1,024, the choice costs 6 to 20 % (README of the benchmarks).
 """
 
 import functools

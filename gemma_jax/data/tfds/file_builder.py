@@ -1,5 +1,6 @@
 """What the builders share: one checked text file, split by prompt."""
 
+import abc
 from collections.abc import Hashable, Iterator, Sequence
 import hashlib
 import http.client
@@ -73,9 +74,9 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       )
     super().__init__(file_format='array_record', **kwargs)
 
+  @abc.abstractmethod
   def parse(self, content: bytes) -> Iterator[Row]:
     """Yields the rows of the file; ValueError with the line if one is bad."""
-    raise NotImplementedError
 
   def prompts(self, rows: Sequence[Row]) -> Sequence[Hashable]:
     """A key for each row; rows with equal keys go to the same split."""
