@@ -164,7 +164,7 @@ def test_stats_as_a_line_and_as_warnings():
   assert '11 of 1,000 records lost part of their prompt' in lost
   assert '3 of 1,000 records are left out' in too_long
   assert '8 records spell control tokens' in spelled
-  assert 'data.parse_control_tokens=True' in spelled
+  assert '--config.data.parse_control_tokens=True' in spelled
   few = dataclasses.replace(
     stats, truncated=50, lost_prompts=10, too_long=0, parsed_controls=True
   )

@@ -137,19 +137,19 @@ def test_an_answer_of_weight_0_is_shown_and_not_learned():
     (chat(message('user', 'Q'), message('model', 'A', weight=0.5)), 'weight'),
     (chat(message('user', 'Q', weight=1), message('model', 'A')), 'weight 1'),
     (QA | {'weight': 0.5}, 'field "weight" is not 1 (found: float 0.5)'),
-    (QA | {'tools': [{'name': 'f'}]}, 'field "tools" cannot be said'),
-    (QA | {'image': 'a.png'}, 'field "image" cannot be said'),
+    (QA | {'tools': [{'name': 'f'}]}, 'field "tools" cannot be rendered'),
+    (QA | {'image': 'a.png'}, 'field "image" cannot be rendered'),
     (
       chat(message('user', 'Q'), message('model', 'A', tool_calls=[{}])),
-      'field "messages[1].tool_calls" cannot be said',
+      'field "messages[1].tool_calls" cannot be rendered',
     ),
     (
       chat(message('user', 'Q'), message('model', 'A', reasoning_content='t')),
-      'field "messages[1].reasoning_content" cannot be said',
+      'field "messages[1].reasoning_content" cannot be rendered',
     ),
     (
       chat(message('user', 'Q'), message('model', 'A'), tools=[{'name': 'f'}]),
-      'field "tools" cannot be said',
+      'field "tools" cannot be rendered',
     ),
     (
       chat(

@@ -103,7 +103,7 @@ class ExampleStats:
       lines.append(
         f'{self.truncated:,} of {self.records:,} records are truncated to '
         f'seq_len={self.seq_len}; {self.lost_supervised_tokens / total:.0%} of '
-        'the supervised tokens are lost. Raise data.seq_len'
+        'the supervised tokens are lost. Raise --config.data.seq_len'
       )
     for count, most, fate in (
       (self.lost_prompts, _MOST_LOST_PROMPTS, 'lost part of their prompt to'),
@@ -116,13 +116,13 @@ class ExampleStats:
       if count > most * self.records:
         lines.append(
           f'{count:,} of {self.records:,} records {fate} '
-          f'seq_len={self.seq_len}. Raise data.seq_len'
+          f'seq_len={self.seq_len}. Raise --config.data.seq_len'
         )
     if self.spelling_controls and not self.parsed_controls:
       lines.append(
         f'{self.spelling_controls:,} records spell control tokens, which are '
-        'read as plain text. Use the template chat on unrendered text, or '
-        'data.parse_control_tokens=True'
+        'read as plain text. Use --config.data.template=chat on texts that are '
+        'not rendered yet, or --config.data.parse_control_tokens=True'
       )
     return [f'{name}: {line}' for line in lines]
 

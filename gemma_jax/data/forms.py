@@ -208,7 +208,7 @@ class _Fields:
     for name in names:
       if self.take(name) not in (None, '', [], {}):
         raise BadRecord(
-          f'field {self._quoted(name)} cannot be said by the templates',
+          f'field {self._quoted(name)} cannot be rendered by the templates',
           '; take it out, or write what it says into the text',
         )
 
