@@ -1,0 +1,159 @@
+"""A sweep's result in words: what limits it first, then what it shows."""
+
+from collections.abc import Iterable
+
+from experiments.analysis import arms, intervals, verdict
+from experiments.analysis.arms import Row
+from experiments.analysis.compare import Pair
+from experiments.analysis.verdict import Answer, Test
+from gemma_jax.evaluate import FEWEST_RECORDS
+from gemma_jax.sweep.results import Sweep
+
+
+def paragraphs(
+  sweep: Sweep, table: list[Row], answers: list[Answer], pairs: list[Pair]
+) -> list[str]:
+  """Caveats, an answer for each choice of axes other than rank, and pairs."""
+  found = [' '.join(caveats(sweep, table))]
+  if len(table) == 1:
+    (row,) = table
+    found.append(
+      f'Only {row.label} was trained: test loss {row.test:.4f} nats per token.'
+    )
+  found += [_ranks(answer) for answer in answers if answer.tests]
+  if pairs:
+    found.append(_pairs(pairs))
+  return found
+
+
+def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
+  """What the numbers rest on, and what limits them; a sentence each."""
+  records = int(sweep.part('test').sum())
+  seeds = min(len(row.cells) for row in table)
+  found = [f'Measured on {records} test records and {seeds} seed(s) an arm.']
+  if records < FEWEST_RECORDS:
+    found.append(f'Fewer than {FEWEST_RECORDS} records give no interval.')
+  if seeds < intervals.FEWEST_SEEDS:
+    found.append(
+      f'Fewer than {intervals.FEWEST_SEEDS} seeds give no interval over seeds, '
+      'no p-value and no verdict: what is left is over the records at these '
+      'seeds, and other seeds may differ by more.'
+    )
+  elif seeds < intervals.FEW_SEEDS:
+    found.append(
+      f'A claim asks for {intervals.FEW_SEEDS} seeds: with fewer, their '
+      'spread is hardly known.'
+    )
+  edge = [row.label for row in table if row.at_edge]
+  if edge:
+    found.append(
+      f'Rate at the edge of the grid, so a better one may lie beyond: '
+      f'{_list(edge)}.'
+    )
+  if any(row.clipped for row in table):
+    shares = ', '.join(
+      f'{row.label} {row.clipped:.0%}'
+      for row in table
+      if row.clipped is not None
+    )
+    found.append(
+      f'Gradients were clipped at a norm of {arms.clip_norm(sweep):g}, which '
+      f'treats arms differently; share of updates: {shares}.'
+    )
+  return found
+
+
+def _ranks(answer: Answer) -> str:
+  if answer.refusal:
+    return (
+      f'No verdict on ranks below {answer.reference}, the reference: '
+      f'{answer.refusal}.'
+    )
+  text = [
+    f'The margin is {answer.margin:.0%} of what {answer.reference}, the '
+    f'reference, gains over the base ({answer.gain} nats per token).'
+  ]
+  held, stop = answer.enough, answer.stop
+  if held:
+    text.append(
+      f'{_upper(held.label)} is enough: the upper 95 % bound of its deficit '
+      f'minus the margin is {held.excess.upper():+.4f}, below 0'
+      f'{_larger(answer)}. Its deficit is {held.deficit}.'
+    )
+  else:
+    text.append('Undecided: no smaller rank was shown to be within the margin.')
+  if stop and stop.state == verdict.FAILS:
+    text.append(
+      f'{_upper(stop.label)} was not shown to be enough: its bound is '
+      f'{stop.excess.upper():+.4f}, its deficit {stop.deficit}.'
+    )
+  elif stop:
+    text.append(f'{_upper(stop.label)} cannot be compared: {stop.why_not}.')
+  rest = [t.label for t in answer.tests if t.state == verdict.NOT_REACHED]
+  if rest:
+    text.append(f'Nothing is said of {_list(rest)}.')
+  text += _power(answer)
+  return ' '.join(text)
+
+
+def _larger(answer: Answer) -> str:
+  count = sum(test.state == verdict.HOLDS for test in answer.tests)
+  return ', and so is that of every larger rank' if count > 1 else ''
+
+
+def _power(answer: Answer) -> list[str]:
+  """What could have been seen at the ranks that were tested."""
+  tested = [
+    test
+    for test in answer.tests
+    if test.state in (verdict.HOLDS, verdict.FAILS)
+  ]
+  if not tested:
+    return []
+  seen = ', '.join(
+    f'{detectable(test, answer)} at {test.label}' for test in tested
+  )
+  text = [f'With a power of 80 % this design could have seen {seen}.']
+  last, margin = tested[-1], answer.margin * answer.gain.mean
+  if last.state == verdict.FAILS and last.excess.detectable() > margin:
+    text.append(
+      f'That is more than the margin ({margin:.4f}): even if {last.label} lost '
+      'nothing, the design was too small to be likely to show it.'
+    )
+  return text
+
+
+def detectable(test: Test, answer: Answer) -> str:
+  """'0.0041 (4 % of the gain)'; no share of a gain that is not known."""
+  size = test.excess.detectable()
+  if answer.refusal:
+    return f'{size:.4f}'
+  return f'{size:.4f} ({size / answer.gain.mean:.0%} of the gain)'
+
+
+def _pairs(pairs: list[Pair]) -> str:
+  known = [pair for pair in pairs if pair.p is not None]
+  text = f'{len(pairs)} pair(s) of arms differ in other axes than the rank.'
+  if not known:
+    return f'{text} There are no p-values of them.'
+  told = [pair for pair in known if pair.p < 0.05]
+  text += (
+    f" After Holm's correction for {len(known)}, {len(told)} can be told "
+    'apart at 5 %.'
+  )
+  for pair in told:
+    text += (
+      f' {_upper(pair.first.label)} minus {pair.second.label}: '
+      f'{pair.difference}.'
+    )
+  if len(told) < len(known):
+    text += ' Not being told apart does not show that arms are equal.'
+  return text
+
+
+def _list(labels: Iterable[str]) -> str:
+  return '; '.join(labels)
+
+
+def _upper(text: str) -> str:
+  return text[:1].upper() + text[1:]
