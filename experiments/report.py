@@ -47,12 +47,12 @@ def write(workdir: str) -> list[Path]:
   folder = Path(workdir) / 'report'
   (folder / 'figures').mkdir(parents=True, exist_ok=True)
   pictures = _figures(sweep, table, answers, folder / 'figures')
-  page, rows = folder / 'report.html', folder / 'results.csv'
+  html_path, rows = folder / 'report.html', folder / 'results.csv'
   records = folder / 'records.csv'
-  page.write_text(_page(sweep, table, answers, pictures), encoding='utf-8')
-  _write_csv(sweep, table, answers, rows)
+  html_path.write_text(page(sweep, table, answers, pictures), encoding='utf-8')
+  write_csv(sweep, table, answers, rows)
   _write_records(sweep, records)
-  return [page, rows, records, *sorted((folder / 'figures').iterdir())]
+  return [html_path, rows, records, *sorted((folder / 'figures').iterdir())]
 
 
 def _directions(sweep, table) -> dict[str, spectra.Directions]:
@@ -92,7 +92,7 @@ def _figures(
   return found
 
 
-def _write_csv(sweep, table, answers, path: Path) -> None:
+def write_csv(sweep, table, answers, path: Path) -> None:
   """A line a cell; losses in nats per token."""
   parts = {name: sweep.part(name) for name in ('validation', 'test')}
   chosen = {cell.name: row for row in table for cell in row.cells}
@@ -150,7 +150,8 @@ def _states(answers) -> dict[results.Arm, str]:
   return states
 
 
-def _page(sweep, table, answers, pictures) -> str:
+def page(sweep, table, answers, pictures) -> str:
+  """The page, with the figures of `_figures`."""
   waiting = [cell for cell in sweep.cells if not cell.has_ended]
   pairs = compare.pairs(sweep, table)
   answer = ''.join(
@@ -195,7 +196,7 @@ def _arms(sweep, table, answers) -> str:
     rows.append([
         row.label, f'{row.parameters:,}', f'{row.cells[0].entry["scale"]:.4g}',
         f'{row.rate:g}{" (at the edge of the grid)" if row.at_edge else ""}',
-        '-' if row.clipped is None else f'{row.clipped:.0%}',
+        '-' if row.clipped is None else words.percent(row.clipped),
         f'{row.validation:.4f}', f'{row.test:.4f}',
         _estimate(test and test.deficit),
         f'{test.excess.upper():+.4f}' if is_bounded else '-',

@@ -1,16 +1,13 @@
 """Intervals that hold what they promise, and answers that follow from them."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments.analysis import arms, compare, intervals, verdict, words
-from gemma_jax.sweep import results
-
-RECORDS = 240  # half of them test records
-GAIN = 0.5
+from tests import made_sweep
+from tests.made_sweep import GAIN
 
 
 def test_mean_is_weighted_by_tokens():
@@ -45,7 +42,7 @@ def made_contrasts(sims, seeds, records, of_seeds=0.0, of_cells=0.5, tail=0):
 @pytest.mark.parametrize('tail', [0, 4])
 def test_level_and_coverage(seeds, records, of_seeds, tail):
   """At a true mean of exactly 0 a bound lies below it in 5 %, at most 7 %."""
-  sims = 1200 if records < 100 else 400
+  sims = 4000 if records < 100 else 1000
   contrasts, tokens = made_contrasts(sims, seeds, records, of_seeds, tail=tail)
   found = [intervals.estimate(each, tokens) for each in contrasts]
   deviation = np.sqrt(0.05 * 0.95 / sims)
@@ -116,77 +113,6 @@ def test_holm():
   np.testing.assert_array_equal(intervals.holm([0.7, 0.9]), [1, 1])
 
 
-def outcome(kind, nll, tokens, folder='nowhere', **axes):
-  name = '-'.join([kind, *(f'{k}{v}' for k, v in axes.items())])
-  entry = {'trainable_parameters': 100 * axes.get('rank', 0), 'scale': 1.0}
-  cell = results.Outcome(
-    name=name, kind=kind, axes=axes, folder=Path(folder), entry=entry,
-    result={'seconds': 1.0}, error=None,
-  )  # fmt: skip
-  vars(cell)['losses'] = {9: (nll, tokens)}
-  return cell
-
-
-def made_sweep(
-  levels, seeds=5, rates=(1e-3, 2e-3, 4e-3), noise=0.02, records=RECORDS,
-  base=True, **grid,
-):  # fmt: skip
-  """A sweep in which an arm's loss is its level above the largest's.
-
-  Args:
-    levels: (rank, or (targets, rank)) → level; the base has the level GAIN.
-    seeds: a number, or arm → seeds.
-    rates: the arm's loss is 0.5 higher except at the middle one.
-    noise: spread of each record's loss at each seed, or arm → it.
-    records: half of which are test records.
-    base: whether it is in the sweep.
-    **grid: of the manifest.
-  """
-  shared = np.random.default_rng(0)
-  tokens = shared.integers(10, 90, records)
-  hard = shared.uniform(1, 9, records)
-  of = lambda value, arm: value[arm] if isinstance(value, dict) else value
-  cells = []
-  if base:
-    cells.append(outcome('base', (hard + GAIN) * tokens, tokens))
-  for arm, level in levels.items():
-    targets, rank = arm if isinstance(arm, tuple) else ('qv', arm)
-    # An arm's losses are its own, whichever other arms there are.
-    rng = np.random.default_rng([rank, len(targets)])
-    seeds_here = of(seeds, arm)
-    for rate in rates:
-      for seed in (
-        range(seeds_here) if isinstance(seeds_here, int) else seeds_here
-      ):
-        loss = hard + level + of(noise, arm) * rng.standard_normal(records)
-        loss += 0.5 * (rate != rates[len(rates) // 2])
-        cells.append(
-          outcome(
-            'lora',
-            loss * tokens,
-            tokens,
-            rank=rank,
-            seed=seed,
-            learning_rate=rate,
-            targets=targets,
-          )  # fmt: skip
-        )
-  heldout = [
-    {
-      'index': i, 'part': ('test', 'validation')[i % 2],
-      'category': ('a', 'b')[i * 2 // records],
-    }
-    for i in range(records)
-  ]  # fmt: skip
-  manifest = {
-    'config': {
-      'grid': {'margin': 0.1, **grid},
-      'optimizer': {'clip_norm': 0.0},
-    }
-  }
-  return results.Sweep(Path('nowhere'), manifest, cells, heldout)
-
-
 def without(sweep, gone):
   """The sweep without the cells of which `gone` is true."""
   cells = [cell for cell in sweep.cells if not gone(cell)]
@@ -213,13 +139,16 @@ LEVELS = {1: 0.3, 2: 0.1, 4: 0.02, 8: 0.003, 16: -0.001, 32: 0.0}
 
 
 def test_enough_is_the_smallest_rank_that_held_before_the_stop():
-  found, text = answer_of(made_sweep(LEVELS))
+  found, text = answer_of(made_sweep.make(LEVELS))
   assert found.reference == 'rank 32'
   assert found.gain.mean == pytest.approx(GAIN, abs=0.01)
   assert states(found) == [
-    (16, 'holds'), (8, 'holds'), (4, 'holds'), (2, 'does not hold'),
+    (16, 'holds'),
+    (8, 'holds'),
+    (4, 'holds'),
+    (2, 'does not hold'),
     (1, 'not reached'),
-  ]  # fmt: skip
+  ]
   assert found.enough.label == 'rank 4'
   assert 'Rank 4 is enough' in text
   assert str(found.enough.deficit) in text
@@ -231,8 +160,8 @@ def test_enough_is_the_smallest_rank_that_held_before_the_stop():
 @pytest.mark.parametrize('more', [(), (1,), (2,), (1, 2), (1, 2, 4, 8)])
 def test_smaller_ranks_change_nothing_of_larger_ones(more):
   """Two arms or six: the same bounds to the last bit, and the same states."""
-  whole, _ = answer_of(made_sweep(LEVELS))
-  part, _ = answer_of(made_sweep({r: LEVELS[r] for r in (*more, 16, 32)}))
+  whole, _ = answer_of(made_sweep.make(LEVELS))
+  part, _ = answer_of(made_sweep.make({r: LEVELS[r] for r in (*more, 16, 32)}))
   both = {test.label: test for test in whole.tests}
   assert part.gain == whole.gain
   for test in part.tests:
@@ -241,9 +170,27 @@ def test_smaller_ranks_change_nothing_of_larger_ones(more):
   assert part.tests[0].state == both['rank 16'].state == 'holds'
 
 
+def test_level_of_the_whole_procedure():
+  """Every arm exactly at the margin: few sweeps call any of them enough.
+
+  The same sweeps with two arms and with six.
+  """
+  sims, limit, large = 300, 0.1 * GAIN, {16: 0.0}
+  six = {rank: limit for rank in (1, 2, 3, 4, 8)} | large
+  wrong = []
+  for draw in range(sims):
+    answers = []
+    for levels in (six, {8: limit} | large):
+      sweep = made_sweep.make(levels, rates=(1e-3,), records=100, draw=draw)
+      answers += verdict.answers(sweep, arms.rows(sweep))
+    wrong.append(answers[0].enough is not None)
+    assert answers[0].tests[0] == answers[1].tests[0]
+  assert np.mean(wrong) <= 0.07
+
+
 def test_nor_do_arms_of_other_axes():
-  alone, _ = answer_of(made_sweep(LEVELS))
-  sweep = made_sweep(
+  alone, _ = answer_of(made_sweep.make(LEVELS))
+  sweep = made_sweep.make(
     LEVELS | {('all', rank): level - 0.2 for rank, level in LEVELS.items()}
   )
   table = arms.rows(sweep)
@@ -259,12 +206,14 @@ def test_a_noisy_arm_is_never_enough():
   """Its mean is the best of all, and its bound is far above the margin."""
   levels = {1: 0.0, 2: -0.05, 4: 0.0, 8: 0.0}
   found, text = answer_of(
-    made_sweep(levels, noise={1: 0.02, 2: 5.0, 4: 0.02, 8: 0.02})
+    made_sweep.make(levels, noise={1: 0.02, 2: 5.0, 4: 0.02, 8: 0.02})
   )
   assert found.tests[1].excess.upper() > 0
   assert states(found) == [
-    (4, 'holds'), (2, 'does not hold'), (1, 'not reached'),
-  ]  # fmt: skip
+    (4, 'holds'),
+    (2, 'does not hold'),
+    (1, 'not reached'),
+  ]
   assert found.enough.label == 'rank 4'
   assert 'rank 2, the design was too small' not in text
   assert 'even if rank 2 lost nothing' in text
@@ -272,7 +221,7 @@ def test_a_noisy_arm_is_never_enough():
 
 def test_a_larger_deficit_never_turns_an_arm_into_enough():
   held = [
-    answer_of(made_sweep({4: level, 8: 0.0}))[0].enough is not None
+    answer_of(made_sweep.make({4: level, 8: 0.0}))[0].enough is not None
     for level in (-0.1, 0.0, 0.03, 0.045, 0.05, 0.06, 0.2)
   ]
   assert held == sorted(held, reverse=True)
@@ -281,14 +230,16 @@ def test_a_larger_deficit_never_turns_an_arm_into_enough():
 
 
 def test_undecided_is_an_answer():
-  found, text = answer_of(made_sweep({4: 0.2, 8: 0.2, 16: 0.0}))
+  found, text = answer_of(made_sweep.make({4: 0.2, 8: 0.2, 16: 0.0}))
   assert found.enough is None
   assert 'Undecided: no smaller rank was shown to be within the margin.' in text
   assert 'is enough' not in text
 
 
 def test_no_common_seed_is_not_comparable():
-  sweep = made_sweep({2: 0.0, 4: 0.0, 8: 0.0}, seeds={2: 5, 4: (7, 8, 9), 8: 5})
+  sweep = made_sweep.make(
+    {2: 0.0, 4: 0.0, 8: 0.0}, seeds={2: range(5), 4: (7, 8, 9), 8: range(5)}
+  )
   found, text = answer_of(sweep)
   assert states(found) == [(4, 'not comparable'), (2, 'not reached')]
   assert found.tests[0].deficit is None
@@ -296,7 +247,7 @@ def test_no_common_seed_is_not_comparable():
 
 
 def test_two_common_seeds_are_no_verdict():
-  sweep = made_sweep({4: 0.0, 8: 0.0}, seeds={4: (3, 4, 5, 6, 7), 8: 5})
+  sweep = made_sweep.make({4: 0.0, 8: 0.0}, seeds={4: range(3, 8), 8: range(5)})
   found, text = answer_of(sweep)
   assert states(found) == [(4, 'not comparable')]
   assert 'cannot be compared: 2 of its seeds can be' in text
@@ -315,7 +266,7 @@ def test_two_common_seeds_are_no_verdict():
 )
 def test_verdicts_are_withheld(change, why):
   change = {'levels': {4: 0.0, 8: 0.0}, **change}
-  found, text = answer_of(made_sweep(**change))
+  found, text = answer_of(made_sweep.make(**change))
   assert why in found.refusal
   assert (
     f'No verdict on ranks below rank 8, the reference: {found.refusal}'
@@ -328,15 +279,18 @@ def test_verdicts_are_withheld(change, why):
 
 def test_the_reference_is_the_largest_planned_rank():
   """One that the base cannot have was never planned; one that diverged was."""
-  sweep = made_sweep({4: 0.0, 8: 0.0, 16: 0.0})
+  sweep = made_sweep.make({4: 0.0, 8: 0.0, 16: 0.0})
   cells = [
     dataclasses.replace(
-      cell, result=None, error='diverged',
+      cell,
+      result=None,
+      error='diverged',
       entry=cell.entry,
     )
-    if cell.axes.get('rank') == 16 else cell
+    if cell.axes.get('rank') == 16
+    else cell
     for cell in sweep.cells
-  ]  # fmt: skip
+  ]
   found, _ = answer_of(dataclasses.replace(sweep, cells=cells))
   assert found.refusal == 'the reference, rank 16, has not finished'
   cells = [
@@ -353,7 +307,7 @@ def test_the_reference_is_the_largest_planned_rank():
 
 
 def test_an_arm_that_still_trains_is_not_judged():
-  sweep = made_sweep({4: 0.0, 8: 0.0})
+  sweep = made_sweep.make({4: 0.0, 8: 0.0})
   cells = list(sweep.cells)
   last = next(i for i, c in enumerate(cells) if c.axes.get('rank') == 4)
   cells[last] = dataclasses.replace(cells[last], result=None)
@@ -363,19 +317,20 @@ def test_an_arm_that_still_trains_is_not_judged():
 
 
 def test_caveats_stand_before_numbers():
-  sweep = made_sweep({4: 0.0, 8: 0.0}, seeds=3, rates=(1e-3, 2e-3))
+  sweep = made_sweep.make({4: 0.0, 8: 0.0}, seeds=3, rates=(1e-3, 2e-3))
   _, text = answer_of(sweep)
-  for words_ in (
-    'Measured on 120 test records and 3 seed(s)',
+  for said in (
+    'Measured on 120 test records, which count as 99 (long ones weigh more), '
+    'and 3 seeds an arm.',
     'A claim asks for 5 seeds',
     'Rate at the edge of the grid, so a better one may lie beyond: rank 4; '
     'rank 8.',
   ):
-    assert text.index(words_) < text.index('Rank 4 is enough')
+    assert text.index(said) < text.index('Rank 4 is enough')
 
 
 def test_clipped_updates_are_said_by_arm(tmp_path):
-  sweep = made_sweep({4: 0.0, 8: 0.0})
+  sweep = made_sweep.make({4: 0.0, 8: 0.0})
   sweep.manifest['config']['optimizer']['clip_norm'] = 1.0
   cells = []
   for i, cell in enumerate(sweep.cells):
@@ -391,8 +346,10 @@ def test_clipped_updates_are_said_by_arm(tmp_path):
     cells.append(dataclasses.replace(cell, folder=folder))
     vars(cells[-1])['losses'] = cell.losses
   _, text = answer_of(dataclasses.replace(sweep, cells=cells))
-  said = 'clipped at a norm of 1, which treats arms differently; share of updates: rank 4 50 %, rank 8 0 %'
-  said = said.replace(' %', '%')
+  said = (
+    'clipped at a norm of 1, which treats arms differently; share of updates: '
+    'rank 4 50 %, rank 8 0 %'
+  )
   assert said in text
   sweep.manifest['config']['optimizer']['clip_norm'] = 0.0
   assert 'clipped' not in answer_of(dataclasses.replace(sweep, cells=cells))[1]
@@ -401,12 +358,13 @@ def test_clipped_updates_are_said_by_arm(tmp_path):
 def test_pairs_of_other_axes_have_one_correction_and_no_verdict():
   """The budgets 5 and 21 of qv are 1 and 4 of all seven."""
   levels = {('qv', 5): 0.1, ('qv', 21): 0.0, ('all', 1): 0.0, ('all', 4): 0.0}
-  sweep = made_sweep(levels)
+  sweep = made_sweep.make(levels, draw=3)
   table = arms.rows(sweep)
   found = compare.pairs(sweep, table)
   assert [{pair.first.label, pair.second.label} for pair in found] == [
-    {'all, rank 1', 'qv, rank 5'}, {'all, rank 4', 'qv, rank 21'},
-  ]  # fmt: skip
+    {'all, rank 1', 'qv, rank 5'},
+    {'all, rank 4', 'qv, rank 21'},
+  ]
   plain = [pair.difference.p for pair in found]
   np.testing.assert_array_equal(
     [pair.p for pair in found], intervals.holm(plain)
@@ -415,12 +373,12 @@ def test_pairs_of_other_axes_have_one_correction_and_no_verdict():
   assert "After Holm's correction for 2, 1 can be told apart" in text
   assert 'does not show that arms are equal' in text
   assert 'enough' not in text
-  few = made_sweep(levels, seeds=2)
+  few = made_sweep.make(levels, seeds=2)
   assert [pair.p for pair in compare.pairs(few, arms.rows(few))] == [None, None]
 
 
 def test_small_categories_are_pooled():
-  sweep = made_sweep({1: 0.5, 2: 0.0})
+  sweep = made_sweep.make({1: 0.5, 2: 0.0})
   names = ['a'] * 100 + ['b'] * 118 + ['c'] * 2 + ['d'] * 12 + ['e'] * 8
   for row, name in zip(sweep.heldout, names, strict=True):
     row['category'] = name
@@ -428,11 +386,13 @@ def test_small_categories_are_pooled():
   answers = verdict.answers(sweep, table)
   lines = compare.categories(sweep, table, answers)
   assert [(x['category'], x['records'], x['label']) for x in lines] == [
-    ('a', 50, 'rank 1'), ('a', 50, 'rank 2'),
-    ('b', 59, 'rank 1'), ('b', 59, 'rank 2'),
+    ('a', 50, 'rank 1'),
+    ('a', 50, 'rank 2'),
+    ('b', 59, 'rank 1'),
+    ('b', 59, 'rank 2'),
     ('other, 3 categories', 11, 'rank 1'),
     ('other, 3 categories', 11, 'rank 2'),
-  ]  # fmt: skip
+  ]
   assert all((x['deficit'] is None) == (x['label'] == 'rank 2') for x in lines)
   assert all(x['deficit'].interval for x in lines if x['deficit'])
   # A pool that is small itself has a mean alone.
@@ -444,9 +404,34 @@ def test_small_categories_are_pooled():
   assert lines[4]['deficit'].interval is None
 
 
+def test_bars_are_the_intervals_and_the_hollow_one_is_the_reference():
+  # Agg is chosen on import of figures.
+  from matplotlib import pyplot as plt
+
+  from experiments.analysis import figures
+
+  for seeds, over in ((5, 'seeds and records'), (1, 'records at these seeds')):
+    sweep = made_sweep.make({2: 0.1, 4: 0.0, 8: -0.2}, seeds=seeds)
+    table = arms.rows(sweep)
+    answers = verdict.answers(sweep, table)
+    assert f'interval, over {over}, of' in figures.bars_caption(answers)
+    figure = plt.figure()
+    figures.draw_losses(figure, figures.THEMES['light'], table, answers, 'rank')
+    (axes,) = figure.axes
+    (bars,) = axes.containers[0][2]
+    low, high = answers[0].tests[0].deficit.interval
+    drawn = [bar[:, 1] for bar in bars.get_segments() if len(bar)]
+    assert len(drawn) == 2  # ranks 2 and 4
+    assert np.ptp(drawn[1]) == pytest.approx(high - low)
+    assert axes.lines[-1].get_xydata() == pytest.approx(
+      np.array([[8, table[2].test]])
+    )
+    plt.close(figure)
+
+
 def test_truncation_goes_from_the_smallest_rank_to_the_largest():
   """By number: 16 comes after 2, which it does not as text."""
-  sweep = made_sweep({1: 0.5, 2: 0.2, 16: 0.0, 32: 0.0})
+  sweep = made_sweep.make({1: 0.5, 2: 0.2, 16: 0.0, 32: 0.0})
   for cell in sweep.finished('lora'):
     if cell.axes['learning_rate'] == 2e-3 and cell.axes['rank'] < 32:
       cut = dataclasses.replace(
@@ -463,7 +448,7 @@ def test_truncation_goes_from_the_smallest_rank_to_the_largest():
 
 def test_a_rate_at_which_a_seed_failed_is_not_chosen():
   sweep = without(
-    made_sweep({2: 0.0}),
+    made_sweep.make({2: 0.0}),
     lambda c: (c.axes.get('seed'), c.axes.get('learning_rate')) == (4, 2e-3),
   )
   (chosen,) = sweep.chosen().values()
@@ -472,7 +457,7 @@ def test_a_rate_at_which_a_seed_failed_is_not_chosen():
 
 
 def test_a_rate_with_a_loss_that_is_not_a_number_is_not_chosen():
-  sweep = made_sweep({2: 0.0})
+  sweep = made_sweep.make({2: 0.0})
   cell = next(c for c in sweep.cells if c.axes.get('learning_rate') == 1e-3)
   cell.last[0][:] = np.nan
   (chosen,) = sweep.chosen().values()

@@ -77,19 +77,21 @@ def all_figures(
     directions: cell's name → `spectra.directions`, for what is compared.
   """
   found: dict[str, tuple[str, Draw]] = {}
-  bars = _bars(answers)
+  bars = bars_caption(answers)
   found['loss_by_rank'] = (
     f'Test loss against rank, each at its own best learning rate. {bars}',
-    lambda figure, theme: _by(figure, theme, table, answers, 'rank'),
+    lambda figure, theme: draw_losses(figure, theme, table, answers, 'rank'),
   )
   found['loss_by_parameters'] = (
     f'Test loss against trainable parameters. {bars}',
-    lambda figure, theme: _by(figure, theme, table, answers, 'parameters'),
+    lambda figure, theme: draw_losses(
+      figure, theme, table, answers, 'parameters'
+    ),
   )
   found['loss_by_seconds'] = (
     "Test loss against seconds of training (a gang member's share, mean over "
     f'seeds). {bars}',
-    lambda figure, theme: _by(figure, theme, table, answers, 'seconds'),
+    lambda figure, theme: draw_losses(figure, theme, table, answers, 'seconds'),
   )
   found['learning_curves'] = (
     'Held-out loss (validation and test) while training, first seed.',
@@ -147,8 +149,8 @@ def colours(theme: dict, count: int) -> np.ndarray:
   return plt.get_cmap('viridis')(np.linspace(*theme['range'], count))
 
 
-def _bars(answers: list[Answer]) -> str:
-  """What the bars of `_by` are, for its captions; '' where there are none."""
+def bars_caption(answers: list[Answer]) -> str:
+  """What the bars of `draw_losses` are; '' where there are none."""
   over = {
     test.deficit.over
     for answer in answers
@@ -163,7 +165,8 @@ def _bars(answers: list[Answer]) -> str:
   )
 
 
-def _by(figure, theme, table, answers, what) -> None:
+def draw_losses(figure, theme, table, answers, what) -> None:
+  """Test losses against 'rank', 'parameters' or 'seconds'."""
   axes = figure.add_subplot()
   references = [answer.row for answer in answers if answer.tests]
   deficits = {

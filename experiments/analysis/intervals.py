@@ -74,7 +74,8 @@ class Estimate(NamedTuple):
 
   def __str__(self) -> str:
     if self.interval is None:
-      return f'{self.mean:+.4f} (no interval: {self.records} records)'
+      plural = '' if self.records == 1 else 's'
+      return f'{self.mean:+.4f} (no interval: {self.records} record{plural})'
     low, high = self.interval
     over = '' if self.over == BOTH else f' over {self.over}'
     return f'{self.mean:+.4f} [{low:+.4f}, {high:+.4f}]{over}'
@@ -93,12 +94,13 @@ def estimate(contrast: np.ndarray, tokens: np.ndarray) -> Estimate | None:
   What a record does at one seed is in both parts, so the sum errs upwards. Its
   degrees of freedom are Satterthwaite's (Biometrics Bulletin 2, 1946).
 
-  A bootstrap that draws seeds and records (Owen 2007, arXiv 0712.1111) has
-  S - 1 in place of S in the seeds' part and a normal quantile in place of t: at
-  three seeds its one-sided 5 % are 9 % where seeds decide. These are 5 to 7 %
-  with records like normal or t (`tests/test_analysis.py`). They are not where
-  few records hold most of a loss: with exponential tails 11 to 13 % at 30 to
-  50 records, 7 % at 380, and a bootstrap has 11 to 12 % and 7 % there.
+  Why no bootstrap: one that draws seeds and records (Owen 2007, arXiv
+  0712.1111) has (S - 1) / S of the seeds' part and no t, so that with three
+  seeds its one-sided 5 % are in truth 9 to 11 % where seeds decide, with five
+  6 to 7 %. Those of this estimate are 4 to 7 % with normal and t_4 records
+  (`tests/test_analysis.py`). Neither holds where few records have most of a
+  loss: with exponential ones, 11 to 13 % of 30 to 50 records and 7 to 8 % of
+  380, by either method.
 
   Args:
     contrast: [S, N] in nats, by seed and record: a sum of losses whose
@@ -118,21 +120,24 @@ def estimate(contrast: np.ndarray, tokens: np.ndarray) -> Estimate | None:
   mean = float(by_seed.mean())
   if N < FEWEST_RECORDS:
     return Estimate(mean, np.nan, np.nan, NOTHING, S, N)
-  effective = total**2 / (tokens.astype(float) ** 2).sum()
+  size = effective(tokens)
   residual = (contrast.mean(0) - mean * tokens) / total
-  of_records = (residual**2).sum() * effective / (effective - 1)
+  of_records = (residual**2).sum() * size / (size - 1)
   if S < FEWEST_SEEDS:
     return Estimate(
-      mean, float(np.sqrt(of_records)), float(effective - 1), RECORDS, S, N
+      mean, float(np.sqrt(of_records)), float(size - 1), RECORDS, S, N
     )
   of_seeds = by_seed.var(ddof=1) / S
   variance = of_seeds + of_records
-  freedom = effective - 1
+  freedom = size - 1
   if variance > 0:
-    freedom = variance**2 / (
-      of_seeds**2 / (S - 1) + of_records**2 / (effective - 1)
-    )
+    freedom = variance**2 / (of_seeds**2 / (S - 1) + of_records**2 / (size - 1))
   return Estimate(mean, float(np.sqrt(variance)), float(freedom), BOTH, S, N)
+
+
+def effective(tokens: np.ndarray) -> float:
+  """As how many records of one length these count (Kish 1965)."""
+  return float(tokens.sum() ** 2 / (tokens.astype(float) ** 2).sum())
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:

@@ -30,7 +30,12 @@ def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
   """What the numbers rest on, and what limits them; a sentence each."""
   records = int(sweep.part('test').sum())
   seeds = min(len(row.cells) for row in table)
-  found = [f'Measured on {records} test records and {seeds} seed(s) an arm.']
+  tokens = table[0].cells[0].last[1][sweep.part('test')]
+  found = [
+    f'Measured on {records} test records, which count as '
+    f'{intervals.effective(tokens):.0f} (long ones weigh more), and '
+    f'{seeds} {"seed" if seeds == 1 else "seeds"} an arm.'
+  ]
   if records < FEWEST_RECORDS:
     found.append(f'Fewer than {FEWEST_RECORDS} records give no interval.')
   if seeds < intervals.FEWEST_SEEDS:
@@ -52,7 +57,7 @@ def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
     )
   if any(row.clipped for row in table):
     shares = ', '.join(
-      f'{row.label} {row.clipped:.0%}'
+      f'{row.label} {percent(row.clipped)}'
       for row in table
       if row.clipped is not None
     )
@@ -70,7 +75,7 @@ def _ranks(answer: Answer) -> str:
       f'{answer.refusal}.'
     )
   text = [
-    f'The margin is {answer.margin:.0%} of what {answer.reference}, the '
+    f'The margin is {percent(answer.margin)} of what {answer.reference}, the '
     f'reference, gains over the base ({answer.gain} nats per token).'
   ]
   held, stop = answer.enough, answer.stop
@@ -113,7 +118,9 @@ def _power(answer: Answer) -> list[str]:
   seen = ', '.join(
     f'{detectable(test, answer)} at {test.label}' for test in tested
   )
-  text = [f'With a power of 80 % this design could have seen {seen}.']
+  text = [
+    f'With a power of 80 % this design could have seen a difference of {seen}.'
+  ]
   last, margin = tested[-1], answer.margin * answer.gain.mean
   if last.state == verdict.FAILS and last.excess.detectable() > margin:
     text.append(
@@ -128,14 +135,19 @@ def detectable(test: Test, answer: Answer) -> str:
   size = test.excess.detectable()
   if answer.refusal:
     return f'{size:.4f}'
-  return f'{size:.4f} ({size / answer.gain.mean:.0%} of the gain)'
+  return f'{size:.4f} ({percent(size / answer.gain.mean)} of the gain)'
+
+
+def percent(share: float) -> str:
+  """'10 %'."""
+  return f'{100 * share:.0f} %'
 
 
 def _pairs(pairs: list[Pair]) -> str:
   known = [pair for pair in pairs if pair.p is not None]
-  text = f'{len(pairs)} pair(s) of arms differ in other axes than the rank.'
+  text = f'Pairs of arms that differ in other axes than the rank: {len(pairs)}.'
   if not known:
-    return f'{text} There are no p-values of them.'
+    return f'{text} None of them has a p-value.'
   told = [pair for pair in known if pair.p < 0.05]
   text += (
     f" After Holm's correction for {len(known)}, {len(told)} can be told "
@@ -156,4 +168,5 @@ def _list(labels: Iterable[str]) -> str:
 
 
 def _upper(text: str) -> str:
-  return text[:1].upper() + text[1:]
+  """Starts a sentence; the names of settings stay as they are."""
+  return text.replace('rank', 'Rank', 1) if text.startswith('rank') else text
