@@ -9,7 +9,6 @@ again), and every figure as SVG and PNG. Prints their paths.
 """
 
 import base64
-import csv
 import html
 import io
 import json
@@ -22,6 +21,7 @@ from experiments.analysis import (
   compare,
   intervals,
   spectra,
+  tables,
   verdict,
   words,
 )
@@ -50,8 +50,8 @@ def write(workdir: str) -> list[Path]:
   html_path, rows = folder / 'report.html', folder / 'results.csv'
   records = folder / 'records.csv'
   html_path.write_text(page(sweep, table, answers, pictures), encoding='utf-8')
-  write_csv(sweep, table, answers, rows)
-  _write_records(sweep, records)
+  tables.write_cells(sweep, table, answers, rows)
+  tables.write_records(sweep, records)
   return [html_path, rows, records, *sorted((folder / 'figures').iterdir())]
 
 
@@ -90,64 +90,6 @@ def _figures(
         plt.close(figure)
     found[name] = (caption, pictures)
   return found
-
-
-def write_csv(sweep, table, answers, path: Path) -> None:
-  """A line a cell; losses in nats per token."""
-  parts = {name: sweep.part(name) for name in ('validation', 'test')}
-  chosen = {cell.name: row for row in table for cell in row.cells}
-  states = _states(answers)
-  bound = arms.clip_norm(sweep)
-  axes = sorted({name for cell in sweep.cells for name in cell.axes})
-  with path.open('w', newline='', encoding='utf-8') as f:
-    writer = csv.writer(f)
-    writer.writerow([
-        'cell', 'kind', *axes, 'scale', 'rate', 'trainable_parameters',
-        'validation_loss', 'test_loss', 'seconds', 'clipped_share', 'chosen',
-        'rate_at_edge', 'state', 'error',
-    ])  # fmt: skip
-    for cell in sweep.cells:
-      done, row = cell.result is not None, chosen.get(cell.name)
-      clipped = cell.clipped(bound)
-      writer.writerow([
-          cell.name, cell.kind, *(cell.axes.get(name, '') for name in axes),
-          cell.entry.get('scale', ''), cell.entry.get('rate', ''),
-          cell.entry['trainable_parameters'],
-          *(cell.loss(part) if done else '' for part in parts.values()),
-          cell.result.get('seconds', '') if done else '',
-          '' if clipped is None else clipped,
-          int(row is not None), int(row.at_edge) if row else '',
-          states.get(row.arm, '') if row else '', cell.error or '',
-      ])  # fmt: skip
-
-
-def _write_records(sweep, path: Path) -> None:
-  """A line a held-out record: what it is, and its nll under every cell."""
-  cells = [cell for cell in sweep.cells if cell.result is not None]
-  tokens = cells[0].last[1]
-  with path.open('w', newline='', encoding='utf-8') as f:
-    writer = csv.writer(f)
-    writer.writerow([
-        'index', 'part', 'category', 'tokens',
-        *(f'nll {cell.name}' for cell in cells),
-    ])  # fmt: skip
-    for i, record in enumerate(sweep.heldout):
-      writer.writerow([
-          record['index'], record['part'], record['category'], tokens[i],
-          *(f'{cell.last[0][i]:.9g}' for cell in cells),
-      ])  # fmt: skip
-
-
-def _states(answers) -> dict[results.Arm, str]:
-  """What the sequence of tests says of each arm."""
-  states = {}
-  for answer in answers:
-    if answer.row and answer.tests:
-      states[answer.row.arm] = 'reference'
-    for test in answer.tests:
-      if test.row:
-        states[test.row.arm] = test.state or 'no verdict'
-  return states
 
 
 def page(sweep, table, answers, pictures) -> str:
@@ -189,7 +131,7 @@ def _arms(sweep, table, answers) -> str:
     for test in answer.tests
     if test.row
   }
-  states, rows = _states(answers), []
+  states, rows = verdict.states(answers), []
   for row in table:
     test, answer = tests.get(row.arm, (None, None))
     is_bounded = test and test.excess and test.excess.over == intervals.BOTH
@@ -283,7 +225,7 @@ def _samples(sweep) -> str:
   if not path.exists():
     return ''
   parts = []
-  for line in path.read_text('utf-8').strip().split('\n'):
+  for line in filter(None, path.read_text('utf-8').split('\n')):
     sample = json.loads(line)
     answers = {'reference': sample['reference'], **sample['answers']}
     cards = ''.join(

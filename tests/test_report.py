@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from experiments import report
-from experiments.analysis import arms, verdict
+from experiments.analysis import arms, tables, verdict
 from gemma_jax.sweep import results, worker
 from tests import made_sweep, sweep_toy
 
@@ -116,7 +116,7 @@ def page_of(sweep, folder) -> tuple[str, list[dict[str, str]]]:
   text = report.page(sweep, table, answers, {})
   assert Page(text).stack == []
   assert 'nan' not in text
-  report.write_csv(sweep, table, answers, folder / 'results.csv')
+  tables.write_cells(sweep, table, answers, folder / 'results.csv')
   with open(folder / 'results.csv', newline='') as f:
     return html.unescape(text), list(csv.DictReader(f))
 
@@ -164,7 +164,7 @@ def test_one_seed_and_a_category_of_one_record(tmp_path):
   sweep = made_sweep.make({4: 0.1, 8: 0.0}, seeds=1)
   sweep.heldout[0]['category'] = 'rare'
   text, _ = page_of(sweep, tmp_path)
-  caveat = 'Fewer than 3 seeds give no interval over seeds'
+  caveat = 'Fewer than 3 seeds (all arms) give no interval over seeds'
   assert text.index(caveat) < text.index('No verdict on ranks below rank 8')
   (line,) = re.findall(r'<tr><td>other, 1 category</td>.*?rank 4.*?</tr>', text)
   assert line.endswith('(no interval: 1 record)</td></tr>')

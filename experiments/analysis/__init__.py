@@ -5,5 +5,6 @@ arms        each arm at its own best rate; losses paired by seed and record
 verdict     which rank is enough: a fixed sequence against the largest
 compare     pairs of arms, categories, cut adapters: to be looked at
 words       the result in words, what limits it first
+tables      the results as CSV
 spectra     singular values, effective rank and shared directions of adapters
 """

@@ -5,6 +5,7 @@ records, so that no choice flatters what is reported.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -70,10 +71,10 @@ def rows(sweep: Sweep) -> list[Row]:
     )
   validation, test = sweep.part('validation'), sweep.part('test')
   mean = lambda cells, part: float(np.mean([c.loss(part) for c in cells]))
-  varying = _varying(list(chosen))
+  names = labels(sweep)
   table = [
     Row(
-      label=label(arm, varying),
+      label=names[arm],
       arm=arm,
       cells=cells,
       rate=cells[0].axes['learning_rate'],
@@ -137,20 +138,18 @@ def others(arm: Arm) -> Arm:
   return tuple(item for item in arm if item[0] != 'rank')
 
 
-def label(arm: Arm, varying: set[str]) -> str:
-  """'rank 4', or 'attention, keras, rank 4' where more than ranks vary."""
-  settings = dict(arm)
-  names = [str(settings[n]) for n in sorted(varying - {'rank'})]
-  return ', '.join([*names, f'rank {settings["rank"]}'])
-
-
 def labels(sweep: Sweep) -> dict[Arm, str]:
-  """Of all planned arms, as `rows` has them."""
-  varying = _varying(list(sweep.chosen()))
+  """Of all planned arms: 'rank 4', or 'qv, rank 4' where targets vary too."""
+  planned = [arm for family in families(sweep).values() for arm in family]
+  values: dict[str, set[Any]] = {}
+  for name, value in itertools.chain(*planned):
+    values.setdefault(name, set()).add(value)
+  varying = [n for n in sorted(values) if len(values[n]) > 1 and n != 'rank']
   return {
-    arm: label(arm, varying)
-    for family in families(sweep).values()
-    for arm in family
+    arm: ', '.join(
+      [*(str(dict(arm)[n]) for n in varying), f'rank {dict(arm)["rank"]}']
+    )
+    for arm in planned
   }
 
 
@@ -172,12 +171,3 @@ def _clipped(cells: list[Outcome], bound: float) -> float | None:
   shares = [cell.clipped(bound) for cell in cells]
   known = [share for share in shares if share is not None]
   return float(np.mean(known)) if known else None
-
-
-def _varying(arms: list[Arm]) -> set[str]:
-  """Axes with more than one value."""
-  values: dict[str, set[Any]] = {}
-  for arm in arms:
-    for name, value in arm:
-      values.setdefault(name, set()).add(value)
-  return {name for name, each in values.items() if len(each) > 1}

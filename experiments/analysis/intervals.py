@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from gemma_jax.evaluate import FEWEST_RECORDS
 
@@ -18,6 +18,9 @@ FEWEST_SEEDS = 3
 
 # What a claim asks for. With three or four seeds the caveat is said.
 FEW_SEEDS = 5
+
+# Smaller p-values are not told apart.
+LEAST_P = 1e-9
 
 BOTH = 'seeds and records'
 RECORDS = 'records at these seeds'
@@ -29,24 +32,37 @@ class Estimate(NamedTuple):
 
   Attributes:
     mean: as measured.
-    error: standard error; nan where `over` is NOTHING.
-    freedom: degrees of freedom of that error.
-    over: what the error counts as drawn: BOTH; RECORDS where there are fewer
-      than 3 seeds; NOTHING where there are fewer than 10 records.
+    parts: (variance, degrees of freedom) of what counts as drawn: records and
+      seeds; records alone with fewer than 3 seeds; nothing with fewer than 10
+      records.
     seeds: S.
     records: N, those with supervised tokens.
   """
 
   mean: float
-  error: float
-  freedom: float
-  over: str
+  parts: tuple[tuple[float, float], ...]
   seeds: int
   records: int
 
+  @property
+  def over(self) -> str:
+    """What counts as drawn: BOTH, RECORDS or NOTHING."""
+    return (NOTHING, RECORDS, BOTH)[len(self.parts)]
+
+  def distance(self, level: float) -> float:
+    """From the mean to its one-sided bound.
+
+    With two parts the quantile of t is the mean of theirs, weighted by their
+    variances (Cochran, Biometrics 20, 1964).
+    """
+    variances, freedoms = np.array(self.parts).T
+    weighted = (variances * stats.t.ppf(level, freedoms)).sum()
+    error = np.sqrt(variances.sum())
+    return float(weighted / error) if error else 0.0
+
   def upper(self, level: float = 0.95) -> float:
     """The one-sided upper bound; that of 1 - level is the lower bound."""
-    return self.mean + float(stats.t.ppf(level, self.freedom)) * self.error
+    return self.mean + self.distance(level)
 
   @property
   def interval(self) -> tuple[float, float] | None:
@@ -57,20 +73,23 @@ class Estimate(NamedTuple):
 
   @property
   def p(self) -> float | None:
-    """Two-sided, that the mean is 0; None unless it counts seeds as drawn."""
+    """Two-sided, that the mean is 0; None unless seeds count as drawn.
+
+    That is where an end of the interval of level 1 - p is 0.
+    """
     if self.over != BOTH:
       return None
-    if not self.error:
-      return float(self.mean == 0)
-    return float(2 * stats.t.sf(abs(self.mean) / self.error, self.freedom))
+    excess = lambda p: self.distance(1 - p / 2) - abs(self.mean)
+    if excess(LEAST_P) <= 0:
+      return LEAST_P if self.mean else 1.0
+    return float(optimize.brentq(excess, LEAST_P, 1.0))
 
   def detectable(self, power: float = 0.8) -> float:
-    """What a one-sided test at 5 % would see with this power.
+    """The distance from a bound that a one-sided test at 5 % would see.
 
-    The textbook's (z_0.95 + z_0.80) * error, with the quantiles of t.
+    The textbook's (z_0.95 + z_0.80) * error, with quantiles of t.
     """
-    quantiles = stats.t.ppf([0.95, power], self.freedom)
-    return float(quantiles.sum() * self.error)
+    return self.distance(0.95) + self.distance(power)
 
   def __str__(self) -> str:
     if self.interval is None:
@@ -90,17 +109,17 @@ def estimate(contrast: np.ndarray, tokens: np.ndarray) -> Estimate | None:
 
   The variance is the sum of two parts: that of the seeds' means over S, and
   that of the records' over N (a ratio of sums: Cochran 1977, chapter 6, with
-  Kish's effective number of records for N - 1, as long records weigh more).
-  What a record does at one seed is in both parts, so the sum errs upwards. Its
-  degrees of freedom are Satterthwaite's (Biometrics Bulletin 2, 1946).
+  Kish's effective number for N, as long records weigh more). What a record
+  does at one seed is in both, so the sum errs upwards.
 
-  Why no bootstrap: one that draws seeds and records (Owen 2007, arXiv
-  0712.1111) has (S - 1) / S of the seeds' part and no t, so that with three
-  seeds its one-sided 5 % are in truth 9 to 11 % where seeds decide, with five
-  6 to 7 %. Those of this estimate are 4 to 7 % with normal and t_4 records
-  (`tests/test_analysis.py`). Neither holds where few records have most of a
-  loss: with exponential ones, 11 to 13 % of 30 to 50 records and 7 to 8 % of
-  380, by either method.
+  Simulated, a one-sided 5 % is in truth 3 to 5 %, from 3 seeds and 30 records
+  on, whichever part is the larger (`tests/test_analysis.py`). A bootstrap that
+  draws seeds and records (Owen 2007, arXiv 0712.1111) has (S - 1) / S of the
+  seeds' part and no t: with three seeds its 5 % are 9 to 11 %. Satterthwaite's
+  degrees of freedom give 7 % there, and 1.5 % for 0.1 %, so that no correction
+  for many p-values would hold. None of them helps where few records have most
+  of a loss: with exponential ones 5 % are 10 to 13 % of 30 to 50 records and 7
+  to 8 % of 380.
 
   Args:
     contrast: [S, N] in nats, by seed and record: a sum of losses whose
@@ -115,24 +134,16 @@ def estimate(contrast: np.ndarray, tokens: np.ndarray) -> Estimate | None:
   S, N = contrast.shape
   if not contrast.size or not np.isfinite(contrast).all():
     return None
-  total = tokens.sum()
-  by_seed = contrast.sum(1) / total
+  by_seed = contrast.sum(1) / tokens.sum()
   mean = float(by_seed.mean())
-  if N < FEWEST_RECORDS:
-    return Estimate(mean, np.nan, np.nan, NOTHING, S, N)
-  size = effective(tokens)
-  residual = (contrast.mean(0) - mean * tokens) / total
-  of_records = (residual**2).sum() * size / (size - 1)
-  if S < FEWEST_SEEDS:
-    return Estimate(
-      mean, float(np.sqrt(of_records)), float(size - 1), RECORDS, S, N
-    )
-  of_seeds = by_seed.var(ddof=1) / S
-  variance = of_seeds + of_records
-  freedom = size - 1
-  if variance > 0:
-    freedom = variance**2 / (of_seeds**2 / (S - 1) + of_records**2 / (size - 1))
-  return Estimate(mean, float(np.sqrt(variance)), float(freedom), BOTH, S, N)
+  parts = []
+  if N >= FEWEST_RECORDS:
+    size = effective(tokens)
+    residual = (contrast.mean(0) - mean * tokens) / tokens.sum()
+    parts.append((float((residual**2).sum() * size / (size - 1)), size - 1))
+    if S >= FEWEST_SEEDS:
+      parts.append((float(by_seed.var(ddof=1) / S), S - 1))
+  return Estimate(mean, tuple(parts), S, N)
 
 
 def effective(tokens: np.ndarray) -> float:

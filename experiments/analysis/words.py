@@ -29,25 +29,26 @@ def paragraphs(
 def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
   """What the numbers rest on, and what limits them; a sentence each."""
   records = int(sweep.part('test').sum())
-  seeds = min(len(row.cells) for row in table)
+  seeds = sorted({len(row.cells) for row in table})
   tokens = table[0].cells[0].last[1][sweep.part('test')]
   found = [
     f'Measured on {records} test records, which count as '
     f'{intervals.effective(tokens):.0f} (long ones weigh more), and '
-    f'{seeds} {"seed" if seeds == 1 else "seeds"} an arm.'
+    f'{" to ".join(map(str, seeds[:: len(seeds) - 1 or 1]))} '
+    f'{"seed" if seeds[-1] == 1 else "seeds"} an arm.'
   ]
   if records < FEWEST_RECORDS:
     found.append(f'Fewer than {FEWEST_RECORDS} records give no interval.')
-  if seeds < intervals.FEWEST_SEEDS:
+  if few := _with_fewer(table, intervals.FEWEST_SEEDS):
     found.append(
-      f'Fewer than {intervals.FEWEST_SEEDS} seeds give no interval over seeds, '
-      'no p-value and no verdict: what is left is over the records at these '
-      'seeds, and other seeds may differ by more.'
+      f'Fewer than {intervals.FEWEST_SEEDS} seeds ({few}) give no interval '
+      'over seeds, no p-value and no verdict: what is left is over the records '
+      'at these seeds, and other seeds may differ by more.'
     )
-  elif seeds < intervals.FEW_SEEDS:
+  if few := _with_fewer(table, intervals.FEW_SEEDS):
     found.append(
-      f'A claim asks for {intervals.FEW_SEEDS} seeds: with fewer, their '
-      'spread is hardly known.'
+      f'A claim asks for {intervals.FEW_SEEDS} seeds: with fewer ({few}), '
+      'their spread is hardly known.'
     )
   edge = [row.label for row in table if row.at_edge]
   if edge:
@@ -96,7 +97,7 @@ def _ranks(answer: Answer) -> str:
     text.append(f'{_upper(stop.label)} cannot be compared: {stop.why_not}.')
   rest = [t.label for t in answer.tests if t.state == verdict.NOT_REACHED]
   if rest:
-    text.append(f'Nothing is said of {_list(rest)}.')
+    text.append(f'Not reached, and so undecided: {_list(rest)}.')
   text += _power(answer)
   return ' '.join(text)
 
@@ -161,6 +162,11 @@ def _pairs(pairs: list[Pair]) -> str:
   if len(told) < len(known):
     text += ' Not being told apart does not show that arms are equal.'
   return text
+
+
+def _with_fewer(table: list[Row], seeds: int) -> str:
+  few = [row.label for row in table if len(row.cells) < seeds]
+  return 'all arms' if len(few) == len(table) else _list(few)
 
 
 def _list(labels: Iterable[str]) -> str:
