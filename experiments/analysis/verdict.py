@@ -105,14 +105,14 @@ def answers(sweep: Sweep, table: list[Row]) -> list[Answer]:
 
 def states(answers: list[Answer]) -> dict[Arm, str]:
   """What the sequence of tests says of each arm."""
-  found = {}
+  by_arm = {}
   for answer in answers:
     if answer.row and answer.tests:
-      found[answer.row.arm] = 'reference'
+      by_arm[answer.row.arm] = 'reference'
     for test in answer.tests:
       if test.row:
-        found[test.row.arm] = test.state or 'no verdict'
-  return found
+        by_arm[test.row.arm] = test.state or 'no verdict'
+  return by_arm
 
 
 def _answer(
@@ -138,8 +138,8 @@ def _answer(
     refusal = f'the reference, {labels[first]}, has not finished'
   elif not base:
     refusal = (
-      'the sweep has no finished cell of the base, so the gain, of which the '
-      'margin is a share, is not known (--config.grid.baselines="(\'base\',)")'
+      'the base, from which the gain is measured, has no finished cell (there '
+      'is none without "base" in grid.baselines)'
     )
   elif margin is None:
     refusal = 'its manifest fixed no margin before'

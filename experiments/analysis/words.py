@@ -14,16 +14,16 @@ def paragraphs(
   sweep: Sweep, table: list[Row], answers: list[Answer], pairs: list[Pair]
 ) -> list[str]:
   """Caveats, an answer for each choice of axes other than rank, and pairs."""
-  found = [' '.join(caveats(sweep, table))]
+  texts = [' '.join(caveats(sweep, table))]
   if len(table) == 1:
     (row,) = table
-    found.append(
+    texts.append(
       f'Only {row.label} was trained: test loss {row.test:.4f} nats per token.'
     )
-  found += [_ranks(answer) for answer in answers if answer.tests]
+  texts += [_ranks(answer) for answer in answers if answer.tests]
   if pairs:
-    found.append(_pairs(pairs))
-  return found
+    texts.append(_pairs(pairs))
+  return texts
 
 
 def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
@@ -31,28 +31,28 @@ def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
   records = int(sweep.part('test').sum())
   seeds = sorted({len(row.cells) for row in table})
   tokens = table[0].cells[0].last[1][sweep.part('test')]
-  found = [
+  sentences = [
     f'Measured on {records} test records, which count as '
     f'{intervals.effective(tokens):.0f} (long ones weigh more), and '
     f'{" to ".join(map(str, seeds[:: len(seeds) - 1 or 1]))} '
     f'{"seed" if seeds[-1] == 1 else "seeds"} an arm.'
   ]
   if records < FEWEST_RECORDS:
-    found.append(f'Fewer than {FEWEST_RECORDS} records give no interval.')
+    sentences.append(f'Fewer than {FEWEST_RECORDS} records give no interval.')
   if few := _with_fewer(table, intervals.FEWEST_SEEDS):
-    found.append(
+    sentences.append(
       f'Fewer than {intervals.FEWEST_SEEDS} seeds ({few}) give no interval '
       'over seeds, no p-value and no verdict: what is left is over the records '
       'at these seeds, and other seeds may differ by more.'
     )
   if few := _with_fewer(table, intervals.FEW_SEEDS):
-    found.append(
+    sentences.append(
       f'A claim asks for {intervals.FEW_SEEDS} seeds: with fewer ({few}), '
       'their spread is hardly known.'
     )
   edge = [row.label for row in table if row.at_edge]
   if edge:
-    found.append(
+    sentences.append(
       f'Rate at the edge of the grid, so a better one may lie beyond: '
       f'{_list(edge)}.'
     )
@@ -62,11 +62,11 @@ def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
       for row in table
       if row.clipped is not None
     )
-    found.append(
+    sentences.append(
       f'Gradients were clipped at a norm of {arms.clip_norm(sweep):g}, which '
       f'treats arms differently; share of updates: {shares}.'
     )
-  return found
+  return sentences
 
 
 def _ranks(answer: Answer) -> str:

@@ -81,11 +81,11 @@ class Outcome:
 
     None where nothing is clipped (clip_norm 0), or no update was made.
     """
+    if not clip_norm:
+      return None
     rows = metrics.read(self.folder / 'metrics.jsonl')
     norms = [row['grad_norm'] for row in rows if 'grad_norm' in row]
-    if not clip_norm or not norms:
-      return None
-    return float(np.mean(np.array(norms) > clip_norm))
+    return float(np.mean(np.array(norms) > clip_norm)) if norms else None
 
   def spectrum(self, step: int | None = None) -> dict[str, np.ndarray]:
     """Path → singular values [L, R] of the update after a step (the last)."""
