@@ -10,7 +10,7 @@ from tests.test_launch import call
 
 @pytest.fixture(scope='module')
 def done(tmp_path_factory):
-  """A finished quickstart and the same command again."""
+  """A quickstart, the same again, and again with 9 held-out records."""
   folder = tmp_path_factory.mktemp('quickstart')
   records = run_toy.write_records(folder)
   flags = (
@@ -20,7 +20,10 @@ def done(tmp_path_factory):
     '--prompt=Where is the palace?',
     '--max_new_tokens=7',
   )
-  return call('quickstart', *flags), call('quickstart', *flags)
+  first, again = call('quickstart', *flags), call('quickstart', *flags)
+  for path in (folder / 'run' / 'heldout').iterdir():
+    path.write_text(''.join(path.read_text().splitlines(True)[:9]))
+  return first, again, call('quickstart', *flags)
 
 
 def test_shows_the_table_both_answers_and_the_loss(done):
@@ -39,6 +42,18 @@ def test_the_last_line_is_the_result(done):
   assert result['steps'] == 5
   assert isinstance(result['answer_base'], str)
   assert isinstance(result['answer_adapted'], str)
+
+
+def test_the_interval_says_what_it_is_over(done):
+  assert (
+    'one seed, so over the 20 records alone: 95 % interval of the difference ['
+  ) in done[0].stdout
+
+
+def test_few_records_give_no_interval(done):
+  assert '9 held-out records, no interval below 10' in done[2].stdout
+  result = json.loads(done[2].stdout.splitlines()[-1])
+  assert result['difference_interval'] is None
 
 
 def test_again_it_shows_the_same_without_training(done):
