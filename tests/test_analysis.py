@@ -304,6 +304,18 @@ def test_the_reference_is_the_largest_planned_rank():
   assert 'Rank 4 is enough' in text
 
 
+def test_another_reference_may_be_named():
+  """Ranks above it are neither tested nor of any influence."""
+  levels = {2: 0.01, 4: 0.0, 8: 0.0, 16: -0.3}
+  answer, text = answer_of(made_sweep.make(levels, reference=8))
+  assert answer.reference == 'rank 8'
+  assert states(answer) == [(4, 'holds'), (2, 'holds')]
+  assert 'Rank 2 is enough' in text
+  answer, text = answer_of(made_sweep.make(levels, reference=7))
+  assert answer.refusal == 'the reference, rank 7, is not among its ranks'
+  assert 'is enough' not in text
+
+
 def test_an_arm_that_still_trains_is_not_judged():
   sweep = made_sweep.make({4: 0.0, 8: 0.0})
   cells = list(sweep.cells)

@@ -4,8 +4,9 @@
     gain    = loss of the base - loss of the reference
     a rank holds if the upper 95 % bound of  deficit - margin * gain  is below 0
 
-The reference is the largest planned rank of the same other axes, whatever its
-loss; the margin is a share that the grid fixes before. One contrast of three
+The reference is a planned rank of the same other axes, whatever its loss; it
+(`grid.reference`, the largest if none is named) and the margin, a share, are
+fixed before. One contrast of three
 losses, paired by seed and record, is bounded, so that the gain's own error
 counts (as in trials with a placebo beside the reference: Pigeot et al.,
 Statistics in Medicine 22, 2003), and only once the gain itself is above 0.
@@ -61,7 +62,7 @@ class Answer:
   """What is said of the ranks that share their other axes.
 
   Attributes:
-    reference: label of the largest rank.
+    reference: label of that rank.
     row: that arm, if some of it has finished.
     margin: share of the gain.
     gain: of the reference over the base, or None.
@@ -121,10 +122,13 @@ def _answer(
   by_arm: dict[Arm, Row],
   labels: dict[Arm, str],
 ) -> Answer:
-  first, *smaller = family
+  grid = sweep.manifest['config']['grid']
+  # Ranks above the reference are not compared with it.
+  named = grid.get('reference') or dict(family[0])['rank']
+  first, *smaller = [a for a in family if dict(a)['rank'] <= named] or family
   row, base = by_arm.get(first), sweep.finished('base')
   # A sweep whose manifest has none fixed none before.
-  margin = sweep.manifest['config']['grid'].get('margin')
+  margin = grid.get('margin')
   which = sweep.part('test')
   gain = (
     arms.paired(which, (1, base), (-1, row.cells)) if row and base else None
@@ -134,7 +138,9 @@ def _answer(
     for arm in smaller
   ]
   refusal = ''
-  if row is None or not sweep.has_ended(first):
+  if dict(first)['rank'] != named:
+    refusal = f'the reference, rank {named}, is not among its ranks'
+  elif row is None or not sweep.has_ended(first):
     refusal = f'the reference, {labels[first]}, has not finished'
   elif not base:
     refusal = (
