@@ -12,6 +12,7 @@ the folder checks the newest step: a damaged one is renamed to N.set_aside, said
 so, and the newest good one is used; the updates after it are computed again.
 """
 
+from collections.abc import Callable
 import contextlib
 from typing import Any
 
@@ -35,17 +36,24 @@ class Checkpoints:
     folder: that one.
   """
 
-  def __init__(self, workdir: str, read_only: bool = False):
+  def __init__(
+    self,
+    workdir: str,
+    read_only: bool = False,
+    check: Callable[[], None] = lambda: None,
+  ):
     """Opens the folder and checks its newest step.
 
     Args:
       workdir: of the run.
       read_only: neither make, clean nor rename anything; damaged steps are
         passed over.
+      check: raises if nothing may be written any more (`workdir.Place`).
     """
     import orbax.checkpoint as ocp
 
     self._ocp = ocp
+    self._check = check
     self.folder = files.absolute(workdir) / 'checkpoints'
     self._unusable = self._check_newest(read_only)
     self._saving = None  # the step of the last save
@@ -79,6 +87,7 @@ class Checkpoints:
       notes: JSON-able facts of the run at this step.
     """
     self.wait()
+    self._check()
     self._saving = int(state.step)
     # A copy on the device: Orbax reads it in the background.
     arrays = _by_path(jax.tree.map(jnp.copy, state))
@@ -127,6 +136,7 @@ class Checkpoints:
     try:
       self._manager.wait_until_finished()
       if self._saving is not None and jax.process_index() == 0:
+        self._check()
         # What Orbax wrote while it renamed the folder.
         integrity.seal(self.folder / str(self._saving))
     finally:
@@ -162,6 +172,7 @@ class Checkpoints:
 
   def _seal(self) -> None:
     """Adds checksums to the step that is about to be renamed."""
+    self._check()
     name = str(self._saving)
     for folder in (f'{name}.orbax-checkpoint-tmp', name):
       if (self.folder / folder).exists():
