@@ -49,9 +49,9 @@ def path(name: str | os.PathLike) -> epath.Path:
 
 
 def absolute(name: str | os.PathLike) -> epath.Path:
-  """The same, from the root on."""
+  """The same, from the root on; links stay in it, as they were given."""
   found = path(name)
-  return found if is_remote(found) else found.resolve()
+  return found if is_remote(found) else epath.Path(Path(found).absolute())
 
 
 def write(name: str | os.PathLike, content: str | bytes) -> None:

@@ -129,7 +129,7 @@ class Trainer:
     self.loop_start = (0, started)  # first step of this process, and when
 
     # Whatever can be refused is refused before anything is written.
-    self.checkpoints = Checkpoints(self.workdir, check=place.check)
+    self.checkpoints = Checkpoints(self.workdir, place=place)
     newest = resume.newest(self.workdir, self.checkpoints, facts)
     hosts.wait_for_all('workdir is checked')
     if hosts.is_lead():

@@ -20,6 +20,7 @@ import os
 from typing import Any
 
 from etils import epath
+import jax
 
 from gemma_jax import files, hosts, integrity
 
@@ -98,6 +99,10 @@ def check_writable(workdir: str) -> None:
     )
 
 
+# Where Linux has the files that a process has open, as links.
+_DESCRIPTORS = '/proc/self/fd/'
+
+
 class Moved(OSError):
   """The workdir was renamed while a run was training in it."""
 
@@ -110,6 +115,8 @@ class Place:
 
   Attributes:
     workdir: its path.
+    root: one that goes on leading to the folder when it is renamed, where the
+      system has such (Linux); else the same.
   """
 
   def __init__(self, workdir: str, descriptor: int | None = None):
@@ -119,8 +126,12 @@ class Place:
       workdir: its path.
       descriptor: open and locked; None if there is nothing to look at.
     """
-    self.workdir = workdir
+    self.workdir = self.root = workdir
     self._descriptor = descriptor
+    link = f'{_DESCRIPTORS}{descriptor}'
+    # Several processes have to agree on the path.
+    if os.path.isdir(link) and jax.process_count() == 1:
+      self.root = link
 
   def check(self) -> None:
     """OSError if the path no longer leads to the folder."""
@@ -206,7 +217,11 @@ def _system_words(workdir: str, e: Exception) -> str | None:
     return os.strerror(errno.ENOENT)
   for number in _DISK_ERRORS:
     words = os.strerror(number)
-    is_named = workdir in str(e) or number in (errno.ENOSPC, errno.EDQUOT)
+    is_named = (
+      workdir in str(e)
+      or _DESCRIPTORS in str(e)
+      or number in (errno.ENOSPC, errno.EDQUOT)
+    )
     if is_named and (getattr(e, 'errno', None) == number or words in str(e)):
       return words
   return None

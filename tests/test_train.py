@@ -158,7 +158,7 @@ def snapshot(folder):
 
 
 def test_a_finished_run_is_moved_with_its_records(finished, tmp_path):
-  """The path that it names is the new one, and the records may lie elsewhere."""
+  """The path that it names is the new one, wherever the records lie."""
   moved = tmp_path / 'moved'
   shutil.copytree(finished[0], moved)
   result = train.train(
@@ -217,7 +217,7 @@ def test_more_steps_of_a_finished_run(
     )
   )
   assert got == want
-  with pytest.raises(ValueError, match='got 7, but the run in .* has done 10'):
+  with pytest.raises(ValueError, match=r'got 7, but the run in .* has done 10'):
     train.train(run_toy.config(records).resolve(), str(workdir))
 
 
@@ -251,7 +251,7 @@ def test_an_evaluation_at_an_earlier_end_does_not_stop_a_run_early(
 def test_the_checkpoint_decides_and_not_run_json(
   finished, records, tmp_path, content
 ):
-  """Removed or cut, it neither opens the workdir to others nor stops the run."""
+  """Removed or cut, it lets nobody else in and does not stop the run."""
   config = run_toy.config(records)
   with pytest.raises(train.Stopped):
     train.train(config.resolve(), str(tmp_path), stop_after(7))
