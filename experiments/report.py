@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 from experiments.analysis import compare, spectra
+from gemma_jax import files
 from gemma_jax.formats import source as source_lib
 from gemma_jax.sweep import closing, results
 
@@ -199,8 +200,7 @@ def _samples(sweep) -> str:
   if not path.exists():
     return ''
   parts = []
-  for line in path.read_text('utf-8').splitlines():
-    sample = json.loads(line)
+  for sample in files.read_json_lines(path):
     answers = {'reference': sample['reference'], **sample['answers']}
     cards = ''.join(
       f'<div class="card"><h4>{_text(name)}</h4><p>{_text(text)}</p></div>'

@@ -3,13 +3,14 @@
 Exit code 0; 1 with one clear line on standard error (a traceback only with
 `--debug`); 75 when a signal stopped a run that saved and can be resumed; 128
 plus its number (130 for Ctrl-C, 143 for SIGTERM) when a second one ended it.
-Standard output carries the result, standard error the log.
+Standard output carries the result, standard error the log, both in UTF-8.
 """
 
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import importlib
+import io
 import logging as standard_logging
 import os
 import re
@@ -65,6 +66,10 @@ def run(main: Callable[[], int | None]) -> None:
         fail(_one_line(e))
       fail(f'{type(e).__name__}: {_one_line(e)} (--debug shows where)')
 
+  # Text is UTF-8, whatever the locale says.
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(encoding='utf-8', errors='backslashreplace')
   # --help lists the flags of the command's own file and those declared here.
   flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['debug'])
   app.run(guarded, flags_parser=_parse)
@@ -80,6 +85,15 @@ def fail(message: str) -> None:
     time.sleep(jax.process_index() == 0)
     os._exit(1)
   sys.exit(1)
+
+
+def text(value: str) -> str:
+  """A flag's value as text: UTF-8 where the locale could not say what it is.
+
+  File names need no such thing: they go back to the system as they came.
+  """
+  is_raw = any('\udc80' <= x <= '\udcff' for x in value)
+  return os.fsencode(value).decode('utf-8', 'replace') if is_raw else value
 
 
 def set_compilation_cache(folder: str) -> None:

@@ -1,5 +1,6 @@
 """Files whole or not at all, on this machine and in an object store."""
 
+import ast
 import gzip
 import json
 import os
@@ -13,6 +14,8 @@ from gemma_jax import files, metrics, temporary, workdir
 from gemma_jax.data import records
 from gemma_jax.formats import atomic_folder
 from tests import gcs_toy
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope='module')
@@ -233,3 +236,39 @@ def test_metrics_grow_in_a_store_that_cannot_append(bucket):
   found = names(run)
   assert found[0] == 'metrics.jsonl'
   assert {name.split('/')[0] for name in found[1:]} == {'tensorboard'}
+
+
+def unspecified(node):
+  """What is wrong with how a call reads or writes text, '' if nothing."""
+  name = ast.unparse(node.func)
+  last = name.rpartition('.')[2]
+  values = [a.value for a in node.args if isinstance(a, ast.Constant)]
+  has_encoding = any(k.arg == 'encoding' for k in node.keywords)
+  if last == 'splitlines' and 'read_text' in name:
+    return 'splits at U+2028'
+  if any(k.arg == 'text' for k in node.keywords) and not has_encoding:
+    return 'text without an encoding'
+  least = {'read_text': 1, 'write_text': 2}.get(last)
+  if least is not None and not name.startswith('files.'):
+    return '' if has_encoding or len(node.args) >= least else 'no encoding'
+  if name in ('open', 'os.fdopen') or (last == 'open' and 'path' in name):
+    is_binary = any(isinstance(x, str) and 'b' in x for x in values)
+    return '' if has_encoding or is_binary else 'no encoding'
+  return ''
+
+
+def test_text_is_read_and_written_with_an_encoding():
+  """The locale decides nothing, and a line ends at a newline alone."""
+  paths = [
+    path
+    for name in ('gemma_jax', 'launch', 'experiments')
+    for path in (ROOT / name).rglob('*.py')
+  ]
+  assert len(paths) > 100
+  for path in paths:
+    for node in ast.walk(ast.parse(path.read_text('utf-8'))):
+      if isinstance(node, ast.Call):
+        wrong = unspecified(node)
+        assert not wrong, f'{path}:{node.lineno}: {wrong}'
+  for text in ('open(p)', 'p.read_text()', 'p.write_text(x)', 'f(text=True)'):
+    assert unspecified(ast.parse(text, mode='eval').body), text
