@@ -40,6 +40,9 @@ PATH_FIELDS = (
 # Where a run ends; `_check_steps` compares what they amount to.
 END_FIELDS = ('steps', 'epochs')
 
+# What a finished run has said at least.
+_RESULT = ('steps', 'loss_base', 'loss_adapted')
+
 _MAY_DIFFER = FREE_FIELDS + PATH_FIELDS + END_FIELDS
 
 
@@ -66,6 +69,9 @@ def finished(workdir: str, now: Facts) -> dict[str, Any] | None:
   result = workdir_lib.read_json(workdir, 'result.json', remedy)
   if result is None:
     return None
+  missing = [name for name in _RESULT if name not in result]
+  if missing:
+    raise ValueError(f'{workdir}/result.json: lacks {missing[0]}. {remedy}')
   saved = result.pop('run', None)
   if saved is None:  # of an earlier version
     saved = workdir_lib.read_json(workdir, 'run.json')
@@ -118,7 +124,9 @@ def check(workdir: str, saved: Facts, now: Facts, done: int) -> None:
     now: facts of the run that was asked for.
     done: finished updates.
   """
-  missing = [name for name in now if name not in saved]
+  missing = [
+    name for name in now if type(saved.get(name)) is not type(now[name])
+  ]
   if missing:
     raise ValueError(
       f'workdir {workdir}: does not say the {missing[0]} of its run, which '

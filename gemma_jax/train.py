@@ -134,8 +134,8 @@ class Trainer:
     hosts.wait_for_all('workdir is checked')
     if hosts.is_lead():
       # Of fewer steps: from here on the checkpoint alone says what is done.
-      workdir_lib.remove_result(self.workdir)
-      workdir_lib.write_json(self.workdir, 'run.json', facts)
+      workdir_lib.remove_result(place.root)
+      workdir_lib.write_json(place.root, 'run.json', facts)
       log_start(run)
 
     self.state, self.frozen, self.found = self._start(newest)
@@ -150,7 +150,7 @@ class Trainer:
       for compile_step in (run.compile_train_step, run.compile_eval_step)
     )
     self.stop_if_asked()
-    self.metrics = metrics_lib.open_writer(self.workdir, self.step)
+    self.metrics = metrics_lib.open_writer(place.root, self.step)
 
   @property
   def step(self) -> int:
@@ -286,7 +286,7 @@ class Trainer:
       self.write_adapter('adapter_best')
     if hosts.is_lead():
       workdir_lib.write_heldout(
-        self.workdir, step, run.heldout.record_ids, found.nll, found.tokens
+        self.place.root, step, run.heldout.record_ids, found.nll, found.tokens
       )
     self.found['evals'][str(step)] = loss
     self.metrics.write(
@@ -329,19 +329,18 @@ class Trainer:
   def write_adapter(self, name: str) -> str:
     """Writes the adapter as it is now to a folder of the workdir."""
     self.place.check()
-    folder = f'{self.workdir}/{name}'
     variables = train_state.join(self.state.trainable, self.frozen)
     trained_base = pytree.prune(self.state.trainable.get('params', {}))
     factors, trained_base = hosts.to_numpy((variables['lora'], trained_base))
     if hosts.is_lead():
       peft.write_adapter(
-        folder,
+        f'{self.place.root}/{name}',
         factors,
         self.run.config.lora,
         self.run.source.reference,
         trained_base,
       )
-    return folder
+    return f'{self.workdir}/{name}'
 
   def finish(self) -> dict[str, Any]:
     """Last evaluation, checkpoint, adapter and result."""
@@ -366,7 +365,7 @@ class Trainer:
     self.place.check()
     if hosts.is_lead():
       workdir_lib.write_json(
-        self.workdir, 'result.json', {**result, 'run': self.facts}
+        self.place.root, 'result.json', {**result, 'run': self.facts}
       )
     return {**result, 'adapter': folder}
 

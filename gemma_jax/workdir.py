@@ -110,13 +110,12 @@ class Moved(OSError):
 class Place:
   """A workdir that a run has for itself.
 
-  Writers below us go by its path; the folder of that name may have become
-  another one, with a run of its own.
+  The folder of that name may become another one, with a run of its own.
 
   Attributes:
-    workdir: its path.
-    root: one that goes on leading to the folder when it is renamed, where the
-      system has such (Linux); else the same.
+    workdir: its path, for people.
+    root: for writers: a path that goes on leading to the folder when it is
+      renamed, where the system has such (Linux); else the same.
   """
 
   def __init__(self, workdir: str, descriptor: int | None = None):

@@ -311,13 +311,14 @@ def test_a_run_that_began_at_the_same_time_is_not_resumed(
     train.train(mine.resolve(), str(tmp_path))
 
 
-def test_a_workdir_that_is_renamed_in_the_middle(records, tmp_path):
+@pytest.mark.parametrize('done', ['run.json', 'checkpoints/2'])
+def test_a_workdir_that_is_renamed_in_the_middle(records, tmp_path, done):
   """Another run has its place by then, and stays as it is."""
   workdir, away = tmp_path / 'run', tmp_path / 'away'
   others = []
 
   def should_stop():
-    if (workdir / 'checkpoints' / '2').exists() and not others:
+    if (workdir / done).exists() and not others:
       workdir.rename(away)
       config = run_toy.config(records, steps=2, eval_every_steps=0)
       train.train(config.resolve(), str(workdir))

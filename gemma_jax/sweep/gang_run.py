@@ -86,6 +86,7 @@ class _Trainer:
       compiler.ByLength(compile_step, self.run.config.data.seq_len)
       for compile_step in (gang.compile_train_step, gang.compile_eval_step)
     )
+    place.check()
     self.metrics = [
       metrics_lib.MetricsWriter(folder, self.step) for folder in self.folders
     ]
