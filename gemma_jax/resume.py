@@ -37,7 +37,8 @@ PATH_FIELDS = (
     'data.path', 'data.eval_path', 'model.path', 'model.tokenizer', 'lora.path',
 )  # fmt: skip
 
-# Where a run ends; `_check_steps` compares what they amount to.
+# Where a run ends; `_check_steps` compares what they amount to. The evaluation
+# at an earlier end stays among the others, and may be that of the best adapter.
 END_FIELDS = ('steps', 'epochs')
 
 # What a finished run has said at least.
@@ -69,9 +70,12 @@ def finished(workdir: str, now: Facts) -> dict[str, Any] | None:
   result = workdir_lib.read_json(workdir, 'result.json', remedy)
   if result is None:
     return None
-  missing = [name for name in _RESULT if name not in result]
-  if missing:
-    raise ValueError(f'{workdir}/result.json: lacks {missing[0]}. {remedy}')
+  for name in _RESULT:
+    if not isinstance(result.get(name), int | float):
+      raise ValueError(
+        f'{workdir}/result.json: {name} is {result.get(name)!r}, expected a '
+        f'number. {remedy}'
+      )
   saved = result.pop('run', None)
   if saved is None:  # of an earlier version
     saved = workdir_lib.read_json(workdir, 'run.json')
