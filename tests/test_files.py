@@ -246,7 +246,8 @@ def unspecified(node):
   has_encoding = any(k.arg == 'encoding' for k in node.keywords)
   if last == 'splitlines' and 'read_text' in name:
     return 'splits at U+2028'
-  if any(k.arg == 'text' for k in node.keywords) and not has_encoding:
+  is_text = any(ast.unparse(k) == 'text=True' for k in node.keywords)
+  if is_text and not has_encoding:
     return 'text without an encoding'
   least = {'read_text': 1, 'write_text': 2}.get(last)
   if least is not None and not name.startswith('files.'):
