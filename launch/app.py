@@ -35,6 +35,9 @@ MODEL_HELP = (
 )
 TOKENIZER_HELP = 'tokenizer.model to use instead of the one of the base.'
 
+# What in them is read as text, and is no name of a file.
+_TEXT_FLAGS = ('prompt',)
+
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -85,15 +88,6 @@ def fail(message: str) -> None:
     time.sleep(jax.process_index() == 0)
     os._exit(1)
   sys.exit(1)
-
-
-def text(value: str) -> str:
-  """A flag's value as text: UTF-8 where the locale could not say what it is.
-
-  File names need no such thing: they go back to the system as they came.
-  """
-  is_raw = any('\udc80' <= x <= '\udcff' for x in value)
-  return os.fsencode(value).decode('utf-8', 'replace') if is_raw else value
 
 
 def set_compilation_cache(folder: str) -> None:
@@ -199,7 +193,11 @@ def _set_up_log():
 
 def _parse(argv):
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    for name in _TEXT_FLAGS:
+      if name in flags.FLAGS and flags.FLAGS[name].value:
+        flags.FLAGS[name].value = _as_text(flags.FLAGS[name].value)
+    return rest
   except SystemExit:  # --help has printed its text, and ends with 1 in absl
     sys.exit(0)
   except flags.Error as e:  # an unknown flag or a value of another type
@@ -211,6 +209,17 @@ def _parse(argv):
       '' if isinstance(e, USER_ERRORS) else f'--config: {type(e).__name__}: '
     )
     fail(f'{kind}{_one_line(e)}')
+
+
+def _as_text(value: str | list[str]) -> str | list[str]:
+  """UTF-8 where the locale could not say what a flag's bytes are.
+
+  File names need no such thing: they go back to the system as they came.
+  """
+  if isinstance(value, list):
+    return [_as_text(each) for each in value]
+  is_raw = any('\udc80' <= x <= '\udcff' for x in value)
+  return os.fsencode(value).decode('utf-8', 'replace') if is_raw else value
 
 
 def _one_line(e: Exception) -> str:

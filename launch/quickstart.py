@@ -57,7 +57,7 @@ def main() -> int:
   answers = _answers(config, source, result['adapter'])
   low, high = _interval(workdir, result['steps'])
   for name, answer in zip(('base', 'adapted'), answers, strict=True):
-    print(f'{name}: {app.text(_PROMPT.value)}')
+    print(f'{name}: {_PROMPT.value}')
     print(textwrap.indent(textwrap.fill(answer.strip(), 76), '  ') + '\n')
   base, adapted = result['loss_base'], result['loss_adapted']
   print(
@@ -82,7 +82,7 @@ def _answers(config, source, adapter: str) -> list[str]:
 
   tokenizer = source.tokenizer()
   prompt = examples.prompt_tokens(
-    tokenizer, config.data.template, app.text(_PROMPT.value)
+    tokenizer, config.data.template, _PROMPT.value
   )
   variables = decode_weights.for_adapters(
     source.load_params(config.model.dtype),
