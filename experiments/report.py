@@ -25,6 +25,7 @@ from experiments.analysis import (
   verdict,
   words,
 )
+from gemma_jax import files
 from gemma_jax.formats import source as source_lib
 from gemma_jax.sweep import closing, results
 
@@ -225,8 +226,7 @@ def _samples(sweep) -> str:
   if not path.exists():
     return ''
   parts = []
-  for line in filter(None, path.read_text('utf-8').split('\n')):
-    sample = json.loads(line)
+  for sample in files.read_json_lines(path):
     answers = {'reference': sample['reference'], **sample['answers']}
     cards = ''.join(
       f'<div class="card"><h4>{_text(name)}</h4><p>{_text(text)}</p></div>'

@@ -23,6 +23,7 @@ import numpy as np
 
 from gemma_jax import files, integrity, pytree
 from gemma_jax.train_state import TrainState
+from gemma_jax.workdir import Place
 
 # Orbax writes into it once more while it renames a step.
 _TIMES = '_CHECKPOINT_METADATA'
@@ -35,23 +36,34 @@ class Checkpoints:
     folder: that one.
   """
 
-  def __init__(self, workdir: str, read_only: bool = False):
+  def __init__(
+    self,
+    workdir: str,
+    read_only: bool = False,
+    place: Place | None = None,
+  ):
     """Opens the folder and checks its newest step.
 
     Args:
       workdir: of the run.
       read_only: neither make, clean nor rename anything; damaged steps are
         passed over.
+      place: the workdir as `workdir.only_run` gives it; None goes by the path
+        alone.
     """
     import orbax.checkpoint as ocp
 
     self._ocp = ocp
-    self.folder = files.absolute(workdir) / 'checkpoints'
+    self.folder = self._root = files.absolute(workdir) / 'checkpoints'
+    self._place = place
+    if place is not None and place.root != workdir:
+      # Not resolved: a save under way goes where the workdir goes.
+      self._root = files.path(place.root) / 'checkpoints'
     self._unusable = self._check_newest(read_only)
     self._saving = None  # the step of the last save
     with self._reading():
       self._manager = ocp.CheckpointManager(
-        self.folder,
+        self._root,
         item_handlers={
           'state': ocp.StandardCheckpointHandler(),
           'notes': ocp.JsonCheckpointHandler(),
@@ -127,8 +139,9 @@ class Checkpoints:
     try:
       self._manager.wait_until_finished()
       if self._saving is not None and jax.process_index() == 0:
+        self._check_place()
         # What Orbax wrote while it renamed the folder.
-        integrity.seal(self.folder / str(self._saving))
+        integrity.seal(self._root / str(self._saving))
     finally:
       self._saving = None
 
@@ -141,14 +154,14 @@ class Checkpoints:
     """Sets damaged steps aside, or returns them where nothing may change."""
     bad = {}
     if jax.process_index() == 0:
-      good, bad = integrity.newest_good(self.folder)
+      good, bad = integrity.newest_good(self._root)
       for step, defect in bad.items():
         what = f'Checkpoint {step} of {self.folder} is damaged: {defect}'
         if step == good:
           logging.warning('%s. It is the only one left: used unchecked.', what)
           continue
         if not read_only:
-          aside = integrity.set_aside(self.folder, step)
+          aside = integrity.set_aside(self._root, step)
           what += f'; renamed to {aside.name}'
         logging.warning(
           '%s. Going on from %s.',
@@ -160,12 +173,18 @@ class Checkpoints:
       multihost_utils.sync_global_devices('checkpoints are checked')
     return set(bad) if read_only else set()
 
+  def _check_place(self) -> None:
+    """Where paths do not follow the folder, it must not have been renamed."""
+    if self._place is not None and self._place.root == self._place.workdir:
+      self._place.check()
+
   def _seal(self) -> None:
     """Adds checksums to the step that is about to be renamed."""
+    self._check_place()
     name = str(self._saving)
     for folder in (f'{name}.orbax-checkpoint-tmp', name):
-      if (self.folder / folder).exists():
-        integrity.seal(self.folder / folder, skip=(_TIMES,))
+      if (self._root / folder).exists():
+        integrity.seal(self._root / folder, skip=(_TIMES,))
         return
 
   def _read_state(self, step, tree):
@@ -189,6 +208,7 @@ class Checkpoints:
       yield
     except Exception as e:
       reason = ' '.join(f'{type(e).__name__}: {e}'.split())
+      reason = reason.replace(str(self._root), str(self.folder))
       raise ValueError(
         f'checkpoint {self.folder / str(step)}: cannot be read '
         f'({reason:.300}). Rename the step, and an older one is used.'
@@ -197,7 +217,7 @@ class Checkpoints:
   def _check_leaves(self, step, abstract):
     saved = dict(pytree.items(self._read_tree(step)))
     wanted = dict(pytree.items(_by_path(abstract)))
-    where = f'{self._manager.directory}/{step}'
+    where = f'{self.folder}/{step}'
     if saved.keys() != wanted.keys():
       missing = sorted(wanted.keys() - saved.keys())
       extra = sorted(saved.keys() - wanted.keys())

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from gemma_jax import describe, files, summary
+from gemma_jax import describe, files, resume, summary
 from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.checkpoint import Checkpoints
@@ -30,14 +30,15 @@ def dry_run(config: TrainConfig, workdir: str) -> str:
   Raises:
     ValueError: the first thing that would have stopped the run.
   """
-  workdir_lib.check_same_config(workdir, config)
   workdir_lib.check_writable(workdir)
   run = run_lib.prepare(config)
-  workdir_lib.check_same_fingerprints(workdir, run.fingerprints())
-  step = _start(run, workdir)
-  what = f'would resume at step {step}' if step else 'would start at step 0'
-  if workdir_lib.read_json(workdir, 'result.json') is not None:
-    what = 'has finished'
+  facts = resume.facts(run)
+  result = resume.finished(workdir, facts)
+  if result is not None:
+    step, what = result['steps'], 'has finished'
+  else:
+    step = _start(run, workdir, facts)
+    what = f'would resume at step {step}' if step else 'would start at step 0'
   sections = [
     run.summary().table(),
     describe.describe(run),
@@ -48,16 +49,18 @@ def dry_run(config: TrainConfig, workdir: str) -> str:
   return '\n\n'.join(sections)
 
 
-def _start(run: run_lib.Run, workdir: str) -> int:
+def _start(run: run_lib.Run, workdir: str, facts: resume.Facts) -> int:
   """The step at which the run would go on; its checkpoint can be read."""
   if not (files.path(workdir) / 'checkpoints').is_dir():
+    resume.newest(workdir, None, facts)
     return 0
   checkpoints = Checkpoints(workdir, read_only=True)
   try:
-    step = checkpoints.latest_step()
-    if step is not None:
-      checkpoints.restore(step, run.abstract[0])
-    return step or 0
+    newest = resume.newest(workdir, checkpoints, facts)
+    if newest is None:
+      return 0
+    checkpoints.restore(newest[0], run.abstract[0])
+    return newest[0]
   finally:
     checkpoints.close()
 

@@ -2,6 +2,7 @@
 
     files.path('gs://bucket/run')       an etils.epath path, as for a local one
     files.write(path, content)          a file, there whole or not at all
+    files.read_json_lines(path)         its rows; text is UTF-8 everywhere
     files.put_folder(local, path)       a folder, file by file
     files.fetch('gs://bucket/gemma')    a local copy, made once
 
@@ -19,6 +20,8 @@ import tempfile
 from typing import Any
 
 from etils import epath
+
+from gemma_jax import temporary
 
 _STORE = 'gs://'
 _CACHE = '~/.cache/gemma_jax/remote'
@@ -46,9 +49,9 @@ def path(name: str | os.PathLike) -> epath.Path:
 
 
 def absolute(name: str | os.PathLike) -> epath.Path:
-  """The same, from the root on."""
+  """The same, from the root on; links stay in it, as they were given."""
   found = path(name)
-  return found if is_remote(found) else found.resolve()
+  return found if is_remote(found) else epath.Path(Path(found).absolute())
 
 
 def write(name: str | os.PathLike, content: str | bytes) -> None:
@@ -59,12 +62,11 @@ def write(name: str | os.PathLike, content: str | bytes) -> None:
     target.write_bytes(content)
     return
   target.parent.mkdir(parents=True, exist_ok=True)
-  temporary = target.with_name(f'.{target.name}.tmp')
-  with open(temporary, 'wb') as f:
+  with temporary.file(Path(target)) as (new, f):
     f.write(content)
     f.flush()
     os.fsync(f.fileno())
-  os.replace(temporary, target)
+    os.replace(new, target)
 
 
 def write_json(name: str | os.PathLike, value: Mapping[str, Any]) -> None:
@@ -79,6 +81,45 @@ def write_json_lines(
   write(
     name, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
   )
+
+
+def read_text(name: str | os.PathLike) -> str:
+  """The text of a file, UTF-8 whatever the locale says.
+
+  Raises:
+    ValueError: it is not UTF-8.
+  """
+  try:
+    return path(name).read_bytes().decode('utf-8')
+  except UnicodeDecodeError as e:
+    raise ValueError(f'{name}: not UTF-8 text ({e}).') from None
+
+
+def read_lines(name: str | os.PathLike) -> list[str]:
+  """The lines of a text file, ended by \\n alone and without it.
+
+  `str.splitlines` would also end them at U+2028 and the like, which JSON has
+  inside its strings.
+  """
+  lines = read_text(name).split('\n')
+  return lines if lines[-1] else lines[:-1]
+
+
+def read_json_lines(name: str | os.PathLike) -> list[Any]:
+  """The values of a JSON Lines file; empty lines are left out.
+
+  Raises:
+    ValueError: a line is not JSON; says which.
+  """
+  values = []
+  for number, line in enumerate(read_lines(name), 1):
+    if not line.strip():
+      continue
+    try:
+      values.append(json.loads(line))
+    except json.JSONDecodeError as e:
+      raise ValueError(f'{name}, line {number}: not JSON ({e}).') from None
+  return values
 
 
 def put_folder(

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from gemma_jax import files
+from gemma_jax import files, temporary
 
 CHECKSUMS = 'checksums.json'
 _CHUNK_BYTES = 1 << 20
@@ -121,7 +121,11 @@ def _files(folder: epath.Path) -> set[str]:
         folders.append((child, f'{prefix}{child.name}/'))
       else:
         names.add(f'{prefix}{child.name}')
-  return names - {CHECKSUMS, f'.{CHECKSUMS}.tmp'}
+  return {
+    name
+    for name in names - {CHECKSUMS}
+    if not temporary.is_temporary(name, CHECKSUMS, temporary.FILE)
+  }
 
 
 def _checksum(path: epath.Path) -> tuple[int, str]:

@@ -45,7 +45,9 @@ class MetricsWriter:
     files.write_json_lines(
       path, [row for row in rows if row['step'] <= finished_steps > 0]
     )
-    self._file = path.open('a')
+    # Of what was just written: no link is followed.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
+    self._file = os.fdopen(os.open(path, flags), 'a', encoding='utf-8')
     self._board = _Board(
       self.folder / 'tensorboard', finished_steps + 1 if finished_steps else 0
     )
@@ -147,7 +149,7 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   rows = []
-  for line in path.read_text().splitlines():
+  for line in files.read_lines(path):
     try:
       rows.append(json.loads(line))
     except json.JSONDecodeError:

@@ -262,7 +262,12 @@ class Run(Program):
         digest.update(np.ascontiguousarray(array).tobytes())
     tokenizer = self.tokenizer
     start = hashlib.sha256()
-    for _, array in pytree.items(self.start or {}):
+    if self.start is not None:
+      # The adapter's own settings: its path may change, its scale may not.
+      settings = dataclasses.replace(self.config.lora, path='', dropout=0.0)
+      start.update(repr(settings).encode())
+    for name, array in pytree.items(self.start or {}):
+      start.update(name.encode())
       start.update(np.ascontiguousarray(array).tobytes())
     return {
       'adapter': start.hexdigest(),

@@ -1,9 +1,11 @@
 """The training loop, in the order in which it happens.
 
-How a run starts. The order is the contract:
-  1. a finished run in the workdir → say so and change nothing;
+How a run starts. Base, data and config are read first; then, with the workdir
+locked, the order is the contract:
+  1. a finished run in the workdir, and it is this one → say so and change
+     nothing, unless there are more steps now;
   2. a checkpoint in the workdir → resume it, if base, data and config are its
-     own; whatever the config says about a start does not matter then;
+     own (`resume`);
   3. else load the base, then make the adapter (its shapes follow the base's);
   4. there is no training from random weights unless model.path says random:.
 
@@ -34,6 +36,7 @@ from gemma_jax import (
   guards,
   hosts,
   pytree,
+  resume,
   sharding,
   train_state,
 )
@@ -53,6 +56,7 @@ def train(
   config: TrainConfig,
   workdir: str,
   should_stop: Callable[[], bool] = lambda: False,
+  check_inputs: Callable[[dict[str, str]], None] = lambda fingerprints: None,
 ) -> dict[str, Any]:
   """Trains, or resumes, or reports a finished run.
 
@@ -60,6 +64,7 @@ def train(
     config: resolved.
     workdir: see `gemma_jax.workdir` for what is left there.
     should_stop: asked at every step and every evaluation batch.
+    check_inputs: raises if the run is not to be on these (`Run.fingerprints`).
 
   Returns:
     `steps`, `tokens` (seen in training, padding not counted), `seconds` (of
@@ -72,24 +77,30 @@ def train(
     ValueError: the workdir belongs to another config, base or data, or another
       process trains in it, or the processes do not agree on these.
     FloatingPointError: a loss or gradient is not finite.
-    OSError: the workdir's disk is full, read-only or gone.
+    OSError: the workdir's disk is full, read-only or gone, or the workdir was
+      renamed.
     Stopped: should_stop said so, and the last finished step is saved.
   """
   hosts.check_agreement('config', config_lib.to_dict(config))
   hosts.check_shared(workdir)
-  workdir_lib.check_same_config(workdir, config)
-  finished = workdir_lib.read_json(workdir, 'result.json')
-  if finished is not None:
-    logging.info('This run has finished at step %d.', finished['steps'])
-    return finished
   started = time.perf_counter()
-  workdir_lib.check_writable(workdir)
+  if not workdir_lib.has_result(workdir):
+    workdir_lib.check_writable(workdir)
   run = run_lib.prepare(config)
   run.check()  # before there is a workdir that could have trouble of its own
+  facts = resume.facts(run)
+  hosts.check_agreement('inputs', facts['fingerprints'])
+  check_inputs(facts['fingerprints'])
   should_stop = hosts.any_of_them(should_stop)
   try:
-    with workdir_lib.only_run(workdir):
-      return Trainer(run, workdir, should_stop, started).train()
+    with workdir_lib.only_run(workdir) as place:
+      finished = resume.finished(workdir, facts)
+      if finished is not None:
+        logging.info('This run has finished at step %d.', finished['steps'])
+        return finished
+      return Trainer(run, facts, place, should_stop, started).train()
+  except workdir_lib.Moved:
+    raise
   except Exception as e:
     trouble = workdir_lib.disk_error(workdir, e)
     if trouble is None:
@@ -103,28 +114,31 @@ class Trainer:
   def __init__(
     self,
     run: run_lib.Run,
-    workdir: str,
+    facts: dict[str, Any],
+    place: workdir_lib.Place,
     should_stop: Callable[[], bool],
     started: float,
   ):
     self.run = run
-    self.workdir = workdir
+    self.facts = facts
+    self.place = place
+    self.workdir = place.workdir
     self.should_stop = should_stop
     self.started = started  # of time.perf_counter()
     self.is_tracing = False
     self.loop_start = (0, started)  # first step of this process, and when
 
     # Whatever can be refused is refused before anything is written.
-    fingerprints = run.fingerprints()
-    hosts.check_agreement('inputs', fingerprints)
-    workdir_lib.check_same_fingerprints(workdir, fingerprints)
-    self.checkpoints = Checkpoints(workdir)
-    self.facts = workdir_lib.facts(run.given, run.steps, fingerprints)
+    self.checkpoints = Checkpoints(self.workdir, place=place)
+    newest = resume.newest(self.workdir, self.checkpoints, facts)
+    hosts.wait_for_all('workdir is checked')
     if hosts.is_lead():
-      workdir_lib.write_json(workdir, 'run.json', self.facts)
+      # Of fewer steps: from here on the checkpoint alone says what is done.
+      workdir_lib.remove_result(place.root)
+      workdir_lib.write_json(place.root, 'run.json', facts)
       log_start(run)
 
-    self.state, self.frozen, self.found = self._start()
+    self.state, self.frozen, self.found = self._start(newest)
     self.stop_if_asked()
     self.guard = guards.Guard(
       run.config.max_skipped_batches,
@@ -136,7 +150,7 @@ class Trainer:
       for compile_step in (run.compile_train_step, run.compile_eval_step)
     )
     self.stop_if_asked()
-    self.metrics = metrics_lib.open_writer(workdir, self.step)
+    self.metrics = metrics_lib.open_writer(place.root, self.step)
 
   @property
   def step(self) -> int:
@@ -267,11 +281,12 @@ class Trainer:
     )
     loss, seconds = found.nll_per_token, time.perf_counter() - started
     guards.check_finite(step, {'eval_loss_nats_per_token': loss})
+    self.place.check()
     if not self.found['evals'] or loss < min(self.found['evals'].values()):
       self.write_adapter('adapter_best')
     if hosts.is_lead():
       workdir_lib.write_heldout(
-        self.workdir, step, run.heldout.record_ids, found.nll, found.tokens
+        self.place.root, step, run.heldout.record_ids, found.nll, found.tokens
       )
     self.found['evals'][str(step)] = loss
     self.metrics.write(
@@ -290,33 +305,42 @@ class Trainer:
     return found
 
   def stops_early(self) -> bool:
-    """Whether the last `early_stopping_evals` evaluations brought nothing."""
+    """Whether the last `early_stopping_evals` evaluations brought nothing.
+
+    One at the end of a run that then got more steps does not count: a run that
+    had them from the start would not have made it.
+    """
     patience = self.run.config.early_stopping_evals
-    losses = list(self.found['evals'].values())
+    losses = [
+      loss
+      for step, loss in self.found['evals'].items()
+      if step == '0' or _due(self.run.config.eval_every_steps, int(step))
+    ]
     if not patience or len(losses) <= patience:
       return False
     return min(losses[-patience:]) >= min(losses[:-patience])
 
   def save(self) -> None:
     """Starts a checkpoint of the last finished update."""
+    self.place.check()
     self.metrics.flush()
     self.checkpoints.save(self.state, {**self.facts, 'found': self.found})
 
   def write_adapter(self, name: str) -> str:
     """Writes the adapter as it is now to a folder of the workdir."""
-    folder = f'{self.workdir}/{name}'
+    self.place.check()
     variables = train_state.join(self.state.trainable, self.frozen)
     trained_base = pytree.prune(self.state.trainable.get('params', {}))
     factors, trained_base = hosts.to_numpy((variables['lora'], trained_base))
     if hosts.is_lead():
       peft.write_adapter(
-        folder,
+        f'{self.place.root}/{name}',
         factors,
         self.run.config.lora,
         self.run.source.reference,
         trained_base,
       )
-    return folder
+    return f'{self.workdir}/{name}'
 
   def finish(self) -> dict[str, Any]:
     """Last evaluation, checkpoint, adapter and result."""
@@ -335,12 +359,15 @@ class Trainer:
       'loss_base': losses['0'],
       'loss_adapted': losses[str(step)],
       'loss_best': min(losses.values()),
-      'adapter': folder,
+      'adapter': 'adapter',  # the workdir may be moved
       'peak_memory_bytes': metrics_lib.peak_memory_bytes(),
     }
+    self.place.check()
     if hosts.is_lead():
-      workdir_lib.write_json(self.workdir, 'result.json', result)
-    return result
+      workdir_lib.write_json(
+        self.place.root, 'result.json', {**result, 'run': self.facts}
+      )
+    return {**result, 'adapter': folder}
 
   def profile(self, step: int) -> None:
     """Starts and ends a jax.profiler trace around `profile_steps`."""
@@ -354,17 +381,17 @@ class Trainer:
   def stop_profile(self) -> None:
     """Writes the trace, if one is being taken."""
     if self.is_tracing:
+      self.place.check()
       jax.profiler.stop_trace()
       self.is_tracing = False
 
-  def _start(self):
+  def _start(self, newest: tuple[int, dict[str, Any]] | None):
     """(state, frozen, what evaluations found) of step 0 or of a checkpoint."""
     run = self.run
     trainable, frozen = run.load()
     abstract_state, _ = run.abstract
-    step = self.checkpoints.latest_step()
-    if step is not None:
-      notes = self.checkpoints.read_notes(step)
+    if newest is not None:
+      step, notes = newest
       state = self.checkpoints.restore(step, abstract_state)
       logging.info('Resumed from step %d of %s', step, self.workdir)
       return state, frozen, notes['found']

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from gemma_jax import config as config_lib
-from gemma_jax import integrity, pytree, sharding
+from gemma_jax import integrity, pytree, resume, sharding
 from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.checkpoint import Checkpoints
@@ -71,9 +71,10 @@ def replay(workdir: str) -> Finding:
     ValueError: there are no two good steps, or base, tokenizer or data are
       not those of the run.
   """
-  config = config_lib.from_dict(_facts(workdir)['config'])
+  facts = _facts(workdir)
+  config = config_lib.from_dict(facts['config'])
   run = run_lib.prepare(config.resolve())
-  workdir_lib.check_same_fingerprints(workdir, run.fingerprints())
+  resume.check_fingerprints(workdir, facts['fingerprints'], run.fingerprints())
   checkpoints = Checkpoints(workdir, read_only=True)
   try:
     first, last = _last_two(checkpoints)
@@ -99,9 +100,10 @@ def _check_step(
     leaves = checkpoints.read_leaves(step)
   except (ValueError, OSError) as e:
     return Finding(step, str(e), False)
-  for name in ('config', 'fingerprints'):
-    if notes.get(name) != facts[name]:
-      return Finding(step, f'its {name} is not that of run.json', False)
+  if notes.get('fingerprints') != facts['fingerprints']:
+    return Finding(step, 'its fingerprints is not that of run.json', False)
+  if resume.differing(notes.get('config', {}), facts['config']):
+    return Finding(step, 'its config is not that of run.json', False)
   bad = [
     name
     for name, x in leaves.items()

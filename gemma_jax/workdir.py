@@ -1,13 +1,14 @@
-"""What a run leaves in its workdir, and who may continue it.
+"""What a run leaves in its workdir, and who may write there.
 
-run.json          config and fingerprints, written before the first step
-checkpoints/      Orbax, the newest two steps
+run.json          config and fingerprints, for people to read
+checkpoints/      Orbax, the newest two steps, with the same facts (`resume`)
 adapter/          the last adapter, PEFT layout, when the run has finished
 adapter_best/     the adapter with the least held-out loss so far
 heldout/          step_N.jsonl: index, nll, tokens of every held-out record
 metrics.jsonl     a line an update, one more per evaluation
 tensorboard/      the same
-result.json       the result line, when the run has finished
+result.json       the result line and the same facts, when the run has finished;
+                  paths in it are relative to the workdir
 """
 
 from collections.abc import Iterator
@@ -19,16 +20,9 @@ import os
 from typing import Any
 
 from etils import epath
+import jax
 
-from gemma_jax import config as config_lib
 from gemma_jax import files, hosts, integrity
-from gemma_jax.config import TrainConfig
-
-# Changing these does not change what is learnt.
-FREE_FIELDS = (
-    'log_every_steps', 'profile_steps', 'compilation_cache', 'mesh',
-    'checkpoint_every_steps', 'model.remat', 'model.attention',
-)  # fmt: skip
 
 # What may befall a disk, as the system names it.
 _DISK_ERRORS = (
@@ -37,74 +31,38 @@ _DISK_ERRORS = (
 )  # fmt: skip
 
 
-def facts(
-  config: TrainConfig, steps: int, fingerprints: dict[str, str]
-) -> dict[str, Any]:
-  """What `run.json` holds.
+def read_json(
+  workdir: str,
+  name: str,
+  remedy: str = 'Put it back as it was, or use another workdir.',
+) -> dict[str, Any] | None:
+  """A JSON object in a file of the workdir, or None if it is not there.
 
-  Args:
-    config: resolved.
-    steps: updates that the config amounts to.
-    fingerprints: of base, tokenizer and data.
+  Raises:
+    ValueError: the file was cut or edited; ends with the remedy.
   """
-  return {
-    'config': config_lib.to_dict(config),
-    'steps': steps,
-    'fingerprints': fingerprints,
-  }
-
-
-def check_same_config(workdir: str, config: TrainConfig) -> None:
-  """ValueError if the workdir was made by another config; names the fields."""
-  saved = _facts_to_keep(workdir)
-  if saved is None:
-    return
-  check_same_fields(workdir, saved['config'], config_lib.to_dict(config))
-
-
-def check_same_fields(
-  workdir: str, before: dict[str, Any], now: dict[str, Any]
-) -> None:
-  """ValueError with the first field that decides a result and differs."""
-  before, now = config_lib.flatten(before), config_lib.flatten(now)
-  for name in sorted(before.keys() | now.keys()):
-    if any(name == f or name.startswith(f'{f}.') for f in FREE_FIELDS):
-      continue
-    if before.get(name) != now.get(name):
-      raise ValueError(
-        f'workdir {workdir}: was made with {name}={before.get(name)!r}, this '
-        f'config has {now.get(name)!r}. Use another workdir, or the same '
-        'config.'
-      )
-
-
-def check_same_fingerprints(workdir: str, now: dict[str, str]) -> None:
-  """ValueError if base, tokenizer or data are not those of the workdir."""
-  saved = _facts_to_keep(workdir)
-  if saved is None:
-    return
-  for name, before in saved['fingerprints'].items():
-    if before != now[name]:
-      raise ValueError(
-        f'workdir {workdir}: its {name} had the fingerprint {before[:16]}, '
-        f'the {name} of this run has {now[name][:16]}. Use another workdir, '
-        f'or the same {name}.'
-      )
-
-
-def _facts_to_keep(workdir: str) -> dict[str, Any] | None:
-  """run.json, if there is something that a run has finished or can resume."""
-  path = files.path(workdir)
-  has_steps = any(p.name.isdecimal() for p in path.glob('checkpoints/*'))
-  if not has_steps and not (path / 'result.json').exists():
-    return None
-  return read_json(workdir, 'run.json')
-
-
-def read_json(workdir: str, name: str) -> dict[str, Any] | None:
-  """A JSON file of the workdir, or None if it is not there."""
   path = files.path(workdir) / name
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  try:
+    value = json.loads(files.read_text(path))
+  except ValueError as e:
+    raise ValueError(f'{path}: cut or damaged ({e}). {remedy}') from None
+  if not isinstance(value, dict):
+    raise ValueError(
+      f'{path}: got {type(value).__name__}, expected an object. {remedy}'
+    )
+  return value
+
+
+def has_result(workdir: str) -> bool:
+  """Whether a run, this one or another, has finished here."""
+  return (files.path(workdir) / 'result.json').exists()
+
+
+def remove_result(workdir: str) -> None:
+  """Makes a finished run one that goes on."""
+  (files.path(workdir) / 'result.json').unlink(missing_ok=True)
 
 
 def write_json(workdir: str, name: str, value: dict[str, Any]) -> None:
@@ -123,8 +81,7 @@ def write_heldout(workdir: str, step: int, index, nll, tokens) -> None:
 
 def read_heldout(workdir: str, step: int) -> list[dict[str, Any]]:
   """What `write_heldout` kept."""
-  lines = _heldout(workdir, step).read_text().splitlines()
-  return [json.loads(line) for line in lines]
+  return files.read_json_lines(_heldout(workdir, step))
 
 
 def check_writable(workdir: str) -> None:
@@ -142,19 +99,75 @@ def check_writable(workdir: str) -> None:
     )
 
 
+# Where Linux has the files that a process has open, as links.
+_DESCRIPTORS = '/proc/self/fd/'
+
+
+class Moved(OSError):
+  """The workdir was renamed while a run was training in it."""
+
+
+class Place:
+  """A workdir that a run has for itself.
+
+  The folder of that name may become another one, with a run of its own.
+
+  Attributes:
+    workdir: its path, for people.
+    root: for writers: a path that goes on leading to the folder when it is
+      renamed, where the system has such (Linux); else the same.
+  """
+
+  def __init__(self, workdir: str, descriptor: int | None = None):
+    """Takes a folder.
+
+    Args:
+      workdir: its path.
+      descriptor: open and locked; None if there is nothing to look at.
+    """
+    self.workdir = self.root = workdir
+    self._descriptor = descriptor
+    link = f'{_DESCRIPTORS}{descriptor}'
+    # Several processes have to agree on the path.
+    if os.path.isdir(link) and jax.process_count() == 1:
+      self.root = link
+
+  def check(self) -> None:
+    """OSError if the path no longer leads to the folder."""
+    if self._descriptor is None:
+      return
+    mine = os.fstat(self._descriptor)
+    try:
+      if os.path.samestat(mine, os.stat(self.workdir)):
+        return
+      now = 'another folder is there now'
+    except OSError as e:
+      if mine.st_nlink == 0:  # it was removed
+        raise
+      now = e.strerror
+    raise Moved(
+      f'workdir {self.workdir}: was renamed while a run was training in it '
+      f'({now}); nothing more was written. Run the same command again with '
+      'its new place as --workdir.'
+    )
+
+
 @contextlib.contextmanager
-def only_run(workdir: str) -> Iterator[None]:
+def only_run(workdir: str) -> Iterator[Place]:
   """Keeps a second run out of the workdir, which is made if need be.
 
   The lock is the kernel's, on the folder itself: it leaves nothing behind and
   ends with the process, however that ends. An object store has none, nor do
   some network disks; there nobody is kept out.
 
+  Yields:
+    The place, to be checked before something is written.
+
   Raises:
     ValueError: another process trains in this workdir.
   """
   if files.is_remote(workdir) or not hosts.is_lead():
-    yield
+    yield Place(workdir)
     return
   os.makedirs(workdir, exist_ok=True)
   folder = os.open(workdir, os.O_RDONLY)
@@ -168,8 +181,13 @@ def only_run(workdir: str) -> Iterator[None]:
     ) from None
   except OSError:
     pass
+  place = Place(workdir, folder)
   try:
-    yield
+    yield place
+  except Exception:
+    # Writers below us say that a file is missing, or something else.
+    place.check()
+    raise
   finally:
     os.close(folder)
 
@@ -198,7 +216,11 @@ def _system_words(workdir: str, e: Exception) -> str | None:
     return os.strerror(errno.ENOENT)
   for number in _DISK_ERRORS:
     words = os.strerror(number)
-    is_named = workdir in str(e) or number in (errno.ENOSPC, errno.EDQUOT)
+    is_named = (
+      workdir in str(e)
+      or _DESCRIPTORS in str(e)
+      or number in (errno.ENOSPC, errno.EDQUOT)
+    )
     if is_named and (getattr(e, 'errno', None) == number or words in str(e)):
       return words
   return None

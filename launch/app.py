@@ -3,13 +3,14 @@
 Exit code 0; 1 with one clear line on standard error (a traceback only with
 `--debug`); 75 when a signal stopped a run that saved and can be resumed; 128
 plus its number (130 for Ctrl-C, 143 for SIGTERM) when a second one ended it.
-Standard output carries the result, standard error the log.
+Standard output carries the result, standard error the log, both in UTF-8.
 """
 
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import importlib
+import io
 import logging as standard_logging
 import os
 import re
@@ -33,6 +34,9 @@ MODEL_HELP = (
   'hf:OWNER/NAME, or random:VARIANT.'
 )
 TOKENIZER_HELP = 'tokenizer.model to use instead of the one of the base.'
+
+# What in them is read as text, and is no name of a file.
+_TEXT_FLAGS = ('prompt',)
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -66,6 +70,10 @@ def run(main: Callable[[], int | None]) -> None:
         fail(_one_line(e))
       fail(f'{type(e).__name__}: {_one_line(e)} (--debug shows where)')
 
+  # Text is UTF-8, whatever the locale says.
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(encoding='utf-8', errors='backslashreplace')
   # --help lists the flags of the command's own file and those declared here.
   flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['debug'])
   app.run(guarded, flags_parser=_parse)
@@ -186,7 +194,11 @@ def _set_up_log():
 
 def _parse(argv):
   try:
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    for name in _TEXT_FLAGS:
+      if name in flags.FLAGS and flags.FLAGS[name].value:
+        flags.FLAGS[name].value = _as_text(flags.FLAGS[name].value)
+    return rest
   except SystemExit:  # --help has printed its text, and ends with 1 in absl
     sys.exit(0)
   except flags.Error as e:  # an unknown flag or a value of another type
@@ -198,6 +210,17 @@ def _parse(argv):
       '' if isinstance(e, USER_ERRORS) else f'--config: {type(e).__name__}: '
     )
     fail(f'{kind}{_one_line(e)}')
+
+
+def _as_text(value: str | list[str]) -> str | list[str]:
+  """UTF-8 where the locale could not say what a flag's bytes are.
+
+  File names need no such thing: they go back to the system as they came.
+  """
+  if isinstance(value, list):
+    return [_as_text(each) for each in value]
+  is_raw = any('\udc80' <= x <= '\udcff' for x in value)
+  return os.fsencode(value).decode('utf-8', 'replace') if is_raw else value
 
 
 def _one_line(e: Exception) -> str:

@@ -10,6 +10,8 @@ table of cells; `python -m experiments.report DIR` makes the report. --dry_run
 what they need there and what training them together gains, from anywhere.
 """
 
+import os
+
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -54,7 +56,9 @@ def main() -> int:
   app.set_compilation_cache(config.compilation_cache)
   try:
     with app.stop_on_signal() as should_stop:
-      sweep = worker.run(config, _WORKDIR.value, should_stop)
+      sweep = worker.run(
+        config, os.path.expanduser(_WORKDIR.value), should_stop
+      )
   except Stopped:
     logging.warning('Run the same command again to resume.')
     return app.EXIT_RESUMABLE

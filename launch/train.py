@@ -4,8 +4,9 @@
 
 Any field of the config (gemma_jax/config.py explains them) can be set:
 --config.lora.rank=8. The same command again resumes a stopped run, and only
-reports a finished one. --dry_run stops before the first step; with
---topology=v5e:2x4 it says what the run needs on that TPU slice, from anywhere.
+reports a finished one; with a constant rate, more --config.steps go on from its
+end. --dry_run stops before the first step; with --topology=v5e:2x4 it says what
+the run needs on that TPU slice, from anywhere.
 The last line on standard output is the result as JSON: steps, tokens, seconds,
 loss_base and loss_adapted (held-out, nats per token, before the first update,
 which is the base's unless --config.lora.path starts from an adapter, and after

@@ -25,7 +25,7 @@ def write_records(folder, count=20):
     }
     for i in range(count)
   ]
-  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows), 'utf-8')
   return str(path)
 
 

@@ -13,11 +13,11 @@ CATEGORIES = ('brainstorming', 'open_qa')
 def write_records(folder, count=60) -> str:
   """`run_toy.write_records` with a category for each."""
   path = run_toy.write_records(folder, count)
-  with open(path) as f:
+  with open(path, encoding='utf-8') as f:
     rows = [json.loads(line) for line in f]
   heldout = folder / 'heldout.jsonl'
   for name, part in ((path, rows[16:]), (heldout, rows[:16])):
-    with open(name, 'w') as f:
+    with open(name, 'w', encoding='utf-8') as f:
       for i, row in enumerate(part):
         f.write(json.dumps({**row, 'category': CATEGORIES[i % 2]}) + '\n')
   return path

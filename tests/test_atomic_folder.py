@@ -1,6 +1,9 @@
 """A folder appears whole or not at all, whatever dies in between."""
 
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -89,3 +92,92 @@ def test_second_writer_is_refused_and_the_first_one_goes_on(tmp_path):
   atomic_folder.replace(folder, fill)
   assert read(folder) == {'a.txt': 'first'}
   assert list(tmp_path.iterdir()) == [folder]
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from gemma_jax.formats import atomic_folder
+
+folder, number, when = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+rename, calls = os.rename, []
+
+def killing(*names):
+  calls.append(names)
+  if len(calls) == number and when == 'before':
+    os.kill(os.getpid(), signal.SIGKILL)
+  rename(*names)
+  if len(calls) == number:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+os.rename = killing
+atomic_folder.replace(folder, lambda f: (f / 'a.txt').write_text('second'))
+"""
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+@pytest.mark.parametrize('number', [1, 2, 3])
+def test_kill_9_at_each_rename(tmp_path, number, when):
+  """Old aside, new in place, old about to go: one whole folder each time."""
+  folder = tmp_path / 'adapter'
+  write(folder, 'first')
+  done = subprocess.run(
+    [sys.executable, '-c', KILLED, str(folder), str(number), when],
+    check=False,
+  )
+  assert done.returncode == -signal.SIGKILL
+  is_second = (number, when) in ((2, 'after'), (3, 'before'), (3, 'after'))
+
+  def fails(_):
+    assert read(folder) == {'a.txt': 'second' if is_second else 'first'}
+    raise RuntimeError
+
+  with pytest.raises(RuntimeError):
+    atomic_folder.replace(folder, fails)
+  assert read(folder) == {'a.txt': 'second' if is_second else 'first'}
+  assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize('is_there', [True, False])
+@pytest.mark.parametrize('token', ['', '0123456789abcdef.'])
+@pytest.mark.parametrize('kind', ['new', 'old'])
+def test_a_planted_link_loses_nothing(tmp_path, kind, token, is_there):
+  folder = tmp_path / 'adapter'
+  victim = tmp_path / 'victim'
+  victim.mkdir()
+  (victim / 'a.txt').write_text('precious')
+  link = tmp_path / f'.adapter.{token}{kind}'
+  link.symlink_to(victim)
+  if is_there:
+    write(folder, 'first')
+  write(folder, 'second')
+  assert read(folder) == {'a.txt': 'second'}
+  assert not folder.is_symlink()
+  assert read(victim) == {'a.txt': 'precious'}
+  assert link.is_symlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='only root gives files away')
+@pytest.mark.parametrize('kind', ['new', 'old'])
+def test_a_folder_of_another_user_is_neither_removed_nor_put_back(
+  tmp_path, kind
+):
+  other = tmp_path / f'.adapter.0123456789abcdef.{kind}'
+  other.mkdir()
+  (other / 'a.txt').write_text('not ours')
+  os.chown(other, 12345, -1)
+  write(tmp_path / 'adapter', 'first')
+  assert read(tmp_path / 'adapter') == {'a.txt': 'first'}
+  assert read(other) == {'a.txt': 'not ours'}
+
+
+def test_nobody_else_can_write_while_it_is_filled(tmp_path):
+  before = os.umask(0)
+  try:
+    atomic_folder.replace(
+      tmp_path / 'adapter',
+      lambda new: (new / str(new.stat().st_mode & 0o777)).touch(),
+    )
+  finally:
+    os.umask(before)
+  assert [p.name for p in (tmp_path / 'adapter').iterdir()] == [str(0o700)]
+  assert (tmp_path / 'adapter').stat().st_mode & 0o777 == 0o777

@@ -1,16 +1,21 @@
 """Files whole or not at all, on this machine and in an object store."""
 
+import ast
 import gzip
 import json
 import os
 from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
-from gemma_jax import files, metrics, workdir
+from gemma_jax import files, metrics, temporary, workdir
 from gemma_jax.data import records
 from gemma_jax.formats import atomic_folder
 from tests import gcs_toy
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope='module')
@@ -63,13 +68,96 @@ def test_json_and_json_lines(root):
   assert text == '{"b": "가"}\n{"b": 3}\n'
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / 'a.txt'
   files.write(path, 'old')
-  (tmp_path / '.a.txt.tmp').mkdir()  # where the new one would go
-  with pytest.raises(OSError, match='directory'):
+
+  def full(_):
+    raise OSError('disk full')
+
+  monkeypatch.setattr(os, 'fsync', full)
+  with pytest.raises(OSError, match='disk full'):
     files.write(path, 'new')
   assert path.read_text() == 'old'
+  assert list(tmp_path.iterdir()) == [path]
+
+
+TOKEN = '0123456789abcdef'
+
+
+@pytest.mark.parametrize('name', ['.a.txt.tmp', f'.a.txt.{TOKEN}.tmp'])
+def test_a_planted_link_is_neither_followed_nor_removed(
+  tmp_path, monkeypatch, name
+):
+  """The second one stands where the writer wanted to make its own."""
+  victim, link = tmp_path / 'victim', tmp_path / name
+  victim.write_text('precious')
+  link.symlink_to(victim)
+  tokens = iter((TOKEN, 'f' * 16))
+  monkeypatch.setattr('secrets.token_hex', lambda _: next(tokens))
+  files.write(tmp_path / 'a.txt', 'new')
+  assert victim.read_text() == 'precious'
+  assert link.is_symlink()
+  assert not (tmp_path / 'a.txt').is_symlink()
+
+
+def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(
+  tmp_path,
+):
+  """Killed for real, in the middle; one of another user stays as well."""
+  path = tmp_path / 'a.txt'
+  code = (
+    'import os, signal\nfrom gemma_jax import files\n'
+    'os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n'
+    f'files.write({str(path)!r}, "half")'
+  )
+  done = subprocess.run([sys.executable, '-c', code], check=False)
+  assert done.returncode == -9
+  (left,) = tmp_path.iterdir()
+  assert temporary.is_temporary(left.name, 'a.txt', temporary.FILE)
+  foreign = tmp_path / f'.a.txt.{TOKEN}.tmp'
+  foreign.write_text('')
+  kept = []
+  if os.geteuid() == 0:
+    os.chown(foreign, 12345, -1)
+    kept = [foreign]
+
+  with temporary.file(path) as (new, f):
+    files.write(path, 'second')
+    assert not left.exists()
+    f.write(b'first, but later')
+    f.flush()
+    os.replace(new, path)
+  assert path.read_text() == 'first, but later'
+  assert set(tmp_path.iterdir()) == {path, *kept}
+
+
+def test_permissions_are_those_of_the_umask(tmp_path):
+  before = os.umask(0o027)
+  try:
+    files.write(tmp_path / 'a.txt', '')
+    atomic_folder.replace(
+      tmp_path / 'b', lambda new: (new / 'c').write_text('')
+    )
+  finally:
+    os.umask(before)
+  modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.rglob('*')}
+  assert modes == {'a.txt': 0o640, 'b': 0o750, 'c': 0o640}
+
+
+SEPARATORS = 'a\u2028b\u2029c\x85d\x0be'
+
+
+def test_json_lines_end_at_a_newline_alone(root):
+  rows = [{'b': SEPARATORS}, {'b': '가'}]
+  files.write_json_lines(f'{root}/rows.jsonl', rows)
+  assert files.read_json_lines(f'{root}/rows.jsonl') == rows
+  files.write(f'{root}/torn.jsonl', '{"b": 1}\n\n{"b":')
+  with pytest.raises(ValueError, match=r'torn\.jsonl, line 3: not JSON'):
+    files.read_json_lines(f'{root}/torn.jsonl')
+  files.write(f'{root}/latin', 'é'.encode('latin-1'))
+  with pytest.raises(ValueError, match=r'latin: not UTF-8 text'):
+    files.read_text(f'{root}/latin')
 
 
 def test_a_folder_is_replaced_whole(root):
@@ -148,3 +236,40 @@ def test_metrics_grow_in_a_store_that_cannot_append(bucket):
   found = names(run)
   assert found[0] == 'metrics.jsonl'
   assert {name.split('/')[0] for name in found[1:]} == {'tensorboard'}
+
+
+def unspecified(node):
+  """What is wrong with how a call reads or writes text, '' if nothing."""
+  name = ast.unparse(node.func)
+  last = name.rpartition('.')[2]
+  values = [a.value for a in node.args if isinstance(a, ast.Constant)]
+  has_encoding = any(k.arg == 'encoding' for k in node.keywords)
+  if last == 'splitlines' and 'read_text' in name:
+    return 'splits at U+2028'
+  is_text = any(ast.unparse(k) == 'text=True' for k in node.keywords)
+  if is_text and not has_encoding:
+    return 'text without an encoding'
+  least = {'read_text': 1, 'write_text': 2}.get(last)
+  if least is not None and not name.startswith('files.'):
+    return '' if has_encoding or len(node.args) >= least else 'no encoding'
+  if name in ('open', 'os.fdopen') or (last == 'open' and 'path' in name):
+    is_binary = any(isinstance(x, str) and 'b' in x for x in values)
+    return '' if has_encoding or is_binary else 'no encoding'
+  return ''
+
+
+def test_text_is_read_and_written_with_an_encoding():
+  """The locale decides nothing, and a line ends at a newline alone."""
+  paths = [
+    path
+    for name in ('gemma_jax', 'launch', 'experiments')
+    for path in (ROOT / name).rglob('*.py')
+  ]
+  assert len(paths) > 100
+  for path in paths:
+    for node in ast.walk(ast.parse(path.read_text('utf-8'))):
+      if isinstance(node, ast.Call):
+        wrong = unspecified(node)
+        assert not wrong, f'{path}:{node.lineno}: {wrong}'
+  for text in ('open(p)', 'p.read_text()', 'p.write_text(x)', 'f(text=True)'):
+    assert unspecified(ast.parse(text, mode='eval').body), text

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from gemma_jax import gang, metrics, train
+from gemma_jax import files, gang, metrics, train
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.evaluate import Stopped
 from gemma_jax.formats import peft
@@ -171,6 +172,94 @@ def test_again_changes_nothing(finished, records):
   worker.run(config.resolve(), str(folder))
   after = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
   assert after == before
+
+
+def test_other_records_are_refused_and_the_same_elsewhere_are_not(
+  finished, tmp_path
+):
+  folder, _ = finished
+  before = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
+  axes = {
+    'ranks': (1, 2, 5, 99),
+    'baselines': ('base', 'full'),
+    'full_learning_rates': (1e-4,),
+  }
+  config = sweep_toy.config(sweep_toy.write_records(tmp_path), **axes)
+  worker.run(config.resolve(), str(folder))
+  sweep_toy.write_records(tmp_path, count=58)
+  with pytest.raises(ValueError, match='its data had the fingerprint'):
+    worker.run(config.resolve(), str(folder))
+  after = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
+  assert {p: x for p, x in after.items() if 'leases' not in p.parts} == {
+    p: x for p, x in before.items() if 'leases' not in p.parts
+  }
+
+
+def test_cells_without_their_manifest_are_refused(finished, records, tmp_path):
+  shutil.copytree(finished[0] / 'cells', tmp_path / 'cells')
+  config = sweep_toy.config(records).resolve()
+  with pytest.raises(ValueError, match=r'has cells but no manifest\.json'):
+    worker.run(config, str(tmp_path))
+
+
+@pytest.fixture
+def small(tmp_path):
+  """(config, records, heldout) of a sweep with a gang a seed.
+
+  A held-out record has every character that only `str.splitlines` takes for
+  the end of a line.
+  """
+  records = Path(sweep_toy.write_records(tmp_path, count=40))
+  heldout = tmp_path / 'heldout.jsonl'
+  rows = files.read_json_lines(heldout)
+  rows[3]['instruction'] = 'Where\u2028is\u2029the\x85old\x0bhill?'
+  files.write_json_lines(heldout, rows)
+  config = sweep_toy.config(
+    str(records), ranks=(1,), learning_rates=(1e-3,), truncate=False,
+    sample_prompts=1,
+  )  # fmt: skip
+  return config.resolve(), records, heldout
+
+
+def after_first_gang(workdir, action):
+  """should_stop that does something once, when the first gang has ended."""
+  done = []
+
+  def should_stop():
+    if not done and list(workdir.glob('cells/r1-s0-*/result.json')):
+      done.append(action())
+    return False
+
+  return should_stop
+
+
+def test_a_file_that_is_away_fails_no_cell(small, tmp_path):
+  """The same command ends the sweep when it is back; so it does for a lost hub
+  or disk."""
+  config, records, _ = small
+  workdir, away = tmp_path / 'sweep', tmp_path / 'away'
+  hook = after_first_gang(workdir, lambda: records.rename(away))
+  with pytest.raises(ValueError, match=r'records\.jsonl'):
+    worker.run(config, str(workdir), hook)
+  assert not list(workdir.glob('cells/*/failed.json'))
+  assert len(results.read(str(workdir)).finished('lora')) == 1
+  away.rename(records)
+  sweep = worker.run(config, str(workdir))
+  assert len(sweep.finished('lora')) == 2
+  assert sweep.heldout[3]['prompt'] == 'Where\u2028is\u2029the\x85old\x0bhill?'
+  assert len(files.read_json_lines(workdir / 'samples.jsonl')) == 1
+
+
+def test_records_that_change_under_way_are_not_mixed(small, tmp_path):
+  config, records, _ = small
+  workdir, content = tmp_path / 'sweep', records.read_bytes()
+  other = content.replace(b'Past', b'Near', 1)
+  hook = after_first_gang(workdir, lambda: records.write_bytes(other))
+  with pytest.raises(ValueError, match='its data had the fingerprint'):
+    worker.run(config, str(workdir), hook)
+  assert len(results.read(str(workdir)).finished('lora')) == 1
+  records.write_bytes(content)
+  assert len(worker.run(config, str(workdir)).finished('lora')) == 2
 
 
 def test_another_sweep_is_refused(finished, records):

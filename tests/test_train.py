@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +51,9 @@ def test_learns_and_reports(finished):
   assert result['steps'] == 7
   assert result['loss_adapted'] < result['loss_base']
   assert result['loss_best'] <= result['loss_adapted']
-  assert json.loads((workdir / 'result.json').read_text()) == result
+  saved = json.loads((workdir / 'result.json').read_text())
+  assert saved.pop('run')['steps'] == 7
+  assert {**saved, 'adapter': f'{workdir}/adapter'} == result
   rows = metrics.read(workdir / 'metrics.jsonl')
   updates = [row for row in rows if 'loss_nats_per_token' in row]
   evaluations = [row for row in rows if 'eval_loss_nats_per_token' in row]
@@ -143,6 +146,188 @@ def test_a_run_in_an_object_store(finished, records, tmp_path):
     copy = files.fetch(f'{run}/adapter')
   assert [row['step'] for row in rows if 'tokens' in row] == list(range(1, 8))
   assert adapter_bytes(copy.parent) == adapter_bytes(finished[0])
+
+
+def snapshot(folder):
+  """Bytes and times of all files below a folder."""
+  return {
+    p: (p.stat().st_mtime_ns, p.read_bytes())
+    for p in Path(folder).rglob('*')
+    if p.is_file()
+  }
+
+
+def test_a_finished_run_is_moved_with_its_records(finished, tmp_path):
+  """The path that it names is the new one, wherever the records lie."""
+  moved = tmp_path / 'moved'
+  shutil.copytree(finished[0], moved)
+  result = train.train(
+    run_toy.config(run_toy.write_records(tmp_path)).resolve(), str(moved)
+  )
+  assert result == {**finished[1], 'adapter': f'{moved}/adapter'}
+
+
+def test_a_stopped_run_is_moved_with_its_records(finished, records, tmp_path):
+  before, after = tmp_path / 'before', tmp_path / 'after'
+  with pytest.raises(train.Stopped):
+    train.train(run_toy.config(records).resolve(), str(before), stop_after(7))
+  before.rename(after)
+  train.train(
+    run_toy.config(run_toy.write_records(tmp_path)).resolve(), str(after)
+  )
+  assert adapter_bytes(after) == adapter_bytes(finished[0])
+
+
+def test_a_finished_run_on_other_records_is_refused(finished, tmp_path):
+  """It is not said to have finished; the way on is named."""
+  config = run_toy.config(run_toy.write_records(tmp_path, count=23)).resolve()
+  with pytest.raises(ValueError, match='its data had the fingerprint') as e:
+    train.train(config, str(finished[0]))
+  assert f'--config.lora.path={finished[0]}/adapter starts' in str(e.value)
+
+
+@pytest.fixture(scope='module')
+def longer(records, tmp_path_factory):
+  """Workdir of an undisturbed run of 10 steps."""
+  workdir = tmp_path_factory.mktemp('longer') / 'run'
+  train.train(run_toy.config(records, steps=10).resolve(), str(workdir))
+  return workdir
+
+
+def test_more_steps_of_a_finished_run(finished, longer, records, tmp_path):
+  """Bit for bit, also when it is stopped among the new ones."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished[0], workdir)
+  config = run_toy.config(records, steps=10, max_skipped_batches=1).resolve()
+  with pytest.raises(train.Stopped):
+    train.train(config, str(workdir), stop_after(3))
+  assert not (workdir / 'result.json').exists()
+  result = train.train(config, str(workdir))
+  assert result['steps'] == 10
+  assert adapter_bytes(workdir) == adapter_bytes(longer)
+  got, want = (
+    {r['step']: r['loss_nats_per_token'] for r in rows if 'tokens' in r}
+    for rows in (
+      metrics.read(workdir / 'metrics.jsonl'),
+      metrics.read(longer / 'metrics.jsonl'),
+    )
+  )
+  assert got == want
+  with pytest.raises(ValueError, match=r'got 7, but the run in .* has done 10'):
+    train.train(run_toy.config(records).resolve(), str(workdir))
+
+
+def test_more_steps_need_the_checkpoint(finished, records, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished[0], workdir)
+  shutil.rmtree(workdir / 'checkpoints')
+  before = snapshot(workdir)
+  train.train(run_toy.config(records).resolve(), str(workdir))
+  with pytest.raises(ValueError, match='kept no checkpoint to go on from'):
+    train.train(run_toy.config(records, steps=10).resolve(), str(workdir))
+  assert snapshot(workdir) == before
+
+
+def test_an_evaluation_at_an_earlier_end_does_not_stop_a_run_early(
+  finished, records, tmp_path
+):
+  """At step 7, off the schedule of every 3; it would be the second in a row."""
+  run = run_lib.prepare(
+    run_toy.config(records, steps=10, early_stopping_evals=2).resolve()
+  )
+  trainer = train.Trainer.__new__(train.Trainer)
+  trainer.run = run
+  trainer.found = {'evals': {'0': 3.0, '3': 2.0, '6': 2.5, '7': 2.6}}
+  assert not trainer.stops_early()
+  trainer.found['evals']['9'] = 2.4
+  assert trainer.stops_early()
+
+
+@pytest.mark.parametrize('content', [None, '', '{"config": {"see'])
+def test_the_checkpoint_decides_and_not_run_json(
+  finished, records, tmp_path, content
+):
+  """Removed or cut, it lets nobody else in and does not stop the run."""
+  config = run_toy.config(records)
+  with pytest.raises(train.Stopped):
+    train.train(config.resolve(), str(tmp_path), stop_after(7))
+  (tmp_path / 'run.json').unlink()
+  if content is not None:
+    (tmp_path / 'run.json').write_text(content)
+  other = run_toy.config(records)
+  other.optimizer.learning_rate = 3e-3
+  with pytest.raises(ValueError, match=r'learning_rate=0\.01, this config has'):
+    train.train(other.resolve(), str(tmp_path))
+  train.train(config.resolve(), str(tmp_path))
+  assert adapter_bytes(tmp_path) == adapter_bytes(finished[0])
+  (tmp_path / 'run.json').unlink()
+  with pytest.raises(ValueError, match=r'learning_rate=0\.01, this config has'):
+    train.train(other.resolve(), str(tmp_path))
+
+
+def test_a_finished_run_that_says_nothing_of_itself_is_refused(
+  finished, records, tmp_path
+):
+  """As an earlier version left it, and then without its run.json."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished[0], workdir)
+  saved = json.loads((workdir / 'result.json').read_text())
+  facts = saved.pop('run')
+  (workdir / 'result.json').write_text(json.dumps(saved))
+  config = run_toy.config(records).resolve()
+  assert train.train(config, str(workdir))['steps'] == 7
+  assert json.loads((workdir / 'run.json').read_text()) == facts
+  (workdir / 'run.json').unlink()
+  with pytest.raises(ValueError, match=r'run/run\.json: missing'):
+    train.train(config, str(workdir))
+  (workdir / 'result.json').write_text('{"steps": ')
+  with pytest.raises(ValueError, match=r'result\.json: cut or damaged') as e:
+    train.train(config, str(workdir))
+  assert 'Remove it, and the same command goes on' in str(e.value)
+
+
+def test_a_run_that_began_at_the_same_time_is_not_resumed(
+  records, tmp_path, monkeypatch
+):
+  """While one reads its records the other trains, and is stopped."""
+  mine, other = run_toy.config(records), run_toy.config(records)
+  other.optimizer.learning_rate = 3e-3
+  prepare = run_lib.prepare
+
+  def slow_prepare(config):
+    monkeypatch.setattr(run_lib, 'prepare', prepare)
+    with pytest.raises(train.Stopped):
+      train.train(other.resolve(), str(tmp_path), stop_after(7))
+    return prepare(config)
+
+  monkeypatch.setattr(run_lib, 'prepare', slow_prepare)
+  with pytest.raises(
+    ValueError, match=r'learning_rate=0\.003, this config has'
+  ):
+    train.train(mine.resolve(), str(tmp_path))
+
+
+@pytest.mark.parametrize('done', ['run.json', 'checkpoints/2'])
+def test_a_workdir_that_is_renamed_in_the_middle(records, tmp_path, done):
+  """Another run has its place by then, and stays as it is."""
+  workdir, away = tmp_path / 'run', tmp_path / 'away'
+  others = []
+
+  def should_stop():
+    if (workdir / done).exists() and not others:
+      workdir.rename(away)
+      config = run_toy.config(records, steps=2, eval_every_steps=0)
+      train.train(config.resolve(), str(workdir))
+      others.append(snapshot(workdir))
+    return False
+
+  config = run_toy.config(records, checkpoint_every_steps=1)
+  with pytest.raises(OSError, match='another folder is there now') as e:
+    train.train(config.resolve(), str(workdir), should_stop)
+  assert '\n' not in str(e.value)
+  assert snapshot(workdir) == others[0]
+  result = train.train(config.resolve(), str(away))
+  assert result['steps'] == 7
 
 
 def launch(config, workdir):

@@ -18,6 +18,8 @@ import sys
 import tempfile
 import time
 
+from gemma_jax import files
+
 
 def main() -> None:
   """Runs both ways."""
@@ -47,7 +49,7 @@ def main() -> None:
       ],
     )  # fmt: skip
     gang = [
-      json.loads(path.read_text())
+      json.loads(path.read_text('utf-8'))
       for path in Path(folder).glob('gang/cells/*/result.json')
     ]
     alone_secs, alone = 0.0, []
@@ -56,7 +58,8 @@ def main() -> None:
       alone_secs += _run(
         'train', workdir, 'dolly_lora', [*shared, f'--config.lora.rank={rank}']
       )
-      alone.append(json.loads(Path(workdir, 'result.json').read_text()))
+      text = Path(workdir, 'result.json').read_text('utf-8')
+      alone.append(json.loads(text))
     steps = [_step_secs(f'{folder}/alone-{rank}') for rank in ranks]
   print(
     json.dumps(
@@ -96,8 +99,8 @@ def _run(command: str, workdir: str, config: str, flags: list[str]) -> float:
 
 def _step_secs(workdir: str) -> float:
   """Mean over the updates but the first."""
-  lines = Path(workdir, 'metrics.jsonl').read_text().splitlines()
-  found = [json.loads(line).get('step_secs') for line in lines]
+  rows = files.read_json_lines(Path(workdir, 'metrics.jsonl'))
+  found = [row.get('step_secs') for row in rows]
   found = [secs for secs in found if secs is not None][1:]
   return sum(found) / len(found)
 

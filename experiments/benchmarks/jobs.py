@@ -91,7 +91,7 @@ def train_suite(inputs: Inputs) -> list[Case]:
 
 def _records_case(inputs: Inputs) -> Case:
   """As many updates for us, by packed rows, as the peers' batches make."""
-  lines = Path(inputs.records).read_text('utf-8').splitlines()
+  lines = Path(inputs.records).read_text('utf-8').rstrip('\n').split('\n')
   lines = lines[: inputs.max_records or None]
   path = Path(inputs.folder) / f'records_{len(lines)}.jsonl'
   path.write_text('\n'.join(lines) + '\n', 'utf-8')

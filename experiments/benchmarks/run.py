@@ -146,7 +146,7 @@ def _run(program, job) -> dict:
     [*command, json.dumps(job)],
     env={**os.environ, **environment},
     capture_output=True,
-    text=True,
+    encoding='utf-8',
     check=False,
   )
   if done.returncode != 0:
@@ -184,7 +184,7 @@ def _commit() -> str:
     ['git', 'rev-parse', '--short', 'HEAD'],
     cwd=_HERE,
     capture_output=True,
-    text=True,
+    encoding='utf-8',
     check=False,
   )
   return done.stdout.strip() or 'unknown'

@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import errno
-import fcntl
 import os
 from pathlib import Path
-import shutil
+import random
 import tempfile
+import time
 
-from gemma_jax import files
+from gemma_jax import files, temporary
+
+# Two that begin in the same moment both step back and try again.
+_ATTEMPTS, _PAUSE_SECS = 4, 0.05
 
 
 def replace(folder: str | os.PathLike, fill: Callable[[Path], None]):
@@ -38,60 +41,59 @@ def replace(folder: str | os.PathLike, fill: Callable[[Path], None]):
       files.remove_others(Path(new), folder)
     return
   folder = Path(folder).absolute()
-  new = folder.with_name(f'.{folder.name}.new')
-  old = folder.with_name(f'.{folder.name}.old')
   folder.parent.mkdir(parents=True, exist_ok=True)
-  with _empty_and_ours(new, folder):
-    if old.exists() and not folder.exists():
-      os.rename(old, folder)
-    shutil.rmtree(old, ignore_errors=True)
+  with _only_writer(folder) as new:
+    _recover(folder)
+    fill(new.path)
+    for path in (*new.path.rglob('*'), new.path):
+      _flush(path)
+    old = temporary.name(folder, temporary.OLD)
     try:
-      fill(new)
-      for path in (*new.rglob('*'), new):
-        _flush(path)
-      if folder.exists():
+      if os.path.lexists(folder):
         os.rename(folder, old)
-      os.rename(new, folder)
+      new.publish(folder)
     finally:
-      if old.exists() and not folder.exists():
+      if os.path.lexists(old) and not os.path.lexists(folder):
         os.rename(old, folder)
-      shutil.rmtree(new, ignore_errors=True)
     _flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if os.path.lexists(old):
+      _discard(old, folder)
 
 
 @contextlib.contextmanager
-def _empty_and_ours(new: Path, folder: Path) -> Iterator[None]:
-  """Makes the folder `new`, locked against other processes.
+def _only_writer(folder: Path) -> Iterator[temporary.Folder]:
+  """A temporary folder, while no other process has one for the same name."""
+  for _ in range(_ATTEMPTS):
+    with temporary.folder(folder) as new:
+      if not temporary.remove_leftovers(folder, temporary.NEW, new.path):
+        yield new
+        return
+    time.sleep(random.uniform(0, _PAUSE_SECS))
+  raise BlockingIOError(
+    errno.EWOULDBLOCK, 'another process is writing it', str(folder)
+  )
 
-  A lock ends with its process, so what a killed one left is taken over.
+
+def _recover(folder: Path) -> None:
+  """Puts back what a killed writer had moved aside, or removes it."""
+  moved = temporary.siblings(folder, temporary.OLD)
+  moved.sort(key=lambda path: path.stat().st_ctime_ns)  # renamed last, last
+  if moved and not os.path.lexists(folder):
+    os.rename(moved.pop(), folder)
+  for path in moved:
+    _discard(path, folder)
+
+
+def _discard(old: Path, folder: Path) -> None:
+  """Removes a folder that was replaced.
+
+  Under the name of one that is being filled: if this process dies before all
+  of it is gone, nobody puts the rest back.
   """
-  new.mkdir(exist_ok=True)
-  descriptor = os.open(new, os.O_RDONLY)
-  try:
-    if not _lock(descriptor, new):
-      raise BlockingIOError(
-        errno.EWOULDBLOCK, 'another process is writing it', str(folder)
-      )
-    for leftover in new.iterdir():
-      shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    yield
-  finally:
-    os.close(descriptor)
-
-
-def _lock(descriptor: int, new: Path) -> bool:
-  """Whether the folder is ours: locked, and still the one of that name."""
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  except OSError:
-    return True  # a file system without locks
-  try:
-    return os.path.samestat(os.fstat(descriptor), new.stat())
-  except FileNotFoundError:
-    return False  # renamed by the process that had the lock
+  rest = temporary.name(folder, temporary.NEW)
+  with contextlib.suppress(OSError):
+    os.rename(old, rest)
+    temporary.remove(rest)
 
 
 def _flush(path: Path):

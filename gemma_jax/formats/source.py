@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from gemma_jax import files, variants
+from gemma_jax import files, temporary, variants
 from gemma_jax.formats import (
   base,
   flax_release,
@@ -105,12 +105,10 @@ def _assemble_270m() -> Path:
     ) from None
   path = Path.home() / '.cache' / 'gemma_jax' / package.MODEL_NAME
   if not path.is_file():
-    part = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.file(path) as (part, _):
       package.assemble(part, overwrite=True)
       os.replace(part, path)
-    finally:
-      part.unlink(missing_ok=True)
   return path
 
 

@@ -30,6 +30,7 @@ def close(
   grid: GridConfig,
   workdir: str,
   should_stop: Callable[[], bool] = lambda: False,
+  check_inputs: Callable[[dict[str, str]], None] = lambda fingerprints: None,
 ) -> None:
   """Writes the truncated cells and samples.jsonl that are not there yet.
 
@@ -38,6 +39,7 @@ def close(
     grid: of the sweep.
     workdir: of the sweep, all of whose cells have ended.
     should_stop: asked at every evaluation batch.
+    check_inputs: as `train.train` takes it.
 
   Raises:
     Stopped: should_stop said so.
@@ -48,6 +50,7 @@ def close(
     return
   first = next(iter(chosen.values()))[0]
   run = run_lib.prepare(configs[first.name])
+  check_inputs(run.fingerprints())
   params = evaluation.load_base(run)
   if grid.truncate and not run.config.lora.dora:
     for cell, ranks in _largest(sweep):

@@ -85,11 +85,22 @@ def evaluate_adapters(
 
 
 def evaluate_base(
-  config: TrainConfig, folder: str, should_stop: Stop = lambda: False
+  config: TrainConfig,
+  folder: str,
+  should_stop: Stop = lambda: False,
+  check_inputs: Callable[[dict[str, str]], None] = lambda fingerprints: None,
 ) -> None:
-  """The cell of the base: an adapter before its first update is zero."""
-  os.makedirs(folder, exist_ok=True)
+  """The cell of the base: an adapter before its first update is zero.
+
+  Args:
+    config: resolved.
+    folder: of the cell.
+    should_stop: asked before each batch.
+    check_inputs: as `train.train` takes it.
+  """
   members = gang.Gang([config])
+  check_inputs(members.run.fingerprints())
+  os.makedirs(folder, exist_ok=True)
   params = load_base(members.run)
   (found,) = evaluate_adapters(
     members, params, members.init_adapters(params), should_stop

@@ -17,7 +17,14 @@ import jax
 import numpy as np
 import tqdm
 
-from gemma_jax import compiler, guards, sharding, spectrum, train_state
+from gemma_jax import (
+  compiler,
+  guards,
+  resume,
+  sharding,
+  spectrum,
+  train_state,
+)
 from gemma_jax import gang as gang_lib
 from gemma_jax import metrics as metrics_lib
 from gemma_jax import workdir as workdir_lib
@@ -34,6 +41,7 @@ def train_gang(
   folders: Sequence[str],
   workdir: str,
   should_stop: Callable[[], bool] = lambda: False,
+  check_inputs: Callable[[dict[str, str]], None] = lambda fingerprints: None,
 ) -> None:
   """Trains cells together and leaves a result or a failure in each folder.
 
@@ -43,37 +51,42 @@ def train_gang(
       and, at last, `result.json` or `failed.json`.
     workdir: of the gang; its checkpoints are removed at the end.
     should_stop: asked at every step and every evaluation batch.
+    check_inputs: as `train.train` takes it.
 
   Raises:
     Stopped: should_stop said so, and the last finished step is saved.
+    OSError: the workdir was renamed.
   """
-  _Trainer(gang_lib.Gang(configs), folders, workdir, should_stop).train()
+  gang = gang_lib.Gang(configs)
+  facts = resume.facts(gang.run)
+  check_inputs(facts['fingerprints'])
+  with workdir_lib.only_run(workdir) as place:
+    _Trainer(gang, facts, folders, place, should_stop).train()
 
 
 class _Trainer:
   """A gang with weights in memory."""
 
-  def __init__(self, gang, folders, workdir, should_stop):
+  def __init__(self, gang, facts, folders, place, should_stop):
     self.gang = gang
     self.run = gang.run
+    self.facts = facts
     self.folders = [str(folder) for folder in folders]
-    self.workdir = workdir
+    self.place = place
+    self.workdir = place.workdir
     self.should_stop = should_stop
-    for folder in (*self.folders, workdir):
+    self.checkpoints = Checkpoints(self.workdir, place=place)
+    newest = resume.newest(self.workdir, self.checkpoints, facts)
+    for folder in self.folders:
       os.makedirs(folder, exist_ok=True)
-    fingerprints = self.run.fingerprints()
-    workdir_lib.check_same_fingerprints(workdir, fingerprints)
-    self.facts = workdir_lib.facts(
-      self.run.config, self.run.steps, fingerprints
-    )
-    workdir_lib.write_json(workdir, 'run.json', self.facts)
+    workdir_lib.write_json(self.workdir, 'run.json', facts)
     self.members = gang.members
-    self.checkpoints = Checkpoints(workdir)
-    self.state, self.frozen, self.found = self._start()
+    self.state, self.frozen, self.found = self._start(newest)
     self.train_step, self.eval_step = (
       compiler.ByLength(compile_step, self.run.config.data.seq_len)
       for compile_step in (gang.compile_train_step, gang.compile_eval_step)
     )
+    place.check()
     self.metrics = [
       metrics_lib.MetricsWriter(folder, self.step) for folder in self.folders
     ]
@@ -177,6 +190,7 @@ class _Trainer:
       self.should_stop,
     )
     seconds = time.perf_counter() - started
+    self.place.check()
     losses = {}
     for i in self.alive:
       loss = found[i].nll_per_token
@@ -219,11 +233,13 @@ class _Trainer:
   def _save(self) -> None:
     if self.checkpoints.latest_step() == self.step:
       return
+    self.place.check()
     self.checkpoints.save(self.state, {**self.facts, 'found': self.found})
 
   def _finish(self) -> None:
     """Writes every cell's adapter and, last, its result."""
     self.checkpoints.wait()
+    self.place.check()
     for i, folder in enumerate(self.folders):
       error = self.found['failed'].get(str(i))
       if error is not None:
@@ -246,7 +262,7 @@ class _Trainer:
       }
       workdir_lib.write_json(folder, 'result.json', result)
 
-  def _start(self):
+  def _start(self, newest: tuple[int, dict[str, Any]] | None):
     """(state, frozen, findings) of step 0 or of a checkpoint."""
     abstract_state, _ = self.gang.abstract
     params = evaluation.load_base(self.run)
@@ -254,9 +270,8 @@ class _Trainer:
       {'params': params, 'lora': self.gang.init_adapters(params)},
       self.run.config.trainable,
     )
-    step = self.checkpoints.latest_step()
-    if step is not None:
-      found = self.checkpoints.read_notes(step)['found']
+    if newest is not None:
+      step, found = newest[0], newest[1]['found']
       logging.info('Resumed a gang from step %d of %s', step, self.workdir)
       return self.checkpoints.restore(step, abstract_state), frozen, found
     state = jax.device_put(

@@ -19,6 +19,8 @@ import socket
 import threading
 import uuid
 
+from gemma_jax import files
+
 EXPIRY_SECS = 120.0
 
 
@@ -42,9 +44,11 @@ class Lease:
     """Lets the next one take the job at once."""
     self._done.set()
     self._thread.join()
-    if self.is_held():
-      # An old time, not a removal: a number is never used twice.
-      os.utime(self.path, (0, 0))
+    # A folder that cannot be reached: the lease expires by itself.
+    with contextlib.suppress(OSError):
+      if self.is_held():
+        # An old time, not a removal: a number is never used twice.
+        os.utime(self.path, (0, 0))
 
   def _touch(self, every_secs: float):
     while not self._done.wait(every_secs):
@@ -76,7 +80,7 @@ def take(
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
   except FileExistsError:
     return None
-  with os.fdopen(descriptor, 'w') as f:
+  with os.fdopen(descriptor, 'w', encoding='utf-8') as f:
     json.dump(_me(), f)
   return Lease(path, expiry_secs)
 
@@ -86,8 +90,8 @@ def _expired(path: Path, expiry_secs: float) -> bool:
   if touched == 0:  # released
     return True
   try:
-    holder = json.loads(path.read_text())
-  except json.JSONDecodeError:  # made a moment ago, or its maker died there
+    holder = json.loads(files.read_text(path))
+  except ValueError:  # made a moment ago, or its maker died there
     holder = {}
   if holder.get('host') == socket.gethostname() and holder.get(
     'started'
@@ -117,8 +121,9 @@ def _started(pid: int) -> str | None:
   the system does not tell, a live id counts as the process.
   """
   try:
-    stat = Path(f'/proc/{pid}/stat').read_text()
-    fields = stat.rpartition(')')[2].split()
+    # The name in it, in parentheses, is any bytes.
+    stat = Path(f'/proc/{pid}/stat').read_bytes()
+    fields = stat.rpartition(b')')[2].decode().split()
     return None if fields[0] == 'Z' else fields[19]
   except OSError:
     pass

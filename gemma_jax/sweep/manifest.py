@@ -4,7 +4,7 @@ manifest.json     config, fingerprints, cells and jobs; made once, then kept
 heldout.jsonl     a line a held-out record: index, part, category, prompt
 leases/           who works on which job (`leases`)
 cells/NAME/       of a cell: heldout/, spectrum/, metrics.jsonl, adapter/ and
-                  result.json, or failed.json
+                  result.json, or failed.json, without which it is tried again
 jobs/NAME/        checkpoints of a gang that is being trained
 samples.jsonl     answers of the base and of each rank, side by side
 
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from gemma_jax import config as config_lib
-from gemma_jax import files, lora, summary
+from gemma_jax import files, lora, resume, summary
 from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.config import TrainConfig
@@ -42,9 +42,19 @@ def check_same_sweep(workdir: str, config: SweepConfig) -> bool:
         f'workdir {workdir}: is of a single run, expected an empty folder or '
         'one of this sweep. Use another workdir.'
       )
+    if any(Path(workdir).glob('cells/*/result.json')):
+      raise ValueError(
+        f'workdir {workdir}: has cells but no {NAME}, which says on what they '
+        'were trained. Put it back, or use another workdir.'
+      )
     return False
-  workdir_lib.check_same_fields(
-    workdir, saved['config'], config_lib.to_dict(config)
+  resume.check_fields(
+    workdir,
+    saved['config'],
+    config_lib.to_dict(config),
+    SweepConfig(),
+    # All cells of a table have as many steps.
+    resume.FREE_FIELDS + resume.PATH_FIELDS,
   )
   return True
 

@@ -8,13 +8,12 @@ the validation records; what is reported is the loss on the test records.
 from collections.abc import Iterable
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma_jax import metrics
+from gemma_jax import files, metrics
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.sweep import manifest as manifest_lib
 
@@ -162,13 +161,12 @@ def read(workdir: str) -> Sweep:
     )
   entries = list(manifest['cells'])
   for path in sorted(folder.glob('cells/*/truncated.json')):
-    entries.append(json.loads(path.read_text()))
-  lines = (folder / 'heldout.jsonl').read_text().splitlines()
+    entries.append(workdir_lib.read_json(str(path.parent), path.name))
   return Sweep(
     folder=folder,
     manifest=manifest,
     cells=list(_outcomes(workdir, entries)),
-    heldout=[json.loads(line) for line in lines],
+    heldout=files.read_json_lines(folder / 'heldout.jsonl'),
   )
 
 

@@ -5,6 +5,7 @@ command again after a kill: what is finished stays, what nobody holds is taken.
 """
 
 from collections.abc import Callable
+import functools
 import shutil
 import time
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 from absl import logging
 import jax
 
-from gemma_jax import train
+from gemma_jax import resume, train
+from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.evaluate import Stopped
 from gemma_jax.formats import source as source_lib
@@ -28,9 +30,6 @@ from gemma_jax.sweep.grid import SweepConfig, make_cells
 
 POLL_SECS = 2.0
 
-# What a cell's config or numbers can raise; the sweep goes on without it.
-_CELL_ERRORS = (ValueError, FloatingPointError)
-
 
 def run(
   config: SweepConfig,
@@ -45,7 +44,10 @@ def run(
     should_stop: asked at every step and while others work.
 
   Raises:
-    ValueError: the folder is another sweep's, or nothing can run.
+    ValueError: the folder is another sweep's, base, tokenizer or data are not
+      those of its other cells, or nothing can run; or a job could not be done
+      now: the same command tries it again.
+    OSError: the same, a file or folder being away.
     Stopped: should_stop said so, and the last finished step is saved.
   """
   if jax.process_count() > 1:
@@ -59,16 +61,24 @@ def run(
       'of a sweep need a file system.'
     )
   workdir_lib.check_writable(workdir)
-  _plan(config, workdir, should_stop)
-  worker = _Worker(config, workdir, should_stop)
-  jobs = workdir_lib.read_json(workdir, manifest.NAME)['jobs']
+  prepared = _plan(config, workdir, should_stop)
+  planned = workdir_lib.read_json(workdir, manifest.NAME)
+  worker = _Worker(config, workdir, planned['fingerprints'], should_stop)
+  jobs = planned['jobs']
+  if prepared is None:
+    prepared = run_lib.prepare(worker.cells[jobs[0]['cells'][0]].resolve())
+  worker.check_inputs(prepared.fingerprints())
   for stage in (jobs, [{'name': 'closing', 'kind': 'closing', 'cells': []}]):
     worker.work(stage)
   return results.read(workdir)
 
 
-def _plan(config, workdir, should_stop) -> None:
-  """Makes the manifest, or waits for the machine that does."""
+def _plan(config, workdir, should_stop) -> run_lib.Run | None:
+  """Makes the manifest, or waits for the machine that does.
+
+  Returns:
+    One of the cells, prepared, if that was needed.
+  """
   draft = None
   while not manifest.check_same_sweep(workdir, config):
     # What can be refused is refused before anything is written.
@@ -82,12 +92,13 @@ def _plan(config, workdir, should_stop) -> None:
         manifest.make(config, workdir, draft)
     finally:
       lease.release()
+  return None if draft is None else draft.run
 
 
 class _Worker:
   """This process's part in a sweep."""
 
-  def __init__(self, config, workdir, should_stop):
+  def __init__(self, config, workdir, fingerprints, should_stop):
     source = source_lib.open_base(config.model.path, config.model.tokenizer)
     self.config = config
     self.workdir = workdir
@@ -96,6 +107,11 @@ class _Worker:
     self.cells = {
       cell.name: cell.config for cell in make_cells(config, source.config)
     }
+    # Every job asks it, of the run that it has prepared: files may change
+    # while a sweep is under way.
+    self.check_inputs = functools.partial(
+      resume.check_fingerprints, workdir, fingerprints
+    )
 
   def work(self, jobs: list[dict[str, Any]]) -> None:
     """Does the jobs that are free until all of them have ended."""
@@ -133,15 +149,23 @@ class _Worker:
       if job['kind'] == 'closing':
         self._close(should_stop)
       elif job['kind'] == 'base':
-        evaluation.evaluate_base(configs[0], folders[0], should_stop)
+        evaluation.evaluate_base(
+          configs[0], folders[0], should_stop, self.check_inputs
+        )
       elif job['kind'] == 'full':
-        train.train(configs[0], folders[0], should_stop)
+        train.train(configs[0], folders[0], should_stop, self.check_inputs)
         shutil.rmtree(f'{folders[0]}/checkpoints', ignore_errors=True)
       else:
         gang_run.train_gang(
-          configs, folders, f'{self.workdir}/jobs/{job["name"]}', should_stop
+          configs,
+          folders,
+          f'{self.workdir}/jobs/{job["name"]}',
+          should_stop,
+          self.check_inputs,
         )
-    except _CELL_ERRORS as e:
+    # Numbers are the cell's own, and would be the same again. Whatever else is
+    # raised ends this attempt; who comes next tries again.
+    except FloatingPointError as e:
       if job['kind'] == 'closing':
         raise
       logging.warning('Job %s failed: %s', job['name'], e)
@@ -157,7 +181,9 @@ class _Worker:
     configs = {}
     for cell in results.read(self.workdir).finished('lora'):
       configs[cell.name] = self.cells[cell.name].resolve()
-    closing.close(configs, self.config.grid, self.workdir, should_stop)
+    closing.close(
+      configs, self.config.grid, self.workdir, should_stop, self.check_inputs
+    )
     shutil.rmtree(f'{self.workdir}/jobs', ignore_errors=True)
     workdir_lib.write_json(self.workdir, 'closed.json', {})
 

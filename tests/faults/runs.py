@@ -112,7 +112,7 @@ def phase(workdir: Path) -> str:
   log = log_path(workdir).read_text()
   if (workdir / 'result.json').exists():
     return 'ending'
-  if (workdir / '.adapter.new').exists():
+  if list(workdir.glob('.adapter.*new')):
     return 'exporting'
   if list((workdir / 'checkpoints').glob('*-tmp')):
     return 'saving'

@@ -1,0 +1,204 @@
+"""Temporary files and folders beside what they become, in shared folders too.
+
+    .NAME.TOKEN.tmp    a file that is being written
+    .NAME.TOKEN.new    a folder that is being filled
+    .NAME.TOKEN.old    the folder that it replaces, for a moment
+
+TOKEN is random and each is made exclusively, so nobody can put a link where a
+writer is going to write: what others planted is neither followed nor removed.
+A writer holds a lock of the kernel, which ends with its process, however that
+ends. So what a killed one left is known by its name, its owner and its lock.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+import re
+import secrets
+import shutil
+import stat
+import time
+from typing import BinaryIO, NamedTuple
+
+FILE, NEW, OLD = 'tmp', 'new', 'old'
+
+# What nobody has changed for so long has no writer, where locks cannot say.
+_STALE_SECS = 24 * 3600
+
+
+class Folder(NamedTuple):
+  """A folder that is being filled.
+
+  Attributes:
+    path: of it.
+    descriptor: open, and locked where there are locks.
+    mode: permissions that it shall have; until `publish` it is the owner's.
+  """
+
+  path: Path
+  descriptor: int
+  mode: int
+
+  def publish(self, target: Path) -> None:
+    """Renames it."""
+    os.fchmod(self.descriptor, self.mode)
+    os.rename(self.path, target)
+
+
+def name(target: Path, kind: str) -> Path:
+  """A name beside the target that nobody can guess."""
+  return target.with_name(f'.{target.name}.{secrets.token_hex(8)}.{kind}')
+
+
+def is_temporary(candidate: str, target: str, kind: str) -> bool:
+  """Whether a file's name is a temporary one of a target's name.
+
+  Names without a token are those of earlier versions.
+  """
+  pattern = rf'\.{re.escape(target)}\.([0-9a-f]{{16}}\.)?{kind}'
+  return re.fullmatch(pattern, candidate) is not None
+
+
+@contextlib.contextmanager
+def file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
+  """A new file beside the target, locked; it is gone at the end, if it is
+  still there.
+
+  Args:
+    target: its folder exists.
+
+  Yields:
+    (path, open file); the caller renames it.
+  """
+  remove_leftovers(target, FILE)
+  while True:
+    path = name(target, FILE)
+    # The umask applies, as to any file.
+    flags = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY
+    try:
+      descriptor = os.open(path, flags, 0o666)
+    except FileExistsError:
+      continue
+    if _is_ours(descriptor, path):
+      break
+    os.close(descriptor)
+  with os.fdopen(descriptor, 'wb') as f:
+    try:
+      yield path, f
+    finally:
+      path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder(target: Path) -> Iterator[Folder]:
+  """A new, empty folder beside the target, locked; removed at the end, if it
+  is still there.
+
+  Args:
+    target: its parent exists.
+  """
+  while True:
+    path = name(target, NEW)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    try:
+      os.mkdir(path)
+    except FileExistsError:
+      continue
+    try:
+      descriptor = os.open(path, flags)
+    except FileNotFoundError:  # who looks for leftovers took it for one
+      continue
+    if _is_ours(descriptor, path):
+      break
+    os.close(descriptor)
+  try:
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    # Closed to a group that may write by the umask, until it is full.
+    os.fchmod(descriptor, stat.S_IRWXU)
+    if os.listdir(descriptor):
+      raise PermissionError(f'{path}: somebody else writes into it.')
+    yield Folder(path, descriptor, mode)
+  finally:
+    os.close(descriptor)
+    remove(path)
+
+
+def siblings(target: Path, kind: str) -> list[Path]:
+  """Temporary files or folders of a target that this user made, no links."""
+  is_kind = stat.S_ISREG if kind == FILE else stat.S_ISDIR
+  found = []
+  with os.scandir(target.parent) as entries:
+    for entry in entries:
+      if not is_temporary(entry.name, target.name, kind):
+        continue
+      with contextlib.suppress(FileNotFoundError):  # renamed a moment ago
+        status = entry.stat(follow_symlinks=False)
+        if status.st_uid == os.geteuid() and is_kind(status.st_mode):
+          found.append(Path(entry.path))
+  return found
+
+
+def remove_leftovers(target: Path, kind: str, mine: Path | None = None) -> bool:
+  """Removes what killed writers of the target left.
+
+  Args:
+    target: what they wrote.
+    kind: FILE or NEW.
+    mine: one that stays.
+
+  Returns:
+    Whether another writer is at work.
+  """
+  is_busy = False
+  for path in siblings(target, kind):
+    if path == mine:
+      continue
+    try:
+      flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+      descriptor = os.open(path, flags)
+    except OSError:  # renamed a moment ago
+      continue
+    try:
+      is_locked = _lock(descriptor)
+      is_busy |= is_locked is False
+      age_secs = time.time() - os.fstat(descriptor).st_mtime
+      if is_locked or (is_locked is None and age_secs > _STALE_SECS):
+        remove(path)
+    finally:
+      os.close(descriptor)
+  return is_busy
+
+
+def remove(path: Path) -> None:
+  """Removes a file, a folder or a link itself, if it is there."""
+  with contextlib.suppress(FileNotFoundError):
+    if stat.S_ISDIR(os.lstat(path).st_mode):
+      shutil.rmtree(path, ignore_errors=True)  # follows no link
+    else:
+      os.unlink(path)
+
+
+def _is_ours(descriptor: int, path: Path) -> bool:
+  """Whether what was just made is locked, and still there.
+
+  Who looks for leftovers may have come between the making and the lock.
+  """
+  if _lock(descriptor) is False:
+    return False
+  try:
+    return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+  except FileNotFoundError:
+    return False
+
+
+def _lock(descriptor: int) -> bool | None:
+  """True: locked. False: by another one. None: this file system has none."""
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError:
+    return None
+  return True
