@@ -43,7 +43,7 @@ def evaluate_adapters(
     data.template,
     data.loss_on,
     data.seq_len,
-    source.config.vocab_size,
+    source.config.vocab_size if tokenizer is None else tokenizer.vocab_size,
   )
   logging.info(examples.stats.line('data'))
   folders = [name for name in names if name != adapters_lib.BASE]

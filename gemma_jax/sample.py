@@ -142,10 +142,12 @@ class Sampler:
 
     Raises:
       ValueError: no prompt, an empty one, one that leaves no room for
-        max_new_tokens, or an id that is no row of the embedding.
+        max_new_tokens, or an id that is no token.
     """
     sampling.check()
-    prompts_lib.check(prompts, sampling.max_new_tokens, self.config)
+    prompts_lib.check(
+      prompts, sampling.max_new_tokens, self.config, self.num_pieces
+    )
     if row_ids is None:
       row_ids = range(len(prompts) * num_samples)
     settings = Settings.of(sampling, row_ids)

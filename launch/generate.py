@@ -124,7 +124,12 @@ def main() -> int:
   if not prompts:
     app.fail('--prompt: missing, expected --prompt=TEXT or --tokens=2,5,7')
   rows = [_row(prompt, tokenizer) for prompt in prompts]
-  prompts_lib.check(rows, sampling.max_new_tokens, source.config)
+  prompts_lib.check(
+    rows,
+    sampling.max_new_tokens,
+    source.config,
+    None if tokenizer is None else tokenizer.vocab_size,
+  )
   names = _ADAPTERS.value or [adapters.BASE]
   if len(names) > 1 and adapters.BASE not in names:
     names = [adapters.BASE, *names]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax import pytree
+from gemma_jax import compare, pytree
 from gemma_jax import run as run_lib
 from tests import run_toy
 
@@ -69,3 +69,16 @@ def test_activation_dtype_follows_the_mesh(run):
 def test_vocabulary_padding_is_known(run):
   assert run.num_pieces == 260
   assert run.source.config.vocab_size == 263
+
+
+def test_ids_of_rows_that_are_no_tokens_are_refused(tmp_path):
+  """260 tokens, 263 rows: a masked target would cost 2^30 nats."""
+  path = tmp_path / 'tokens.jsonl'
+  message = r'got token id 261, expected ids below 260'
+  path.write_text('{"tokens": [2, 261, 1]}\n' * 4)
+  with pytest.raises(ValueError, match=message):
+    run_lib.prepare(run_toy.config(str(path)).resolve())
+  with pytest.raises(ValueError, match=message):
+    next(
+      compare.evaluate_adapters(run_toy.config(str(path)).resolve(), ['base'])
+    )

@@ -141,7 +141,8 @@ def make_examples(
     loss_on: 'response', or 'all' for every token but the first. The loss mask
       of a token record wins over it; without one every token from 1 on counts.
     seq_len: longest document in tokens; see `truncate`.
-    vocab_size: rows of the embedding, which bounds the ids of token records.
+    vocab_size: tokens there are, which bounds the ids of token records: those
+      of the model's tokenizer, or, if it has none, the rows of its embedding.
 
   Returns:
     The examples with at least one supervised token.
@@ -328,7 +329,8 @@ def _token_example(
   if vocab_size is not None and tokens.max() >= vocab_size:
     raise ValueError(
       f'data: record {record_id}: got token id {tokens.max()}, expected ids '
-      f"below {vocab_size}, the rows of the model's embedding."
+      f"below {vocab_size}, the number of the model's tokens; ids of added "
+      'tokens need the folder that names them (added_tokens.json).'
     )
   mask = record.get('loss_mask')
   mask = np.ones_like(tokens) if mask is None else np.array(mask, np.int32)
