@@ -7,7 +7,7 @@ import pytest
 
 from gemma_jax import compare, pytree
 from gemma_jax import run as run_lib
-from tests import run_toy
+from tests import data_toy, run_toy
 
 
 @pytest.fixture(scope='module')
@@ -75,7 +75,8 @@ def test_ids_of_rows_that_are_no_tokens_are_refused(tmp_path):
   """260 tokens, 263 rows: a masked target would cost 2^30 nats."""
   path = tmp_path / 'tokens.jsonl'
   message = r'got token id 261, expected ids below 260'
-  path.write_text('{"tokens": [2, 261, 1]}\n' * 4)
+  rows = [{'tokens': [2, 7 + i, 261, 1]} for i in range(40)]
+  data_toy.write_jsonl(path, rows)
   with pytest.raises(ValueError, match=message):
     run_lib.prepare(run_toy.config(str(path)).resolve())
   with pytest.raises(ValueError, match=message):
