@@ -58,6 +58,8 @@ class Tokenizer(abc.ABC):
     vocab_size: number of tokens; ids are in [0, vocab_size).
     model_proto: the serialized SentencePiece model, to be stored beside
       exported weights as `tokenizer.model`; None if there is none.
+    named_pieces: control tokens (special) and user-defined pieces, by id. Other
+      readers of a SentencePiece model need to be told which they are.
   """
 
   pad_id = 0
@@ -66,6 +68,7 @@ class Tokenizer(abc.ABC):
   unk_id = 3
   vocab_size: int
   model_proto: bytes | None = None
+  named_pieces: Sequence[AddedToken] = ()
 
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
@@ -171,6 +174,11 @@ class SentencePieceTokenizer(Tokenizer):
       model_proto = proto.SerializeToString()
     self._retyped = _retype(proto.pieces, added)
     by_name = _make_control(proto.pieces)
+    self.named_pieces = [
+      AddedToken(i, piece.piece, special=piece.type != USER_DEFINED)
+      for i, piece in enumerate(proto.pieces)
+      if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
     try:
       self._pieces = sentencepiece.SentencePieceProcessor(
         model_proto=(

@@ -65,6 +65,8 @@ class BaseSource:
     tensors: one for each leaf of the unrolled tree, by its path.
     files: the files that hold the weights; empty for random weights.
     make_tokenizer: makes the tokenizer, or None if there is none.
+    read_chat_template: the Jinja template that came with the tokenizer, if one
+      did.
   """
 
   reference: str
@@ -73,6 +75,7 @@ class BaseSource:
   tensors: Mapping[str, StoredTensor]
   files: tuple[Path, ...]
   make_tokenizer: Callable[[], 'Tokenizer | None']
+  read_chat_template: Callable[[], str | None] = lambda: None
 
   def tokenizer(self) -> 'Tokenizer | None':
     """The base's tokenizer, or None if it came without one.

@@ -85,6 +85,7 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
     tensors=tensors,
     files=files,
     make_tokenizer=functools.partial(_tokenizer, folder, config.vocab_size),
+    read_chat_template=functools.partial(_chat_template, folder),
   )
 
 
@@ -181,3 +182,9 @@ def _tokenizer(folder: Path, num_rows: int):
   from gemma_jax.formats import hf_tokenizer
 
   return hf_tokenizer.read(folder, num_rows)
+
+
+def _chat_template(folder: Path) -> str | None:
+  from gemma_jax.formats import hf_tokenizer
+
+  return hf_tokenizer.chat_template(folder)

@@ -19,7 +19,7 @@ from gemma_jax.data import tokenizer as tokenizer_lib
 from gemma_jax.data.tokenizer import AddedToken, SentencePieceTokenizer
 from gemma_jax.formats import hf_safetensors
 
-_CONFIG_NAME = 'tokenizer_config.json'
+CONFIG_NAME = 'tokenizer_config.json'
 _SPECIAL_LISTS = ('additional_special_tokens', 'extra_special_tokens')
 # How transformers may match a token in text otherwise than by its letters.
 _MATCHING = ('lstrip', 'rstrip', 'single_word')
@@ -80,18 +80,33 @@ def added_tokens(folder: Path, num_rows: int) -> list[AddedToken]:
   return sorted(token for token in by_id.values() if token.id < num_rows)
 
 
+def chat_template(folder: Path) -> str | None:
+  """The folder's own chat template, wherever it keeps it; None without one."""
+  path = folder / 'chat_template.jinja'
+  if path.is_file():
+    return path.read_text('utf-8')
+  for name in (CONFIG_NAME, 'chat_template.json'):
+    template = read_object(folder / name).get('chat_template')
+    if isinstance(template, list):  # several, by their names
+      named = {x.get('name'): x for x in template if isinstance(x, dict)}
+      template = named.get('default', {}).get('template')
+    if isinstance(template, str):
+      return template
+  return None
+
+
 def _entries(folder: Path) -> Iterator[tuple[str, Any]]:
   """(file, {id, content, ...}) of each token named, all files in turn."""
   path = folder / 'tokenizer.json'
   for entry in _field(path, 'added_tokens', list):
     yield str(path), entry
-  path = folder / _CONFIG_NAME
+  path = folder / CONFIG_NAME
   for token_id, entry in _field(path, 'added_tokens_decoder', dict).items():
     is_number = token_id.isascii() and token_id.isdigit()
     fields = entry if isinstance(entry, dict) else {}
     yield str(path), {**fields, 'id': int(token_id) if is_number else token_id}
   path = folder / 'added_tokens.json'
-  for content, token_id in _object(path).items():
+  for content, token_id in read_object(path).items():
     yield str(path), {'content': content, 'id': token_id}
 
 
@@ -117,8 +132,8 @@ def _parse(where: str, entry: Any, special: set[str]) -> AddedToken:
 def _special_contents(folder: Path) -> set[str]:
   """What the folder's files list as special, without ids."""
   contents = set()
-  for name in (_CONFIG_NAME, 'special_tokens_map.json'):
-    raw = _object(folder / name)
+  for name in (CONFIG_NAME, 'special_tokens_map.json'):
+    raw = read_object(folder / name)
     listed = [value for key, value in raw.items() if key.endswith('_token')]
     for key in _SPECIAL_LISTS:
       value = raw.get(key) or []
@@ -130,7 +145,7 @@ def _special_contents(folder: Path) -> set[str]:
   return contents
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
   """The JSON object in a file; {} if there is no file."""
   if not path.is_file():
     return {}
@@ -143,7 +158,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _field(path: Path, name: str, kind: type) -> Any:
-  value = _object(path).get(name)
+  value = read_object(path).get(name)
   value = kind() if value is None else value
   if not isinstance(value, kind):
     raise ValueError(
