@@ -37,6 +37,7 @@ from gemma_jax.formats import (
 )
 from gemma_jax.formats import source as source_lib
 from gemma_jax.formats.base import BaseSource
+from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.model_config import ModelConfig
 
 FORMS = ('hf', 'flax', 'peft')
@@ -57,6 +58,15 @@ class Adapter:
   config: LoraConfig
   factors: pytree.Tree
   trained_base: pytree.Tree
+  trained_with: TrainedWith | None
+
+  @classmethod
+  def read(cls, path: str | Path, config: ModelConfig) -> 'Adapter':
+    """Of a PEFT folder or a .lora.h5 file."""
+    return cls(
+      *adapter_lib.read_adapter(path, config),
+      adapter_lib.read_trained_with(path),
+    )
 
 
 def convert(
@@ -98,7 +108,7 @@ def convert(
   source = source_lib.open_base(model, tokenizer)
   loaded = None
   if adapter:
-    loaded = Adapter(*adapter_lib.read_adapter(adapter, source.config))
+    loaded = Adapter.read(adapter, source.config)
     if not any(np.any(x) for x in _effects(loaded)):
       raise ValueError(
         f'adapter: {adapter} changes nothing (lora_b is zero throughout), so '
@@ -115,19 +125,27 @@ def convert(
 
     def write(new: Path) -> dict[str, Any]:
       peft.write_adapter(
-        new, loaded.factors, loaded.config, model, loaded.trained_base
+        new,
+        loaded.factors,
+        loaded.config,
+        model,
+        loaded.trained_base,
+        loaded.trained_with,
       )
       return {'parameters': pytree.num_params(loaded.factors)}
 
   else:
-    result = source
+    result, trained_on = source, None
     if loaded is not None:
+      trained_on = loaded.trained_with and loaded.trained_with.template
       result = merged.merge(
         source, loaded.config, loaded.factors, loaded.trained_base
       )
 
     def write(new: Path) -> dict[str, Any]:
-      return _write_model(new, result, to, dtype, max_shard_bytes, nested)
+      return _write_model(
+        new, result, to, dtype, max_shard_bytes, nested, trained_on
+      )
 
   tokens = _batch(source)
   want = _logits(source, tokens, loaded) if verify else None
@@ -197,9 +215,10 @@ def _write_model(
   dtype: str,
   max_shard_bytes: int,
   nested: bool,
+  trained_on: str | None,
 ) -> dict[str, Any]:
   if to == 'hf':
-    hf_writer.write_folder(new, source, dtype, max_shard_bytes)
+    hf_writer.write_folder(new, source, dtype, max_shard_bytes, trained_on)
     config = hf_writer.exported_config(source.config)
   else:
     flax_writer.write_folder(new, source, dtype, nested)
@@ -254,7 +273,7 @@ def _verify_logits(
     Largest absolute difference of a logit.
   """
   if to == 'peft':
-    again = Adapter(*adapter_lib.read_adapter(new, source.config))
+    again = Adapter.read(new, source.config)
     got = _logits(source, tokens, again)
     dtype = 'float32'
   else:

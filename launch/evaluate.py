@@ -22,11 +22,22 @@ _DATA = flags.DEFINE_string(
     'data', None, 'JSON Lines file, sample:NAME (its held-out records) or '
     'tfds:NAME (its validation split).',
 )  # fmt: skip
-_TEMPLATE = flags.DEFINE_string('template', 'dolly', 'For text records.')
-_LOSS_ON = flags.DEFINE_enum(
-  'loss_on', 'response', ['response', 'all'], 'Tokens that count.'
+_TEMPLATE = flags.DEFINE_string(
+  'template',
+  None,
+  "For text records; default: the adapters' own, without one dolly.",
 )
-_SEQ_LEN = flags.DEFINE_integer('seq_len', 512, 'Positions in a row.')
+_LOSS_ON = flags.DEFINE_enum(
+  'loss_on',
+  None,
+  ['response', 'all'],
+  "Tokens that count; default: the adapters' own, without one response.",
+)
+_SEQ_LEN = flags.DEFINE_integer(
+  'seq_len',
+  None,
+  "Positions in a row; default: the adapters' own, without one 512.",
+)
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 4, 'Rows at a time.')
 _MAX_RECORDS = flags.DEFINE_integer(
   'max_records', 0, 'Use only the first so many records; 0 is all.'
@@ -42,8 +53,9 @@ _DTYPE = flags.DEFINE_enum(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import compare, files
+  from gemma_jax import adapters, compare, files
   from gemma_jax.config import TrainConfig
+  from gemma_jax.formats import adapter, trained_with
 
   if not _DATA.value:
     app.fail('--data: missing, expected a JSON Lines file of records')
@@ -52,17 +64,29 @@ def main() -> int:
   if _PER_EXAMPLE.value and not is_there:
     app.fail(f'--per_example: {per_example.parent} is no folder, expected one')
   app.set_compilation_cache('')
+  names = _ADAPTERS.value or [adapters.BASE]
+  chosen = trained_with.choose(
+    {
+      name: adapter.read_trained_with(name)
+      for name in names
+      if name != adapters.BASE
+    },
+    {
+      'template': _TEMPLATE.value,
+      'loss_on': _LOSS_ON.value,
+      'seq_len': _SEQ_LEN.value,
+    },
+  )
   config = TrainConfig()
   config.model.path = _MODEL.value
   config.model.tokenizer = _TOKENIZER.value
   config.model.dtype = _DTYPE.value
   config.data.path = _DATA.value
-  config.data.template = _TEMPLATE.value
-  config.data.loss_on = _LOSS_ON.value
-  config.data.seq_len = _SEQ_LEN.value
+  config.data.template = chosen.template
+  config.data.loss_on = chosen.loss_on
+  config.data.seq_len = chosen.seq_len
   config.data.global_batch_size = _BATCH_SIZE.value
   config.data.max_eval_records = _MAX_RECORDS.value
-  names = _ADAPTERS.value or ['base']
   rows = []
   for name, examples, found in compare.evaluate_adapters(
     config.resolve(), names

@@ -47,9 +47,10 @@ _TOKENS = flags.DEFINE_multi_string(
 )
 _TEMPLATE = flags.DEFINE_string(
   'template',
-  'dolly',
-  'Text around each prompt, as in training: dolly, chat, plain (none), korean, '
-  'en_ko or ko_en.',
+  None,
+  'Text around each prompt: dolly, chat, plain (none), korean, en_ko or ko_en; '
+  "default: each adapter's own, without one dolly. The base takes that of the "
+  'first adapter.',
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   'max_new_tokens', 128, 'Longest continuation.'
@@ -96,6 +97,7 @@ def main() -> int:
   from gemma_jax import prompts as prompts_lib
   from gemma_jax.choice import SamplingConfig
   from gemma_jax.formats import source as source_lib
+  from gemma_jax.formats import trained_with
 
   sampling = SamplingConfig(
     max_new_tokens=_MAX_NEW_TOKENS.value,
@@ -123,18 +125,27 @@ def main() -> int:
   prompts = [*_PROMPTS.value, *map(_parse_ids, _TOKENS.value)]
   if not prompts:
     app.fail('--prompt: missing, expected --prompt=TEXT or --tokens=2,5,7')
-  rows = [_row(prompt, tokenizer) for prompt in prompts]
-  prompts_lib.check(
-    rows,
-    sampling.max_new_tokens,
-    source.config,
-    None if tokenizer is None else tokenizer.vocab_size,
-  )
   names = _ADAPTERS.value or [adapters.BASE]
   if len(names) > 1 and adapters.BASE not in names:
     names = [adapters.BASE, *names]
   folders = [name for name in names if name != adapters.BASE]
   loaded = adapters.load_adapters(folders, source.config)
+  templates = trained_with.templates_of(
+    names,
+    {x.name: x.trained_with for x in loaded if x.name != adapters.BASE},
+    _TEMPLATE.value,
+  )
+  rows = {
+    name: [_row(prompt, tokenizer, templates[name]) for prompt in prompts]
+    for name in names
+  }
+  for own in rows.values():
+    prompts_lib.check(
+      own,
+      sampling.max_new_tokens,
+      source.config,
+      None if tokenizer is None else tokenizer.vocab_size,
+    )
   weights = _WEIGHTS.value
   params = source.load_params(decode_weights.load_dtype(weights))
   variables = decode_weights.for_adapters(params, loaded, weights)
@@ -144,7 +155,7 @@ def main() -> int:
   def generate(name, indices, on_tokens=None):
     generation = sampler.generate(
       variables[name],
-      [rows[i] for i in indices],
+      [rows[name][i] for i in indices],
       sampling,
       on_tokens,
       row_ids=[
@@ -157,12 +168,12 @@ def main() -> int:
       logging.info('%s: %.1f tokens/s', name, speed)
     return generation
 
-  everything = range(len(rows))
+  everything = range(len(prompts))
   if _FORMAT.value == 'json':
     for name in names:
       _print_json(name, prompts, generate(name, everything), tokenizer)
     return 0
-  label = len(names) * len(rows) * num_samples > 1
+  label = len(names) * len(prompts) * num_samples > 1
   made = {}
   if not _STREAM.value:
     made = {name: generate(name, everything) for name in names}
@@ -226,7 +237,9 @@ def _parse_ids(text: str) -> list[int]:
     ) from None
 
 
-def _row(prompt: str | list[int], tokenizer: Tokenizer | None) -> list[int]:
+def _row(
+  prompt: str | list[int], tokenizer: Tokenizer | None, template: str
+) -> list[int]:
   if isinstance(prompt, list):
     return prompt
   if tokenizer is None:
@@ -234,7 +247,7 @@ def _row(prompt: str | list[int], tokenizer: Tokenizer | None) -> list[int]:
       f'--prompt: {_MODEL.value} has no tokenizer, expected one; set '
       '--tokenizer=PATH, or give ids with --tokens.'
     )
-  return examples.prompt_tokens(tokenizer, _TEMPLATE.value, prompt)
+  return examples.prompt_tokens(tokenizer, template, prompt)
 
 
 if __name__ == '__main__':

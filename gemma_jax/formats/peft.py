@@ -5,6 +5,7 @@
                                 (r, inputs), .lora_B.weight (outputs, r),
                                 .lora_magnitude_vector (outputs) with DoRA
     trained_base.safetensors    ours, only if base leaves were trained too
+    gemma_jax.json              ours, how it was trained (`trained_with`)
 
 PEFT scales B A by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora;
 `rank_pattern` and `alpha_pattern` override r and lora_alpha by module.
@@ -30,6 +31,7 @@ from gemma_jax.formats import (
   peft_matrices,
   safetensors_file,
 )
+from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.model_config import ModelConfig
 
 CONFIG_NAME = 'adapter_config.json'
@@ -160,6 +162,7 @@ def write_adapter(
   lora_config: LoraConfig,
   base_name: str,
   trained_base: pytree.Tree | None = None,
+  trained_with: TrainedWith | None = None,
 ):
   """Writes an adapter that PEFT, and `read_adapter`, apply as we do.
 
@@ -177,6 +180,7 @@ def write_adapter(
     base_name: goes into `base_model_name_or_path`.
     trained_base: base leaves that were trained with the adapter, as nested
       dicts; without them the adapter does not give the trained model.
+    trained_with: how its records were rendered, None if nobody knows.
 
   Raises:
     ValueError: the folder holds something else, or the tree is no adapter.
@@ -202,6 +206,8 @@ def write_adapter(
     text = json.dumps(raw, indent=2, sort_keys=True)
     (tmp / CONFIG_NAME).write_text(text + '\n', 'utf-8')
     save_file(tensors, tmp / WEIGHTS_NAME, metadata={'format': 'pt'})
+    if trained_with is not None:
+      trained_with.write(tmp)
     if trained_base:
       leaves = {
         name: np.ascontiguousarray(jax.device_get(leaf), np.float32)
