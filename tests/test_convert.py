@@ -14,8 +14,9 @@ from gemma_jax import convert, pytree, variants
 from gemma_jax import lora as lora_lib
 from gemma_jax.config import LoraConfig
 from gemma_jax.formats import adapter as adapter_lib
-from gemma_jax.formats import hf_writer, merged, peft, source
+from gemma_jax.formats import chat_template, hf_writer, merged, peft, source
 from gemma_jax.formats.base import StoredTensor
+from gemma_jax.formats.trained_with import TrainedWith
 from tests import gcs_toy, hf_toy, logits_toy, peft_toy, toy
 
 TOKENS = np.random.default_rng(1).integers(4, 250, (2, 13))
@@ -396,3 +397,24 @@ def test_command(tmp_path):
   assert again.returncode == 1
   (line,) = again.stderr.splitlines()
   assert line.startswith('error: output:')
+
+
+def test_a_merged_model_is_asked_as_its_adapter_was_trained(tmp_path):
+  model = tmp_path / 'base'
+  config = dataclasses.replace(variants.TINY3, vocab_size=307)
+  base = logits_toy.source_of(config)
+  model.mkdir()
+  hf_writer.write_folder(
+    model,
+    dataclasses.replace(
+      base,
+      make_tokenizer=lambda: logits_toy.make_tokenizer(
+        logits_toy.tokenizer_proto()
+      ),
+    ),
+  )
+  write_adapter(tmp_path / 'a', str(model))
+  TrainedWith('korean').write(tmp_path / 'a')
+  convert.convert(str(model), str(tmp_path / 'out'), 'hf', str(tmp_path / 'a'))
+  template = (tmp_path / 'out' / 'chat_template.jinja').read_text()
+  assert template == chat_template.jinja('korean')

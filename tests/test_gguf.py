@@ -164,8 +164,10 @@ def test_tokenizer_is_rebuilt_from_the_metadata(tmp_path):
   path = tmp_path / 'm.gguf'
   gguf_toy.write(
       path, 'gemma', gguf_toy.GEMMA1, tensors,
-      model=('tokenizer.ggml.model', 'llama', string), **vocabulary,
+      model=('tokenizer.ggml.model', 'llama', string),
+      chat=('tokenizer.chat_template', 'jinja', string), **vocabulary,
   )  # fmt: skip
+  assert gguf_toy.open_gguf(path).read_chat_template() == 'jinja'
   tokenizer = gguf_toy.open_gguf(path).tokenizer()
   assert tokenizer.vocab_size == 265
   assert tokenizer.encode('ab a  b') == [6, 7, 4, 8, 5]
@@ -173,6 +175,7 @@ def test_tokenizer_is_rebuilt_from_the_metadata(tmp_path):
 
   gguf_toy.write(path, 'gemma', gguf_toy.GEMMA1, tensors)
   assert gguf_toy.open_gguf(path).tokenizer() is None
+  assert gguf_toy.open_gguf(path).read_chat_template() is None
   gguf_toy.write(
       path, 'gemma', gguf_toy.GEMMA1, tensors,
       model=('tokenizer.ggml.model', 'gpt2', string), **vocabulary,

@@ -43,13 +43,14 @@ MAX_SHARD_BYTES = 5_000_000_000
 # token; the others make the number divisible by 512.
 TOKEN_ROWS = {256_128: 256_000}
 
-# What transformers may want beside tokenizer.model; copied if the base has it.
+# Of a tokenizer in a Hugging Face folder; copied if the base has them.
 _TOKENIZER_FILES = (
   'added_tokens.json',
   'chat_template.jinja',
   'chat_template.json',
   'special_tokens_map.json',
   'tokenizer.json',
+  'tokenizer.model',
   'tokenizer_config.json',
 )
 
