@@ -26,6 +26,7 @@ from gemma_jax.config import LoraConfig
 from gemma_jax.formats import (
   atomic_folder,
   base,
+  finite,
   hf_safetensors,
   peft_config,
   peft_matrices,
@@ -235,7 +236,14 @@ def read_trained_base(folder: str | os.PathLike) -> pytree.Tree:
   if not path.is_file():
     return {}
   entries = safetensors_file.read_header(path)
-  return pytree.unflatten({n: e.read_all() for n, e in entries.items()})
+  return pytree.unflatten({n: _read_all(e) for n, e in entries.items()})
+
+
+def _read_all(entry: safetensors_file.Entry) -> np.ndarray:
+  """A whole tensor; ValueError names one that is not finite."""
+  values = entry.read_all()
+  finite.check(values, entry.name, str(entry.path))
+  return values
 
 
 def _read_factors(
@@ -283,7 +291,7 @@ def _read_factors(
     parts = found.setdefault((layer, name), {})
     if part in parts:
       raise ValueError(f'{path}: tensor {tensor} is there under two names.')
-    parts[part] = entry.read_all().astype(np.float32)
+    parts[part] = _read_all(entry).astype(np.float32)
   factors = {}
   for key, parts in found.items():
     a, b = parts.get('A'), parts.get('B')
