@@ -162,7 +162,7 @@ def convert(
       logging.info('Reading it again, comparing logits')
       measured = _verify_logits(new, source, loaded, to, tokens, want, record)
     record['largest_logit_difference'] = measured
-    text = json.dumps(record, indent=2, sort_keys=True) + '\n'
+    text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + '\n'
     (new / flax_config.RECORD_NAME).write_text(text, 'utf-8')
     written = sorted(p for p in new.rglob('*') if p.is_file())
     sizes.update({str(p.relative_to(new)): p.stat().st_size for p in written})
@@ -229,7 +229,7 @@ def _write_model(
     'parameters': sum(int(np.prod(shape)) for shape in shapes),
     'model_config': flax_config.to_record(config),
   }
-  text = json.dumps(record, indent=2, sort_keys=True) + '\n'
+  text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + '\n'
   (new / flax_config.RECORD_NAME).write_text(text, 'utf-8')
   return record
 

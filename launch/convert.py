@@ -61,7 +61,7 @@ def main() -> int:
     max_shard_bytes=_MAX_SHARD_BYTES.value,
     nested=_NESTED.value,
   )
-  print(json.dumps(result), flush=True)
+  print(json.dumps(result, allow_nan=False), flush=True)
   return 0
 
 

@@ -92,7 +92,8 @@ def main() -> int:
     config.resolve(), names
   ):
     logging.info('%s: %.4f nats/token', name, found.nll_per_token)
-    print(json.dumps({'adapter': name, **found.line()}), flush=True)
+    line = {'adapter': name, **found.line()}
+    print(json.dumps(line, allow_nan=False), flush=True)
     for index, nll, tokens in zip(
       examples.record_ids, found.nll, found.tokens, strict=True
     ):

@@ -225,7 +225,8 @@ def _print_json(name, prompts, generation, tokenizer):
       'tokens': ids,
       'tokens_per_second': generation.tokens_per_second,
     }
-    print(json.dumps(line, ensure_ascii=False), flush=True)
+    text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+    print(text, flush=True)
 
 
 def _parse_ids(text: str) -> list[int]:

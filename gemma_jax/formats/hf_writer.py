@@ -236,5 +236,5 @@ def _write_weights(
 
 
 def _write_json(path: Path, value: Any):
-  text = json.dumps(value, indent=2, sort_keys=True)
+  text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
   path.write_text(text + '\n', 'utf-8')

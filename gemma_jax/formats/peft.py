@@ -204,7 +204,7 @@ def write_adapter(
   from safetensors.numpy import save_file
 
   def fill(tmp: Path):
-    text = json.dumps(raw, indent=2, sort_keys=True)
+    text = json.dumps(raw, indent=2, sort_keys=True, allow_nan=False)
     (tmp / CONFIG_NAME).write_text(text + '\n', 'utf-8')
     save_file(tensors, tmp / WEIGHTS_NAME, metadata={'format': 'pt'})
     if trained_with is not None:
