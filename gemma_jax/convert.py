@@ -47,6 +47,10 @@ FORMS = ('hf', 'flax', 'peft')
 # 0.015 in bfloat16, which keeps 8 bits of each weight.
 TOLERANCES = {'float32': 1e-4, 'bfloat16': 0.1}
 
+# An adapter of which less survives the rounding of its merge is not what was
+# trained; whoever merges it is told.
+_LEAST_KEPT = 0.9
+
 # The fixed batch: ids drawn uniformly, seed 0.
 _BATCH_SHAPE = (2, 16)
 
@@ -96,8 +100,10 @@ def convert(
 
   Returns:
     output; files and folders in it; bytes and parameters written; their
-    dtype; and largest_logit_difference, absolute, None without verification.
-    What else was measured is in the output's conversion.json.
+    dtype; largest_logit_difference, absolute, None without verification; and
+    update_kept and logit_update_kept, the shares of a merged adapter's update
+    that survived rounding, in the weights and in the logits of the check. What
+    else was measured is in the output's conversion.json.
 
   Raises:
     ValueError: anything that does not fit, or an output that does not compute
@@ -149,6 +155,9 @@ def convert(
 
   tokens = _batch(source)
   want = _logits(source, tokens, loaded) if verify else None
+  of_base = None
+  if verify and loaded is not None and to != 'peft':
+    of_base = _logits(source, tokens, None)
 
   sizes: dict[str, int] = {}
 
@@ -160,8 +169,11 @@ def convert(
     measured = None
     if verify:
       logging.info('Reading it again, comparing logits')
-      measured = _verify_logits(new, source, loaded, to, tokens, want, record)
+      measured = _verify_logits(
+        new, source, loaded, to, tokens, want, of_base, record
+      )
     record['largest_logit_difference'] = measured
+    _warn_of_rounding(record)
     text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + '\n'
     (new / flax_config.RECORD_NAME).write_text(text, 'utf-8')
     written = sorted(p for p in new.rglob('*') if p.is_file())
@@ -176,6 +188,8 @@ def convert(
     'parameters': record['parameters'],
     'dtype': record.get('dtype', 'float32'),
     'largest_logit_difference': record['largest_logit_difference'],
+    'update_kept': record.get('update_kept'),
+    'logit_update_kept': record.get('logit_update_kept'),
   }
 
 
@@ -255,6 +269,7 @@ def _verify_weights(
   return {
     'largest_weight_difference': found.largest_difference,
     'changed_tensors': found.num_changed,
+    'update_kept': found.update_kept,
   }
 
 
@@ -265,9 +280,13 @@ def _verify_logits(
   to: str,
   tokens: np.ndarray,
   want: np.ndarray,
+  of_base: np.ndarray | None,
   record: dict[str, Any],
 ) -> float:
   """Raises ValueError unless the output computes what it should.
+
+  Notes in the record how far the logits went from those of the base, where
+  they are given, to those that are wanted.
 
   Returns:
     Largest absolute difference of a logit.
@@ -293,7 +312,37 @@ def _verify_logits(
       f'{dtype}; nothing was written.'
     )
   record['largest_relative_logit_difference'] = float(relative.max())
+  if of_base is not None:
+    of_base = of_base[..., :rows]
+    intended = (want - of_base).astype(np.float64)
+    square = np.vdot(intended, intended)
+    if square > 0:
+      survived = np.vdot(got - of_base, intended)
+      record['logit_update_kept'] = float(survived / square)
   return float(difference.max())
+
+
+def _warn_of_rounding(record: dict[str, Any]):
+  """Says how much of a merged adapter is left; warns if that is too little."""
+  names = {'update_kept': 'weights', 'logit_update_kept': "check's logits"}
+  kept = {
+    where: record[name]
+    for name, where in names.items()
+    if record.get(name) is not None
+  }
+  if not kept:
+    return
+  shares = ', '.join(f'{x:.1%} in the {where}' for where, x in kept.items())
+  if min(kept.values()) >= _LEAST_KEPT:
+    logging.info("Of the adapter's update is kept: %s", shares)
+    return
+  logging.warning(
+    "Rounding to %s keeps this of the adapter's update: %s; expected at least "
+    '%.0f %%. Use --dtype=float32.',
+    record['dtype'],
+    shares,
+    100 * _LEAST_KEPT,
+  )
 
 
 def _reopen(folder: Path) -> BaseSource:
