@@ -285,8 +285,10 @@ def _verify_logits(
 ) -> float:
   """Raises ValueError unless the output computes what it should.
 
-  Notes in the record how far the logits went from those of the base, where
-  they are given, to those that are wanted.
+  Notes in the record how near the logits came to those that are wanted,
+  measured by the way from those of the base, where these are given: 1 - |got -
+  want| / |want - base|. It falls with what rounding took of an update and with
+  the noise that it brought.
 
   Returns:
     Largest absolute difference of a logit.
@@ -313,12 +315,11 @@ def _verify_logits(
     )
   record['largest_relative_logit_difference'] = float(relative.max())
   if of_base is not None:
-    of_base = of_base[..., :rows]
-    intended = (want - of_base).astype(np.float64)
-    square = np.vdot(intended, intended)
-    if square > 0:
-      survived = np.vdot(got - of_base, intended)
-      record['logit_update_kept'] = float(survived / square)
+    way = np.linalg.norm(want - of_base[..., :rows])
+    if way > 0:
+      record['logit_update_kept'] = max(
+        0.0, 1 - float(np.linalg.norm(got - want) / way)
+      )
   return float(difference.max())
 
 

@@ -68,6 +68,8 @@ def test_a_special_token_without_a_row_is_left_out(tmp_path):
   write(tmp_path, tokenizer={'added_tokens': [image]})
   assert hf_tokenizer.read(tmp_path, N).vocab_size == N
   assert hf_tokenizer.read(tmp_path, N + 1).vocab_size == N + 1
+  write(tmp_path, tokenizer={}, added_tokens={'<image_soft_token>': N})
+  assert hf_tokenizer.read(tmp_path, N).vocab_size == N
   (tmp_path / 'tokenizer.model').unlink()
   assert hf_tokenizer.read(tmp_path, N) is None
 

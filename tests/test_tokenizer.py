@@ -130,6 +130,8 @@ def test_added_tokens_are_text_or_control_by_their_flag():
   assert tokenizer.decode([*b, n, n + 2, n + 1]) == 'b<tool>my word'
   assert n + 1 not in tokenizer.encode('</think>')
   assert tokenizer.control_id('</think>') == n + 1
+  # The flag decides, not the name.
+  assert with_added((n, '<|user|>', False)).encode('<|user|>') == [n]
   # What is exported holds them too, and is another tokenizer.
   again = tokenizer_lib.SentencePieceTokenizer(tokenizer.model_proto)
   assert again.encode('b<tool>b') == [*b, n, *b]

@@ -170,10 +170,11 @@ class SentencePieceTokenizer(Tokenizer):
       proto.ParseFromString(model_proto)
     except Exception as e:  # protobuf raises types of its own
       raise _not_a_model(source, model_proto, e) from None
-    if _add(proto.pieces, added, source):
+    named = _add(proto.pieces, added, source)
+    if named:
       model_proto = proto.SerializeToString()
     self._retyped = _retype(proto.pieces, added)
-    by_name = _make_control(proto.pieces)
+    by_name = _make_control(proto.pieces, named)
     self.named_pieces = [
       AddedToken(i, piece.piece, special=piece.type != USER_DEFINED)
       for i, piece in enumerate(proto.pieces)
@@ -343,14 +344,15 @@ def is_control_name(spelling: str) -> bool:
   return _CONTROL_NAME.fullmatch(spelling) is not None
 
 
-def _add(pieces: Any, added: Sequence[AddedToken], source: str) -> bool:
+def _add(pieces: Any, added: Sequence[AddedToken], source: str) -> set[int]:
   """Spells pieces as `added` says, and appends those that are not there yet.
 
   Rows between the last piece and an added token become control tokens without
   a text.
 
   Returns:
-    Whether anything changed.
+    Ids of the tokens that it spelled or appended: of these the flag alone says
+    whether they are control tokens, not the name.
   """
   new = [
     token._replace(content=token.content.replace(' ', SPACE))
@@ -362,7 +364,7 @@ def _add(pieces: Any, added: Sequence[AddedToken], source: str) -> bool:
     if token.id >= len(pieces) or pieces[token.id].piece != token.content
   ]
   if not new:
-    return False
+    return set()
   ids = {piece.piece: i for i, piece in enumerate(pieces)}
   for token in new:
     if ids.setdefault(token.content, token.id) != token.id:
@@ -374,7 +376,7 @@ def _add(pieces: Any, added: Sequence[AddedToken], source: str) -> bool:
       pieces.add(piece=f'<row {i}>', score=0.0, type=CONTROL)
     pieces[token.id].piece = token.content
     pieces[token.id].type = CONTROL if token.special else USER_DEFINED
-  return True
+  return {token.id for token in new}
 
 
 def _retype(pieces: Any, added: Sequence[AddedToken]) -> list[tuple[int, int]]:
@@ -395,12 +397,14 @@ def _retype(pieces: Any, added: Sequence[AddedToken]) -> list[tuple[int, int]]:
   return retyped
 
 
-def _make_control(pieces: Any) -> bool:
+def _make_control(pieces: Any, but: set[int]) -> bool:
   """Retypes control tokens that text could hold; whether there were any."""
   named = [
-    p
-    for p in pieces
-    if p.type in (NORMAL, USER_DEFINED) and is_control_name(p.piece)
+    piece
+    for i, piece in enumerate(pieces)
+    if piece.type in (NORMAL, USER_DEFINED)
+    and is_control_name(piece.piece)
+    and i not in but
   ]
   for piece in named:
     piece.type = CONTROL

@@ -107,7 +107,9 @@ def _entries(folder: Path) -> Iterator[tuple[str, Any]]:
     yield str(path), {**fields, 'id': int(token_id) if is_number else token_id}
   path = folder / 'added_tokens.json'
   for content, token_id in read_object(path).items():
-    yield str(path), {'content': content, 'id': token_id}
+    # It has no flag, so that a known name is the best there is.
+    special = tokenizer_lib.is_control_name(content)
+    yield (str(path), {'content': content, 'id': token_id, 'special': special})
 
 
 def _parse(where: str, entry: Any, special: set[str]) -> AddedToken:
@@ -136,8 +138,9 @@ def _special_contents(folder: Path) -> set[str]:
     raw = read_object(folder / name)
     listed = [value for key, value in raw.items() if key.endswith('_token')]
     for key in _SPECIAL_LISTS:
-      value = raw.get(key) or []
-      listed += value.values() if isinstance(value, dict) else value
+      value = raw.get(key)
+      value = list(value.values()) if isinstance(value, dict) else value
+      listed += value if isinstance(value, list) else []
     for value in listed:
       content = value.get('content') if isinstance(value, dict) else value
       if isinstance(content, str):

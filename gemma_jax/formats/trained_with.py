@@ -67,7 +67,7 @@ class TrainedWith:
     return cls(**raw)
 
 
-_REMEDY = 'Remove the file, and say --template, --loss_on and --seq_len.'
+_REMEDY = 'Remove the file to go on without it.'
 
 
 def choose(
