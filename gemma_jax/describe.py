@@ -22,7 +22,7 @@ def describe(run: run_lib.Run) -> str:
     f'data: {data.path}, template {data.template}, loss on {data.loss_on}',
     run.train.stats.line('training'),
     run.heldout.stats.line('held-out'),
-    *(f'skipped: {n:,} x {reason}' for reason, n in run.skipped.items()),
+    *run.record_notes,
     f'{run.steps:,} steps of {data.global_batch_size} rows x {data.seq_len} '
     f'positions ({run.plan.rows_per_epoch():,} rows an epoch); mesh '
     f'{dict(run.mesh.shape)} on {run.mesh.devices.flat[0].device_kind}',

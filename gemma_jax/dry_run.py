@@ -1,5 +1,7 @@
 """Everything short of training: read, tokenize, compile, check, show, stop."""
 
+import itertools
+
 import numpy as np
 
 from gemma_jax import describe, files, resume, summary
@@ -8,6 +10,10 @@ from gemma_jax import workdir as workdir_lib
 from gemma_jax.checkpoint import Checkpoints
 from gemma_jax.config import TrainConfig
 from gemma_jax.data import examples as examples_lib
+from gemma_jax.data.tokenizer import Tokenizer
+
+# Brackets of control tokens; in plain text they are escaped.
+_OPEN, _CLOSE = '\u27e8', '\u27e9'
 
 
 def dry_run(config: TrainConfig, workdir: str) -> str:
@@ -79,7 +85,10 @@ def _first_batch(run: run_lib.Run, step: int) -> str:
   rows = run.plan.rows(step)
   batch = examples_lib.make_batch(run.train, rows, run.config.data.seq_len)
   filled = (batch['segment_ids'] > 0).sum(axis=1)
-  lines = [f'batch of step {step}; targets of the loss in [[ ]]']
+  lines = [
+    f'batch of step {step}; targets of the loss in [[ ]], control tokens in '
+    f'{_OPEN} {_CLOSE}'
+  ]
   for i, row in enumerate(rows):
     lines.append(
       f'=== row {i}: {len(row)} records, {filled[i]} of '
@@ -92,19 +101,27 @@ def _first_batch(run: run_lib.Run, step: int) -> str:
 
 
 def _marked_text(run, tokens, loss_mask) -> str:
-  """'Instruction: ... [[answer<eos>]]', or ids where there is no tokenizer."""
-  pieces = []
+  """'⟨bos⟩Instruction: ... [[answer⟨eos⟩]]', or ids without a tokenizer."""
+  texts = []
   edges = np.flatnonzero(np.diff(loss_mask)) + 1
   for ids, counts in zip(
     np.split(tokens, edges), np.split(loss_mask, edges), strict=True
   ):
-    if run.tokenizer is None:
-      text = ' '.join(map(str, ids))
+    text = _visible(ids.tolist(), run.tokenizer)
+    texts.append(f'[[{text}]]' if counts[0] else text)
+  return ''.join(texts)
+
+
+def _visible(ids: list[int], tokenizer: Tokenizer | None) -> str:
+  """Text in which a control token cannot be mistaken for its spelling."""
+  if tokenizer is None:
+    return ' '.join(map(str, ids))
+  names = {i: name.strip('<>[]') for name, i in tokenizer.controls.items()}
+  texts = []
+  for is_control, run_of_ids in itertools.groupby(ids, names.__contains__):
+    if is_control:
+      texts += [f'{_OPEN}{names[i]}{_CLOSE}' for i in run_of_ids]
     else:
-      text = run.tokenizer.decode(ids.tolist())
-      if ids[-1] == run.tokenizer.eos_id:
-        text += '<eos>'
-      if ids[0] == run.tokenizer.bos_id:
-        text = '<bos>' + text
-    pieces.append(f'[[{text}]]' if counts[0] else text)
-  return ''.join(pieces)
+      text = tokenizer.decode(run_of_ids)
+      texts.append(text.replace(_OPEN, '\\u27e8').replace(_CLOSE, '\\u27e9'))
+  return ''.join(texts)

@@ -15,6 +15,9 @@ import numpy as np
 
 from gemma_jax import hosts
 
+# With fewer, neither their spread nor the shape of their mean is known.
+FEWEST_RECORDS = 10
+
 
 class Stopped(Exception):
   """The caller asked an evaluation to end early."""
@@ -88,12 +91,13 @@ def evaluate(
 
 def paired_interval(
   difference: np.ndarray, tokens: np.ndarray, seed: int = 0
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
   """95 % bootstrap interval of a token-weighted mean difference per record.
 
   Records are drawn with replacement, 10,000 times; both models are measured on
   the same records, so what makes a record hard cancels (percentile interval,
-  Efron and Tibshirani 1993, chapter 13).
+  Efron and Tibshirani 1993, chapter 13). It is about other records and these
+  two models: what another seed would have trained is not in it.
 
   Args:
     difference: float [N], nll of one model minus nll of another, by record.
@@ -101,8 +105,10 @@ def paired_interval(
     seed: of the draws.
 
   Returns:
-    (low, high) in nats per token.
+    (low, high) in nats per token; None with fewer than 10 records.
   """
+  if len(difference) < FEWEST_RECORDS:
+    return None
   rng = np.random.default_rng(seed)
   draws = rng.integers(0, len(difference), (10_000, len(difference)))
   means = difference[draws].sum(1) / tokens[draws].sum(1)

@@ -184,6 +184,7 @@ def forecast(
     )  # fmt: skip
     config = _with_rows(config, rows)
   program = run_lib.prepare_program(config, devices)
+  config = program.given
   work = roofline.training_step(
     config,
     program.source.config,

@@ -126,7 +126,9 @@ class Gang:
     largest = max(configs, key=lambda config: config.lora.rank)
     if run is None:
       run = run_lib.prepare(largest)
-    self.run = dataclasses.replace(run, config=largest)
+    # The run's own data: there `data.seq_len` is a number of positions.
+    config = dataclasses.replace(largest, data=run.config.data).resolve()
+    self.run = dataclasses.replace(run, config=config)
 
   def __len__(self) -> int:
     return len(self.configs)

@@ -39,13 +39,16 @@ from gemma_jax.formats.base import BaseSource
 from gemma_jax.model import kernels
 from gemma_jax.model.transformer import Transformer
 
+# Positions in a row where `data.seq_len` is 0.
+DEFAULT_SEQ_LEN = 512
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
   """The compiled part of a run; see the methods for what is derived from it.
 
   Attributes:
-    given: the resolved config that `prepare` was given.
+    given: the resolved config that `prepare` was given, with a length of rows.
     config: the same, with the facts of the adapter at `lora.path`.
     start: the factors of that adapter, or None.
     source: the base, not yet read.
@@ -237,13 +240,13 @@ class Run(Program):
   Attributes:
     train: training examples.
     heldout: held-out examples.
-    skipped: unusable records by reason.
+    record_notes: what of the records was skipped or not read, for people.
     plan: rows of every step.
   """
 
   train: examples_lib.Examples
   heldout: examples_lib.Examples
-  skipped: dict[str, int]
+  record_notes: tuple[str, ...]
   plan: row_plan.RowPlan
 
   def record_ids(self, step: int) -> list[int]:
@@ -293,8 +296,7 @@ def prepare_program(
     'data.global_batch_size / optimizer.accumulate_steps',
   )
   source = source_lib.open_base(config.model.path, config.model.tokenizer)
-  check_length(config.data.seq_len, source)
-  given = config
+  given = config = with_length(config, source)
   config, start = adapters.start_from(given, source)
   dtype = config.model.dtype
   return Program(
@@ -320,11 +322,11 @@ def prepare(config: TrainConfig) -> Run:
     ValueError: the first thing that does not fit, with its remedy.
   """
   program = prepare_program(config)
-  data = config.data
+  data = program.given.data
   started = time.perf_counter()
   records = sources.load_records(data)
   heldout_records = records.heldout[: data.max_eval_records or None]
-  audit_lib.audit(records.train, heldout_records, data.template).log()
+  audit_lib.audit(records.train, heldout_records).log()
   train, heldout = (
     examples_lib.make_examples(
       part,
@@ -333,9 +335,12 @@ def prepare(config: TrainConfig) -> Run:
       data.loss_on,
       data.seq_len,
       program.source.config.vocab_size,
+      data.parse_control_tokens,
     )
     for part in (records.train, heldout_records)
   )
+  train.stats.log_warnings('training')
+  heldout.stats.log_warnings('held-out')
   plan = row_plan.RowPlan(
     train.slots,
     data.seq_len,
@@ -349,17 +354,38 @@ def prepare(config: TrainConfig) -> Run:
   }
   found['steps'] = config.steps or plan.steps_for_epochs(config.epochs)
   return Run(
-    **found, train=train, heldout=heldout, skipped=records.skipped, plan=plan
+    **found,
+    train=train,
+    heldout=heldout,
+    record_notes=tuple(records.lines()),
+    plan=plan,
   )
 
 
-def check_length(seq_len: int, source: BaseSource) -> None:
-  """ValueError if a row is longer than the base's positions."""
-  if seq_len > source.config.max_positions:
+def with_length(config: TrainConfig, source: BaseSource) -> TrainConfig:
+  """The config with the length of a row, if `data.seq_len` is 0.
+
+  Raises:
+    ValueError: a row is longer than the base's positions.
+  """
+  seq_len, most = config.data.seq_len, source.config.max_positions
+  if seq_len > most:
     raise ValueError(
-      f'data.seq_len: got {seq_len}, expected at most '
-      f'{source.config.max_positions}, the positions of {source.reference}.'
+      f'data.seq_len: got {seq_len}, expected at most {most}, the positions of '
+      f'{source.reference}.'
     )
+  if seq_len:
+    return config
+  if most < DEFAULT_SEQ_LEN:
+    logging.warning(
+      'Rows have %d positions, as many as %s has (data.seq_len=0 is %d '
+      'elsewhere)',
+      most,
+      source.reference,
+      DEFAULT_SEQ_LEN,
+    )
+  data = dataclasses.replace(config.data, seq_len=min(DEFAULT_SEQ_LEN, most))
+  return dataclasses.replace(config, data=data).resolve()
 
 
 def make_model(config: TrainConfig, model_config, mesh: Mesh) -> Transformer:

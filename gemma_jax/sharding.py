@@ -129,9 +129,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def batch_parts(mesh: Mesh) -> int:
+  """In how many parts the rows of a batch are split."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
 def check_batch(mesh: Mesh, rows: int, name: str) -> None:
   """ValueError unless the rows divide over data x fsdp."""
-  parts = mesh.shape['data'] * mesh.shape['fsdp']
+  parts = batch_parts(mesh)
   if rows % parts:
     raise ValueError(
       f'{name}: got {rows} rows at a time, expected a multiple of '

@@ -48,6 +48,7 @@ USER_ERRORS = (ValueError, OSError, KeyError, FloatingPointError)
 # How ml_collections says what `_explain` says.
 _NO_FIELD = re.compile(r"Field (\w+) not found .*'([\w.]+)\.(\w+)'")
 _NO_FILE = re.compile(r"Failed loading config file .* '(.*)'", re.DOTALL)
+_CONFIG_FLAG = re.compile(r'--config(?:\.[a-z_0-9]+)*\.([a-z_0-9]+)')
 _BROKEN_FILE = 'Error whilst parsing config file'
 
 
@@ -177,7 +178,7 @@ class _Log(standard_logging.Handler):
     if not ours and not self._tracebacks:
       record.exc_info = record.exc_text = None
     if ours or record.levelno >= standard_logging.WARNING:
-      tqdm.tqdm.write(self.format(record), file=sys.stderr)
+      tqdm.tqdm.write(_own_flags(self.format(record)), file=sys.stderr)
 
 
 def _set_up_log():
@@ -225,7 +226,20 @@ def _as_text(value: str | list[str]) -> str | list[str]:
 def _one_line(e: Exception) -> str:
   # str(KeyError) is the repr of its message.
   text = e.args[0] if isinstance(e, KeyError) and e.args else e
-  return ' '.join(_explain(str(text)).split()) or type(e).__name__
+  text = _own_flags(_explain(str(text)))
+  return ' '.join(text.split()) or type(e).__name__
+
+
+def _own_flags(text: str) -> str:
+  """Advice in the flags of this command, which may have no --config.
+
+  --config.data.seq_len of launch.train is --seq_len of launch.evaluate.
+  """
+  if 'config' in flags.FLAGS:
+    return text
+  return _CONFIG_FLAG.sub(
+    lambda flag: f'--{flag[1]}' if flag[1] in flags.FLAGS else flag[0], text
+  )
 
 
 def _explain(text: str) -> str:

@@ -26,7 +26,20 @@ _TEMPLATE = flags.DEFINE_string('template', 'dolly', 'For text records.')
 _LOSS_ON = flags.DEFINE_enum(
   'loss_on', 'response', ['response', 'all'], 'Tokens that count.'
 )
-_SEQ_LEN = flags.DEFINE_integer('seq_len', 512, 'Positions in a row.')
+_SEQ_LEN = flags.DEFINE_integer(
+  'seq_len',
+  0,
+  'Cut records to so many tokens; 0 scores them whole, as far as the base has '
+  'positions.',
+)
+_SKIP_BAD_RECORDS = flags.DEFINE_bool(
+  'skip_bad_records', False, 'Drop and count unusable records.'
+)
+_PARSE_CONTROL_TOKENS = flags.DEFINE_bool(
+  'parse_control_tokens',
+  False,
+  'Control tokens that a text spells become these tokens, as in training.',
+)
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 4, 'Rows at a time.')
 _MAX_RECORDS = flags.DEFINE_integer(
   'max_records', 0, 'Use only the first so many records; 0 is all.'
@@ -60,6 +73,8 @@ def main() -> int:
   config.data.template = _TEMPLATE.value
   config.data.loss_on = _LOSS_ON.value
   config.data.seq_len = _SEQ_LEN.value
+  config.data.skip_bad_records = _SKIP_BAD_RECORDS.value
+  config.data.parse_control_tokens = _PARSE_CONTROL_TOKENS.value
   config.data.global_batch_size = _BATCH_SIZE.value
   config.data.max_eval_records = _MAX_RECORDS.value
   names = _ADAPTERS.value or ['base']

@@ -6,7 +6,8 @@ Prints the parameter table, the base's and the adapted answer to one question
 (greedy), and the held-out loss before and after. The last line is the result of
 launch.train with `answer_base`, `answer_adapted` and `difference_interval`, the
 paired 95 % interval of the held-out difference (adapted minus base, nats per
-token, bootstrap over records).
+token, bootstrap over records; null with fewer than 10). It is about this one
+adapter: another seed would train another.
 """
 
 import json
@@ -55,20 +56,19 @@ def main() -> int:
     return app.EXIT_RESUMABLE
 
   answers = _answers(config, source, result['adapter'])
-  low, high = _interval(workdir, result['steps'])
+  interval, over = _interval(workdir, result['steps'])
   for name, answer in zip(('base', 'adapted'), answers, strict=True):
     print(f'{name}: {_PROMPT.value}')
     print(textwrap.indent(textwrap.fill(answer.strip(), 76), '  ') + '\n')
   base, adapted = result['loss_base'], result['loss_adapted']
   print(
     f'held-out loss, nats per token: {base:.4f} before, {adapted:.4f} after '
-    f'({100 * (adapted / base - 1):+.1f} %); 95 % interval of the difference '
-    f'[{low:.4f}, {high:.4f}]'
+    f'({100 * (adapted / base - 1):+.1f} %); {over}'
   )
   result |= {
     'answer_base': answers[0],
     'answer_adapted': answers[1],
-    'difference_interval': [low, high],
+    'difference_interval': interval,
   }
   print(json.dumps(result, ensure_ascii=False))
   return 0
@@ -97,15 +97,23 @@ def _answers(config, source, adapter: str) -> list[str]:
   return texts
 
 
-def _interval(workdir: str, step: int) -> tuple[float, float]:
-  """Of the paired difference between the first and the last evaluation."""
+def _interval(workdir: str, step: int) -> tuple[list[float] | None, str]:
+  """The interval of the difference from the base's loss, and it in words."""
   from gemma_jax import evaluate
   from gemma_jax import workdir as workdir_lib
 
   base, adapted = (workdir_lib.read_heldout(workdir, s) for s in (0, step))
   column = lambda rows, name: np.array([row[name] for row in rows])
-  return evaluate.paired_interval(
+  interval = evaluate.paired_interval(
     column(adapted, 'nll') - column(base, 'nll'), column(base, 'tokens')
+  )
+  if interval is None:
+    fewest = evaluate.FEWEST_RECORDS
+    return None, f'{len(base)} held-out records, no interval below {fewest}'
+  low, high = interval
+  return [low, high], (
+    f'one seed, so over the {len(base)} records alone: 95 % interval of the '
+    f'difference [{low:.4f}, {high:.4f}]'
   )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from gemma_jax.data import forms
 from gemma_jax.data import tokenizer as tokenizer_lib
 
 # Real records lie beside the repository; none of them is part of it.
@@ -46,6 +47,11 @@ def shared_file(name):
   if not path.is_file():
     pytest.skip(f'{path} is not there')
   return str(path)
+
+
+def records(rows, template='dolly'):
+  """What rows of any form become."""
+  return [forms.parse(row, template) for row in rows]
 
 
 def write_jsonl(path, rows):

@@ -4,6 +4,8 @@ import contextlib
 import io
 import logging
 import os
+from pathlib import Path
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import time
 
 import pytest
 
+from gemma_jax import config as config_lib
+from gemma_jax.sweep import grid
 from launch import app
 
 
@@ -165,3 +169,32 @@ def test_an_error_is_one_line():
   assert app._one_line(ValueError('a:\n  b\n')) == 'a: b'
   assert app._one_line(KeyError('no "x"')) == 'no "x"'
   assert app._one_line(ValueError()) == 'ValueError'
+
+
+def test_advice_names_flags_of_the_command():
+  """Of every --config flag in a message: a field, and what others call it."""
+  advice = set()
+  for path in (Path(app.__file__).parents[1] / 'gemma_jax').rglob('*.py'):
+    text = path.read_text(encoding='utf-8')
+    advice |= set(re.findall(r'--config\.([a-z_.0-9]*[a-z_0-9])', text))
+  assert len(advice) > 5
+  fields = config_lib.flatten(config_lib.to_dict(grid.SweepConfig()))
+  assert advice <= fields.keys()
+  script = """
+from absl import flags
+from launch import app, evaluate
+flags.FLAGS(['evaluate'])
+print(app._own_flags('a --config.data.skip_bad_records=True b '
+  '--config.data.seq_len=5; --config.model.tokenizer=PATH, '
+  '--config.data.eval_path.'))
+"""
+  shown = subprocess.run(
+    [sys.executable, '-c', script],
+    capture_output=True,
+    check=True,
+    text=True,
+  )
+  assert shown.stdout == (
+    'a --skip_bad_records=True b --seq_len=5; --tokenizer=PATH, '
+    '--config.data.eval_path.\n'
+  )

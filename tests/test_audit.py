@@ -3,10 +3,16 @@
 import logging
 
 from gemma_jax.data import audit as audit_lib
+from tests import data_toy
 
 
 def pair(prompt, response):
   return {'prompt': prompt, 'response': response}
+
+
+def audit(train, heldout):
+  """Of rows of any form."""
+  return audit_lib.audit(data_toy.records(train), data_toy.records(heldout))
 
 
 def test_exact_and_normalised_leaks_are_told_apart():
@@ -23,13 +29,13 @@ def test_exact_and_normalised_leaks_are_told_apart():
     {'tokens': [2, 5, 7]},
     {'tokens': [2, 5, 7], 'loss_mask': [0, 0, 1]},
   ]
-  found = audit_lib.audit(train, heldout, 'dolly')
+  found = audit(train, heldout)
   assert found.leaked == (0, 4)
   assert found.alike == (1, 3)
 
 
 def test_texts_of_punctuation_are_not_all_alike():
-  found = audit_lib.audit([pair('?', '!')], [pair('.', ',')], 'dolly')
+  found = audit([pair('?', '!')], [pair('.', ',')])
   assert found.alike == ()
 
 
@@ -38,10 +44,9 @@ def test_forms_of_one_record_are_the_same_record():
     {'role': 'user', 'content': 'Hi'},
     {'role': 'model', 'content': 'Hello'},
   ]
-  found = audit_lib.audit(
+  found = audit(
     [{'messages': turns}],
     [pair('Hi', 'Hello'), {'instruction': 'Hi', 'response': 'Hello'}],
-    'chat',
   )
   assert found.leaked == (0, 1)
 
@@ -54,7 +59,7 @@ def test_empty_prompts_and_repeats_in_training():
     pair('a', 'b'),
     {'instruction': 'a', 'response': 'b'},
   ]
-  found = audit_lib.audit(train, [], 'dolly')
+  found = audit(train, [])
   assert found.empty_prompts == (1,)
   assert found.repeated == (3, 4)
 
@@ -62,7 +67,7 @@ def test_empty_prompts_and_repeats_in_training():
 def test_each_kind_is_one_warning_with_its_records(caplog):
   train = [pair('a', 'b')] * 12
   with caplog.at_level(logging.WARNING):
-    audit_lib.audit(train, [pair('a', 'b')], 'dolly').log()
+    audit(train, [pair('a', 'b')]).log()
   assert [r.getMessage() for r in caplog.records] == [
     '11 of 12 training records repeat another one: 1, 2, 3, 4, 5, 6, 7, 8, ...',
     '1 of 1 held-out records also stand in training, word for word; their loss '
@@ -71,5 +76,5 @@ def test_each_kind_is_one_warning_with_its_records(caplog):
 
 
 def test_clean_records_are_not_mentioned(caplog):
-  audit_lib.audit([pair('a', 'b')], [pair('c', 'd')], 'dolly').log()
+  audit([pair('a', 'b')], [pair('c', 'd')]).log()
   assert not caplog.records

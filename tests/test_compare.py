@@ -5,7 +5,7 @@ import pytest
 
 from gemma_jax import compare, train
 from gemma_jax import run as run_lib
-from tests import run_toy
+from tests import data_toy, run_toy
 
 
 @pytest.fixture(scope='module')
@@ -61,6 +61,35 @@ def test_packing_does_not_change_a_record(trained):
   ((_, _, padded),) = compare.evaluate_adapters(config.resolve(), ['base'])
   np.testing.assert_allclose(packed.nll, padded.nll, rtol=1e-5)
   np.testing.assert_array_equal(packed.tokens, padded.tokens)
+
+
+def test_records_are_scored_whole_unless_a_length_is_given(
+  trained, tmp_path, monkeypatch, caplog
+):
+  """Long ones in longer rows; the sums are those of one long row."""
+  rows = [
+    {'prompt': f'Q{i}', 'response': 'abcdefg ' * (1 + 11 * (i % 5))}
+    for i in range(11)
+  ]
+  path = data_toy.write_jsonl(tmp_path / 'long.jsonl', rows)
+
+  def score(seq_len, rows=512):
+    monkeypatch.setattr(run_lib, 'DEFAULT_SEQ_LEN', rows)
+    config = run_toy.config(path)
+    config.data.seq_len = seq_len
+    config.data.global_batch_size = 4
+    caplog.clear()
+    return next(compare.evaluate_adapters(config.resolve(), ['base']))
+
+  _, examples, whole = score(0)
+  _, _, short_rows = score(0, rows=96)
+  assert examples.stats.truncated == 0
+  np.testing.assert_array_equal(short_rows.tokens, whole.tokens)
+  np.testing.assert_allclose(short_rows.nll, whole.nll, rtol=1e-5)
+  assert 'truncated to seq_len=' not in caplog.text
+  _, _, cut = score(96)
+  assert cut.tokens.sum() < whole.tokens.sum()
+  assert '8 of 11 records are truncated to seq_len=96' in caplog.text
 
 
 def test_an_adapter_that_is_not_there(trained):

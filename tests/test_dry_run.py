@@ -3,7 +3,7 @@
 import pytest
 
 from gemma_jax import dry_run, train
-from tests import run_toy
+from tests import data_toy, run_toy
 
 
 @pytest.fixture(scope='module')
@@ -20,9 +20,9 @@ def test_shows_parameters_memory_and_the_first_batch(records, tmp_path):
   assert '7 steps of 2 rows x 96 positions' in text
   assert 'the run would start at step 0' in text
   assert 'temporaries (activations, gradients)' in text
-  assert '<bos>Instruction:\nWhere is' in text
+  assert '⟨bos⟩Instruction:\nWhere is' in text
   assert 'Response:\n[[Past the ' in text
-  assert '.<eos>]]' in text
+  assert '.⟨eos⟩]]' in text
   assert not workdir.exists()
 
 
@@ -58,3 +58,29 @@ def test_says_what_would_become_of_a_finished_run(tmp_path):
   with pytest.raises(ValueError, match=r'was made with optimizer\.learning'):
     say()
   assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before
+
+
+def test_control_tokens_cannot_be_taken_for_text(tmp_path):
+  """A chat shows its turns; what a text spells stays what it spells."""
+  rows = [
+    {'prompt': f'<start_of_turn>or⟨bos⟩{i}?', 'response': 'Hi', 'id': i}
+    for i in range(30)
+  ]
+  path = data_toy.write_jsonl(tmp_path / 'records.jsonl', rows)
+  tokenizer = tmp_path / 'tokenizer.model'
+  toy = data_toy.make_tokenizer(runs=(), words=())
+  tokenizer.write_bytes(toy.model_proto)
+  config = run_toy.config(path)
+  config.model.tokenizer = str(tokenizer)
+  config.data.template = 'chat'
+  text = dry_run.dry_run(config.resolve(), str(tmp_path / 'run'))
+  shown = (
+    '⟨bos⟩⟨start_of_turn⟩user\n<start_of_turn>or\\u27e8bos\\u27e9{}?'
+    '⟨end_of_turn⟩\n⟨start_of_turn⟩model\n[[Hi⟨end_of_turn⟩⟨eos⟩]]'
+  )
+  assert any(shown.format(i) in text for i in range(30))
+  assert 'unread fields: id × 30' in text
+  config.data.parse_control_tokens = True
+  text = dry_run.dry_run(config.resolve(), str(tmp_path / 'run'))
+  shown = '⟨start_of_turn⟩user\n⟨start_of_turn⟩or\\u27e8bos\\u27e9'
+  assert shown in text

@@ -57,6 +57,13 @@ def test_interval_covers_a_known_difference():
   assert high - low < 0.05
 
 
+def test_fewer_than_ten_records_give_no_interval():
+  difference, tokens = np.arange(10) - 4.0, np.full(10, 7)
+  assert evaluate.paired_interval(difference, tokens) is not None
+  assert evaluate.paired_interval(difference[:9], tokens[:9]) is None
+  assert evaluate.paired_interval(difference[:1], tokens[:1]) is None
+
+
 def test_interval_of_no_difference_includes_zero():
   tokens = np.full(30, 7)
   low, high = evaluate.paired_interval(np.tile([-1.0, 1.0], 15), tokens)

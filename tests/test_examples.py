@@ -1,6 +1,7 @@
 """Records to token ids, loss masks and rows, as the docstrings show."""
 
 import collections
+import dataclasses
 import json
 
 from hypothesis import given, settings
@@ -14,30 +15,26 @@ from tests import data_toy
 
 BYTES = tokenizer_lib.ByteTokenizer()
 SENTENCEPIECE = data_toy.make_tokenizer()
-LEARNED = st.text(st.characters(exclude_categories=['Cs']), min_size=1)
+LEARNED = st.text(st.characters(exclude_categories=['Cs'])).filter(str.strip)
 
 
 def only(record, tokenizer=BYTES, **kwargs):
   """The one example of one record, as two lists."""
-  (example,) = examples_lib.make_examples([record], tokenizer, **kwargs)
+  (example,) = examples_lib.make_examples(
+    data_toy.records([record], kwargs.get('template', 'dolly')),
+    tokenizer,
+    **kwargs,
+  )
   return example.tokens.tolist(), example.loss_mask.tolist()
-
-
-def document(length, response):
-  """BOS, a prompt, a response of so many tokens, EOS; all ids differ."""
-  tokens = np.array([2, *range(10, 8 + length), 1], np.int32)
-  mask = np.zeros(length, np.int32)
-  mask[length - 1 - response :] = 1
-  return examples_lib.Example(tokens, mask)
 
 
 def token_records(*lengths):
   """Token records; no two tokens of a row are alike, BOS apart."""
   starts = np.cumsum([10, *lengths])
-  return [
+  return data_toy.records(
     {'tokens': [2, *range(start, start + n - 1)]}
     for start, n in zip(starts.tolist(), lengths, strict=False)
-  ]
+  )
 
 
 @settings(deadline=None)
@@ -89,47 +86,6 @@ def test_generation_starts_with_the_tokens_of_training(template):
   assert mask == [0] * len(start) + [1] * (len(tokens) - len(start))
 
 
-def test_truncation_as_documented():
-  tokens = np.array([2, 10, 11, 12, 20, 21, 1], np.int32)
-  mask = np.array([0, 0, 0, 0, 1, 1, 1], np.int32)
-  cut = examples_lib.truncate(examples_lib.Example(tokens, mask), 5)
-  assert cut.tokens.tolist() == [2, 12, 20, 21, 1]
-  assert cut.loss_mask.tolist() == [0, 0, 1, 1, 1]
-  cut = examples_lib.truncate(examples_lib.Example(tokens, mask), 3)
-  assert cut.tokens.tolist() == [2, 20, 21]
-  assert cut.loss_mask.tolist() == [0, 1, 1]
-
-
-@settings(deadline=None)
-@given(
-  prompt=st.integers(0, 31),
-  response=st.integers(1, 31),
-  seq_len=st.integers(2, 71),
-)
-def test_truncation_cuts_the_prompt_first(prompt, response, seq_len):
-  full = document(2 + prompt + response, response)
-  tokens, mask = examples_lib.truncate(full, seq_len)
-  assert len(tokens) == len(mask) == min(len(full.tokens), seq_len)
-  assert tokens[0] == 2
-  assert mask[0] == 0
-  learned, before = tokens[mask == 1], tokens[1:][mask[1:] == 0]
-  whole_response = full.tokens[full.loss_mask == 1]
-  whole_prompt = full.tokens[1 : 1 + prompt]
-  np.testing.assert_array_equal(learned, whole_response[: len(learned)])
-  np.testing.assert_array_equal(before, whole_prompt[prompt - len(before) :])
-  assert len(learned) >= 1
-  if len(learned) < len(whole_response):
-    assert len(before) == 0
-
-
-def test_truncation_of_a_chat_keeps_the_last_answer():
-  mask = np.array([0, 0, 1, 1, 0, 0, 1, 1, 1], np.int32)
-  tokens = np.array([2, 10, 20, 21, 11, 12, 22, 23, 1], np.int32)
-  cut = examples_lib.truncate(examples_lib.Example(tokens, mask), 6)
-  assert cut.tokens.tolist() == [2, 11, 12, 22, 23, 1]
-  assert cut.loss_mask.tolist() == [0, 0, 0, 1, 1, 1]
-
-
 def test_token_records_are_taken_as_they_are():
   record = {'tokens': [7, 8, 9, 5], 'loss_mask': [1, 0, 1, 0]}
   assert only(record, None) == ([7, 8, 9, 5], [0, 0, 1, 0])
@@ -140,7 +96,7 @@ def test_token_records_are_taken_as_they_are():
 
 
 def test_token_ids_must_be_rows_of_the_embedding():
-  records = [{'tokens': [2, 262]}, {'tokens': [2, 263]}]
+  records = data_toy.records([{'tokens': [2, 262]}, {'tokens': [2, 263]}])
   examples_lib.make_examples(records, None, vocab_size=264)
   with pytest.raises(
     ValueError, match=r'record 1: got token id 263.*below 263'
@@ -149,50 +105,76 @@ def test_token_ids_must_be_rows_of_the_embedding():
 
 
 def test_text_needs_a_tokenizer():
-  records = [{'tokens': [2, 5]}, {'prompt': 'a', 'response': 'b'}]
+  records = data_toy.records(
+    [{'tokens': [2, 5]}, {'prompt': 'a', 'response': 'b'}]
+  )
   with pytest.raises(ValueError, match=r'config\.model\.tokenizer=PATH'):
     examples_lib.make_examples(records, None)
 
 
 def test_stats_count_what_became_of_the_records():
-  records = [
-    {'prompt': 'abc', 'response': 'de'},  # 7 tokens, cut to 5
-    {'tokens': [2, 3, 4], 'loss_mask': [0, 0, 0]},  # nothing to learn
-    {'tokens': [2]},  # nothing to learn
-    {'tokens': [2, 3, 4]},
-    {'tokens': [2, 3, 4]},  # a duplicate
-    {'tokens': [2, 3, 4], 'loss_mask': [0, 0, 1]},  # none: another mask
-    {'tokens': [2, 3, 4, 5, 6, 7, 8]},  # cut to 5
-    {'tokens': [2, 3, 4, 5, 6, 7], 'loss_mask': [0] * 5 + [1]},  # cut away
-  ]
+  records = data_toy.records(
+    [
+      {'prompt': 'abc', 'response': 'de'},  # 7 tokens, cut to 5
+      {'tokens': [2, 3, 4], 'loss_mask': [0, 0, 0]},  # nothing to learn
+      {'tokens': [2]},  # nothing to learn
+      {'tokens': [2, 3, 4]},
+      {'tokens': [2, 3, 4]},  # a duplicate
+      {'tokens': [2, 3, 4], 'loss_mask': [0, 0, 1]},  # none: another mask
+      {'tokens': [2, 3, 4, 5, 6, 7, 8]},  # cut to 5
+      {'tokens': [2, 3, 4, 5, 6, 7], 'loss_mask': [0] * 5 + [1]},  # cut away
+      {'prompt': 'a', 'response': '<eos>'},  # 8 tokens, cut to 5
+      {'prompt': 'a', 'response': 'b', 'system': 'c'},  # no room for the system
+    ]
+  )
   made = examples_lib.make_examples(records, BYTES, template='plain', seq_len=5)
   assert made.stats == examples_lib.ExampleStats(
-    records=8,
-    examples=5,
-    tokens=5 + 3 + 3 + 3 + 5,
-    supervised_tokens=3 + 2 + 2 + 1 + 4,
-    truncated=2,
-    dropped=3,
+    records=10,
+    examples=6,
+    tokens=5 + 3 + 3 + 3 + 5 + 5,
+    supervised_tokens=2 + 2 + 2 + 1 + 4 + 3,
+    truncated=3,
+    lost_prompts=1,
+    lost_supervised_tokens=1 + 2 + 3,
+    unlearnable=3,
+    too_long=1,
     duplicates=1,
+    spelling_controls=1,
+    seq_len=5,
   )
-  assert made.record_ids.tolist() == [0, 3, 4, 5, 6]
-  assert made.slots.tolist() == [4, 2, 2, 2, 4]
+  assert made.record_ids.tolist() == [0, 3, 4, 5, 6, 8]
+  assert made.slots.tolist() == [4, 2, 2, 2, 4, 4]
   with pytest.raises(ValueError, match=r'none of 2 records.*seq_len=5'):
     examples_lib.make_examples(records[1:3], None, seq_len=5)
 
 
-def test_stats_as_a_line():
-  stats = examples_lib.ExampleStats(9, 7, 12_345, 11, 2, 3, 1)
+def test_stats_as_a_line_and_as_warnings():
+  stats = examples_lib.ExampleStats(
+    1000, 970, 12_345, 300, truncated=60, lost_prompts=11,
+    lost_supervised_tokens=100, unlearnable=27, too_long=3, duplicates=1,
+    spelling_controls=8, seq_len=128,
+  )  # fmt: skip
   assert stats.line('training') == (
-    'training: 7 records, 12,345 tokens, 11 supervised, 2 truncated to '
-    'seq_len, 3 dropped (no supervised token), 1 duplicates'
+    'training: 970 records, 12,345 tokens, 300 supervised, 60 truncated to '
+    'seq_len (11 lost part of their prompt), 30 dropped (no supervised token, '
+    'or a question that seq_len cannot hold), 1 duplicates'
   )
+  truncated, lost, too_long, spelled = stats.warnings('training')
+  assert '60 of 1,000 records are truncated to seq_len=128; 25%' in truncated
+  assert '11 of 1,000 records lost part of their prompt' in lost
+  assert '3 of 1,000 records are left out' in too_long
+  assert '8 records spell control tokens' in spelled
+  assert '--config.data.parse_control_tokens=True' in spelled
+  few = dataclasses.replace(
+    stats, truncated=50, lost_prompts=10, too_long=0, parsed_controls=True
+  )
+  assert few.warnings('training') == []
 
 
 def test_the_container_gives_back_each_example():
   records = token_records(5, 2, 7, 3)
   made = examples_lib.make_examples(records, None)
-  assert [e.tokens.tolist() for e in made] == [r['tokens'] for r in records]
+  assert [e.tokens.tolist() for e in made] == [list(r.tokens) for r in records]
   assert all(e.tokens.dtype == e.loss_mask.dtype == np.int32 for e in made)
   assert made.offsets.tolist() == [0, 5, 7, 14, 17]
   with pytest.raises(IndexError):
@@ -201,18 +183,22 @@ def test_the_container_gives_back_each_example():
 
 def test_a_long_file_is_tokenized_in_order(monkeypatch):
   monkeypatch.setattr(examples_lib, '_CHUNK', 3)
-  records = [{'prompt': str(i), 'response': 'a' * i} for i in range(1, 11)]
-  records[4:4] = token_records(5)
-  made = examples_lib.make_examples(records, BYTES, template='plain')
-  alone = [only(r, template='plain')[0] for r in records]
+  rows = [{'prompt': str(i), 'response': 'a' * i} for i in range(1, 11)]
+  rows[4:4] = [{'tokens': [2, 11, 12, 13, 14]}]
+  made = examples_lib.make_examples(
+    data_toy.records(rows), BYTES, template='plain'
+  )
+  alone = [only(row, template='plain')[0] for row in rows]
   assert [e.tokens.tolist() for e in made] == alone
 
 
 def test_a_row_as_documented():
-  records = [
-    {'tokens': [2, 10, 11, 20, 1], 'loss_mask': [0, 0, 0, 1, 1]},
-    {'tokens': [2, 12, 21, 22, 1], 'loss_mask': [0, 0, 1, 1, 1]},
-  ]
+  records = data_toy.records(
+    [
+      {'tokens': [2, 10, 11, 20, 1], 'loss_mask': [0, 0, 0, 1, 1]},
+      {'tokens': [2, 12, 21, 22, 1], 'loss_mask': [0, 0, 1, 1, 1]},
+    ]
+  )
   made = examples_lib.make_examples(records, None)
   row = examples_lib.make_row(made, (0, 1), 10)
   assert {name: array.tolist() for name, array in row.items()} == {
@@ -266,47 +252,39 @@ def test_a_batch_stacks_rows():
 def test_dolly_becomes_the_token_records_made_elsewhere():
   """The first 256 rows of Dolly, against token records of another program.
 
-  That program differs in two ways, so that some rows cannot be equal: its
-  vocabulary lacks runs of spaces (the reference in golden/ has them), so texts
-  with two spaces in a row are compared decoded; and it leaves a quarter of
-  seq_len to the prompt before it cuts a response, so those rows are left out.
+  That program differs in two ways: its vocabulary lacks runs of spaces (the
+  reference in golden/ has them), so texts with two spaces in a row are compared
+  decoded; and what it cuts to 512 tokens, it cuts elsewhere.
   """
   from gemma_jax.formats import source
 
   dolly = data_toy.shared_file('dolly-15k/databricks-dolly-15k.jsonl')
   reference = data_toy.shared_file('dolly256_tokens.jsonl')
-  with open(dolly) as f:
-    records = [json.loads(line) for line, _ in zip(f, range(256), strict=False)]
-  with open(reference) as f:
+  with open(dolly, encoding='utf-8') as f:
+    rows = [json.loads(line) for line, _ in zip(f, range(256), strict=False)]
+  with open(reference, encoding='utf-8') as f:
     expected = [json.loads(line) for line in f]
   tokenizer = source.open_base('gemma3_270m').tokenizer()
-  made = examples_lib.make_examples(records, tokenizer, 'dolly', seq_len=512)
+  made = examples_lib.make_examples(
+    data_toy.records(rows), tokenizer, 'dolly', seq_len=512
+  )
   counts = collections.Counter()
-  for record, example, row in zip(records, made, expected, strict=True):
-    wanted = examples_lib.Example(
-      np.array(row['tokens']), np.array(row['loss_mask'])
-    )
-    if wanted.tokens[-1] != tokenizer.eos_id:
-      counts['response cut'] += 1
-    elif any('  ' in text for text in record.values()):
+  for row, example, wanted in zip(rows, made, expected, strict=True):
+    if len(example.tokens) == 512:
+      counts['cut'] += 1
+      assert len(wanted['tokens']) == 512
+      # The instruction is whole.
+      text = tokenizer.decode(example.tokens.tolist())
+      assert text.startswith(f'Instruction:\n{row["instruction"]}')
+    elif any('  ' in text for text in row.values()):
       counts['equal text'] += 1
-      prompt, answer = _texts(tokenizer, example)
-      wanted_prompt, wanted_answer = _texts(tokenizer, wanted)
-      assert answer == wanted_answer
-      # The prompt may have been cut, at tokens of different lengths.
-      shorter = min(len(prompt), len(wanted_prompt))
-      assert prompt[-shorter:] == wanted_prompt[-shorter:]
-      assert len(example.tokens) == 512 or prompt == wanted_prompt
+      for mask in (0, 1):
+        of_mask = np.array(wanted['loss_mask']) == mask
+        assert tokenizer.decode(
+          example.tokens[example.loss_mask == mask]
+        ) == tokenizer.decode(np.array(wanted['tokens'])[of_mask])
     else:
       counts['equal'] += 1
-      np.testing.assert_array_equal(example.tokens, wanted.tokens)
-      np.testing.assert_array_equal(example.loss_mask, wanted.loss_mask)
-  assert counts == {'equal': 215, 'equal text': 34, 'response cut': 7}
-
-
-def _texts(tokenizer, example):
-  """What is read and what is learned, as text."""
-  tokens, mask = example
-  return tokenizer.decode(tokens[mask == 0]), tokenizer.decode(
-    tokens[mask == 1]
-  )
+      np.testing.assert_array_equal(example.tokens, wanted['tokens'])
+      np.testing.assert_array_equal(example.loss_mask, wanted['loss_mask'])
+  assert counts == {'equal': 212, 'equal text': 32, 'cut': 12}

@@ -103,6 +103,10 @@ def test_full_baseline_trains_the_kernels_of_the_targets_alone():
     ({'ranks': (4,), 'rate_rules': ('over_2',)}, 'grid.rate_rules'),
     ({'ranks': (4,), 'baselines': ('all',)}, 'grid.baselines'),
     ({'ranks': (4,), 'max_gang': -1}, 'grid.max_gang: got -1'),
+    ({'ranks': (4,), 'margin': 0.0}, r'grid.margin: got 0.0, .* in \(0, 1\)'),
+    ({'ranks': (4,), 'margin': 10}, 'grid.margin: got 10'),
+    ({'ranks': (4,), 'reference': 8}, 'grid.reference: got 8, expected 0 or'),
+    ({'ranks': (4,), 'margin': float('nan')}, 'grid.margin: got nan'),
   ],
 )
 def test_bad_grids(axes, message):

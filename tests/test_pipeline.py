@@ -6,17 +6,18 @@ import pytest
 from gemma_jax.data import pipeline
 from gemma_jax.data.examples import make_batch, make_examples
 from gemma_jax.data.row_plan import RowPlan
+from tests import data_toy
 
 SEQ_LEN = 23
 RNG = np.random.default_rng(0)
 EXAMPLES = make_examples(
-  [
+  data_toy.records(
     {
       'tokens': [2, *RNG.integers(4, 997, n - 1).tolist()],
       'loss_mask': [0, *RNG.integers(0, 2, n - 2).tolist(), 1],
     }
     for n in RNG.integers(2, SEQ_LEN, 103)
-  ],
+  ),
   None,
 )
 
@@ -102,7 +103,8 @@ def test_evaluation_sees_every_example_once(packing):
 def test_the_last_evaluation_batch_is_filled_with_empty_rows():
   """As the docstring shows it."""
   made = make_examples(
-    [{'tokens': list(range(2, 2 + n))} for n in (5, 4, 3)], None
+    data_toy.records({'tokens': list(range(2, 2 + n))} for n in (5, 4, 3)),
+    None,
   )
   found = list(pipeline.eval_batches(made, 8, 2, packing=False))
   assert [ids.tolist() for _, ids in found] == [

@@ -29,7 +29,7 @@ def call(*flags):
 
 @pytest.fixture(scope='module')
 def done(tmp_path_factory):
-  """A finished quickstart and the same command again."""
+  """A quickstart, the same again, and again with 9 held-out records."""
   folder = tmp_path_factory.mktemp('quickstart')
   records = run_toy.write_records(folder)
   rows = files.read_json_lines(records)
@@ -43,7 +43,10 @@ def done(tmp_path_factory):
     f'--prompt={PROMPT}',
     '--max_new_tokens=7',
   )
-  return call(*flags), call(*flags)
+  first, again = call(*flags), call(*flags)
+  for path in (folder / 'run' / 'heldout').iterdir():
+    path.write_text(''.join(path.read_text().splitlines(True)[:9]))
+  return first, again, call(*flags)
 
 
 def test_shows_the_table_both_answers_and_the_loss(done):
@@ -63,6 +66,18 @@ def test_the_last_line_is_the_result(done):
   assert result['steps'] == 5
   assert isinstance(result['answer_base'], str)
   assert isinstance(result['answer_adapted'], str)
+
+
+def test_the_interval_says_what_it_is_over(done):
+  assert (
+    'one seed, so over the 20 records alone: 95 % interval of the difference ['
+  ) in done[0].stdout
+
+
+def test_few_records_give_no_interval(done):
+  assert '9 held-out records, no interval below 10' in done[2].stdout
+  result = json.loads(done[2].stdout.splitlines()[-1])
+  assert result['difference_interval'] is None
 
 
 def test_again_it_shows_the_same_without_training(done):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
 
+from gemma_jax.data import forms, templates
 from gemma_jax.data import records as records_lib
 from tests import data_toy
 
@@ -28,8 +29,13 @@ GOOD = [
 
 
 def read(path, template='dolly', **kwargs):
+  """(records, skipped) of a file."""
   rows = records_lib.read_jsonl(path)
-  return records_lib.usable(rows, template, source=path, **kwargs)
+  return records_lib.usable(rows, template, source=path, **kwargs)[:2]
+
+
+def parsed(*rows):
+  return data_toy.records(rows)
 
 
 def messages(*pairs):
@@ -38,7 +44,7 @@ def messages(*pairs):
 
 def test_forms_may_be_mixed(tmp_path):
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', GOOD)
-  assert read(path) == (GOOD, {})
+  assert read(path) == (parsed(*GOOD), {})
 
 
 @pytest.mark.parametrize('suffix, opener', [('gz', gzip), ('xz', lzma)])
@@ -47,7 +53,7 @@ def test_compressed_files_read_alike(tmp_path, suffix, opener):
   path = tmp_path / f'a.jsonl.{suffix}'
   with open(plain, 'rb') as f:
     path.write_bytes(opener.compress(f.read()))
-  assert read(str(path)) == (GOOD, {})
+  assert read(str(path)) == (parsed(*GOOD), {})
   path.write_bytes(path.read_bytes()[:-11])
   with pytest.raises(ValueError, match=f'a.jsonl.{suffix} cannot be read'):
     read(str(path))
@@ -59,7 +65,7 @@ def test_lines_end_at_newlines_only(tmp_path):
   path = tmp_path / 'a.jsonl'
   line = json.dumps(record, ensure_ascii=False)
   path.write_bytes(f'\ufeff{line}\r\n\n  \n{line}'.encode())
-  assert read(str(path))[0] == [record, record]
+  assert read(str(path))[0] == parsed(record, record)
 
 
 # Each row with what the message has to say of it.
@@ -74,11 +80,18 @@ BAD = [
   ({}, 'field "response" is missing (found: no field)'),
   ({'prompt': 'a', 'response': ''}, 'field "response" is empty'),
   ({'prompt': 'a', 'response': ' \n'}, 'field "response" is empty'),
-  ({'prompt': 'a', 'response': None}, 'field "response" is no string'),
-  ({'prompt': ['a'], 'response': 'b'}, 'field "prompt" is no string (found: '),
+  (
+    {'prompt': 'a', 'response': None},
+    'field "response" is null (found: prompt, response)',
+  ),
+  ('{"prompt": "a", "response": NaN}', 'field "response" is null'),
+  (
+    {'prompt': ['a'], 'response': 'b'},
+    'field "prompt" is not a string (found: ',
+  ),
   (
     {'instruction': 'a', 'context': 3, 'response': 'b'},
-    'field "context" is no string (found: int 3)',
+    'field "context" is not a string (found: int 3)',
   ),
   ('{"prompt": "a", "response": "b\\ud800"}', 'lone surrogate at character 1'),
   ('[1, 2]', 'not an object (found: list [1, 2])'),
@@ -86,9 +99,9 @@ BAD = [
   ('{"prompt": "a",', 'invalid JSON ('),
   ("{'prompt': 'a'}", 'invalid JSON ('),
   ('[' * 100_000, 'invalid JSON'),
-  ({'messages': []}, 'field "messages" is no list of messages'),
-  ({'messages': 'a'}, 'field "messages" is no list of messages'),
-  ({'messages': ['a']}, 'field "messages" is no list of messages'),
+  ({'messages': []}, 'field "messages" is not a list of messages'),
+  ({'messages': 'a'}, 'field "messages" is not a list of messages'),
+  ({'messages': ['a']}, 'field "messages" is not a list of messages'),
   ({'messages': [{'role': 'user'}]}, 'field "messages[0].content" is missing'),
   (messages(('user', 'a')), '(found: user)'),
   (messages(('system', 'a')), '(found: system)'),
@@ -100,15 +113,18 @@ BAD = [
     'field "messages[1].content" is empty',
   ),
   (messages(('user', 'a'), ('model', 'b'), ('system', 'c')), 'in turns'),
-  ({'tokens': []}, 'field "tokens" is no list of token ids (found: list [])'),
-  ({'tokens': 'ab'}, 'field "tokens" is no list of token ids'),
-  ({'tokens': [2, 3.0]}, 'field "tokens" is no list of token ids'),
-  ({'tokens': [2, -1]}, 'field "tokens" is no list of token ids'),
-  ({'tokens': [2, True]}, 'field "tokens" is no list of token ids'),
-  ({'tokens': [2, 2**31]}, 'field "tokens" is no list of token ids'),
+  (
+    {'tokens': []},
+    'field "tokens" is not a list of token ids (found: list [])',
+  ),
+  ({'tokens': 'ab'}, 'field "tokens" is not a list of token ids'),
+  ({'tokens': [2, 3.0]}, 'field "tokens" is not a list of token ids'),
+  ({'tokens': [2, -1]}, 'field "tokens" is not a list of token ids'),
+  ({'tokens': [2, True]}, 'field "tokens" is not a list of token ids'),
+  ({'tokens': [2, 2**31]}, 'field "tokens" is not a list of token ids'),
   (
     {'tokens': [2, 3], 'loss_mask': [0, 2]},
-    'field "loss_mask" is no list of 0 and 1',
+    'field "loss_mask" is not a list of 0 and 1',
   ),
   (
     {'tokens': [2, 3], 'loss_mask': [1]},
@@ -129,7 +145,7 @@ def test_a_bad_row_is_named_and_may_be_skipped(tmp_path, row, expected):
   assert '--config.data.skip_bad_records=True' in message
   assert '\n' not in message
   found, skipped = read(path, skip_bad_records=True)
-  assert found == [GOOD[0], GOOD[1]]
+  assert found == parsed(GOOD[0], GOOD[1])
   assert list(skipped.values()) == [1]
 
 
@@ -154,7 +170,7 @@ def test_skipped_rows_are_counted_by_reason(tmp_path):
   ]  # fmt: skip
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
   assert read(path, skip_bad_records=True) == (
-    [GOOD[0]],
+    parsed(GOOD[0]),
     {
       'field "response" is missing': 2,
       'invalid JSON': 2,
@@ -170,9 +186,9 @@ def test_a_row_that_the_template_cannot_hold_is_named(tmp_path):
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', [GOOD[0], turns])
   with pytest.raises(ValueError, match=r'a\.jsonl line 2: .*expected chat'):
     read(path)
-  assert read(path, template='chat')[0] == [GOOD[0], turns]
+  assert read(path, template='chat')[0] == parsed(GOOD[0], turns)
   found, skipped = read(path, skip_bad_records=True)
-  assert found == [GOOD[0]]
+  assert found == parsed(GOOD[0])
   assert skipped == {'does not fit template dolly': 1}
 
 
@@ -188,7 +204,7 @@ def test_invalid_utf8_is_named(tmp_path):
   [
     ([], False, 'it is empty'),
     (['', '  '], False, 'it is empty'),
-    (['{', {'a': 1}, '{'], True, 'skipped 3: 2 x invalid JSON, 1 x field'),
+    (['{"', {'a': 1}, '{'], True, 'skipped 3: 2 x invalid JSON, 1 x field'),
   ],
 )
 def test_nothing_usable_is_an_error(tmp_path, rows, skip, found):
@@ -203,7 +219,7 @@ def test_nothing_usable_is_an_error(tmp_path, rows, skip, found):
 def test_no_file(tmp_path):
   for path in (tmp_path, tmp_path / 'nope.jsonl'):
     with pytest.raises(
-      ValueError, match=r'data\.path: got .* which is no file'
+      ValueError, match=r'data\.path: got .* which is not a file'
     ):
       read(str(path))
 
@@ -225,8 +241,9 @@ json_values = st.recursive(
   lambda inner: st.lists(inner, max_size=3)
   | st.dictionaries(
     st.sampled_from(
-      ['instruction', 'context', 'response', 'prompt', 'messages', 'role',
-       'content', 'tokens', 'loss_mask', 'en', 'ko']
+      ['instruction', 'context', 'Context', 'input', 'response', 'output',
+       'prompt', 'messages', 'role', 'content', 'weight', 'system', 'history',
+       'tools', 'tokens', 'loss_mask', 'en', 'ko', 'id']
     ),
     inner,
     max_size=3,
@@ -239,15 +256,16 @@ json_values = st.recursive(
 @given(json_values)
 def test_any_value_is_a_record_or_a_bad_one(value):
   """Nothing but BadRecord comes out, and what passes can be rendered."""
+  is_pair = isinstance(value, dict) and {'en', 'ko'} <= value.keys()
+  template = 'en_ko' if is_pair else 'chat'
   try:
-    records_lib.check_record(value)
-  except records_lib.BadRecord as e:
+    record = forms.parse(value, template)
+  except forms.BadRecord as e:
     assert str(e).startswith(e.reason)
     return
   assert isinstance(value, dict)
-  if 'tokens' not in value:
-    template = 'en_ko' if 'en' in value and 'ko' in value else 'chat'
-    records_lib.usable([('here', value)], template)
+  if record.is_text and not (is_pair and len(record.dialogue) > 2):
+    assert templates.render(template, record)
 
 
 @pytest.mark.parametrize('suffix, opener', [('gz', gzip), ('xz', lzma)])

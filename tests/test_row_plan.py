@@ -122,16 +122,25 @@ def test_threads_see_one_plan():
 @settings(deadline=None)
 @given(slots=some_slots)
 def test_evaluation_rows_hold_every_example_once(slots):
-  packed = row_plan.eval_rows(slots, SEQ_LEN)
+  packed = row_plan.eval_rows(slots, SEQ_LEN)[SEQ_LEN]
   assert sorted(itertools.chain(*packed)) == list(range(len(slots)))
   assert all(sum(slots[i] for i in row) <= SEQ_LEN for row in packed)
-  alone = row_plan.eval_rows(slots, SEQ_LEN, packing=False)
+  alone = row_plan.eval_rows(slots, SEQ_LEN, packing=False)[SEQ_LEN]
   assert sorted(alone) == [(i,) for i in range(len(slots))]
   lengths = [slots[i] for (i,) in alone]
   assert lengths == sorted(lengths, reverse=True)
   # No two rows fit into one.
   filled = [sum(slots[i] for i in row) for row in packed]
   assert all(a + b > SEQ_LEN for a, b in itertools.combinations(filled, 2))
+
+
+def test_long_examples_are_evaluated_in_longer_rows():
+  """As the docstring shows it; a length is a power of two times seq_len."""
+  assert row_plan.eval_rows((5, 3, 20, 2), 8) == {8: [(0, 1), (3,)], 32: [(2,)]}
+  lengths = row_plan.eval_rows((1, 8, 9, 16, 17, 32, 33), 8, packing=False)
+  assert lengths == {
+    8: [(1,), (0,)], 16: [(3,), (2,)], 32: [(5,), (4,)], 64: [(6,)],
+  }  # fmt: skip
 
 
 @settings(deadline=None)
@@ -191,7 +200,9 @@ def test_real_dolly_fills_its_rows():
 
   path = data_toy.shared_file('dolly-15k/databricks-dolly-15k.jsonl')
   rows = [row for _, row in records.read_jsonl(path)]
-  made = make_examples(rows, tokenizer.ByteTokenizer(), seq_len=2048)
+  made = make_examples(
+    data_toy.records(rows), tokenizer.ByteTokenizer(), seq_len=2048
+  )
   slots = -(-made.slots // 4)
   plan = row_plan.RowPlan(slots, 512, 4, seed=0)
   for epoch in range(2):

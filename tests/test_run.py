@@ -69,3 +69,19 @@ def test_activation_dtype_follows_the_mesh(run):
 def test_vocabulary_padding_is_known(run):
   assert run.num_pieces == 260
   assert run.source.config.vocab_size == 263
+
+
+def test_rows_are_as_long_as_the_base_allows(run, monkeypatch, caplog):
+  """Unless the user gave a length, which is refused where it is too long."""
+  config = run_toy.config(run.given.data.path)
+  config.data.seq_len = 0
+  program = run_lib.prepare_program(config.resolve())
+  assert program.given.data.seq_len == program.config.data.seq_len == 512
+  assert not caplog.records[1:]  # beside that of the mesh
+  monkeypatch.setattr(run_lib, 'DEFAULT_SEQ_LEN', 1024)
+  longer = run_lib.prepare_program(config.resolve())
+  assert longer.abstract_batch()['tokens'].shape == (2, 512)
+  assert 'Rows have 512 positions' in caplog.text
+  config.data.seq_len = 1024
+  with pytest.raises(ValueError, match=r'data\.seq_len: got 1024.*at most 512'):
+    run_lib.prepare_program(config.resolve())

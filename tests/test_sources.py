@@ -1,7 +1,6 @@
 """Where records come from, and which are held out."""
 
 import dataclasses
-import json
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +13,10 @@ from tests import data_toy
 
 def record(i, **kwargs):
   return {'instruction': f'Q{i}', 'response': f'A{i}', **kwargs}
+
+
+def records(numbers, **kwargs):
+  return data_toy.records(record(i, **kwargs) for i in numbers)
 
 
 prompts = st.integers(0, 40)
@@ -44,21 +47,15 @@ some_records = st.one_of(
 )
 
 
-def question(row):
-  """What stands before the response, in a form of its own."""
-  if 'messages' in row:
-    return ('messages', row['messages'][0]['content'])
-  if 'tokens' in row:
-    return ('tokens', *row['tokens'])
-  if 'en' in row:
-    return ('pair', row['en'])
-  prompt = row.get('instruction', row.get('prompt'))
-  return ('text', prompt, row.get('context') or '')
+def question(record):
+  """What stands before the response; conversations are a form of their own."""
+  return (record.tokens, record.key, *record.turns[:-1])
 
 
 @settings(deadline=None)
 @given(st.lists(some_records, min_size=1), st.randoms())
 def test_a_question_is_on_one_side(rows, random):
+  rows = data_toy.records(rows, 'en_ko')
   if len({question(row) for row in rows}) < 2:
     with pytest.raises(
       ValueError, match=r'expected at least 2.*data\.eval_path'
@@ -81,22 +78,22 @@ def test_a_question_is_on_one_side(rows, random):
 
 
 def test_about_a_twentieth_is_held_out():
-  rows = [record(i) for i in range(4999)]
+  rows = records(range(4999))
   train, heldout = sources.split(rows)
   assert 200 < len(heldout) < 300
   assert len(train) + len(heldout) == 4999
 
 
 def test_a_growing_file_keeps_its_held_out_records():
-  rows = [record(i) for i in range(1009)]
+  rows = records(range(1009))
   before = sources.split(rows[:503])[1]
   after = sources.split(rows)[1]
   assert [row for row in rows[:503] if row in after] == before
 
 
 def test_the_split_is_the_same_on_every_machine():
-  _, heldout = sources.split([record(i) for i in range(101)])
-  assert [r['instruction'] for r in heldout] == [
+  _, heldout = sources.split(records(range(101)))
+  assert [r.question for r in heldout] == [
     'Q14',
     'Q17',
     'Q21',
@@ -113,17 +110,17 @@ def test_a_file_is_split_unless_there_is_another(tmp_path):
   other = data_toy.write_jsonl(tmp_path / 'b.jsonl', [record(500), record(501)])
   config = DataConfig(path=path)
   found = sources.load_records(config)
-  assert (found.train, found.heldout) == sources.split(rows)
+  assert (found.train, found.heldout) == sources.split(records(range(211)))
   config = dataclasses.replace(config, eval_path=other)
   found = sources.load_records(config)
-  assert found.train == rows
-  assert found.heldout == [record(500), record(501)]
+  assert found.train == records(range(211))
+  assert found.heldout == records([500, 501])
 
 
 def test_max_records_bounds_training_alone(tmp_path):
   rows = [record(i) for i in range(211)]
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
-  train, heldout = sources.split(rows)
+  train, heldout = sources.split(records(range(211)))
   found = sources.load_records(DataConfig(path=path, max_records=17))
   assert found.train == train[:17]
   assert found.heldout == heldout
@@ -133,7 +130,7 @@ def test_records_with_context_may_be_left_out(tmp_path):
   rows = [record(i, context='C' * (i % 3)) for i in range(211)]
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
   found = sources.load_records(DataConfig(path=path, with_context=False))
-  kept = [row for row in rows if not row['context']]
+  kept = data_toy.records(row for row in rows if not row['context'])
   assert (found.train, found.heldout) == sources.split(kept)
   path = data_toy.write_jsonl(tmp_path / 'b.jsonl', [record(0, context='C')])
   with pytest.raises(ValueError, match='nothing is left'):
@@ -159,9 +156,10 @@ def test_the_sample_brings_its_own_held_out_records():
   found = sources.load_records(DataConfig(path='sample:seoul_travel'))
   assert len(found.train) >= 240
   assert len(found.heldout) >= 40
-  train = {row['instruction'] for row in found.train}
-  assert not train & {row['instruction'] for row in found.heldout}
-  assert sources.load_heldout('sample:seoul_travel', 'dolly') == found.heldout
+  train = {record.question for record in found.train}
+  assert not train & {record.question for record in found.heldout}
+  again = sources.load_heldout('sample:seoul_travel', 'dolly')
+  assert again.records == found.heldout
   with pytest.raises(ValueError, match='expected one of sample:seoul_travel'):
     sources.load_records(DataConfig(path='sample:nope'))
 
@@ -169,7 +167,7 @@ def test_the_sample_brings_its_own_held_out_records():
 def test_evaluation_takes_all_of_a_file_in_its_order(tmp_path):
   rows = [record(i) for i in range(31)]
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
-  assert sources.load_heldout(path, 'dolly') == rows
+  assert sources.load_heldout(path, 'dolly').records == records(range(31))
   with pytest.raises(ValueError, match='--data: got'):
     sources.load_heldout(str(tmp_path / 'nope'), 'dolly', name='--data')
 
@@ -184,4 +182,26 @@ def test_real_dolly_splits_by_instruction_and_context():
   assert not train & {question(row) for row in found.heldout}
   alone = sources.load_records(DataConfig(path=path, with_context=False))
   assert len(alone.train) + len(alone.heldout) == 15_011 - 4467
-  assert json.dumps(alone.heldout[0]) in map(json.dumps, found.heldout)
+  assert alone.heldout[0] in found.heldout
+
+
+@pytest.mark.parametrize('name', ['context', 'Context', 'input'])
+def test_leaving_contexts_out_looks_where_rendering_does(tmp_path, name):
+  rows = [record(i, **({name: 'C'} if i % 2 else {})) for i in range(101)]
+  path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
+  found = sources.load_records(DataConfig(path=path, with_context=False))
+  assert len(found.train) + len(found.heldout) == 51
+  assert not any(r.context for r in (*found.train, *found.heldout))
+
+
+def test_unread_fields_of_both_sides_are_counted_by_name(tmp_path):
+  rows = [
+    record(i, id=i, **({'lang': 'en'} if i % 2 else {})) for i in range(9)
+  ]
+  path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
+  config = DataConfig(path=path, eval_path=path, skip_bad_records=True)
+  found = sources.load_records(config)
+  assert found.unread == {'id': 18, 'lang': 8}
+  assert found.lines() == ['unread fields: id × 18, lang × 8']
+  reading = sources.load_heldout(path, 'dolly')
+  assert reading.lines() == ['unread fields: id × 9, lang × 4']

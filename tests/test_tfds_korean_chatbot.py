@@ -46,5 +46,6 @@ def test_real_chatbot_is_a_source(tmp_path):
   found = sources.load_records(config, str(tmp_path))
   test = tfds.read_split('korean_chatbot', 'test', path, str(tmp_path))
   assert len(found.train) + len(found.heldout) + len(test) == 11_823
-  train = {row['instruction'] for row in found.train}
-  assert not train & {row['instruction'] for row in found.heldout + test}
+  train = {record.question for record in found.train}
+  heldout = {record.question for record in found.heldout}
+  assert not train & (heldout | {row['instruction'] for row in test})

@@ -65,10 +65,16 @@ def test_real_tatoeba_is_a_source_in_both_directions(tmp_path):
     )
     for template in ('en_ko', 'ko_en')
   }
-  assert found['en_ko'] == found['ko_en']
+  turned = lambda part: [r.turns[0].text for r in part]
+  answers = lambda part: [r.turns[1].text for r in part]
+  for part in ('train', 'heldout'):
+    there, back = (getattr(f, part) for f in found.values())
+    assert (turned(there), answers(there)) == (answers(back), turned(back))
   train, heldout = found['en_ko'].train, found['en_ko'].heldout
   test = tfds.read_split('tatoeba_en_ko', 'test', path, str(tmp_path))
   assert len(train) + len(heldout) + len(test) == 5749
-  assert all('tatoeba.org' in row['attribution'] for row in train)
-  for field in ('en', 'ko'):
-    assert not {r[field] for r in train} & {r[field] for r in heldout + test}
+  assert all('tatoeba.org' in row['attribution'] for row in test)
+  assert found['en_ko'].unread['attribution'] == len(train) + len(heldout)
+  for i, field in enumerate(('en', 'ko')):
+    others = {r.turns[i].text for r in heldout} | {r[field] for r in test}
+    assert not {r.turns[i].text for r in train} & others

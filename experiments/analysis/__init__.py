@@ -1,6 +1,10 @@
 """What a sweep's results say: NumPy and SciPy over the files that it wrote.
 
-intervals   paired bootstrap over seeds and records, corrected p-values
-compare     arms of a sweep against the best one, in numbers and in words
+intervals   a mean difference over seeds and records, its error, Holm
+arms        each arm at its own best rate; losses paired by seed and record
+verdict     which rank is enough: a fixed sequence against the largest
+compare     pairs of arms, categories, cut adapters: to be looked at
+words       the result in words, what limits it first
+tables      the results as CSV
 spectra     singular values, effective rank and shared directions of adapters
 """

@@ -1,197 +1,105 @@
-"""Arms of a sweep against the best one: which rank is enough, and how sure?
+"""Arms side by side, to be looked at: pairs, categories, cut adapters.
 
-Rates and the best arm are chosen on the validation records, differences are
-measured on the test records, so that no choice flatters what is reported.
+None of these is a verdict (`verdict`).
 """
 
-import dataclasses
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.analysis import intervals
-from experiments.analysis.intervals import Interval
+from experiments.analysis import arms, intervals
+from experiments.analysis.arms import Row
+from experiments.analysis.intervals import Estimate
+from experiments.analysis.verdict import Answer
+from gemma_jax.evaluate import FEWEST_RECORDS
 from gemma_jax.sweep.results import Arm, Outcome, Sweep
 
-ALPHA = 0.05
 
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """An arm at its own best rate.
+class Pair(NamedTuple):
+  """Two arms that differ in other axes than the rank.
 
   Attributes:
-    label: 'rank 4', with the other axes that vary.
-    arm: its axes.
-    cells: one a seed.
-    rate: the learning rate that validation chose.
-    validation: mean loss over seeds, nats per token.
-    test: the same on the test records.
-    difference: test loss minus that of the best arm.
-    p_adjusted: that the difference is 0, corrected for the number of arms.
+    first: an arm.
+    second: the arm that its loss is compared with.
+    difference: first minus second; None if no seed has both.
+    p: that it is 0, corrected for all pairs by Holm's method; None where the
+      difference has none.
   """
 
-  label: str
-  arm: dict[str, Any]
-  cells: list[Outcome]
-  rate: float
-  validation: float
-  test: float
-  difference: Interval
-  p_adjusted: float
-
-  @property
-  def parameters(self) -> int:
-    """Trainable ones."""
-    return self.cells[0].entry['trainable_parameters']
-
-  @property
-  def seconds(self) -> float:
-    """Of training, mean over seeds."""
-    return float(np.mean([cell.result['seconds'] for cell in self.cells]))
-
-  @property
-  def is_worse(self) -> bool:
-    """Whether its loss is above the best arm's, at 5 %."""
-    return self.p_adjusted < ALPHA and self.difference.mean > 0
+  first: Row
+  second: Row
+  difference: Estimate | None
+  p: float | None
 
 
-def rows(sweep: Sweep) -> list[Row]:
-  """All arms with a finished cell, fewest parameters first.
+def pairs(sweep: Sweep, table: list[Row]) -> list[Pair]:
+  """All pairs of arms at the same rank, or at the same budget.
 
-  Raises:
-    ValueError: no adapter has been trained to its end.
+  With `equal_parameters` a budget has another rank on each target set: the
+  smallest ranks belong together, and so on up.
   """
-  chosen = sweep.chosen()
-  if not chosen:
-    raise ValueError(
-      f'{sweep.folder}: got no finished cell with an adapter, expected at '
-      'least one. Run launch.sweep on it until some have finished.'
-    )
-  validation, test = sweep.part('validation'), sweep.part('test')
-  mean = lambda cells, part: float(np.mean([c.loss(part) for c in cells]))
-  best = min(chosen, key=lambda arm: mean(chosen[arm], validation))
-  others = {
-    arm: difference(cells, chosen[best], test)
-    for arm, cells in chosen.items()
-    if arm != best
+  budget = {
+    arm: i
+    for family in arms.families(sweep).values()
+    for i, arm in enumerate(reversed(family))
   }
-  adjusted = dict(
-    zip(others, intervals.adjust([d.p for d in others.values()]), strict=True)
-  )
-  varying = _varying(list(chosen))
-  found = [
-    Row(
-      label=label(arm, varying),
-      arm=dict(arm),
-      cells=cells,
-      rate=cells[0].axes['learning_rate'],
-      validation=mean(cells, validation),
-      test=mean(cells, test),
-      difference=others.get(arm, Interval(0.0, 0.0, 0.0, 1.0)),
-      p_adjusted=float(adjusted.get(arm, 1.0)),
-    )
-    for arm, cells in chosen.items()
+  compared = [
+    (a, b, arms.paired(sweep.part('test'), (1, a.cells), (-1, b.cells)))
+    for a, b in itertools.combinations(table, 2)
+    if budget[a.arm] == budget[b.arm]
   ]
-  return sorted(found, key=lambda row: (row.parameters, row.label))
-
-
-def difference(
-  cells: list[Outcome], others: list[Outcome], which: np.ndarray
-) -> Interval:
-  """Paired by seed and record; seeds that only one side has are left out."""
-  by_seed = {cell.axes['seed']: cell for cell in others}
-  pairs = [
-    (cell, by_seed[cell.axes['seed']])
-    for cell in cells
-    if cell.axes['seed'] in by_seed
+  known = [d.p for *_, d in compared if d is not None and d.p is not None]
+  corrected = iter(intervals.holm(known).tolist())
+  return [
+    Pair(a, b, d, None if d is None or d.p is None else next(corrected))
+    for a, b, d in compared
   ]
-  if not pairs:
-    return Interval(float('nan'), float('nan'), float('nan'), 1.0)
-  first, second = (
-    np.stack([pair[i].last[0][which] for pair in pairs]) for i in (0, 1)
-  )
-  return intervals.paired(first, second, cells[0].last[1][which])
 
 
-def best(table: list[Row]) -> Row:
-  """The arm that validation prefers."""
-  return min(table, key=lambda row: row.validation)
+def categories(
+  sweep: Sweep, table: list[Row], answers: list[Answer]
+) -> list[dict[str, Any]]:
+  """Test loss of each arm by the records' category.
 
-
-def enough(table: list[Row]) -> Row:
-  """The arm of fewest parameters that is not told to be worse than the best."""
-  return next(row for row in table if not row.is_worse)
-
-
-def answer(sweep: Sweep, table: list[Row]) -> str:
-  """The result of a sweep in words, with its interval and its limits."""
-  top, small = best(table), enough(table)
-  records, seeds = int(sweep.part('test').sum()), len(top.cells)
-  if len(table) == 1:
-    text = (
-      f'Only {top.label} was trained: test loss {top.test:.4f} nats per token.'
-    )
-  elif small is top:
-    text = (
-      f'{_upper(top.label)} is the best, and every smaller one is '
-      'distinguishably worse.'
-      if top is not table[0]
-      else f'{_upper(top.label)}, the smallest, is the best: more parameters '
-      'brought nothing that can be measured here.'
-    )
-  else:
-    d = small.difference
-    text = (
-      f'{_upper(small.label)} is enough: it is the smallest whose test loss '
-      f'cannot be told from that of the best, {top.label}. It differs by '
-      f'{d.mean:+.4f} nats per token, 95 % interval '
-      f'[{d.low:+.4f}, {d.high:+.4f}], so it may be worse by up to '
-      f'{max(d.high, 0):.4f}.'
-    )
-  worse = [row.label for row in table if row.is_worse]
-  if worse:
-    text += f' Distinguishably worse than the best: {", ".join(worse)}.'
-  elif len(table) > 1:
-    text += ' No arm parts from the best with this budget.'
-  text += f' Measured on {records} test records and {seeds} seed(s).'
-  if seeds < intervals.FEW_SEEDS:
-    text += (
-      f' With fewer than {intervals.FEW_SEEDS} seeds the spread over seeds is '
-      'hardly known, and the intervals are too narrow rather than too wide.'
-    )
-  return text
-
-
-def categories(sweep: Sweep, table: list[Row]) -> list[dict[str, Any]]:
-  """Test loss of each arm by the records' category, against the best arm.
+  Categories of fewer than 10 records are pooled.
 
   Returns:
-    Dicts of `category`, `records`, `label`, `test`, `difference` and
-    `p_adjusted` (for all categories and arms together).
+    Dicts of `category`, `records`, `label`, `test`, and `deficit` (from the
+    arm's reference; None for the reference itself).
   """
   test = sweep.part('test')
-  names = np.array([row['category'] for row in sweep.heldout])
-  top, found = best(table), []
-  for category in sorted(set(names[test]) - {''}):
-    which = test & (names == category)
+  names = np.array([row['category'] or 'none' for row in sweep.heldout])
+  sizes = {name: int((test & (names == name)).sum()) for name in names[test]}
+  if set(sizes) <= {'none'}:
+    return []
+  small = sorted(name for name in sizes if sizes[name] < FEWEST_RECORDS)
+  groups = {name: [name] for name in sorted(sizes) if name not in small}
+  if small:
+    plural = 'category' if len(small) == 1 else 'categories'
+    groups[f'other, {len(small)} {plural}'] = small
+  references = {
+    smaller.row.arm: answer.row
+    for answer in answers
+    for smaller in answer.tests
+    if smaller.row and answer.row
+  }
+  lines = []
+  for name, members in groups.items():
+    which = test & np.isin(names, members)
     for row in table:
-      found.append(
+      reference = references.get(row.arm)
+      lines.append(
         {
-          'category': category,
+          'category': name,
           'records': int(which.sum()),
           'label': row.label,
           'test': float(np.mean([cell.loss(which) for cell in row.cells])),
-          'difference': difference(row.cells, top.cells, which),
+          'deficit': reference
+          and arms.paired(which, (1, row.cells), (-1, reference.cells)),
         }
       )
-  others = [f for f in found if f['label'] != top.label]
-  adjusted = intervals.adjust([f['difference'].p for f in others])
-  for each in found:
-    each['p_adjusted'] = 1.0
-  for each, p in zip(others, adjusted, strict=True):
-    each['p_adjusted'] = float(p)
-  return found
+  return lines
 
 
 def truncation(sweep: Sweep, table: list[Row]) -> list[dict[str, Any]]:
@@ -206,42 +114,22 @@ def truncation(sweep: Sweep, table: list[Row]) -> list[dict[str, Any]]:
   by_arm: dict[Arm, list[Outcome]] = {}
   for cell in sweep.finished('truncated'):
     by_arm.setdefault(cell.arm, []).append(cell)
-  trained = {tuple(sorted(row.arm.items())): row for row in table}
-  found = []
+  trained = {row.arm: row for row in table}
+  lines = []
   for arm, cells in by_arm.items():
     own = tuple(item for item in arm if item[0] != 'from_rank')
     row = trained.get(own)
     if row is None:
       continue
-    found.append(
+    lines.append(
       {
         'label': row.label,
-        'others': row.label.removesuffix(f'rank {row.arm["rank"]}'),
-        'rank': row.arm['rank'],
+        'others': row.label.removesuffix(f'rank {row.rank}'),
+        'rank': row.rank,
         'from_rank': dict(arm)['from_rank'],
         'trained': row.test,
         'truncated': float(np.mean([cell.loss(test) for cell in cells])),
-        'difference': difference(cells, row.cells, test),
+        'difference': arms.paired(test, (1, cells), (-1, row.cells)),
       }
     )
-  return sorted(found, key=lambda each: (each['others'], each['rank']))
-
-
-def label(arm: Arm, varying: set[str]) -> str:
-  """'rank 4', or 'attention, keras, rank 4' where more than ranks vary."""
-  settings = dict(arm)
-  others = [str(settings[n]) for n in sorted(varying - {'rank'})]
-  return ', '.join([*others, f'rank {settings["rank"]}'])
-
-
-def _varying(arms: list[Arm]) -> set[str]:
-  """Axes with more than one value."""
-  values: dict[str, set[Any]] = {}
-  for arm in arms:
-    for name, value in arm:
-      values.setdefault(name, set()).add(value)
-  return {name for name, found in values.items() if len(found) > 1}
-
-
-def _upper(text: str) -> str:
-  return text[:1].upper() + text[1:]
+  return sorted(lines, key=lambda each: (each['others'], each['rank']))

@@ -16,7 +16,9 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 import numpy as np
 
-from experiments.analysis import compare, spectra
+from experiments.analysis import compare, intervals, spectra
+from experiments.analysis.arms import Row
+from experiments.analysis.verdict import Answer
 from gemma_jax.sweep.results import Sweep
 
 SIZE = (4.6, 3.3)  # inches; 1 inch is 96 CSS pixels
@@ -61,32 +63,35 @@ def theme(name: str):
 
 
 def all_figures(
-  sweep: Sweep, table: list[compare.Row], directions: dict[str, dict]
+  sweep: Sweep,
+  table: list[Row],
+  answers: list[Answer],
+  directions: dict[str, dict],
 ) -> dict[str, tuple[str, Draw]]:
   """Name → (caption, draw); those for which a sweep has no data are left out.
 
   Args:
     sweep: with a finished adapter.
-    table: of `compare.rows`.
+    table: of `arms.rows`.
+    answers: of `verdict.answers`.
     directions: cell's name → `spectra.directions`, for what is compared.
   """
   found: dict[str, tuple[str, Draw]] = {}
-  interval = (
-    'Bars: 95 % interval of the paired difference from the best arm (hollow), '
-    'drawn around the arm. '
-  )
+  bars = bars_caption(answers)
   found['loss_by_rank'] = (
-    f'Test loss against rank, each at its own best learning rate. {interval}',
-    lambda figure, theme: _by(figure, theme, sweep, table, 'rank'),
+    f'Test loss against rank, each at its own best learning rate. {bars}',
+    lambda figure, theme: draw_losses(figure, theme, table, answers, 'rank'),
   )
   found['loss_by_parameters'] = (
-    f'Test loss against trainable parameters. {interval}',
-    lambda figure, theme: _by(figure, theme, sweep, table, 'parameters'),
+    f'Test loss against trainable parameters. {bars}',
+    lambda figure, theme: draw_losses(
+      figure, theme, table, answers, 'parameters'
+    ),
   )
   found['loss_by_seconds'] = (
     "Test loss against seconds of training (a gang member's share, mean over "
-    f'seeds). {interval}',
-    lambda figure, theme: _by(figure, theme, sweep, table, 'seconds'),
+    f'seeds). {bars}',
+    lambda figure, theme: draw_losses(figure, theme, table, answers, 'seconds'),
   )
   found['learning_curves'] = (
     'Held-out loss (validation and test) while training, first seed.',
@@ -98,7 +103,7 @@ def all_figures(
       'Adapters trained at a rank, and the largest one cut to it by SVD.',
       lambda figure, theme: _truncation(figure, theme, cut),
     )
-  largest = max(table, key=lambda row: row.arm['rank']).cells[0]
+  largest = max(table, key=lambda row: row.rank).cells[0]
   for path in largest.spectrum():
     found[f'spectrum_{path.replace("/", "_")}'] = (
       f'Singular values of the update to {path}, {largest.name}.',
@@ -144,39 +149,58 @@ def colours(theme: dict, count: int) -> np.ndarray:
   return plt.get_cmap('viridis')(np.linspace(*theme['range'], count))
 
 
-def _by(figure, theme, sweep, table, what) -> None:
+def bars_caption(answers: list[Answer]) -> str:
+  """What the bars of `draw_losses` are; '' where there are none."""
+  over = {
+    test.deficit.over
+    for answer in answers
+    for test in answer.tests
+    if test.deficit and test.deficit.interval
+  }
+  if not over:
+    return ''
+  return (
+    f'Bars: 95 % interval, over {" or ".join(sorted(over))}, of the paired '
+    'deficit from the reference (hollow), drawn around the arm.'
+  )
+
+
+def draw_losses(figure, theme, table, answers, what) -> None:
+  """Test losses against 'rank', 'parameters' or 'seconds'."""
   axes = figure.add_subplot()
-  top = compare.best(table)
-  families: dict[str, list[compare.Row]] = {}
+  references = [answer.row for answer in answers if answer.tests]
+  deficits = {
+    test.row.arm: test.deficit
+    for answer in answers
+    for test in answer.tests
+    if test.row and test.deficit
+  }
+  families: dict[str, list[Row]] = {}
   for row in table:
     family = row.label.rpartition('rank ')[0].rstrip(', ')
     families.setdefault(family, []).append(row)
   for (name, rows), colour, marker in zip(
     families.items(), colours(theme, len(families)), MARKERS, strict=False
   ):
-    x = [_value(row, what) for row in rows]
+    x = [getattr(row, what) for row in rows]
     y = [row.test for row in rows]
-    low = [max(r.difference.mean - r.difference.low, 0) for r in rows]
-    high = [max(r.difference.high - r.difference.mean, 0) for r in rows]
+    bars = np.array([_bar(deficits.get(row.arm)) for row in rows])
     line = '' if what == 'seconds' else '-'
     for row, place in zip(rows, zip(x, y, strict=True), strict=True):
       if what == 'seconds':
-        axes.annotate(
-          row.arm['rank'], place, (9, -3), textcoords='offset points'
-        )
+        axes.annotate(row.rank, place, (9, -3), textcoords='offset points')
     axes.errorbar(
-      x, y, yerr=[low, high], fmt=f'{line}{marker}', color=colour, capsize=3,
+      x, y, yerr=bars, fmt=f'{line}{marker}', color=colour, capsize=3,
       label=name or None,
     )  # fmt: skip
-    if top in rows:
-      i = rows.index(top)
+    for i in (i for i, row in enumerate(rows) if row in references):
       axes.plot(x[i], y[i], marker, markersize=11, markerfacecolor='none',
                 color=theme['ink'])  # fmt: skip
   if what == 'seconds':
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
   else:
     axes.set_xscale('log', base=2)
-    ticks = sorted({_value(row, what) for row in table})
+    ticks = sorted({getattr(row, what) for row in table})
     axes.set_xticks(ticks, [_short(tick) for tick in ticks], fontsize=8)
     axes.minorticks_off()
   axes.set_xlabel(
@@ -188,8 +212,11 @@ def _by(figure, theme, sweep, table, what) -> None:
     axes.legend()
 
 
-def _value(row: compare.Row, what: str) -> float:
-  return row.arm['rank'] if what == 'rank' else getattr(row, what)
+def _bar(deficit: intervals.Estimate | None) -> float:
+  """Half the length of its interval; nan draws none."""
+  if deficit is None or deficit.interval is None:
+    return np.nan
+  return deficit.interval[1] - deficit.mean
 
 
 def _short(count: int) -> str:

@@ -8,12 +8,12 @@ alike if they differ in case, width, space and punctuation only:
 
 from collections.abc import Sequence
 import dataclasses
+import itertools
 import unicodedata
 
 from absl import logging
 
-from gemma_jax.data import records as records_lib
-from gemma_jax.data import templates
+from gemma_jax.data.record import Record
 
 _MOST_SHOWN = 8
 
@@ -62,19 +62,9 @@ class Audit:
         logging.warning('%d of %d %s: %s', len(ids), total, what, shown)
 
 
-def audit(
-  train: Sequence[records_lib.Record],
-  heldout: Sequence[records_lib.Record],
-  template: str,
-) -> Audit:
-  """Compares records with each other; linear in their text.
-
-  Args:
-    train: that `records.check_record` accepts.
-    heldout: likewise.
-    template: decides the direction of a pair of sentences.
-  """
-  texts = [_texts(record, template) for record in train]
+def audit(train: Sequence[Record], heldout: Sequence[Record]) -> Audit:
+  """Compares records with each other; linear in their text."""
+  texts = [_texts(record) for record in train]
   exact, normal = set(), set()
   repeated = []
   for i, text in enumerate(texts):
@@ -82,7 +72,7 @@ def audit(
       repeated.append(i)
     exact.add(text)
     normal.add(_normalize(text))
-  asked = [_texts(record, template) for record in heldout]
+  asked = [_texts(record) for record in heldout]
   leaked = [i for i, text in enumerate(asked) if text in exact]
   alike = [
     i
@@ -100,13 +90,12 @@ def audit(
   )
 
 
-def _texts(record: records_lib.Record, template: str) -> tuple:
+def _texts(record: Record) -> tuple:
   """What is compared: the texts up to the last response, or the ids."""
-  if 'tokens' in record:
-    mask = record.get('loss_mask')
-    return tuple(record['tokens']), None if mask is None else tuple(mask)
-  chat = templates.conversation(record, template)
-  return (chat.system, chat.context, *chat.turns)
+  if not record.is_text:
+    return record.tokens, record.loss_mask
+  said = [(turn.context, turn.text) for turn in record.dialogue]
+  return (record.system or '', *itertools.chain.from_iterable(said))
 
 
 def _asks_nothing(texts: tuple) -> bool:

@@ -18,13 +18,13 @@ predicted from those before it. Documents that share a row are told apart by
 
 from collections.abc import Iterable, Sequence
 import dataclasses
-import itertools
 from typing import NamedTuple
 
+from absl import logging
 import numpy as np
 
-from gemma_jax.data import records as records_lib
-from gemma_jax.data import templates
+from gemma_jax.data import encoding, templates, truncation
+from gemma_jax.data.record import Record
 from gemma_jax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -46,6 +46,11 @@ class Example(NamedTuple):
   loss_mask: np.ndarray
 
 
+# Shares of the records above which a loss to seq_len is a warning.
+_MOST_LOST_PROMPTS = 0.01
+_MOST_TRUNCATED = 0.05
+
+
 @dataclasses.dataclass(frozen=True)
 class ExampleStats:
   """What became of the records.
@@ -56,26 +61,75 @@ class ExampleStats:
     tokens: in the examples, BOS and EOS included.
     supervised_tokens: of them, those that count in the loss.
     truncated: examples that lost tokens to fit seq_len.
-    dropped: records without a supervised token.
+    lost_prompts: of them, those that lost part of what precedes the response.
+    lost_supervised_tokens: that would count in a row that is long enough.
+    unlearnable: records left out without a supervised token.
+    too_long: records left out since seq_len leaves no room for their question.
     duplicates: examples that equal an earlier one (they are kept).
+    spelling_controls: records whose text spells a control token.
+    parsed_controls: whether these became control tokens.
+    seq_len: that was given.
   """
 
   records: int
   examples: int
   tokens: int
   supervised_tokens: int
-  truncated: int
-  dropped: int
-  duplicates: int
+  truncated: int = 0
+  lost_prompts: int = 0
+  lost_supervised_tokens: int = 0
+  unlearnable: int = 0
+  too_long: int = 0
+  duplicates: int = 0
+  spelling_controls: int = 0
+  parsed_controls: bool = False
+  seq_len: int = 0
 
   def line(self, name: str) -> str:
     """'training: 355 records, 81,250 tokens, ...' of the records `name`."""
     return (
       f'{name}: {self.examples:,} records, {self.tokens:,} tokens, '
       f'{self.supervised_tokens:,} supervised, {self.truncated:,} truncated to '
-      f'seq_len, {self.dropped:,} dropped (no supervised token), '
-      f'{self.duplicates:,} duplicates'
+      f'seq_len ({self.lost_prompts:,} lost part of their prompt), '
+      f'{self.unlearnable + self.too_long:,} dropped (no supervised token, or '
+      f'a question that seq_len cannot hold), {self.duplicates:,} duplicates'
     )
+
+  def warnings(self, name: str) -> list[str]:
+    """What a user should know of the records `name` before training."""
+    lines = []
+    if self.truncated > _MOST_TRUNCATED * self.records:
+      total = self.supervised_tokens + self.lost_supervised_tokens
+      lines.append(
+        f'{self.truncated:,} of {self.records:,} records are truncated to '
+        f'seq_len={self.seq_len}; {self.lost_supervised_tokens / total:.0%} of '
+        'the supervised tokens are lost. Raise --config.data.seq_len'
+      )
+    for count, most, fate in (
+      (self.lost_prompts, _MOST_LOST_PROMPTS, 'lost part of their prompt to'),
+      (
+        self.too_long,
+        0,
+        'are left out, since their question does not fit into',
+      ),
+    ):
+      if count > most * self.records:
+        lines.append(
+          f'{count:,} of {self.records:,} records {fate} '
+          f'seq_len={self.seq_len}. Raise --config.data.seq_len'
+        )
+    if self.spelling_controls and not self.parsed_controls:
+      lines.append(
+        f'{self.spelling_controls:,} records spell control tokens, which are '
+        'read as plain text. Use --config.data.template=chat on texts that are '
+        'not rendered yet, or --config.data.parse_control_tokens=True'
+      )
+    return [f'{name}: {line}' for line in lines]
+
+  def log_warnings(self, name: str) -> None:
+    """Logs them."""
+    for line in self.warnings(name):
+      logging.warning('%s', line)
 
 
 class Examples(Sequence[Example]):
@@ -122,12 +176,13 @@ class Examples(Sequence[Example]):
 
 
 def make_examples(
-  records: Sequence[records_lib.Record],
+  records: Sequence[Record],
   tokenizer: Tokenizer | None,
   template: str = 'dolly',
   loss_on: str = 'response',
   seq_len: int = 512,
   vocab_size: int | None = None,
+  parse_control_tokens: bool = False,
 ) -> Examples:
   """Tokenizes records.
 
@@ -135,13 +190,15 @@ def make_examples(
   itself; EOS is a target. A token record is taken as it is.
 
   Args:
-    records: that `records.check_record` accepts.
+    records: to be tokenized.
     tokenizer: may be None if all records are token records.
     template: for text records.
     loss_on: 'response', or 'all' for every token but the first. The loss mask
       of a token record wins over it; without one every token from 1 on counts.
-    seq_len: longest document in tokens; see `truncate`.
-    vocab_size: rows of the embedding, which bounds the ids of token records.
+    seq_len: longest document in tokens; see `truncation` for texts. Token
+      records are cut at their end.
+    vocab_size: number of tokens, which bounds the ids of token records.
+    parse_control_tokens: turn control tokens that a text spells into their ids.
 
   Returns:
     The examples with at least one supervised token.
@@ -151,67 +208,70 @@ def make_examples(
       tokenizer, or no example left.
   """
   kept, record_ids, seen = [], [], set()
-  truncated = 0
-  documents = _documents(records, tokenizer, template, vocab_size)
-  for record_id, (full, is_text) in enumerate(documents):
-    example = truncate(full, seq_len) if is_text else _cut(full, seq_len)
-    if is_text and loss_on == 'all':
-      example.loss_mask[1:] = 1
-    if not example.loss_mask.any():
+  counts = dict.fromkeys(
+    (
+      'truncated',
+      'lost_prompts',
+      'lost_supervised_tokens',
+      'unlearnable',
+      'too_long',
+      'spelling_controls',
+    ),
+    0,
+  )
+  whole_documents = _documents(
+    records,
+    tokenizer,
+    template,
+    loss_on,
+    seq_len,
+    vocab_size,
+    parse_control_tokens,
+  )
+  for record_id, made in enumerate(whole_documents):
+    counts['spelling_controls'] += made.spells_controls
+    if made.example is None:
+      counts['too_long'] += 1
       continue
-    truncated += len(example.tokens) < len(full.tokens)
+    if not made.example.loss_mask.any():
+      counts['unlearnable'] += 1
+      continue
+    example, lost = made.example, made.lost_supervised_tokens
+    counts['truncated'] += made.is_truncated
+    counts['lost_prompts'] += made.lost_prompt
+    counts['lost_supervised_tokens'] += lost
     seen.add((example.tokens.tobytes(), example.loss_mask.tobytes()))
     kept.append(example)
     record_ids.append(record_id)
   if not kept:
     raise ValueError(
       f'data: none of {len(records)} records has a supervised token within '
-      f'data.seq_len={seq_len}; expected at least one. Is every loss_mask 0?'
+      f'data.seq_len={seq_len} ({counts["too_long"]} ask more than that can '
+      'hold); expected at least one. Is every loss_mask 0?'
     )
   stats = ExampleStats(
     records=len(records),
     examples=len(kept),
     tokens=sum(len(e.tokens) for e in kept),
     supervised_tokens=int(sum(e.loss_mask.sum() for e in kept)),
-    truncated=truncated,
-    dropped=len(records) - len(kept),
     duplicates=len(kept) - len(seen),
+    parsed_controls=parse_control_tokens,
+    seq_len=seq_len,
+    **counts,
   )
   return Examples(kept, record_ids, stats)
 
 
 def prompt_tokens(
-  tokenizer: Tokenizer, template: str, prompt: str
+  tokenizer: Tokenizer,
+  template: str,
+  prompt: str,
+  parse_control_tokens: bool = False,
 ) -> list[int]:
   """BOS and the ids before the response: what generation starts from."""
   spans = templates.render_prompt(template, prompt)
-  (example,) = _encode([spans], tokenizer)
-  return example.tokens.tolist()
-
-
-def truncate(example: Example, seq_len: int) -> Example:
-  """Shortens BOS + prompt + response + EOS to seq_len tokens.
-
-  The prompt is cut from its left, where the oldest turns are; BOS stays. Once
-  it is used up, the response is cut from its right, EOS first, so that the
-  model does not learn to stop there.
-
-      tokens       [2, 10, 11, 12, 20, 21, 1]     seq_len
-                   [2, 12, 20, 21, 1]             5
-                   [2, 20, 21]                    3
-
-  Args:
-    example: its last run of targets is the response.
-    seq_len: at least 2.
-  """
-  tokens, mask = example
-  excess = len(tokens) - seq_len
-  if excess <= 0:
-    return example
-  response_start = np.flatnonzero(mask == 0)[-1] + 1
-  first = 1 + min(excess, response_start - 1)
-  keep = np.r_[0, first : first + seq_len - 1]
-  return Example(tokens[keep], mask[keep])
+  (document,) = encoding.encode([spans], tokenizer, parse_control_tokens)
+  return document.arrays('response')[0].tolist()
 
 
 def empty_row(seq_len: int) -> Batch:
@@ -267,74 +327,97 @@ def make_batch(
   return {name: np.stack([row[name] for row in made]) for name in made[0]}
 
 
+class _Made(NamedTuple):
+  """What a record became.
+
+  Attributes:
+    example: None if its question does not fit.
+    is_truncated: tokens were lost.
+    lost_prompt: some of them precede the response.
+    lost_supervised_tokens: how many of them would count.
+    spells_controls: its text spells a control token.
+  """
+
+  example: Example | None
+  is_truncated: bool = False
+  lost_prompt: bool = False
+  lost_supervised_tokens: int = 0
+  spells_controls: bool = False
+
+
 def _documents(
-  records: Sequence[records_lib.Record],
+  records: Sequence[Record],
   tokenizer: Tokenizer | None,
   template: str,
+  loss_on: str,
+  seq_len: int,
   vocab_size: int | None,
-) -> Iterable[tuple[Example, bool]]:
-  """Yields (whole document, is it text) of each record."""
+  parse_controls: bool,
+) -> Iterable[_Made]:
+  """Yields what each record becomes."""
+
+  def encode(*chosen: Record) -> list[encoding.Document]:
+    rendered = [templates.render(template, record) for record in chosen]
+    return encoding.encode(rendered, tokenizer, parse_controls)
+
+  def make(record: Record, document: encoding.Document) -> _Made:
+    fitted = truncation.fit(
+      record, document, seq_len, lambda r: encode(r)[0], tokenizer
+    )
+    if fitted.document is None:
+      return _Made(None, spells_controls=document.spells_controls)
+    if fitted.document is document:
+      whole = Example(*document.arrays(loss_on))
+      return _Made(whole, spells_controls=document.spells_controls)
+    example = Example(*fitted.document.arrays(loss_on))
+    whole = Example(*document.arrays(loss_on))
+    return _Made(
+      example,
+      is_truncated=True,
+      lost_prompt=fitted.lost_prompt,
+      lost_supervised_tokens=int(
+        whole.loss_mask.sum() - example.loss_mask.sum()
+      ),
+      spells_controls=document.spells_controls,
+    )
+
   for start in range(0, len(records), _CHUNK):
     chunk = records[start : start + _CHUNK]
-    rendered = [
-      templates.render(template, r) for r in chunk if 'tokens' not in r
-    ]
-    if rendered and tokenizer is None:
+    texts = [record for record in chunk if record.is_text]
+    if texts and tokenizer is None:
       raise ValueError(
         'model.tokenizer: got none, but there are text records; expected a '
         'tokenizer.model. Set --config.model.tokenizer=PATH.'
       )
-    texts = iter(_encode(rendered, tokenizer))
+    documents = iter(encode(*texts) if texts else ())
     for i, record in enumerate(chunk, start):
-      if 'tokens' in record:
-        yield _token_example(record, i, vocab_size), False
+      if record.is_text:
+        yield make(record, next(documents))
       else:
-        tokens, mask = next(texts)
-        eos = np.array([tokenizer.eos_id], np.int32)
-        one = np.ones(1, np.int32)
-        yield Example(np.r_[tokens, eos], np.r_[mask, one]), True
-
-
-def _encode(
-  documents: Sequence[Sequence[templates.Span]], tokenizer: Tokenizer
-) -> list[Example]:
-  """BOS and the ids of each document's spans; the mask marks target spans."""
-  spans = list(itertools.chain.from_iterable(documents))
-  if not spans:
-    return []
-  texts = iter(
-    tokenizer.encode_all([s.text for s in spans if not s.is_control])
-  )
-  examples = []
-  for document in documents:
-    tokens, mask = [tokenizer.bos_id], [0]
-    for span in document:
-      ids = (
-        [tokenizer.control_id(span.text)] if span.is_control else next(texts)
-      )
-      tokens += ids
-      mask += [int(span.is_target)] * len(ids)
-    examples.append(
-      Example(np.array(tokens, np.int32), np.array(mask, np.int32))
-    )
-  return examples
+        yield _cut(_token_example(record, i, vocab_size), seq_len)
 
 
 def _token_example(
-  record: records_lib.Record, record_id: int, vocab_size: int | None
+  record: Record, record_id: int, vocab_size: int | None
 ) -> Example:
   """A token record; its first token never counts."""
-  tokens = np.array(record['tokens'], np.int32)
+  tokens = np.array(record.tokens, np.int32)
   if vocab_size is not None and tokens.max() >= vocab_size:
     raise ValueError(
       f'data: record {record_id}: got token id {tokens.max()}, expected ids '
       f"below {vocab_size}, the rows of the model's embedding."
     )
-  mask = record.get('loss_mask')
+  mask = record.loss_mask
   mask = np.ones_like(tokens) if mask is None else np.array(mask, np.int32)
   mask[0] = 0
   return Example(tokens, mask)
 
 
-def _cut(example: Example, seq_len: int) -> Example:
-  return Example(example.tokens[:seq_len], example.loss_mask[:seq_len])
+def _cut(example: Example, seq_len: int) -> _Made:
+  """The first seq_len tokens."""
+  tokens, mask = example
+  return _Made(
+    Example(tokens[:seq_len], mask[:seq_len]),
+    is_truncated=len(tokens) > seq_len,
+    lost_supervised_tokens=int(mask[seq_len:].sum()),
+  )

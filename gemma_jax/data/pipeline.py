@@ -63,8 +63,12 @@ def eval_batches(
   seq_len: int,
   batch_size: int,
   packing: bool = True,
+  rows_multiple: int = 1,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
   """Batches that hold every example exactly once, longest first.
+
+  Examples longer than seq_len go into longer rows, fewer at a time
+  (`row_plan.eval_rows`).
 
       3 documents of 4, 3 and 2 slots, seq_len 8, batch_size 2, unpacked
       batch 0 example_ids    [[0, 0, 0, 0], [1, 1, 1, -1]]
@@ -76,21 +80,26 @@ def eval_batches(
     batch_size: B; the last batch is filled with empty rows.
     packing: several examples in a row, or each in a row of its own; these are
       cut to `row_plan.batch_length`.
+    rows_multiple: of which the number of rows in a batch must be a multiple.
 
   Yields:
     (batch, example_ids): the arrays of `examples.make_row`, [B, T], and int32
     [B, T], the example of each slot, -1 at padding:
     `np.add.at(nll, ids[ids >= 0], losses[ids >= 0])` sums losses by example.
   """
-  rows = row_plan_lib.eval_rows(examples.slots, seq_len, packing)
-  rows += [()] * (-len(rows) % batch_size)
+  plan: list[tuple[int, list[row_plan_lib.Row]]] = []
+  rows_by_length = row_plan_lib.eval_rows(examples.slots, seq_len, packing)
+  for length, rows in rows_by_length.items():
+    size = batch_size * seq_len // length
+    size = max(size // rows_multiple, 1) * rows_multiple
+    rows += [()] * (-len(rows) % size)
+    starts = range(0, len(rows), size)
+    plan += [(length, rows[start : start + size]) for start in starts]
 
   def load(number: int) -> tuple[Batch, np.ndarray]:
-    start = number * batch_size
-    in_batch = rows[start : start + batch_size]
-    length = seq_len
+    length, in_batch = plan[number]
     if not packing:
-      length = row_plan_lib.batch_length(in_batch, examples.slots, seq_len)
+      length = row_plan_lib.batch_length(in_batch, examples.slots, length)
     batch = make_batch(examples, in_batch, length)
     ids = [
       np.array([-1, *row], np.int32)[segments]
@@ -98,7 +107,7 @@ def eval_batches(
     ]
     return batch, np.stack(ids)
 
-  return _read_ahead(0, len(rows) // batch_size, load)
+  return _read_ahead(0, len(plan), load)
 
 
 def _read_ahead(start: int, stop: int, load) -> Iterator:

@@ -142,10 +142,26 @@ class RowPlan:
 
 def eval_rows(
   slots: Sequence[int], seq_len: int, packing: bool = True
-) -> list[Row]:
-  """Rows that hold each example exactly once, packed or not, longest first."""
-  ids = sorted(range(len(slots)), key=lambda i: -slots[i])
-  return pack(ids, slots, seq_len) if packing else [(i,) for i in ids]
+) -> dict[int, list[Row]]:
+  """Rows that hold each example exactly once, by their length; longest first.
+
+  Examples longer than seq_len go into rows of twice, four times, ... that.
+
+      slots (5, 3, 20, 2), seq_len 8      {8: [(0, 1), (3,)], 32: [(2,)]}
+
+  Args:
+    slots: places that each example takes.
+    seq_len: length of most rows.
+    packing: several examples in a row, or each in a row of its own.
+  """
+  by_length: dict[int, list[int]] = {}
+  for i in sorted(range(len(slots)), key=lambda i: -slots[i]):
+    doublings = (-(-int(slots[i]) // seq_len) - 1).bit_length()
+    by_length.setdefault(seq_len << max(doublings, 0), []).append(i)
+  return {
+    length: pack(ids, slots, length) if packing else [(i,) for i in ids]
+    for length, ids in sorted(by_length.items())
+  }
 
 
 def batch_length(

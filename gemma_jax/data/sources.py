@@ -5,15 +5,16 @@ sample:seoul_travel           the embedded sample with its held-out file
 tfds:dolly[:local file]       a builder of `data/tfds`; its validation split
 """
 
+import collections
 from collections.abc import Iterator
 import dataclasses
-import hashlib
 import importlib.resources
-import json
 from typing import Any
 
 from gemma_jax.config import DataConfig
 from gemma_jax.data import records as records_lib
+from gemma_jax.data.record import Record
+from gemma_jax.data.records import Reading
 
 HELDOUT_FRACTION = 0.05
 
@@ -27,11 +28,17 @@ class Records:
     heldout: records that share no prompt with `train`, unless the caller named
       an `eval_path` that does.
     skipped: unusable rows of both by reason, when they may be skipped.
+    unread: how many of both have each of the fields that nothing reads.
   """
 
-  train: list[records_lib.Record]
-  heldout: list[records_lib.Record]
-  skipped: dict[str, int]
+  train: list[Record]
+  heldout: list[Record]
+  skipped: collections.Counter[str]
+  unread: collections.Counter[str]
+
+  def lines(self) -> list[str]:
+    """What was skipped and what was not read, for people."""
+    return Reading(self.train, self.skipped, self.unread).lines()
 
 
 def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
@@ -46,26 +53,29 @@ def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
   Raises:
     ValueError: a missing source or a bad record, with its place.
   """
-  train, skipped = _load(config.path, 'data.path', 'train', config, tfds_dir)
-  if config.eval_path:
-    heldout, more = _load(
-      config.eval_path, 'data.eval_path', 'heldout', config, tfds_dir
-    )
-  elif _own_heldout(config.path):
-    heldout, more = _load(config.path, 'data.path', 'heldout', config, tfds_dir)
+  train, skipped, unread = _load(
+    config.path, 'data.path', 'train', config, tfds_dir
+  )
+  if config.eval_path or _own_heldout(config.path):
+    name = 'data.eval_path' if config.eval_path else 'data.path'
+    path = config.eval_path or config.path
+    heldout, *more = _load(path, name, 'heldout', config, tfds_dir)
+    skipped, unread = skipped + more[0], unread + more[1]
   else:
-    more = {}
     train, heldout = split(train, source=config.path)
-  for reason, count in more.items():
-    skipped[reason] = skipped.get(reason, 0) + count
   if config.max_records:
     train = train[: config.max_records]
-  return Records(train, heldout, skipped)
+  return Records(train, heldout, skipped, unread)
 
 
 def load_heldout(
-  path: str, template: str, name: str = 'data.eval_path', tfds_dir: str = ''
-) -> list[records_lib.Record]:
+  path: str,
+  template: str,
+  name: str = 'data.eval_path',
+  tfds_dir: str = '',
+  skip_bad_records: bool = False,
+  skip_flag: str = records_lib.SKIP_FLAG,
+) -> Reading:
   """Reads what a source offers for evaluation, in its order.
 
   Args:
@@ -74,19 +84,21 @@ def load_heldout(
     template: text records are checked against it.
     name: the setting that holds the path, for error messages.
     tfds_dir: as in `load_records`.
+    skip_bad_records: count unusable rows instead of stopping at the first.
+    skip_flag: how the command at hand is told to, for error messages.
 
   Raises:
     ValueError: a missing source or a bad record, with its place.
   """
-  config = DataConfig(template=template)
-  return _load(path, name, 'heldout', config, tfds_dir)[0]
+  config = DataConfig(template=template, skip_bad_records=skip_bad_records)
+  return _load(path, name, 'heldout', config, tfds_dir, skip_flag)
 
 
 def split(
-  records: list[records_lib.Record],
+  records: list[Record],
   fraction: float = HELDOUT_FRACTION,
   source: str = 'records',
-) -> tuple[list[records_lib.Record], list[records_lib.Record]]:
+) -> tuple[list[Record], list[Record]]:
   """Holds out the records whose prompt hashes below `fraction`.
 
   Whether a record is held out depends on its own prompt alone, not on the
@@ -120,31 +132,17 @@ def split(
   return train, heldout
 
 
-def heldout_part(record: records_lib.Record) -> str:
+def heldout_part(record: Record) -> str:
   """'validation' or 'test', by bits of the hash that `split` does not read.
 
   Half of the prompts each; choose on the former, report on the latter.
   """
-  return 'test' if _digest(record)[6] < 128 else 'validation'
+  return 'test' if record.key[6] < 128 else 'validation'
 
 
-def _place(record: records_lib.Record) -> float:
+def _place(record: Record) -> float:
   """A hash of what precedes the last response, uniform in [0, 1)."""
-  return int.from_bytes(_digest(record)[:6], 'big') / 2**48
-
-
-def _digest(record: records_lib.Record) -> bytes:
-  if 'tokens' in record:
-    key: Any = [record['tokens'], record.get('loss_mask')]
-  elif 'messages' in record:
-    key = [[m['role'], m['content']] for m in record['messages'][:-1]]
-  elif 'instruction' in record:
-    key = [record['instruction'], record.get('context') or '']
-  elif 'prompt' in record:
-    key = [record['prompt'], '']
-  else:
-    key = [record['en'], record['ko']]
-  return hashlib.sha256(json.dumps(key).encode()).digest()
+  return int.from_bytes(record.key[:6], 'big') / 2**48
 
 
 def _own_heldout(path: str) -> bool:
@@ -152,24 +150,31 @@ def _own_heldout(path: str) -> bool:
 
 
 def _load(
-  path: str, name: str, part: str, config: DataConfig, tfds_dir: str
-) -> tuple[list[records_lib.Record], dict[str, int]]:
+  path: str,
+  name: str,
+  part: str,
+  config: DataConfig,
+  tfds_dir: str,
+  skip_flag: str = records_lib.SKIP_FLAG,
+) -> Reading:
   """The usable records of one part ('train' or 'heldout') of a source."""
-  found, skipped = records_lib.usable(
+  reading = records_lib.usable(
     _rows(path, name, part, tfds_dir),
     template=config.template,
     name=name,
     source=path,
     skip_bad_records=config.skip_bad_records,
+    skip_flag=skip_flag,
   )
-  if not config.with_context:
-    found = [record for record in found if not record.get('context')]
-    if not found:
-      raise ValueError(
-        f'{name}: every record of {path} has a context and '
-        'data.with_context is False; nothing is left.'
-      )
-  return found, skipped
+  if config.with_context:
+    return reading
+  without = [record for record in reading.records if not record.context]
+  if not without:
+    raise ValueError(
+      f'{name}: every record of {path} has a context and '
+      'data.with_context is False; nothing is left.'
+    )
+  return reading._replace(records=without)
 
 
 def _rows(

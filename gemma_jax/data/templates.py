@@ -1,12 +1,12 @@
 """Records to spans: which text a model reads, and which it must produce.
 
-A template turns a `Conversation` into a list of `Span`s. Training renders the
-whole conversation; generation renders one that still waits for its answer, with
-the same function, so the two cannot drift apart.
+A template turns a `Record` into a list of `Span`s. Training renders the whole
+record; generation renders one that still waits for its answer, with the same
+function, so the two cannot drift apart.
 
-    template 'dolly', {'instruction': 'Hi', 'response': 'Hello'}
+    template 'dolly', a record of the turns user 'Hi' and model 'Hello'
     Span('Instruction:\nHi\n\nResponse:\n')
-    Span('Hello', is_target=True)
+    Span('Hello', is_answer=True, is_target=True)
 
     template 'chat', the same record
     Span('<start_of_turn>', is_control=True)
@@ -15,17 +15,21 @@ the same function, so the two cannot drift apart.
     Span('\n')
     Span('<start_of_turn>', is_control=True)
     Span('model\n')
-    Span('Hello', is_target=True)
-    Span('<end_of_turn>', is_control=True, is_target=True)
+    Span('Hello', is_answer=True, is_target=True)
+    Span('<end_of_turn>', is_control=True, is_answer=True, is_target=True)
 
-BOS and EOS are added in `examples`.
+BOS and EOS are added in `encoding`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 import dataclasses
-from typing import Any
+import functools
 
 from gemma_jax.data import tokenizer as tokenizer_lib
+from gemma_jax.data.record import MODEL, Record, Turn, asking
+
+# The first character of a part of a text, and one past its last.
+Range = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,77 +39,32 @@ class Span:
   Attributes:
     text: plain text, or the name of a control token.
     is_control: `text` is a control token, to be inserted by its id.
+    is_answer: a model says it.
     is_target: the model learns to produce it.
+    spare: the characters that may be shortened where the row is too short.
+    last_spare: those that may be too, once `spare` is used up.
   """
 
   text: str
   is_control: bool = False
+  is_answer: bool = False
   is_target: bool = False
+  spare: tuple[Range, ...] = dataclasses.field(default=(), compare=False)
+  last_spare: tuple[Range, ...] = dataclasses.field(default=(), compare=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-  """What every text record comes down to.
-
-  Attributes:
-    turns: user, model, user, model, ...; an odd number waits for an answer.
-    system: what holds for all turns; may be empty.
-    context: a text that the first user turn is about; may be empty.
-  """
-
-  turns: tuple[str, ...]
-  system: str = ''
-  context: str = ''
-
-
-def conversation(record: Mapping[str, Any], template: str) -> Conversation:
-  """Brings a text record of any form into one.
-
-      {instruction, context, response}  turns (instruction, response), context
-      {prompt, response}                turns (prompt, response)
-      {messages: [system, user, model]} turns (user, model), system
-      {en, ko}                          turns (en, ko) for en_ko, else (ko, en)
-
-  Args:
-    record: a record that `records.check_record` accepts.
-    template: its name; it decides the direction of a pair of sentences.
-
-  Raises:
-    ValueError: a pair of sentences with a template that is no translation.
-  """
-  if 'messages' in record:
-    messages = record['messages']
-    system = messages[0]['content'] if messages[0]['role'] == 'system' else ''
-    turns = tuple(m['content'] for m in messages if m['role'] != 'system')
-    return Conversation(turns, system=system)
-  if 'instruction' in record:
-    return Conversation(
-      (record['instruction'], record['response']),
-      context=record.get('context') or '',
-    )
-  if 'prompt' in record:
-    return Conversation((record['prompt'], record['response']))
-  if template not in ('en_ko', 'ko_en'):
-    raise ValueError(
-      f'data.template: got {template!r} for a pair en + ko, expected en_ko or '
-      'ko_en. Set --config.data.template.'
-    )
-  source, target = template.split('_')
-  return Conversation((record[source], record[target]))
-
-
-def render(template: str, record: Mapping[str, Any]) -> list[Span]:
-  """The spans of a text record; the last ones are targets.
+def render(template: str, record: Record) -> list[Span]:
+  """The spans of a text record.
 
   Raises:
     ValueError: unknown template, or one that cannot hold this record.
   """
-  return _template(template)(conversation(record, template))
+  return _template(template)(record)
 
 
 def render_prompt(template: str, prompt: str) -> list[Span]:
-  """The spans before the response, for generation; none is a target."""
-  return _template(template)(Conversation((prompt,)))
+  """The spans before the response, for generation; none is an answer."""
+  return render(template, asking(prompt))
 
 
 def check_name(template: str):
@@ -113,92 +72,158 @@ def check_name(template: str):
   _template(template)
 
 
-def _dolly(chat: Conversation) -> list[Span]:
-  context = f'\n\nContext:\n{chat.context}' if chat.context else ''
-  question = _join(chat.system, chat.turns[0])
-  return _single(
-    'dolly', chat, f'Instruction:\n{question}{context}\n\nResponse:\n'
-  )
+def _single(
+  record: Record, *, name: str, before: str, context: str | None, after: str
+) -> list[Span]:
+  """One question and its answer.
+
+  Args:
+    record: has no earlier turns.
+    name: of the template.
+    before: the text in front of the question.
+    context: in front of the context, where there is one; None joins the two
+      as paragraphs.
+    after: in front of the answer.
+  """
+  question, *answers = record.dialogue
+  if len(answers) > 1:
+    raise ValueError(
+      f'data.template: got {name!r} for a conversation of '
+      f'{len(record.dialogue)} turns, expected chat (the others hold one '
+      'question and one answer). Set --config.data.template=chat.'
+    )
+  text = _Text(record.is_instruction)
+  text.add(before)
+  if record.system:
+    text.add(f'{record.system}\n\n')
+  text.ask(question, context)
+  text.add(after)
+  return [text.span(), *_answers(answers)]
 
 
-def _korean(chat: Conversation) -> list[Span]:
-  context = f'\n\n맥락:\n{chat.context}' if chat.context else ''
-  question = _join(chat.system, chat.turns[0])
-  return _single('korean', chat, f'질문:\n{question}{context}\n\n답변:\n')
+def _chat(record: Record) -> list[Span]:
+  """Gemma's turns.
 
-
-def _plain(chat: Conversation) -> list[Span]:
-  return _single('plain', chat, _first_turn(chat))
-
-
-def _en_ko(chat: Conversation) -> list[Span]:
-  source = _first_turn(chat)
-  return _single(
-    'en_ko',
-    chat,
-    f'Translate English to Korean.\n\nEnglish:\n{source}\n\nKorean:\n',
-  )
-
-
-def _ko_en(chat: Conversation) -> list[Span]:
-  source = _first_turn(chat)
-  return _single(
-    'ko_en',
-    chat,
-    f'Translate Korean to English.\n\nKorean:\n{source}\n\nEnglish:\n',
-  )
-
-
-def _chat(chat: Conversation) -> list[Span]:
-  """Gemma's turns; text is stripped as the released chat template does."""
+  As the released chat template says them: the system's text stands in front of
+  the first user's as it is, with an empty line between them, and every other
+  text is stripped.
+  """
   start = Span(tokenizer_lib.START_OF_TURN, is_control=True)
   end = Span(tokenizer_lib.END_OF_TURN, is_control=True)
-  users = (_first_turn(chat), *chat.turns[2::2])
-  models = chat.turns[1::2]
-  spans = []
-  for i, user in enumerate(users):
+  spans: list[Span] = []
+  for i, turn in enumerate(record.dialogue):
+    if turn.role == MODEL:
+      is_target = turn.is_target
+      spans += _answers([dataclasses.replace(turn, text=turn.text.strip())])
+      spans.append(
+        dataclasses.replace(end, is_answer=True, is_target=is_target)
+      )
+      continue
     if i:
       spans.append(Span('\n'))
-    spans += [start, Span(f'user\n{user.strip()}'), end]
-    spans += [Span('\n'), start, Span('model\n')]
-    if i < len(models):
-      spans.append(Span(models[i].strip(), is_target=True))
-      spans.append(dataclasses.replace(end, is_target=True))
+    text = _Text(record.is_instruction)
+    text.add('user\n')
+    if not i and record.system is not None:
+      text.add(f'{record.system}\n\n')
+    text.ask(turn, None, strip=True)
+    spans += [start, text.span(), end, Span('\n'), start, Span('model\n')]
   return spans
 
 
-_TEMPLATES = {
-  'dolly': _dolly,
+class _Text:
+  """The text of a prompt, and which of its characters may be given up."""
+
+  def __init__(self, is_instruction: bool):
+    self._is_instruction = is_instruction
+    self._text = ''
+    self._spare: list[Range] = []
+    self._last_spare: list[Range] = []
+
+  def add(self, text: str) -> None:
+    """Text that stays."""
+    self._text += text
+
+  def ask(self, turn: Turn, before: str | None, strip: bool = False) -> None:
+    """A question and its context.
+
+    Args:
+      turn: the user's.
+      before: in front of the context; None is an empty line, where there is a
+        question to be told apart from.
+      strip: white space at both ends.
+    """
+    if before is None:
+      before = '\n\n' if turn.text else ''
+    text = turn.text + (before + turn.context if turn.context else '')
+    asked = (0, len(turn.text))
+    about = (len(text) - len(turn.context), len(text))
+    start = len(self._text)
+    if strip:
+      start -= len(text) - len(text.lstrip())
+      text = text.strip()
+    self._text += text
+    # What a question is about goes first.
+    self._spare += self._placed(about, start)
+    last = self._last_spare if self._is_instruction else self._spare
+    last += self._placed(asked, start)
+
+  def _placed(self, part: Range, start: int) -> list[Range]:
+    """A range of a text that begins at `start`, without what was stripped."""
+    first = max(part[0] + start, 0)
+    last = min(part[1] + start, len(self._text))
+    return [(first, last)] if first < last else []
+
+  def span(self) -> Span:
+    return Span(
+      self._text, spare=tuple(self._spare), last_spare=tuple(self._last_spare)
+    )
+
+
+def _answers(turns: list[Turn]) -> list[Span]:
+  return [
+    Span(turn.text, is_answer=True, is_target=turn.is_target) for turn in turns
+  ]
+
+
+_TEMPLATES: dict[str, Callable[[Record], list[Span]]] = {
+  'dolly': functools.partial(
+    _single,
+    name='dolly',
+    before='Instruction:\n',
+    context='\n\nContext:\n',
+    after='\n\nResponse:\n',
+  ),
   'chat': _chat,
-  'plain': _plain,
-  'korean': _korean,
-  'en_ko': _en_ko,
-  'ko_en': _ko_en,
+  'plain': functools.partial(
+    _single, name='plain', before='', context=None, after=''
+  ),
+  'korean': functools.partial(
+    _single,
+    name='korean',
+    before='질문:\n',
+    context='\n\n맥락:\n',
+    after='\n\n답변:\n',
+  ),
+  'en_ko': functools.partial(
+    _single,
+    name='en_ko',
+    before='Translate English to Korean.\n\nEnglish:\n',
+    context=None,
+    after='\n\nKorean:\n',
+  ),
+  'ko_en': functools.partial(
+    _single,
+    name='ko_en',
+    before='Translate Korean to English.\n\nKorean:\n',
+    context=None,
+    after='\n\nEnglish:\n',
+  ),
 }
 
 
-def _template(name: str):
+def _template(name: str) -> Callable[[Record], list[Span]]:
   if name not in _TEMPLATES:
     raise ValueError(
       f'data.template: got {name!r}, expected one of {", ".join(_TEMPLATES)}.'
     )
   return _TEMPLATES[name]
-
-
-def _single(name: str, chat: Conversation, prompt: str) -> list[Span]:
-  """A prompt, and its response where there is one."""
-  if len(chat.turns) > 2:
-    raise ValueError(
-      f'data.template: got {name!r} for a conversation of {len(chat.turns)} '
-      'turns, expected chat (the others hold one question and one answer). '
-      'Set --config.data.template=chat.'
-    )
-  return [Span(prompt)] + [Span(t, is_target=True) for t in chat.turns[1:]]
-
-
-def _first_turn(chat: Conversation) -> str:
-  return _join(chat.system, chat.turns[0], chat.context)
-
-
-def _join(*texts: str) -> str:
-  return '\n\n'.join(text for text in texts if text)

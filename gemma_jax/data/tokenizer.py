@@ -7,7 +7,8 @@ template inserts their ids with `control_id`. Nothing here adds BOS or EOS.
 
 import abc
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+import functools
 import hashlib
 import re
 
@@ -67,6 +68,11 @@ class Tokenizer(abc.ABC):
   @abc.abstractmethod
   def control_id(self, name: str) -> int:
     """Id of a control token, e.g. '<start_of_turn>'; ValueError if none."""
+
+  @property
+  def controls(self) -> Mapping[str, int]:
+    """Ids of the control tokens by their spelling, `<bos>` for one."""
+    return {}
 
   @abc.abstractmethod
   def fingerprint(self) -> str:
@@ -194,6 +200,14 @@ class SentencePieceTokenizer(Tokenizer):
       )
     return token_id
 
+  @functools.cached_property
+  def controls(self) -> Mapping[str, int]:
+    return {
+      self._pieces.id_to_piece(i): i
+      for i in range(self.vocab_size)
+      if self._pieces.is_control(i)
+    }
+
   def fingerprint(self) -> str:
     return 'sentencepiece-' + hashlib.sha256(self.model_proto).hexdigest()
 
@@ -207,6 +221,10 @@ class ByteTokenizer(Tokenizer):
   vocab_size = 260
   _first = 4
 
+  @property
+  def controls(self) -> Mapping[str, int]:
+    return {'<pad>': 0, '<eos>': 1, '<bos>': 2, '<unk>': 3}
+
   def encode(self, text: str) -> list[int]:
     return [self._first + b for b in text.encode()]
 
@@ -216,8 +234,10 @@ class ByteTokenizer(Tokenizer):
     return b'' if token_id < self._first else bytes([token_id - self._first])
 
   def control_id(self, name: str) -> int:
+    if name in self.controls:
+      return self.controls[name]
     raise ValueError(
-      f'control token: got {name!r}, but the byte tokenizer has none; use '
+      f'control token: got {name!r}, but the byte tokenizer has no turns; use '
       'another template than chat, or set --config.model.tokenizer=PATH.'
     )
 

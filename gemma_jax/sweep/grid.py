@@ -43,6 +43,11 @@ class GridConfig:
     baselines: base (the model as it is) and full (the kernels of the first
       target set trained whole).
     full_learning_rates: of the full baseline; () takes `learning_rates`.
+    margin: share of the reference's gain over the base (in held-out loss)
+      that a smaller rank may lose and still be called enough by the report.
+      A result is judged by the margin that was set before it.
+    reference: the rank that smaller ones are compared with, set before as well;
+      0 is the largest.
     truncate: evaluate the largest rank's adapters cut to every smaller rank.
     sample_prompts: held-out prompts that the adapters answer for the report.
     sample_tokens: longest answer.
@@ -61,6 +66,8 @@ class GridConfig:
   equal_parameters: bool = False
   baselines: tuple[str, ...] = ('base',)
   full_learning_rates: tuple[float, ...] = ()
+  margin: float = 0.1
+  reference: int = 0
   truncate: bool = True
   sample_prompts: int = 3
   sample_tokens: int = 48
@@ -87,6 +94,14 @@ class GridConfig:
       for value in getattr(self, name):
         expected = 'values of ' + ', '.join(choices)
         require(value in choices, f'grid.{name}', value, expected)
+    is_share = isinstance(self.margin, float) and 0 < self.margin < 1
+    require(is_share, 'grid.margin', self.margin, 'a number in (0, 1)')
+    require(
+      self.reference in (0, *self.ranks),
+      'grid.reference',
+      self.reference,
+      f'0 or one of grid.ranks={tuple(self.ranks)}',
+    )
     for name in ('sample_prompts', 'sample_tokens', 'max_gang'):
       value = getattr(self, name)
       is_fine = isinstance(value, int) and value >= 0

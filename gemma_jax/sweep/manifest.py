@@ -24,6 +24,7 @@ from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.config import TrainConfig
 from gemma_jax.data import sources
+from gemma_jax.data.examples import Example
 from gemma_jax.formats import source as source_lib
 from gemma_jax.model_config import ModelConfig
 from gemma_jax.sweep import plan
@@ -217,15 +218,17 @@ def _heldout(config: SweepConfig, run: run_lib.Run) -> list[dict[str, Any]]:
   """What is known of each held-out record, beside the sweep's results."""
   records = sources.load_records(config.data).heldout
   rows = []
-  for index in run.heldout.record_ids.tolist():
+  for index, example in zip(
+    run.heldout.record_ids.tolist(), run.heldout, strict=True
+  ):
     record = records[index]
     rows.append(
       {
         'index': index,
         'part': sources.heldout_part(record),
-        'category': record.get('category', ''),
-        'prompt': record.get('instruction') or record.get('prompt') or '',
-        'context': record.get('context') or '',
+        'category': record.category,
+        'prompt': record.question or _asked(run, example),
+        'context': record.context,
       }
     )
   parts = {row['part'] for row in rows}
@@ -236,3 +239,12 @@ def _heldout(config: SweepConfig, run: run_lib.Run) -> list[dict[str, Any]]:
       'out more records, or raise data.max_eval_records.'
     )
   return rows
+
+
+def _asked(run: run_lib.Run, example: Example) -> str:
+  """The tokens before the first target, as text where there is a tokenizer."""
+  start = int(example.loss_mask.argmax())
+  asked = example.tokens[:start].tolist()
+  if run.tokenizer is None:
+    return ' '.join(map(str, asked))
+  return run.tokenizer.decode(asked)

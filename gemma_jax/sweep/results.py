@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax import files
+from gemma_jax import files, metrics
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.sweep import manifest as manifest_lib
 
@@ -48,6 +48,11 @@ class Outcome:
     own = ('seed', 'learning_rate')
     return tuple((k, v) for k, v in sorted(self.axes.items()) if k not in own)
 
+  @property
+  def has_ended(self) -> bool:
+    """Whether it has a result or has failed."""
+    return self.result is not None or self.error is not None
+
   @functools.cached_property
   def losses(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Step → nll [N] in nats and supervised tokens [N], by held-out record."""
@@ -69,6 +74,17 @@ class Outcome:
     """Nats per token where `which` [N] is true, after a step (the last)."""
     nll, tokens = self.last if step is None else self.losses[step]
     return float(nll[which].sum() / max(tokens[which].sum(), 1))
+
+  def clipped(self, clip_norm: float) -> float | None:
+    """Share of its updates whose gradient norm was above clip_norm.
+
+    None where nothing is clipped (clip_norm 0), or no update was made.
+    """
+    if not clip_norm:
+      return None
+    rows = metrics.read(self.folder / 'metrics.jsonl')
+    norms = [row['grad_norm'] for row in rows if 'grad_norm' in row]
+    return float(np.mean(np.array(norms) > clip_norm)) if norms else None
 
   def spectrum(self, step: int | None = None) -> dict[str, np.ndarray]:
     """Path → singular values [L, R] of the update after a step (the last)."""
@@ -104,6 +120,14 @@ class Sweep:
     """Cells of a kind that have a result."""
     return [c for c in self.cells if c.kind == kind and c.result is not None]
 
+  def has_ended(self, arm: Arm) -> bool:
+    """Whether every cell that trains an arm has."""
+    return all(
+      cell.has_ended
+      for cell in self.cells
+      if cell.kind == 'lora' and cell.arm == arm
+    )
+
   def chosen(self, kind: str = 'lora') -> dict[Arm, list[Outcome]]:
     """Arm → its cells at the rate that validation chose, by seed.
 
@@ -120,7 +144,7 @@ class Sweep:
       most = max(len(cells) for cells in rates.values())
       best = min(
         (cells for cells in rates.values() if len(cells) == most),
-        key=lambda cells: np.mean([c.loss(validation) for c in cells]),
+        key=lambda cells: _mean([c.loss(validation) for c in cells]),
       )
       found[arm] = sorted(best, key=lambda cell: cell.axes['seed'])
     return found
@@ -172,6 +196,11 @@ def table(sweep: Sweep) -> str:
       f'{rate:>10}{losses[0]:>12}{losses[1]:>9}{seconds:>9}  {state}'
     )
   return '\n'.join(lines)
+
+
+def _mean(losses: list[float]) -> float:
+  """inf where one is not a number, so that it is never the least."""
+  return float(np.mean(losses)) if np.isfinite(losses).all() else np.inf
 
 
 def _outcomes(workdir: str, entries: list[dict]) -> Iterable[Outcome]:

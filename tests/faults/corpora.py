@@ -197,11 +197,18 @@ def _read_checkpoint(folder: Path) -> None:
 _ROWS = (
   {'instruction': 'Where?', 'context': 'Here.', 'response': 'There.'},
   {'prompt': '1 + 1 =', 'response': '2'},
+  {'Instruction': 'To French.', 'input': 'hat', 'output': 'chapeau', 'id': 3},
+  {'system': 'Brief.', 'history': [['a', 'b']], 'prompt': 'c', 'response': 'd'},
   {
     'messages': [
+      {'role': 'system', 'content': ''},
       {'role': 'user', 'content': '안녕'},
-      {'role': 'assistant', 'content': 'Hi'},
-    ]
+      {'role': 'assistant', 'content': 'Hi', 'weight': 0, 'tool_calls': []},
+      {'role': 'user', 'content': '<bos>', 'name': 'me'},
+      {'role': 'model', 'content': 'Hi', 'weight': 1},
+    ],
+    'tools': None,
+    'weight': 1,
   },
   {'tokens': [2, 11, 13, 1], 'loss_mask': [0, 0, 1, 1]},
 )

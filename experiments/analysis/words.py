@@ -1,0 +1,178 @@
+"""A sweep's result in words: what limits it first, then what it shows."""
+
+from collections.abc import Iterable
+
+from experiments.analysis import arms, intervals, verdict
+from experiments.analysis.arms import Row
+from experiments.analysis.compare import Pair
+from experiments.analysis.verdict import Answer, Test
+from gemma_jax.evaluate import FEWEST_RECORDS
+from gemma_jax.sweep.results import Sweep
+
+
+def paragraphs(
+  sweep: Sweep, table: list[Row], answers: list[Answer], pairs: list[Pair]
+) -> list[str]:
+  """Caveats, an answer for each choice of axes other than rank, and pairs."""
+  texts = [' '.join(caveats(sweep, table))]
+  if len(table) == 1:
+    (row,) = table
+    texts.append(
+      f'Only {row.label} was trained: test loss {row.test:.4f} nats per token.'
+    )
+  texts += [_ranks(answer) for answer in answers if answer.tests]
+  if pairs:
+    texts.append(_pairs(pairs))
+  return texts
+
+
+def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
+  """What the numbers rest on, and what limits them; a sentence each."""
+  records = int(sweep.part('test').sum())
+  seeds = sorted({len(row.cells) for row in table})
+  tokens = table[0].cells[0].last[1][sweep.part('test')]
+  sentences = [
+    f'Measured on {records} test records, which count as '
+    f'{intervals.effective(tokens):.0f} (long ones weigh more), and '
+    f'{" to ".join(map(str, seeds[:: len(seeds) - 1 or 1]))} '
+    f'{"seed" if seeds[-1] == 1 else "seeds"} an arm.'
+  ]
+  if records < FEWEST_RECORDS:
+    sentences.append(f'Fewer than {FEWEST_RECORDS} records give no interval.')
+  if few := _with_fewer(table, intervals.FEWEST_SEEDS):
+    sentences.append(
+      f'Fewer than {intervals.FEWEST_SEEDS} seeds ({few}) give no interval '
+      'over seeds, no p-value and no verdict: what is left is over the records '
+      'at these seeds, and other seeds may differ by more.'
+    )
+  if few := _with_fewer(table, intervals.FEW_SEEDS):
+    sentences.append(
+      f'A claim asks for {intervals.FEW_SEEDS} seeds: with fewer ({few}), '
+      'their spread is hardly known.'
+    )
+  edge = [row.label for row in table if row.at_edge]
+  if edge:
+    sentences.append(
+      f'Rate at the edge of the grid, so a better one may lie beyond: '
+      f'{_list(edge)}.'
+    )
+  if any(row.clipped for row in table):
+    shares = ', '.join(
+      f'{row.label} {percent(row.clipped)}'
+      for row in table
+      if row.clipped is not None
+    )
+    sentences.append(
+      f'Gradients were clipped at a norm of {arms.clip_norm(sweep):g}, which '
+      f'treats arms differently; share of updates: {shares}.'
+    )
+  return sentences
+
+
+def _ranks(answer: Answer) -> str:
+  if answer.refusal:
+    return (
+      f'No verdict on ranks below {answer.reference}, the reference: '
+      f'{answer.refusal}.'
+    )
+  text = [
+    f'The margin is {percent(answer.margin)} of what {answer.reference}, the '
+    f'reference, gains over the base ({answer.gain} nats per token).'
+  ]
+  held, stop = answer.enough, answer.stop
+  if held:
+    text.append(
+      f'{_upper(held.label)} is enough: the upper 95 % bound of its deficit '
+      f'minus the margin is {held.excess.upper():+.4f}, below 0'
+      f'{_larger(answer)}. Its deficit is {held.deficit}.'
+    )
+  else:
+    text.append('Undecided: no smaller rank was shown to be within the margin.')
+  if stop and stop.state == verdict.FAILS:
+    text.append(
+      f'{_upper(stop.label)} was not shown to be enough: its bound is '
+      f'{stop.excess.upper():+.4f}, its deficit {stop.deficit}.'
+    )
+  elif stop:
+    text.append(f'{_upper(stop.label)} cannot be compared: {stop.why_not}.')
+  rest = [t.label for t in answer.tests if t.state == verdict.NOT_REACHED]
+  if rest:
+    text.append(f'Not reached, and so undecided: {_list(rest)}.')
+  text += _power(answer)
+  return ' '.join(text)
+
+
+def _larger(answer: Answer) -> str:
+  count = sum(test.state == verdict.HOLDS for test in answer.tests)
+  return ', and so is that of every larger rank' if count > 1 else ''
+
+
+def _power(answer: Answer) -> list[str]:
+  """What could have been seen at the ranks that were tested."""
+  tested = [
+    test
+    for test in answer.tests
+    if test.state in (verdict.HOLDS, verdict.FAILS)
+  ]
+  if not tested:
+    return []
+  seen = ', '.join(
+    f'{detectable(test, answer)} at {test.label}' for test in tested
+  )
+  text = [
+    f'With a power of 80 % this design could have seen a difference of {seen}.'
+  ]
+  last, margin = tested[-1], answer.margin * answer.gain.mean
+  if last.state == verdict.FAILS and last.excess.detectable() > margin:
+    text.append(
+      f'That is more than the margin ({margin:.4f}): even if {last.label} lost '
+      'nothing, the design was too small to be likely to show it.'
+    )
+  return text
+
+
+def detectable(test: Test, answer: Answer) -> str:
+  """'0.0041 (4 % of the gain)'; no share of a gain that is not known."""
+  size = test.excess.detectable()
+  if answer.refusal:
+    return f'{size:.4f}'
+  return f'{size:.4f} ({percent(size / answer.gain.mean)} of the gain)'
+
+
+def percent(share: float) -> str:
+  """'10 %'."""
+  return f'{100 * share:.0f} %'
+
+
+def _pairs(pairs: list[Pair]) -> str:
+  known = [pair for pair in pairs if pair.p is not None]
+  text = f'Pairs of arms that differ in other axes than the rank: {len(pairs)}.'
+  if not known:
+    return f'{text} None of them has a p-value.'
+  told = [pair for pair in known if pair.p < 0.05]
+  text += (
+    f" After Holm's correction for {len(known)}, {len(told)} can be told "
+    'apart at 5 %.'
+  )
+  for pair in told:
+    text += (
+      f' {_upper(pair.first.label)} minus {pair.second.label}: '
+      f'{pair.difference}.'
+    )
+  if len(told) < len(known):
+    text += ' Not being told apart does not show that arms are equal.'
+  return text
+
+
+def _with_fewer(table: list[Row], seeds: int) -> str:
+  few = [row.label for row in table if len(row.cells) < seeds]
+  return 'all arms' if len(few) == len(table) else _list(few)
+
+
+def _list(labels: Iterable[str]) -> str:
+  return '; '.join(labels)
+
+
+def _upper(text: str) -> str:
+  """Starts a sentence; the names of settings stay as they are."""
+  return text.replace('rank', 'Rank', 1) if text.startswith('rank') else text

@@ -1,0 +1,160 @@
+"""Spans to token ids: control tokens by their ids, texts by the tokenizer.
+
+    spans       Span('Hi'), Span('Hello', is_answer=True, is_target=True)
+    document    Piece(BOS), Piece([10, 11], 'Hi'), Piece([20], 'Hello'),
+                Piece(EOS, is_answer, is_target)
+
+The spelling of a control token in a text stays plain characters, and is
+counted, unless the caller asks for it to be parsed: a text that was rendered
+elsewhere (`<bos><start_of_turn>user\n...`) then becomes what it spells.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import itertools
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from gemma_jax.data.templates import Range, Span
+from gemma_jax.data.tokenizer import Tokenizer
+
+# What a control token may look like: <bos>, <|turn>, [multimodal].
+_MAY_BE_CONTROL = re.compile(r'[<\[][^<>\[\]\s]{1,40}[>\]]')
+
+
+class Piece(NamedTuple):
+  """A span with its ids.
+
+  Attributes:
+    span: what it says.
+    ids: of its tokens.
+  """
+
+  span: Span
+  ids: list[int]
+
+
+class Document(NamedTuple):
+  """A record's pieces, BOS first and EOS last.
+
+  Attributes:
+    pieces: in order.
+    spells_controls: a text of it spells a control token.
+  """
+
+  pieces: list[Piece]
+  spells_controls: bool = False
+
+  @property
+  def num_tokens(self) -> int:
+    return sum(len(piece.ids) for piece in self.pieces)
+
+  def arrays(self, loss_on: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and loss mask, int32 [n].
+
+    Args:
+      loss_on: 'response', or 'all' for every token but the first and those of
+        answers that are shown and not learned.
+    """
+    counts = {
+      'response': lambda span: span.is_target,
+      'all': lambda span: span.is_target or not span.is_answer,
+    }[loss_on]
+    tokens = list(itertools.chain.from_iterable(p.ids for p in self.pieces))
+    mask = np.repeat(
+      np.array([counts(p.span) for p in self.pieces], np.int32),
+      [len(p.ids) for p in self.pieces],
+    )
+    mask[0] = 0
+    return np.array(tokens, np.int32), mask
+
+
+def encode(
+  rendered: Sequence[Sequence[Span]],
+  tokenizer: Tokenizer,
+  parse_controls: bool = False,
+) -> list[Document]:
+  """Tokenizes documents, each span by itself.
+
+  Args:
+    rendered: spans of each document.
+    tokenizer: all of its cores work at once.
+    parse_controls: turn control tokens that a text spells into their ids; a
+      BOS in front, or an EOS at the end, is then not added again.
+  """
+  controls = tokenizer.controls
+  spelled = [
+    any(_spells(s.text, controls) for s in spans if not s.is_control)
+    for spans in rendered
+  ]
+  if parse_controls:
+    rendered = [
+      [part for span in spans for part in _parsed(span, controls)]
+      if is_spelled
+      else spans
+      for spans, is_spelled in zip(rendered, spelled, strict=True)
+    ]
+  texts = [s.text for spans in rendered for s in spans if not s.is_control]
+  encoded = iter(tokenizer.encode_all(texts) if texts else ())
+  documents = []
+  for spans, is_spelled in zip(rendered, spelled, strict=True):
+    pieces = []
+    for span in spans:
+      is_control = span.is_control
+      ids = [tokenizer.control_id(span.text)] if is_control else next(encoded)
+      pieces.append(Piece(span, ids))
+    documents.append(Document(_closed(pieces, tokenizer), is_spelled))
+  return documents
+
+
+def _closed(pieces: list[Piece], tokenizer: Tokenizer) -> list[Piece]:
+  """Adds BOS, and EOS after an answer."""
+  if not pieces or pieces[0].ids != [tokenizer.bos_id]:
+    bos = Span('<bos>', is_control=True)
+    pieces = [Piece(bos, [tokenizer.bos_id]), *pieces]
+  last = pieces[-1]
+  if last.span.is_answer and last.ids != [tokenizer.eos_id]:
+    eos = dataclasses.replace(last.span, text='<eos>', is_control=True)
+    pieces = [*pieces, Piece(eos, [tokenizer.eos_id])]
+  return pieces
+
+
+def _spells(text: str, controls: Mapping[str, int]) -> bool:
+  return any(match[0] in controls for match in _MAY_BE_CONTROL.finditer(text))
+
+
+def _parsed(span: Span, controls: Mapping[str, int]) -> Iterator[Span]:
+  """A span as texts and the control tokens between them."""
+  if span.is_control:
+    yield span
+    return
+  start = 0
+  for match in _MAY_BE_CONTROL.finditer(span.text):
+    if match[0] not in controls:
+      continue
+    if match.start() > start:
+      yield _part(span, (start, match.start()))
+    yield dataclasses.replace(
+      span, text=match[0], is_control=True, spare=(), last_spare=()
+    )
+    start = match.end()
+  if start < len(span.text):
+    yield _part(span, (start, len(span.text)))
+
+
+def _part(span: Span, part: Range) -> Span:
+  """A span's characters of a range."""
+  first, last = part
+
+  def within(ranges):
+    cut = ((max(a, first) - first, min(b, last) - first) for a, b in ranges)
+    return tuple((a, b) for a, b in cut if a < b)
+
+  return dataclasses.replace(
+    span,
+    text=span.text[first:last],
+    spare=within(span.spare),
+    last_spare=within(span.last_spare),
+  )

@@ -1,0 +1,79 @@
+"""Control tokens in texts: plain characters, counted, or parsed when asked."""
+
+import pytest
+
+from gemma_jax.data import encoding, examples
+from gemma_jax.data.templates import Span
+from tests import data_toy
+
+TOKENIZER = data_toy.make_tokenizer()
+START, END = (TOKENIZER.control_id(name) for name in data_toy.TURNS)
+
+# As another program renders a chat, and what it says.
+RENDERED = {
+  'prompt': '<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n',
+  'response': 'ab<end_of_turn>',
+}
+
+
+def make(*rows, **kwargs):
+  records = data_toy.records(rows)
+  return examples.make_examples(records, TOKENIZER, 'plain', **kwargs)
+
+
+def test_a_spelled_control_token_stays_text_and_is_counted():
+  plain = {'prompt': 'Hi <b> [x]', 'response': 'ab'}
+  made = make(RENDERED, plain)
+  assert made.stats.spelling_controls == 1
+  assert made.stats.warnings('data')
+  tokens = made[0].tokens.tolist()
+  assert START not in tokens
+  assert END not in tokens
+  assert tokens.count(2) == 1
+  text = TOKENIZER.decode(tokens)
+  assert text == RENDERED['prompt'] + RENDERED['response']
+
+
+def test_a_rendered_text_is_what_the_chat_template_makes():
+  """No second BOS, and the end of the turn is learned."""
+  (parsed,) = make(RENDERED, parse_control_tokens=True)
+  (chat,) = examples.make_examples(
+    data_toy.records([{'prompt': 'Hi', 'response': 'ab'}]), TOKENIZER, 'chat'
+  )
+  assert parsed.tokens.tolist() == chat.tokens.tolist()
+  assert parsed.loss_mask.tolist() == chat.loss_mask.tolist()
+  made = make(RENDERED, parse_control_tokens=True)
+  assert made.stats.spelling_controls == 1
+  assert made.stats.warnings('data') == []
+
+
+def test_a_spelled_eos_is_not_doubled():
+  row = {'prompt': 'Hi', 'response': 'ab<eos>'}
+  (example,) = make(row, parse_control_tokens=True)
+  assert example.tokens.tolist()[-2:] == [*TOKENIZER.encode('ab'), 1]
+  ids = examples.prompt_tokens(TOKENIZER, 'plain', '<bos>Hi', True)
+  assert ids == [2, *TOKENIZER.encode('Hi')]
+
+
+@pytest.mark.parametrize('seq_len', [16, 20, 30, 40])
+def test_parsed_control_tokens_are_never_cut(seq_len):
+  row = {
+    'prompt': f'<start_of_turn>user\n{"a" * 50}<end_of_turn>\n<start_of_turn>u',
+    'response': 'ab<end_of_turn>',
+  }
+  made = make(row, parse_control_tokens=True, seq_len=seq_len)
+  tokens = made[0].tokens.tolist()
+  assert len(tokens) == seq_len
+  assert tokens.count(START) == 2
+  assert tokens.count(END) == 2
+  assert made.stats.lost_prompts == 1
+
+
+def test_parts_of_a_span_keep_their_ranges():
+  span = Span('ab<bos>cde', spare=((1, 9),), last_spare=((0, 1),))
+  parts = list(encoding._parsed(span, {'<bos>': 2}))
+  assert [(p.text, p.spare, p.last_spare) for p in parts] == [
+    ('ab', ((1, 2),), ((0, 1),)),
+    ('<bos>', (), ()),
+    ('cde', ((0, 2),), ()),
+  ]
