@@ -43,7 +43,7 @@ class Folder(NamedTuple):
 
   def publish(self, target: Path) -> None:
     """Renames it."""
-    os.fchmod(self.descriptor, self.mode)
+    _chmod(self.descriptor, self.mode)
     os.rename(self.path, target)
 
 
@@ -63,8 +63,7 @@ def is_temporary(candidate: str, target: str, kind: str) -> bool:
 
 @contextlib.contextmanager
 def file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
-  """A new file beside the target, locked; it is gone at the end, if it is
-  still there.
+  """A new, locked file beside the target; removed at the end if still there.
 
   Args:
     target: its folder exists.
@@ -93,8 +92,7 @@ def file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 @contextlib.contextmanager
 def folder(target: Path) -> Iterator[Folder]:
-  """A new, empty folder beside the target, locked; removed at the end, if it
-  is still there.
+  """A new, empty, locked folder beside the target; removed if still there.
 
   Args:
     target: its parent exists.
@@ -116,7 +114,7 @@ def folder(target: Path) -> Iterator[Folder]:
   try:
     mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
     # Closed to a group that may write by the umask, until it is full.
-    os.fchmod(descriptor, stat.S_IRWXU)
+    _chmod(descriptor, stat.S_IRWXU)
     if os.listdir(descriptor):
       raise PermissionError(f'{path}: somebody else writes into it.')
     yield Folder(path, descriptor, mode)
@@ -126,7 +124,10 @@ def folder(target: Path) -> Iterator[Folder]:
 
 
 def siblings(target: Path, kind: str) -> list[Path]:
-  """Temporary files or folders of a target that this user made, no links."""
+  """Temporary files or folders of a target that this user made, no links.
+
+  The one that was changed last is the last.
+  """
   is_kind = stat.S_ISREG if kind == FILE else stat.S_ISDIR
   found = []
   with os.scandir(target.parent) as entries:
@@ -136,8 +137,8 @@ def siblings(target: Path, kind: str) -> list[Path]:
       with contextlib.suppress(FileNotFoundError):  # renamed a moment ago
         status = entry.stat(follow_symlinks=False)
         if status.st_uid == os.geteuid() and is_kind(status.st_mode):
-          found.append(Path(entry.path))
-  return found
+          found.append((status.st_ctime_ns, Path(entry.path)))
+  return [path for _, path in sorted(found)]
 
 
 def remove_leftovers(target: Path, kind: str, mine: Path | None = None) -> bool:
@@ -178,6 +179,12 @@ def remove(path: Path) -> None:
       shutil.rmtree(path, ignore_errors=True)  # follows no link
     else:
       os.unlink(path)
+
+
+def _chmod(descriptor: int, mode: int) -> None:
+  """Sets permissions where the file system has such."""
+  with contextlib.suppress(OSError):
+    os.fchmod(descriptor, mode)
 
 
 def _is_ours(descriptor: int, path: Path) -> bool:

@@ -77,7 +77,6 @@ def _only_writer(folder: Path) -> Iterator[temporary.Folder]:
 def _recover(folder: Path) -> None:
   """Puts back what a killed writer had moved aside, or removes it."""
   moved = temporary.siblings(folder, temporary.OLD)
-  moved.sort(key=lambda path: path.stat().st_ctime_ns)  # renamed last, last
   if moved and not os.path.lexists(folder):
     os.rename(moved.pop(), folder)
   for path in moved:

@@ -80,7 +80,7 @@ class _Trainer:
     newest = resume.newest(self.workdir, self.checkpoints, facts)
     for folder in self.folders:
       os.makedirs(folder, exist_ok=True)
-    workdir_lib.write_json(self.workdir, 'run.json', facts)
+    workdir_lib.write_json(place.root, 'run.json', facts)
     self.members = gang.members
     self.state, self.frozen, self.found = self._start(newest)
     self.train_step, self.eval_step = (

@@ -61,23 +61,24 @@ def run(
       'of a sweep need a file system.'
     )
   workdir_lib.check_writable(workdir)
-  prepared = _plan(config, workdir, should_stop)
+  inputs = _plan(config, workdir, should_stop)
   planned = workdir_lib.read_json(workdir, manifest.NAME)
   worker = _Worker(config, workdir, planned['fingerprints'], should_stop)
   jobs = planned['jobs']
-  if prepared is None:
-    prepared = run_lib.prepare(worker.cells[jobs[0]['cells'][0]].resolve())
-  worker.check_inputs(prepared.fingerprints())
+  if inputs is None:
+    any_cell = worker.cells[jobs[0]['cells'][0]].resolve()
+    inputs = run_lib.prepare(any_cell).fingerprints()
+  worker.check_inputs(inputs)
   for stage in (jobs, [{'name': 'closing', 'kind': 'closing', 'cells': []}]):
     worker.work(stage)
   return results.read(workdir)
 
 
-def _plan(config, workdir, should_stop) -> run_lib.Run | None:
+def _plan(config, workdir, should_stop) -> dict[str, str] | None:
   """Makes the manifest, or waits for the machine that does.
 
   Returns:
-    One of the cells, prepared, if that was needed.
+    Fingerprints of base, tokenizer and data, if they were read for it.
   """
   draft = None
   while not manifest.check_same_sweep(workdir, config):
@@ -92,7 +93,7 @@ def _plan(config, workdir, should_stop) -> run_lib.Run | None:
         manifest.make(config, workdir, draft)
     finally:
       lease.release()
-  return None if draft is None else draft.run
+  return None if draft is None else draft.run.fingerprints()
 
 
 class _Worker:
