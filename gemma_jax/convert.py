@@ -285,10 +285,9 @@ def _verify_logits(
 ) -> float:
   """Raises ValueError unless the output computes what it should.
 
-  Notes in the record how near the logits came to those that are wanted,
-  measured by the way from those of the base, where these are given: 1 - |got -
-  want| / |want - base|. It falls with what rounding took of an update and with
-  the noise that it brought.
+  Where the base's logits are given, notes in the record which share of the
+  update is in the logits: 1 - |got - want| / |want - base|. Rounding lowers it
+  by what it takes from an update and by the noise that it adds.
 
   Returns:
     Largest absolute difference of a logit.

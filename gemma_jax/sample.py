@@ -142,7 +142,7 @@ class Sampler:
 
     Raises:
       ValueError: no prompt, an empty one, one that leaves no room for
-        max_new_tokens, or an id that is no token.
+        max_new_tokens, or an id behind the tokens.
       FloatingPointError: logits that are not finite.
     """
     sampling.check()

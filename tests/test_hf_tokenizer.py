@@ -88,6 +88,7 @@ def test_a_special_token_without_a_row_is_left_out(tmp_path):
     ({'added_tokens': ['<tool>']}, 'got a list, expected a JSON object'),
     ({'added_tokens': {'<tool>': -1}}, 'expected an id and a content'),
     ({'added_tokens': {'': N}}, 'expected an id and a content'),
+    ({'added_tokens': {'a\ud800': N}}, 'expected an id and a content'),
     ({'tokenizer': {'added_tokens': {}}}, 'added_tokens is a dict, expected a'),
     ({'tokenizer': {'added_tokens': [7]}}, 'got added token 7, expected an id'),
     (
@@ -105,6 +106,24 @@ def test_contradictions_are_one_line(contents, message, tmp_path):
   with pytest.raises(ValueError, match=message) as error:
     hf_tokenizer.read(write(tmp_path, **contents), N + 9)
   assert '\n' not in str(error.value)
+
+
+def test_a_chat_template_wherever_it_is(tmp_path):
+  read = hf_tokenizer.chat_template
+  assert read(tmp_path) is None
+  several = [{'name': 'tools', 'template': 'x'}, 7]
+  write(tmp_path, tokenizer_config={'chat_template': several})
+  assert read(tmp_path) is None
+  write(tmp_path, chat_template={'chat_template': 'json'})
+  assert read(tmp_path) == 'json'
+  several.append({'name': 'default', 'template': 'config'})
+  write(tmp_path, tokenizer_config={'chat_template': several})
+  assert read(tmp_path) == 'config'
+  (tmp_path / 'chat_template.jinja').write_text('jinja')
+  assert read(tmp_path) == 'jinja'
+  (tmp_path / 'chat_template.jinja').write_bytes(b'\xff')
+  with pytest.raises(ValueError, match=r'chat_template\.jinja: expected UTF-8'):
+    read(tmp_path)
 
 
 def resized(folder):

@@ -1,4 +1,4 @@
-"""Refuses weights that are no finite numbers, as they are read.
+"""Refuses weights that are NaN or infinite, as they are read.
 
 One of them makes every logit NaN, and a loss or a text made of those looks like
 a bad model, not like a bad file.
@@ -33,8 +33,8 @@ def checked(tensor: 'StoredTensor', where: str) -> 'StoredTensor':
 
 def check(values: np.ndarray, name: str, where: str, first_row: int = 0):
   """ValueError with the file's name if there is a `problem`."""
-  if (found := problem(values, name, first_row)) is not None:
-    raise ValueError(f'{where}: {found}')
+  if (reason := problem(values, name, first_row)) is not None:
+    raise ValueError(f'{where}: {reason}')
 
 
 def problem(values: np.ndarray, name: str, first_row: int = 0) -> str | None:

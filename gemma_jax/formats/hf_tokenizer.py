@@ -84,12 +84,16 @@ def chat_template(folder: Path) -> str | None:
   """The folder's own chat template, wherever it keeps it; None without one."""
   path = folder / 'chat_template.jinja'
   if path.is_file():
-    return path.read_text('utf-8')
+    try:
+      return path.read_text('utf-8')
+    except UnicodeDecodeError as e:
+      raise ValueError(f'{path}: expected UTF-8 ({e}).') from None
   for name in (CONFIG_NAME, 'chat_template.json'):
     template = read_object(folder / name).get('chat_template')
     if isinstance(template, list):  # several, by their names
-      named = {x.get('name'): x for x in template if isinstance(x, dict)}
-      template = named.get('default', {}).get('template')
+      named = [x for x in template if isinstance(x, dict)]
+      default = [x for x in named if x.get('name') == 'default']
+      template = default[0].get('template') if default else None
     if isinstance(template, str):
       return template
   return None
@@ -117,7 +121,7 @@ def _parse(where: str, entry: Any, special: set[str]) -> AddedToken:
   token_id, content = fields.get('id'), fields.get('content')
   # No more rows than an int32 can count, whatever a file says.
   is_id = type(token_id) is int and 0 <= token_id < 2**31
-  if not is_id or not isinstance(content, str) or not content:
+  if not is_id or not _is_text(content):
     raise ValueError(
       f'{where}: got added token {entry!r:.80}, expected an id and a content.'
     )
@@ -169,6 +173,14 @@ def _field(path: Path, name: str, kind: type) -> Any:
       f'{"list" if kind is list else "JSON object"}.'
     )
   return value
+
+
+def _is_text(content: Any) -> bool:
+  """Whether it is a string of at least one character, and valid Unicode."""
+  try:
+    return isinstance(content, str) and len(content.encode()) > 0
+  except UnicodeEncodeError:  # a lone surrogate
+    return False
 
 
 def _spelled(content: str) -> str:

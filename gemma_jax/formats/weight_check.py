@@ -49,8 +49,8 @@ class _Update:
 
       kept = <round(W + U) - round(W), U> / <U, U>
 
-  A weight of few bits takes up a small update wholly or not at all; where it
-  does is as good as random, so this is the share in U's own direction.
+  A rounded weight takes up a small update wholly or not at all, and in too large
+  a step: so what counts is the share in U's own direction, not the size.
   """
 
   def __init__(self):
