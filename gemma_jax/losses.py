@@ -231,7 +231,7 @@ def _on_device(
   target_logit = total(jnp.sum(h.astype(jnp.float32) * row, axis=-1))
   target_logit, slope = _capped(options, target_logit)
   if options.num_pieces is not None:
-    # A target behind the tokens has no probability: whoever checks losses stops.
+    # A target behind the tokens has no probability; who checks losses stops.
     target_logit = jnp.where(y < options.num_pieces, target_logit, -jnp.inf)
 
   found = {'losses': scatter(w * (logsumexp - target_logit), weights)}

@@ -49,8 +49,8 @@ class _Update:
 
       kept = <round(W + U) - round(W), U> / <U, U>
 
-  A rounded weight takes up a small update wholly or not at all, and in too large
-  a step: so what counts is the share in U's own direction, not the size.
+  A rounded weight takes up a small update wholly or not at all, and in too
+  large a step: so what counts is the share in U's own direction, not the size.
   """
 
   def __init__(self):
