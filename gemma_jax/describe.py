@@ -19,12 +19,20 @@ def describe(run: run_lib.Run) -> str:
     f'optimizer: AdamW, learning rate {tx.learning_rate:g} {tx.schedule} '
     f'after {tx.warmup_steps} steps of warm-up, weight decay '
     f'{tx.weight_decay:g}, clip {tx.clip_norm:g}',
-    f'data: {data.path}, template {data.template}, loss on {data.loss_on}',
-    run.train.stats.line('training'),
-    run.heldout.stats.line('held-out'),
-    *run.record_notes,
+    *describe_data(run),
     f'{run.steps:,} steps of {data.global_batch_size} rows x {data.seq_len} '
     f'positions ({run.plan.rows_per_epoch():,} rows an epoch); mesh '
     f'{dict(run.mesh.shape)} on {run.mesh.devices.flat[0].device_kind}',
   ]
   return '\n'.join(lines)
+
+
+def describe_data(run: run_lib.Run) -> list[str]:
+  """What became of the records: read, cut, left out, skipped, not read."""
+  data = run.config.data
+  return [
+    f'data: {data.path}, template {data.template}, loss on {data.loss_on}',
+    run.train.stats.line('training'),
+    run.heldout.stats.line('held-out'),
+    *run.record_notes,
+  ]

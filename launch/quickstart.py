@@ -82,7 +82,10 @@ def _answers(config, source, adapter: str) -> list[str]:
 
   tokenizer = source.tokenizer()
   prompt = examples.prompt_tokens(
-    tokenizer, config.data.template, _PROMPT.value
+    tokenizer,
+    config.data.template,
+    _PROMPT.value,
+    config.data.parse_control_tokens,
   )
   variables = decode_weights.for_adapters(
     source.load_params(config.model.dtype),

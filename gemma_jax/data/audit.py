@@ -27,6 +27,8 @@ class Audit:
     repeated: training records that equal an earlier one.
     leaked: held-out records that stand in training word for word.
     alike: further held-out records that are alike one in training.
+    asked: further held-out records whose question stands in training, with
+      another answer.
     num_train: training records.
     num_heldout: held-out records.
   """
@@ -35,6 +37,7 @@ class Audit:
   repeated: tuple[int, ...]
   leaked: tuple[int, ...]
   alike: tuple[int, ...]
+  asked: tuple[int, ...]
   num_train: int
   num_heldout: int
 
@@ -55,6 +58,11 @@ class Audit:
         'further held-out records also stand in training but for case, space '
         'and punctuation',
       ),
+      (
+        self.asked,
+        self.num_heldout,
+        'further held-out records ask what a training record asks',
+      ),
     ):
       if ids:
         more = ', ...' if len(ids) > _MOST_SHOWN else ''
@@ -72,12 +80,19 @@ def audit(train: Sequence[Record], heldout: Sequence[Record]) -> Audit:
       repeated.append(i)
     exact.add(text)
     normal.add(_normalize(text))
-  asked = [_texts(record) for record in heldout]
-  leaked = [i for i, text in enumerate(asked) if text in exact]
+  measured = [_texts(record) for record in heldout]
+  leaked = [i for i, text in enumerate(measured) if text in exact]
   alike = [
     i
-    for i, text in enumerate(asked)
+    for i, text in enumerate(measured)
     if text not in exact and _normalize(text) in normal
+  ]
+  questions = {_question(text) for text in texts} - {None}
+  known = {*leaked, *alike}
+  asked = [
+    i
+    for i, text in enumerate(measured)
+    if _question(text) in questions and i not in known
   ]
   empty = [i for i, text in enumerate(texts) if _asks_nothing(text)]
   return Audit(
@@ -85,17 +100,24 @@ def audit(train: Sequence[Record], heldout: Sequence[Record]) -> Audit:
     tuple(repeated),
     tuple(leaked),
     tuple(alike),
+    tuple(asked),
     len(train),
     len(heldout),
   )
 
 
 def _texts(record: Record) -> tuple:
-  """What is compared: the texts up to the last response, or the ids."""
+  """What is compared: all texts, the last answer behind the others, or ids."""
   if not record.is_text:
     return record.tokens, record.loss_mask
   said = [(turn.context, turn.text) for turn in record.dialogue]
   return (record.system or '', *itertools.chain.from_iterable(said))
+
+
+def _question(texts: tuple) -> tuple | None:
+  """What is asked, if it is a text."""
+  is_text = isinstance(texts[-1], str)
+  return None if not is_text or _asks_nothing(texts) else texts[:-1]
 
 
 def _asks_nothing(texts: tuple) -> bool:

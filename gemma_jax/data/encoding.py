@@ -110,13 +110,24 @@ def encode(
 
 
 def _closed(pieces: list[Piece], tokenizer: Tokenizer) -> list[Piece]:
-  """Adds BOS, and EOS after an answer."""
-  if not pieces or pieces[0].ids != [tokenizer.bos_id]:
+  """Adds BOS, and EOS after an answer, unless a text has spelled them.
+
+  White space beyond those goes.
+  """
+  said = [i for i, piece in enumerate(pieces) if piece.span.text.strip()]
+  if said and pieces[said[0]].ids == [tokenizer.bos_id]:
+    pieces = pieces[said[0] :]
+  else:
     bos = Span('<bos>', is_control=True)
     pieces = [Piece(bos, [tokenizer.bos_id]), *pieces]
-  last = pieces[-1]
-  if last.span.is_answer and last.ids != [tokenizer.eos_id]:
-    eos = dataclasses.replace(last.span, text='<eos>', is_control=True)
+  said = [i for i, piece in enumerate(pieces) if piece.span.text.strip()]
+  last = pieces[said[-1]]
+  if last.ids == [tokenizer.eos_id]:
+    return pieces[: said[-1] + 1]
+  if pieces[-1].span.is_answer:
+    eos = dataclasses.replace(
+      pieces[-1].span, text='<eos>', is_control=True, spare=(), last_spare=()
+    )
     pieces = [*pieces, Piece(eos, [tokenizer.eos_id])]
   return pieces
 
@@ -149,8 +160,9 @@ def _part(span: Span, part: Range) -> Span:
   first, last = part
 
   def within(ranges):
-    cut = ((max(a, first) - first, min(b, last) - first) for a, b in ranges)
-    return tuple((a, b) for a, b in cut if a < b)
+    # Also an empty one: its place among the others is its priority.
+    cut = ((max(a, first), min(b, last)) for a, b in ranges)
+    return tuple((a - first, max(b, a) - first) for a, b in cut)
 
   return dataclasses.replace(
     span,

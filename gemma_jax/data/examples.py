@@ -50,6 +50,8 @@ class Example(NamedTuple):
 _MOST_LOST_PROMPTS = 0.01
 _MOST_TRUNCATED = 0.05
 
+_RAISE = 'Raise --config.data.seq_len, if the base has more positions'
+
 
 @dataclasses.dataclass(frozen=True)
 class ExampleStats:
@@ -63,8 +65,9 @@ class ExampleStats:
     truncated: examples that lost tokens to fit seq_len.
     lost_prompts: of them, those that lost part of what precedes the response.
     lost_supervised_tokens: that would count in a row that is long enough.
-    unlearnable: records left out without a supervised token.
-    too_long: records left out since seq_len leaves no room for their question.
+    unlearnable: records left out in which nothing counts.
+    too_long: records left out since seq_len leaves no room for their question,
+      or for anything that counts.
     duplicates: examples that equal an earlier one (they are kept).
     spelling_controls: records whose text spells a control token.
     parsed_controls: whether these became control tokens.
@@ -91,8 +94,9 @@ class ExampleStats:
       f'{name}: {self.examples:,} records, {self.tokens:,} tokens, '
       f'{self.supervised_tokens:,} supervised, {self.truncated:,} truncated to '
       f'seq_len ({self.lost_prompts:,} lost part of their prompt), '
-      f'{self.unlearnable + self.too_long:,} dropped (no supervised token, or '
-      f'a question that seq_len cannot hold), {self.duplicates:,} duplicates'
+      f'{self.unlearnable + self.too_long:,} left out ({self.unlearnable:,} '
+      f'without a target, {self.too_long:,} too long), {self.duplicates:,} '
+      'duplicates'
     )
 
   def warnings(self, name: str) -> list[str]:
@@ -103,21 +107,22 @@ class ExampleStats:
       lines.append(
         f'{self.truncated:,} of {self.records:,} records are truncated to '
         f'seq_len={self.seq_len}; {self.lost_supervised_tokens / total:.0%} of '
-        'the supervised tokens are lost. Raise --config.data.seq_len'
+        f'the supervised tokens are lost. {_RAISE}'
       )
     for count, most, fate in (
       (self.lost_prompts, _MOST_LOST_PROMPTS, 'lost part of their prompt to'),
-      (
-        self.too_long,
-        0,
-        'are left out, since their question does not fit into',
-      ),
+      (self.too_long, 0, 'are left out: what has to stay does not fit into'),
     ):
       if count > most * self.records:
         lines.append(
           f'{count:,} of {self.records:,} records {fate} '
-          f'seq_len={self.seq_len}. Raise --config.data.seq_len'
+          f'seq_len={self.seq_len}. {_RAISE}'
         )
+    if self.unlearnable:
+      lines.append(
+        f'{self.unlearnable:,} of {self.records:,} records are left out: '
+        'nothing of them counts in the loss (loss_mask or weights of 0)'
+      )
     if self.spelling_controls and not self.parsed_controls:
       lines.append(
         f'{self.spelling_controls:,} records spell control tokens, which are '
@@ -230,25 +235,24 @@ def make_examples(
     parse_control_tokens,
   )
   for record_id, made in enumerate(whole_documents):
+    example = made.example
     counts['spelling_controls'] += made.spells_controls
-    if made.example is None:
-      counts['too_long'] += 1
+    counts['lost_supervised_tokens'] += made.lost_supervised_tokens
+    if example is None or not example.loss_mask.any():
+      is_cut = made.lost_supervised_tokens > 0
+      counts['too_long' if is_cut else 'unlearnable'] += 1
       continue
-    if not made.example.loss_mask.any():
-      counts['unlearnable'] += 1
-      continue
-    example, lost = made.example, made.lost_supervised_tokens
     counts['truncated'] += made.is_truncated
     counts['lost_prompts'] += made.lost_prompt
-    counts['lost_supervised_tokens'] += lost
     seen.add((example.tokens.tobytes(), example.loss_mask.tobytes()))
     kept.append(example)
     record_ids.append(record_id)
   if not kept:
     raise ValueError(
       f'data: none of {len(records)} records has a supervised token within '
-      f'data.seq_len={seq_len} ({counts["too_long"]} ask more than that can '
-      'hold); expected at least one. Is every loss_mask 0?'
+      f'data.seq_len={seq_len} ({counts["too_long"]} are too long for it, '
+      f'{counts["unlearnable"]} have a loss_mask or weights of 0 alone); '
+      'expected at least one.'
     )
   stats = ExampleStats(
     records=len(records),
@@ -339,7 +343,7 @@ class _Made(NamedTuple):
   """What a record became.
 
   Attributes:
-    example: None if its question does not fit.
+    example: None if what has to stay does not fit.
     is_truncated: tokens were lost.
     lost_prompt: some of them precede the response.
     lost_supervised_tokens: how many of them would count.
@@ -372,20 +376,18 @@ def _documents(
     fitted = truncation.fit(
       record, document, seq_len, lambda r: encode(r)[0], tokenizer
     )
-    if fitted.document is None:
-      return _Made(None, spells_controls=document.spells_controls)
-    if fitted.document is document:
-      whole = Example(*document.arrays(loss_on))
-      return _Made(whole, spells_controls=document.spells_controls)
-    example = Example(*fitted.document.arrays(loss_on))
     whole = Example(*document.arrays(loss_on))
+    example, kept = None, 0
+    if fitted.document is document:
+      example, kept = whole, whole.loss_mask.sum()
+    elif fitted.document is not None:
+      example = Example(*fitted.document.arrays(loss_on))
+      kept = example.loss_mask.sum()
     return _Made(
       example,
-      is_truncated=True,
+      is_truncated=example is not whole,
       lost_prompt=fitted.lost_prompt,
-      lost_supervised_tokens=int(
-        whole.loss_mask.sum() - example.loss_mask.sum()
-      ),
+      lost_supervised_tokens=int(whole.loss_mask.sum() - kept),
       spells_controls=document.spells_controls,
     )
 

@@ -13,9 +13,9 @@ optional system message, then user and model (or assistant) in turns, ending
 with a model; an answer of weight 0 is shown and not learned.
 
 Nothing is dropped in silence. What changes the text and no template can say is
-refused (tools and their calls, reasoning, images), and so is a row that is two
-forms at once. The names of all other fields go into `Record.unread`, to be
-counted and said.
+refused (tools and their calls, reasoning, images), and so are a row that is two
+forms at once and a known field where it has no meaning. The names of all other
+fields go into `Record.unread`, to be counted and said.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +38,9 @@ _UNSAYABLE = (
   'functions',
   'tool_calls',
   'function_call',
+  'reasoning',
   'reasoning_content',
+  'thinking',
   'image',
   'images',
   'audio',
@@ -46,22 +48,21 @@ _UNSAYABLE = (
   'video',
   'videos',
 )
-_UNSAYABLE_IN_MESSAGE = (*_UNSAYABLE, 'reasoning', 'thinking')
+
+# They change what is shown or learned wherever they stand.
+_MEANT = (*_CONTEXT, 'system', 'history', 'loss_mask')
 
 _KNOWN = frozenset(
   (
     *_ANSWER,
-    *_CONTEXT,
     *_UNSAYABLE,
+    *_MEANT,
     'instruction',
     'prompt',
     'messages',
     'tokens',
-    'loss_mask',
     'en',
     'ko',
-    'system',
-    'history',
     'category',
     'weight',
     'role',
@@ -111,6 +112,7 @@ def parse(row: Any, template: str) -> Record:
   record = form.read(fields, template)
   if record.is_text:
     fields.refuse(_UNSAYABLE)
+    fields.refuse_untaken(form.name)
   weight = fields.take('weight')
   if weight not in (None, 1):
     raise BadRecord(
@@ -212,6 +214,15 @@ class _Fields:
           '; take it out, or write what it says into the text',
         )
 
+  def refuse_untaken(self, place: str) -> None:
+    """BadRecord if a field that is meant to change the text was not read."""
+    for name in _MEANT:
+      if name not in self._taken and self.take(name) not in (None, '', []):
+        raise BadRecord(
+          f'field {self._quoted(name)} is not read in {place}',
+          '; take it out, or give it another name',
+        )
+
   def missing(self, name: str) -> BadRecord:
     """The error for a field that is not there, or null."""
     is_null = name in map(str.lower, self._row)
@@ -276,6 +287,7 @@ def _read_messages(fields: _Fields, template: str) -> Record:
     inner = _Fields(message, f'messages[{i}].')
     role = inner.text('role')
     turns.append(_message(inner, _ROLES.get(role, role)))
+    inner.refuse_untaken('a message')
     parts.append([role, turns[-1].text])
     unread |= {f'messages[].{name}': None for name in inner.unread()}
   parts.pop()
@@ -303,7 +315,7 @@ def _read_messages(fields: _Fields, template: str) -> Record:
 def _message(fields: _Fields, role: str) -> Turn:
   """A message as a turn; whether its role stands in the right place is seen
   by the caller."""
-  fields.refuse(_UNSAYABLE_IN_MESSAGE)
+  fields.refuse(_UNSAYABLE)
   weight = fields.take('weight')
   if weight not in (None, 0, 1):
     raise BadRecord(
@@ -366,7 +378,9 @@ def _single(
 
 def _history(fields: _Fields) -> list[Turn]:
   """Earlier turns; their answers are learned, as those of messages are."""
-  history = fields.take('history') or []
+  history = fields.take('history')
+  if history in (None, ''):
+    return []
   is_pairs = isinstance(history, list) and all(
     isinstance(pair, list)
     and len(pair) == 2

@@ -90,7 +90,7 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
         if number == 1:
           line = line.removeprefix(codecs.BOM_UTF8)
         if not is_known and line.strip():
-          _check_kind(line[:_HEAD_BYTES], path, name)
+          _check_kind(line, path, name)
           is_known = True
         if len(line) > _MAX_LINE_BYTES:
           raise ValueError(
@@ -163,16 +163,19 @@ def usable(
   return Reading(records, skipped, unread)
 
 
-def _check_kind(head: bytes, path: str, name: str) -> None:
+def _check_kind(line: bytes, path: str, name: str) -> None:
   """ValueError if the file is something other than JSON Lines."""
-  if kind := file_kinds.other_than_json_lines(head):
+  head, suffixes = line[:_HEAD_BYTES], files.path(path).suffixes
+  if kind := file_kinds.other_than_json_lines(head, suffixes):
     raise ValueError(f'{name}: {path} is {kind}.')
 
 
 def _parse(line: bytes) -> Any:
   """A line's JSON value, or a BadRecord."""
   try:
-    return json.loads(line.decode())
+    return json.loads(line.decode(), object_pairs_hook=_object)
+  except BadRecord as e:
+    return e
   except UnicodeDecodeError as e:
     return BadRecord('invalid UTF-8', f' at byte {e.start}')
   except json.JSONDecodeError as e:
@@ -181,3 +184,13 @@ def _parse(line: bytes) -> Any:
     return BadRecord('invalid JSON', f' ({e})')
   except RecursionError:
     return BadRecord('invalid JSON', ' (nested too deeply)')
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """A JSON object; BadRecord where a key stands in it twice."""
+  value = dict(pairs)
+  if len(value) < len(pairs):
+    counts = collections.Counter(key for key, _ in pairs)
+    twice = counts.most_common(1)[0][0]
+    raise BadRecord('a field stands twice in an object', f' ("{twice}")')
+  return value

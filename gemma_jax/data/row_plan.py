@@ -147,7 +147,7 @@ def eval_rows(
 
   Examples longer than seq_len go into rows of twice, four times, ... that.
 
-      slots (5, 3, 20, 2), seq_len 8      {8: [(0, 1), (3,)], 32: [(2,)]}
+      slots (5, 3, 20, 2), seq_len 8      {32: [(2,)], 8: [(0, 1), (3,)]}
 
   Args:
     slots: places that each example takes.
@@ -160,7 +160,7 @@ def eval_rows(
     by_length.setdefault(seq_len << max(doublings, 0), []).append(i)
   return {
     length: pack(ids, slots, length) if packing else [(i,) for i in ids]
-    for length, ids in sorted(by_length.items())
+    for length, ids in by_length.items()
   }
 
 

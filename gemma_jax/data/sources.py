@@ -103,7 +103,9 @@ def split(
 
   Whether a record is held out depends on its own prompt alone, not on the
   machine, the order or the other records, so that a prompt never stands on
-  both sides and a growing file keeps its held-out records. Where this would
+  both sides and a growing file keeps its held-out records. (The same question
+  as a prompt and as messages is two prompts; the audit finds it.) Where this
+  would
   leave a side empty, the prompt with the least or greatest hash moves over.
 
   Args:

@@ -28,6 +28,9 @@ import functools
 from gemma_jax.data import tokenizer as tokenizer_lib
 from gemma_jax.data.record import MODEL, Record, Turn, asking
 
+# Templates that say themselves what is to be done.
+TRANSLATIONS = ('en_ko', 'ko_en')
+
 # The first character of a part of a text, and one past its last.
 Range = tuple[int, int]
 
@@ -91,6 +94,12 @@ def _single(
       f'data.template: got {name!r} for a conversation of '
       f'{len(record.dialogue)} turns, expected chat (the others hold one '
       'question and one answer). Set --config.data.template=chat.'
+    )
+  if name in TRANSLATIONS and (record.system or record.context):
+    raise ValueError(
+      f'data.template: got {name!r} for a record with a system text or a '
+      'context, expected a sentence alone: they would be translated with it. '
+      'Take them out.'
     )
   text = _Text(record.is_instruction)
   text.add(before)

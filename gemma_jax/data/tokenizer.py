@@ -205,6 +205,7 @@ class SentencePieceTokenizer(Tokenizer):
       )
     self.model_proto = model_proto
     self.vocab_size = self._pieces.get_piece_size()
+    self._bytes: dict[int, bytes] = {}  # of the tokens asked for so far
 
   @classmethod
   def from_file(
@@ -227,7 +228,12 @@ class SentencePieceTokenizer(Tokenizer):
 
   def token_bytes(self, token_id: int) -> bytes:
     token_id = int(token_id)
-    self._check_id(token_id)
+    if token_id not in self._bytes:
+      self._check_id(token_id)
+      self._bytes[token_id] = self._read_bytes(token_id)
+    return self._bytes[token_id]
+
+  def _read_bytes(self, token_id: int) -> bytes:
     if self._pieces.is_control(token_id) or self._pieces.is_unknown(token_id):
       return b''
     piece = self._pieces.id_to_piece(token_id)

@@ -2,20 +2,25 @@
 
 A model learns nothing good from an answer whose question was cut away. So
 
-1. a conversation loses its oldest turns, a question with its answer, as long
-   as there are others (the system's text stays);
+1. a conversation loses whole turns, a question with its answer, as long as
+   there are others: those behind the last answer that is learned, then the
+   oldest (the system's text and a context stay);
 2. a prompt and its response share the row: the prompt is shortened, down to a
-   half of the row; what it is about (the context) goes first, from the middle,
-   so that beginning and end stay, and an instruction is not touched;
+   quarter of the row; what it is about (the context) goes first, from the
+   middle, so that beginning and end stay, and an instruction is not touched;
 3. then the response loses its end, EOS first, so that the model does not learn
    to stop there, down to a quarter of the row;
 4. only then an instruction is shortened too, from the middle;
-5. where the template's own words alone leave no room, the record is left out.
+5. where the other words of the prompt leave no room, the record is left out.
+
+Whole characters go. A text that was rendered elsewhere and parsed keeps all its
+control tokens; what lies between them is shortened as one text.
 
     row of 12       [BOS p1 .. p9 | r1 .. r9 EOS]
-    kept            [BOS p1 p2 p3 p8 p9 | r1 .. r6]
+    kept            [BOS p1 p9 | r1 .. r9]
 """
 
+import bisect
 from collections.abc import Callable, Sequence
 import dataclasses
 import math
@@ -23,13 +28,14 @@ from typing import NamedTuple
 
 from gemma_jax.data.encoding import Document, Piece
 from gemma_jax.data.record import Record
-from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.data.tokenizer import SPACE, Tokenizer
 
 # Shares of a row that a prompt and a response keep, if they are that long.
-PROMPT_SHARE = 1 / 2
+PROMPT_SHARE = 1 / 4
 RESPONSE_SHARE = 1 / 4
 
-_SPACE = '\u2581'  # a token's bytes have a space in its place
+# A token: the index of its piece, and its own in the piece.
+_Place = tuple[int, int]
 
 
 class Fitted(NamedTuple):
@@ -60,36 +66,74 @@ def fit(
     encode: makes the document of a record.
     tokenizer: that of `encode`.
   """
-  lost_turns = False
-  while document.num_tokens > seq_len and len(record.dialogue) > 2:
-    record = _without_oldest(record)
-    document = encode(record)
-    lost_turns = True
   if document.num_tokens <= seq_len:
-    return Fitted(document, lost_turns)
-  prompt, response = _split(document.pieces)
+    return Fitted(document)
+  fewer = _without_unlearned_end(record)
+  if fewer is not record:
+    record, document = fewer, encode(fewer)
+  # One pair stays. Fewer turns are fewer tokens: a search, not a walk.
+  pairs = len(record.dialogue) // 2
+  encoded = {0: document}
+
+  def tokens_without(gone: int) -> int:
+    if gone not in encoded:
+      encoded[gone] = encode(_without_oldest(record, gone))
+    return encoded[gone].num_tokens
+
+  gone = bisect.bisect_left(
+    range(pairs - 1), -seq_len, key=lambda gone: -tokens_without(gone)
+  )
+  if tokens_without(gone) <= seq_len:
+    return Fitted(encoded[gone], lost_prompt=gone > 0)
+  pieces, lost = _share(encoded[gone].pieces, seq_len, tokenizer)
+  if pieces is None:
+    return Fitted(None, lost_prompt=True)
+  shortened = Document(pieces, document.spells_controls)
+  return Fitted(shortened, lost_prompt=lost or gone > 0)
+
+
+def _share(
+  pieces: Sequence[Piece], seq_len: int, tokenizer: Tokenizer
+) -> tuple[list[Piece] | None, bool]:
+  """One prompt and one response in a row that is too short for both.
+
+  Returns:
+    (pieces, or None if there is no room, whether the prompt lost a part).
+  """
+  prompt, response = _split(pieces)
   P, R = _count(prompt), _count(response)
   spare, last = (
     _spare_tokens(prompt, name, tokenizer) for name in ('spare', 'last_spare')
   )
-  fixed = P - sum(tokens.count for tokens in spare)
-  most = seq_len - min(R, math.ceil(RESPONSE_SHARE * seq_len))
+  fixed = P - sum(map(len, spare))
+  most = seq_len - math.ceil(RESPONSE_SHARE * seq_len)
   least = min(P, max(fixed, math.ceil(PROMPT_SHARE * seq_len)), most)
   excess = P - max(seq_len - R, least)
-  prompt, left = _shortened(prompt, [*spare, *last], excess)
-  if left:
-    return Fitted(None, lost_prompt=True)
-  room = seq_len - _count(prompt)
-  pieces = [*prompt, *_beginning(response, room)]
-  return Fitted(
-    Document(pieces, document.spells_controls), lost_turns or excess > 0
-  )
+  kept = _shortened(prompt, [*spare, *last], excess, tokenizer)
+  room = seq_len - _count(kept)
+  if room < seq_len - P + excess:
+    return None, True
+  return [*kept, *_beginning(response, room, tokenizer)], excess > 0
 
 
-def _without_oldest(record: Record) -> Record:
-  """A conversation without its first question and answer."""
+def _without_unlearned_end(record: Record) -> Record:
+  """Without the turns behind the last answer that is learned, if any is."""
+  learned = [i for i, turn in enumerate(record.turns) if turn.is_target]
+  if not learned or learned[-1] == len(record.turns) - 1:
+    return record
+  turns = record.turns[: learned[-1] + 1]
+  return dataclasses.replace(record, turns=turns)
+
+
+def _without_oldest(record: Record, pairs: int) -> Record:
+  """Without the first questions and their answers; their context moves on."""
+  if not pairs:
+    return record
   head = record.turns[: len(record.turns) - len(record.dialogue)]
-  return dataclasses.replace(record, turns=(*head, *record.dialogue[2:]))
+  gone, rest = record.dialogue[: 2 * pairs], record.dialogue[2 * pairs :]
+  contexts = [turn.context for turn in (*gone, rest[0]) if turn.context]
+  first = dataclasses.replace(rest[0], context='\n\n'.join(contexts))
+  return dataclasses.replace(record, turns=(*head, first, *rest[1:]))
 
 
 def _split(pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
@@ -100,71 +144,90 @@ def _split(pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
   return list(pieces[:start]), list(pieces[start:])
 
 
-class _Tokens(NamedTuple):
-  """Tokens of a piece that may be given up: ids[start:stop] of `piece`."""
-
-  piece: int
-  start: int
-  stop: int
-
-  @property
-  def count(self) -> int:
-    return self.stop - self.start
-
-
 def _spare_tokens(
   pieces: Sequence[Piece], name: str, tokenizer: Tokenizer
-) -> list[_Tokens]:
-  """The tokens that lie within the ranges of characters of that name."""
-  tokens = []
+) -> list[list[_Place]]:
+  """The tokens that lie within the ranges of that name, by priority.
+
+  Pieces of one text, which was parsed, have parts of the same ranges.
+  """
+  groups: list[list[_Place]] = []
   for index, (span, ids) in enumerate(pieces):
-    for first, last in getattr(span, name):
-      ends = [0]
-      for token_id in ids:
-        ends.append(ends[-1] + len(tokenizer.token_bytes(token_id)))
+    ranges = getattr(span, name)
+    if not ranges:
+      continue
+    ends = [0]
+    for token_id in ids:
+      ends.append(ends[-1] + len(tokenizer.token_bytes(token_id)))
+    for priority, (first, last) in enumerate(ranges):
       low, high = (_num_bytes(span.text[:n]) for n in (first, last))
-      inside = [
-        i for i in range(len(ids)) if low <= ends[i] and ends[i + 1] <= high
+      if priority == len(groups):
+        groups.append([])
+      groups[priority] += [
+        (index, i)
+        for i in range(len(ids))
+        if low <= ends[i] and ends[i + 1] <= high
       ]
-      if inside:
-        tokens.append(_Tokens(index, inside[0], inside[-1] + 1))
-  return tokens
+  return groups
 
 
 def _num_bytes(text: str) -> int:
-  return len(text.replace(_SPACE, ' ').encode())
+  """As tokens have them: a blank stands for U+2581."""
+  return len(text.replace(SPACE, ' ').encode())
 
 
 def _shortened(
-  pieces: list[Piece], spare: Sequence[_Tokens], excess: int
-) -> tuple[list[Piece], int]:
-  """Takes tokens out of the middle of the spare ones, in their order.
+  pieces: Sequence[Piece],
+  spare: Sequence[list[_Place]],
+  excess: int,
+  tokenizer: Tokenizer,
+) -> list[Piece]:
+  """Takes tokens out of the middle of each spare part, in their order.
 
-  Returns:
-    (pieces, how many tokens too many are left).
+  At least `excess` of them, or all.
   """
-  gone: dict[int, set[int]] = {}
-  for tokens in spare:
-    taken = min(excess, tokens.count)
-    first = tokens.start + math.ceil((tokens.count - taken) / 2)
-    gone.setdefault(tokens.piece, set()).update(range(first, first + taken))
-    excess -= taken
-  kept = [
-    Piece(p.span, [t for j, t in enumerate(p.ids) if j not in gone[i]])
-    if i in gone
-    else p
+  gone: set[_Place] = set()
+  starts = lambda place: _starts_character(
+    pieces[place[0]], place[1], tokenizer
+  )
+  for places in spare:
+    taken = min(excess, len(places))
+    if not taken:
+      continue
+    first = math.ceil((len(places) - taken) / 2)
+    last = first + taken
+    while first and not starts(places[first]):
+      first -= 1
+    while last < len(places) and not starts(places[last]):
+      last += 1
+    gone.update(places[first:last])
+    excess -= last - first
+    excess = max(excess, 0)
+  return [
+    Piece(p.span, [t for j, t in enumerate(p.ids) if (i, j) not in gone])
     for i, p in enumerate(pieces)
   ]
-  return kept, excess
 
 
-def _beginning(pieces: Sequence[Piece], room: int) -> list[Piece]:
-  """The first `room` tokens."""
+def _beginning(
+  pieces: Sequence[Piece], room: int, tokenizer: Tokenizer
+) -> list[Piece]:
+  """The first `room` tokens, without a last character that is cut."""
   kept = []
-  for span, ids in pieces:
-    kept.append(Piece(span, ids[:room]))
-    room -= len(kept[-1].ids)
+  for piece in pieces:
+    end = min(room, len(piece.ids))
+    if end < len(piece.ids):
+      while end and not _starts_character(piece, end, tokenizer):
+        end -= 1
+    kept.append(Piece(piece.span, piece.ids[:end]))
+    room = room - end if end == len(piece.ids) else 0
   return kept
+
+
+def _starts_character(piece: Piece, index: int, tokenizer: Tokenizer) -> bool:
+  """Whether a token does not go on with a character of the one before."""
+  first = tokenizer.token_bytes(piece.ids[index])[:1]
+  return not first or first[0] & 0xC0 != 0x80
 
 
 def _count(pieces: Sequence[Piece]) -> int:

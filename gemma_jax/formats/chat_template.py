@@ -60,6 +60,12 @@ turn['role'] not in ['user', 'assistant', 'model'] -%}
 {%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}
 """
 
+_NO_SYSTEM = """\
+{%- if system is defined and system -%}
+{{- raise_exception('This template takes no system text.') -}}
+{%- endif -%}
+"""
+
 # One question, and its answer where there is one.
 _SINGLE = """\
 {%- if (turns | length) not in [1, 2] or turns[0]['role'] != 'user' or \
@@ -90,7 +96,9 @@ def jinja(template: str) -> str:
   before, after, answer = _parts(template)
   single = _SINGLE.replace('BEFORE', _quoted(before))
   single = single.replace('AFTER', _quoted(after))
-  return _TEXT + _SYSTEM + single.replace('ANSWER', _quoted(answer))
+  single = single.replace('ANSWER', _quoted(answer))
+  no_system = _NO_SYSTEM if template in templates.TRANSLATIONS else ''
+  return _TEXT + _SYSTEM + no_system + single
 
 
 def of_export(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from gemma_jax import config as config_lib
-from gemma_jax import files, lora, resume, summary
+from gemma_jax import describe, files, lora, resume, summary
 from gemma_jax import run as run_lib
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.config import TrainConfig
@@ -105,6 +105,8 @@ def draft(config: SweepConfig) -> Draft:
   source = source_lib.open_base(config.model.path, config.model.tokenizer)
   checked = check_cells(config, source.config)
   run = run_lib.prepare(next(iter(checked.resolved.values())))
+  for line in describe.describe_data(run):
+    logging.info('%s', line)
   return Draft(checked, run, _heldout(config, run))
 
 
@@ -149,6 +151,7 @@ def make(config: SweepConfig, workdir: str, made: Draft) -> None:
     {
       'config': config_lib.to_dict(config),
       'fingerprints': made.run.fingerprints(),
+      'records': describe.describe_data(made.run),
       'base': source.reference,
       'steps': made.run.steps,
       'cells': [_entry(cell, source.config, refused) for cell in cells],
