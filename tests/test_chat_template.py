@@ -86,6 +86,22 @@ def test_turns_as_gemma_says_them():
   assert render(template, empty) == CHAT.replace(' Be brief. ', '')
 
 
+@pytest.mark.parametrize('system', [[], [SYSTEM], [message('system', '')]])
+def test_a_conversation_is_what_training_reads(system):
+  turns = [
+    message('user', ' Hi\n'),
+    message('assistant', '\nHello '),
+    message('user', 'And 서울?'),
+    message('model', 'Yes'),
+  ]
+  for name in NAMES[:4]:
+    messages = [*system, *(turns if name == 'chat' else turns[:2])]
+    (record,) = data_toy.records([{'messages': messages}], name)
+    end = '\n' if name == 'chat' else '<eos>'
+    want = spelled(templates.render(name, record)) + end
+    assert render(chat_template.jinja(name), messages, False) == want, name
+
+
 def test_a_system_text_goes_before_a_single_question():
   got = render(chat_template.jinja('dolly'), [SYSTEM, message('user', 'Hi')])
   assert got == '<bos>Instruction:\n Be brief. \n\nHi\n\nResponse:\n'

@@ -138,7 +138,10 @@ def token_losses(base, record):
   """Nats of each supervised token of a record, as training computes them."""
   tokenizer = base.tokenizer()
   examples = examples_lib.make_examples(
-    [record], tokenizer, vocab_size=tokenizer.vocab_size, template='plain'
+    data_toy.records([record], 'plain'),
+    tokenizer,
+    vocab_size=tokenizer.vocab_size,
+    template='plain',
   )
   tokens = examples.tokens[None]
   params = base.load_params('float32')
