@@ -34,6 +34,18 @@ def test_exact_and_normalised_leaks_are_told_apart():
   assert found.alike == (1, 3)
 
 
+def test_a_question_with_another_answer_is_said():
+  """Two forms of a question may fall on both sides of a split."""
+  turns = [
+    {'role': 'user', 'content': 'Q'},
+    {'role': 'model', 'content': 'B'},
+  ]
+  heldout = [pair('Q', 'B'), pair('R', 'A'), {'messages': turns}, pair('', 'C')]
+  found = audit([pair('Q', 'A'), pair('', 'A'), {'tokens': [2, 5]}], heldout)
+  assert found.asked == (0, 2)
+  assert found.leaked == found.alike == ()
+
+
 def test_texts_of_punctuation_are_not_all_alike():
   found = audit([pair('?', '!')], [pair('.', ',')])
   assert found.alike == ()

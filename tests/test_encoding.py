@@ -47,12 +47,26 @@ def test_a_rendered_text_is_what_the_chat_template_makes():
   assert made.stats.warnings('data') == []
 
 
-def test_a_spelled_eos_is_not_doubled():
-  row = {'prompt': 'Hi', 'response': 'ab<eos>'}
+@pytest.mark.parametrize('blank', ['', ' ', '\n'])
+def test_spelled_ends_are_not_doubled(blank):
+  row = {'prompt': f'{blank}<bos>Hi', 'response': f'ab<eos>{blank}'}
   (example,) = make(row, parse_control_tokens=True)
-  assert example.tokens.tolist()[-2:] == [*TOKENIZER.encode('ab'), 1]
+  hi, ab = TOKENIZER.encode('Hi'), TOKENIZER.encode('ab')
+  assert example.tokens.tolist() == [2, *hi, *ab, 1]
   ids = examples.prompt_tokens(TOKENIZER, 'plain', '<bos>Hi', True)
   assert ids == [2, *TOKENIZER.encode('Hi')]
+
+
+def test_a_parsed_conversation_is_shortened_as_one_text():
+  turn = '<start_of_turn>user\n{}<end_of_turn>\n'
+  row = {
+    'prompt': turn.format('b' * 20) + turn.format('a' * 20),
+    'response': 'ab<end_of_turn>',
+  }
+  made = make(row, parse_control_tokens=True, seq_len=40)
+  text = TOKENIZER.decode(made[0].tokens.tolist())
+  assert text.startswith('user\nbbb')
+  assert text.endswith('aaa\nab')
 
 
 @pytest.mark.parametrize('seq_len', [16, 20, 30, 40])
@@ -75,5 +89,5 @@ def test_parts_of_a_span_keep_their_ranges():
   assert [(p.text, p.spare, p.last_spare) for p in parts] == [
     ('ab', ((1, 2),), ((0, 1),)),
     ('<bos>', (), ()),
-    ('cde', ((0, 2),), ()),
+    ('cde', ((0, 2),), ((0, 0),)),
   ]

@@ -124,7 +124,7 @@ def test_stats_count_what_became_of_the_records():
       {'tokens': [2, 3, 4, 5, 6, 7, 8]},  # cut to 5
       {'tokens': [2, 3, 4, 5, 6, 7], 'loss_mask': [0] * 5 + [1]},  # cut away
       {'prompt': 'a', 'response': '<eos>'},  # 8 tokens, cut to 5
-      {'prompt': 'a', 'response': 'b', 'system': 'c'},  # no room for the system
+      {'prompt': 'a', 'response': 'b', 'system': 'cde'},  # no room for that
     ]
   )
   made = examples_lib.make_examples(records, BYTES, template='plain', seq_len=5)
@@ -132,20 +132,22 @@ def test_stats_count_what_became_of_the_records():
     records=10,
     examples=6,
     tokens=5 + 3 + 3 + 3 + 5 + 5,
-    supervised_tokens=2 + 2 + 2 + 1 + 4 + 3,
+    supervised_tokens=3 + 2 + 2 + 1 + 4 + 3,
     truncated=3,
     lost_prompts=1,
-    lost_supervised_tokens=1 + 2 + 3,
-    unlearnable=3,
-    too_long=1,
+    lost_supervised_tokens=2 + 1 + 3 + 2,
+    unlearnable=2,
+    too_long=2,
     duplicates=1,
     spelling_controls=1,
     seq_len=5,
   )
   assert made.record_ids.tolist() == [0, 3, 4, 5, 6, 8]
   assert made.slots.tolist() == [4, 2, 2, 2, 4, 4]
-  with pytest.raises(ValueError, match=r'none of 2 records.*seq_len=5'):
-    examples_lib.make_examples(records[1:3], None, seq_len=5)
+  with pytest.raises(
+    ValueError, match=r'none of 3 records.*seq_len=5 \(1 are too long.* 2 have'
+  ):
+    examples_lib.make_examples([*records[1:3], records[7]], None, seq_len=5)
 
 
 def test_stats_as_a_line_and_as_warnings():
@@ -156,17 +158,23 @@ def test_stats_as_a_line_and_as_warnings():
   )  # fmt: skip
   assert stats.line('training') == (
     'training: 970 records, 12,345 tokens, 300 supervised, 60 truncated to '
-    'seq_len (11 lost part of their prompt), 30 dropped (no supervised token, '
-    'or a question that seq_len cannot hold), 1 duplicates'
+    'seq_len (11 lost part of their prompt), 30 left out (27 without a target, '
+    '3 too long), 1 duplicates'
   )
-  truncated, lost, too_long, spelled = stats.warnings('training')
+  truncated, lost, too_long, unlearnable, spelled = stats.warnings('training')
   assert '60 of 1,000 records are truncated to seq_len=128; 25%' in truncated
   assert '11 of 1,000 records lost part of their prompt' in lost
-  assert '3 of 1,000 records are left out' in too_long
+  assert '3 of 1,000 records are left out: what has to stay' in too_long
+  assert '27 of 1,000 records are left out: nothing of them' in unlearnable
   assert '8 records spell control tokens' in spelled
   assert '--config.data.parse_control_tokens=True' in spelled
   few = dataclasses.replace(
-    stats, truncated=50, lost_prompts=10, too_long=0, parsed_controls=True
+    stats,
+    truncated=50,
+    lost_prompts=10,
+    unlearnable=0,
+    too_long=0,
+    parsed_controls=True,
   )
   assert few.warnings('training') == []
 

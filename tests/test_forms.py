@@ -160,6 +160,34 @@ def test_an_answer_of_weight_0_is_shown_and_not_learned():
       ),
       'field "system" beside a system message',
     ),
+    (
+      chat(message('user', 'Q'), message('model', 'A', Thinking='t')),
+      'field "messages[1].Thinking" cannot be rendered',
+    ),
+    (QA | {'reasoning': 'r'}, 'field "reasoning" cannot be rendered'),
+    (
+      chat(message('user', 'Q'), message('model', 'A'), history=[['a', 'b']]),
+      'field "history" is not read in messages',
+    ),
+    (QA | {'loss_mask': [1]}, '"loss_mask" is not read in prompt+response'),
+    (
+      chat(message('user', 'Q', context='C'), message('model', 'A')),
+      'field "messages[0].context" is not read in a message',
+    ),
+    (
+      chat(
+        message('system', 'S', weight=1),
+        message('user', 'Q'),
+        message('model', 'A'),
+      ),
+      'a message of the role system has the weight 1',
+    ),
+    (QA | {'weight': 0}, 'field "weight" is not 1'),
+    (QA | {'history': 0}, 'field "history" is not a list of'),
+    (QA | {'history': {}}, 'field "history" is not a list of'),
+    (QA | {'history': [['a', 'b', 'c']]}, 'field "history" is not a list of'),
+    ({'ko': 'K'}, 'field "en" is missing (found: ko)'),
+    ({'Prompt': 'a', 'RESPONSE': None}, 'field "response" is null'),
     (QA | {'context': 'C', 'input': 'D'}, '"context" and "input" differ'),
     (QA | {'output': 'B'}, '"response" and "output" differ'),
     (QA | {'Prompt': 'R'}, 'fields "prompt" and "Prompt" differ'),
@@ -183,10 +211,42 @@ def test_what_cannot_be_read_is_refused(row, expected):
 
 
 def test_fields_that_say_nothing_are_neither_refused_nor_counted():
-  empty = {'tools': [], 'images': None, 'weight': 1, 'system': None}
+  empty = {
+    'tools': [],
+    'functions': {},
+    'audio': '',
+    'images': None,
+    'weight': 1,
+    'system': None,
+    'history': '',
+  }
   assert parse(QA | empty) == parse(QA)
   row = chat(message('user', 'Q'), message('model', 'A', tool_calls=None))
   assert parse(row).unread == ()
+
+
+def test_what_precedes_the_answer_decides_the_side():
+  """All of it, as it is spelled: splits made before stay as they are."""
+  turns = lambda role: [message('user', 'Q'), message(role, 'A')] * 2
+  rows = [
+    QA,
+    QA | {'context': 'C'},
+    QA | {'system': 'S'},
+    QA | {'history': [['a', 'b']]},
+    chat(*turns('model')),
+    chat(*turns('assistant')),
+    chat(*turns('model'), system='S'),
+    chat(*turns('model'), context='C'),
+  ]
+  assert len({parse(row).key for row in rows}) == len(rows)
+  assert parse(QA | {'response': 'B'}).key == parse(QA).key
+  assert parse(rows[4]).key == key(['user', 'Q'], ['model', 'A'], ['user', 'Q'])
+
+
+def test_a_context_beside_messages_belongs_to_the_first_question():
+  messages = message('system', 'S'), message('user', 'Q'), message('model', 'A')
+  record = parse(chat(*messages, context='C'))
+  assert record.turns[1] == Turn('user', 'Q', 'C')
 
 
 def test_an_unfinished_second_form_is_an_unread_field():

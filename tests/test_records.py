@@ -76,6 +76,10 @@ BAD = [
   ),
   ({'response': 'a'}, 'field "instruction" is missing (found: response)'),
   ({'prompt': 'a'}, 'field "response" is missing (found: prompt)'),
+  (
+    '{"prompt": "a", "prompt": "b", "response": "c"}',
+    'a field stands twice in an object ("prompt")',
+  ),
   ({'text': 'a'}, 'field "response" is missing (found: text)'),
   ({}, 'field "response" is missing (found: no field)'),
   ({'prompt': 'a', 'response': ''}, 'field "response" is empty'),

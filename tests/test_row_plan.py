@@ -136,8 +136,9 @@ def test_evaluation_rows_hold_every_example_once(slots):
 
 def test_long_examples_are_evaluated_in_longer_rows():
   """As the docstring shows it; a length is a power of two times seq_len."""
-  assert row_plan.eval_rows((5, 3, 20, 2), 8) == {8: [(0, 1), (3,)], 32: [(2,)]}
+  assert row_plan.eval_rows((5, 3, 20, 2), 8) == {32: [(2,)], 8: [(0, 1), (3,)]}
   lengths = row_plan.eval_rows((1, 8, 9, 16, 17, 32, 33), 8, packing=False)
+  assert list(lengths) == [64, 32, 16, 8]
   assert lengths == {
     8: [(1,), (0,)], 16: [(3,), (2,)], 32: [(5,), (4,)], 64: [(6,)],
   }  # fmt: skip

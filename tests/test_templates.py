@@ -151,7 +151,15 @@ def test_generation_starts_from_what_training_showed(
   assert len(spans) > len(start)
 
 
-@pytest.mark.parametrize('template', (*SINGLE, 'chat'))
+@pytest.mark.parametrize('template', templates.TRANSLATIONS)
+@pytest.mark.parametrize('field', ['system', 'context'])
+def test_a_translation_takes_a_sentence_alone(template, field):
+  """Anything else would be translated with it."""
+  with pytest.raises(ValueError, match='expected a sentence alone'):
+    render(template, {'en': 'Hi.', 'ko': '안녕.', field: 'Be formal.'})
+
+
+@pytest.mark.parametrize('template', ('dolly', 'plain', 'korean', 'chat'))
 def test_context_and_system_reach_the_model(template):
   record = {'instruction': 'Why?', 'context': 'Once.', 'response': 'So.'}
   text = ''.join(span.text for span in render(template, record))

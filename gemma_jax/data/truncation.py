@@ -195,9 +195,9 @@ def _shortened(
     if not taken:
       continue
     first = math.ceil((len(places) - taken) / 2)
-    last = first + taken
     while first and not starts(places[first]):
       first -= 1
+    last = first + taken
     while last < len(places) and not starts(places[last]):
       last += 1
     gone.update(places[first:last])
