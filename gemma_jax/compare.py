@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import logging
 import jax
+import numpy as np
 
 from gemma_jax import adapters as adapters_lib
 from gemma_jax import compiler, evaluate, layout, run, sharding, train_step
@@ -30,6 +31,7 @@ def evaluate_adapters(
 
   Raises:
     ValueError: what does not fit, before any weight is read.
+    FloatingPointError: a loss that is not finite.
   """
   data = config.data
   mesh = sharding.make_mesh(config.mesh)
@@ -49,7 +51,7 @@ def evaluate_adapters(
     data.template,
     data.loss_on,
     data.seq_len or source.config.max_positions,
-    source.config.vocab_size,
+    source.config.vocab_size if tokenizer is None else tokenizer.vocab_size,
     data.parse_control_tokens,
   )
   for line in (examples.stats.line('data'), *reading.lines()):
@@ -78,14 +80,26 @@ def evaluate_adapters(
       data.packing,
       sharding.batch_parts(mesh),
     )
-    yield (
-      name,
-      examples,
-      evaluate.evaluate(
-        lambda batch, variables=variables: step(
-          variables, sharding.put_batch(batch, mesh)
-        ),
-        batches,
-        len(examples),
+    measured = evaluate.evaluate(
+      lambda batch, variables=variables: step(
+        variables, sharding.put_batch(batch, mesh)
       ),
+      batches,
+      len(examples),
+    )
+    _check_finite(name, examples, measured)
+    yield name, examples, measured
+
+
+def _check_finite(
+  name: str, examples: examples_lib.Examples, measured: evaluate.Evaluation
+):
+  """FloatingPointError that names the first record whose loss is not."""
+  bad = np.flatnonzero(~np.isfinite(measured.nll))
+  if bad.size:
+    raise FloatingPointError(
+      f'{name}: the loss of record {examples.record_ids[bad[0]]} is '
+      f'{measured.nll[bad[0]]} ({bad.size} of {len(examples)} records are not '
+      'finite), expected numbers; the adapter diverged in training, or is for '
+      'another base.'
     )

@@ -37,6 +37,7 @@ from gemma_jax.formats import (
 )
 from gemma_jax.formats import source as source_lib
 from gemma_jax.formats.base import BaseSource
+from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.model_config import ModelConfig
 
 FORMS = ('hf', 'flax', 'peft')
@@ -45,6 +46,10 @@ FORMS = ('hf', 'flax', 'peft')
 # (or to 1). On the real 270M with a merged adapter it is 5e-6 in float32, and
 # 0.015 in bfloat16, which keeps 8 bits of each weight.
 TOLERANCES = {'float32': 1e-4, 'bfloat16': 0.1}
+
+# An adapter of which less survives the rounding of its merge is not what was
+# trained; whoever merges it is told.
+_LEAST_KEPT = 0.9
 
 # The fixed batch: ids drawn uniformly, seed 0.
 _BATCH_SHAPE = (2, 16)
@@ -57,6 +62,15 @@ class Adapter:
   config: LoraConfig
   factors: pytree.Tree
   trained_base: pytree.Tree
+  trained_with: TrainedWith | None
+
+  @classmethod
+  def read(cls, path: str | Path, config: ModelConfig) -> 'Adapter':
+    """Of a PEFT folder or a .lora.h5 file."""
+    return cls(
+      *adapter_lib.read_adapter(path, config),
+      adapter_lib.read_trained_with(path),
+    )
 
 
 def convert(
@@ -86,8 +100,10 @@ def convert(
 
   Returns:
     output; files and folders in it; bytes and parameters written; their
-    dtype; and largest_logit_difference, absolute, None without verification.
-    What else was measured is in the output's conversion.json.
+    dtype; largest_logit_difference, absolute, None without verification; and
+    update_kept and logit_update_kept, the shares of a merged adapter's update
+    that survived rounding, in the weights and in the logits of the check. What
+    else was measured is in the output's conversion.json.
 
   Raises:
     ValueError: anything that does not fit, or an output that does not compute
@@ -98,7 +114,7 @@ def convert(
   source = source_lib.open_base(model, tokenizer)
   loaded = None
   if adapter:
-    loaded = Adapter(*adapter_lib.read_adapter(adapter, source.config))
+    loaded = Adapter.read(adapter, source.config)
     if not any(np.any(x) for x in _effects(loaded)):
       raise ValueError(
         f'adapter: {adapter} changes nothing (lora_b is zero throughout), so '
@@ -115,22 +131,33 @@ def convert(
 
     def write(new: Path) -> dict[str, Any]:
       peft.write_adapter(
-        new, loaded.factors, loaded.config, model, loaded.trained_base
+        new,
+        loaded.factors,
+        loaded.config,
+        model,
+        loaded.trained_base,
+        loaded.trained_with,
       )
       return {'parameters': pytree.num_params(loaded.factors)}
 
   else:
-    result = source
+    result, trained_on = source, None
     if loaded is not None:
+      trained_on = loaded.trained_with and loaded.trained_with.template
       result = merged.merge(
         source, loaded.config, loaded.factors, loaded.trained_base
       )
 
     def write(new: Path) -> dict[str, Any]:
-      return _write_model(new, result, to, dtype, max_shard_bytes, nested)
+      return _write_model(
+        new, result, to, dtype, max_shard_bytes, nested, trained_on
+      )
 
   tokens = _batch(source)
   want = _logits(source, tokens, loaded) if verify else None
+  of_base = None
+  if verify and loaded is not None and to != 'peft':
+    of_base = _logits(source, tokens, None)
 
   sizes: dict[str, int] = {}
 
@@ -142,9 +169,12 @@ def convert(
     measured = None
     if verify:
       logging.info('Reading it again, comparing logits')
-      measured = _verify_logits(new, source, loaded, to, tokens, want, record)
+      measured = _verify_logits(
+        new, source, loaded, to, tokens, want, of_base, record
+      )
     record['largest_logit_difference'] = measured
-    text = json.dumps(record, indent=2, sort_keys=True) + '\n'
+    _warn_of_rounding(record)
+    text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + '\n'
     (new / flax_config.RECORD_NAME).write_text(text, 'utf-8')
     written = sorted(p for p in new.rglob('*') if p.is_file())
     sizes.update({str(p.relative_to(new)): p.stat().st_size for p in written})
@@ -158,6 +188,8 @@ def convert(
     'parameters': record['parameters'],
     'dtype': record.get('dtype', 'float32'),
     'largest_logit_difference': record['largest_logit_difference'],
+    'update_kept': record.get('update_kept'),
+    'logit_update_kept': record.get('logit_update_kept'),
   }
 
 
@@ -197,9 +229,10 @@ def _write_model(
   dtype: str,
   max_shard_bytes: int,
   nested: bool,
+  trained_on: str | None,
 ) -> dict[str, Any]:
   if to == 'hf':
-    hf_writer.write_folder(new, source, dtype, max_shard_bytes)
+    hf_writer.write_folder(new, source, dtype, max_shard_bytes, trained_on)
     config = hf_writer.exported_config(source.config)
   else:
     flax_writer.write_folder(new, source, dtype, nested)
@@ -210,7 +243,7 @@ def _write_model(
     'parameters': sum(int(np.prod(shape)) for shape in shapes),
     'model_config': flax_config.to_record(config),
   }
-  text = json.dumps(record, indent=2, sort_keys=True) + '\n'
+  text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + '\n'
   (new / flax_config.RECORD_NAME).write_text(text, 'utf-8')
   return record
 
@@ -236,6 +269,7 @@ def _verify_weights(
   return {
     'largest_weight_difference': found.largest_difference,
     'changed_tensors': found.num_changed,
+    'update_kept': found.update_kept,
   }
 
 
@@ -246,15 +280,20 @@ def _verify_logits(
   to: str,
   tokens: np.ndarray,
   want: np.ndarray,
+  of_base: np.ndarray | None,
   record: dict[str, Any],
 ) -> float:
   """Raises ValueError unless the output computes what it should.
+
+  Where the base's logits are given, notes in the record which share of the
+  update is in the logits: 1 - |got - want| / |want - base|. Rounding lowers it
+  by what it takes from an update and by the noise that it adds.
 
   Returns:
     Largest absolute difference of a logit.
   """
   if to == 'peft':
-    again = Adapter(*adapter_lib.read_adapter(new, source.config))
+    again = Adapter.read(new, source.config)
     got = _logits(source, tokens, again)
     dtype = 'float32'
   else:
@@ -274,7 +313,36 @@ def _verify_logits(
       f'{dtype}; nothing was written.'
     )
   record['largest_relative_logit_difference'] = float(relative.max())
+  if of_base is not None:
+    way = np.linalg.norm(want - of_base[..., :rows])
+    if way > 0:
+      record['logit_update_kept'] = max(
+        0.0, 1 - float(np.linalg.norm(got - want) / way)
+      )
   return float(difference.max())
+
+
+def _warn_of_rounding(record: dict[str, Any]):
+  """Says how much of a merged adapter is left; warns if that is too little."""
+  names = {'update_kept': 'weights', 'logit_update_kept': "check's logits"}
+  kept = {
+    where: record[name]
+    for name, where in names.items()
+    if record.get(name) is not None
+  }
+  if not kept:
+    return
+  shares = ', '.join(f'{x:.1%} in the {where}' for where, x in kept.items())
+  if min(kept.values()) >= _LEAST_KEPT:
+    logging.info("Of the adapter's update is kept: %s", shares)
+    return
+  logging.warning(
+    "Rounding to %s keeps this of the adapter's update: %s; expected at least "
+    '%.0f %%. Use --dtype=float32.',
+    record['dtype'],
+    shares,
+    100 * _LEAST_KEPT,
+  )
 
 
 def _reopen(folder: Path) -> BaseSource:

@@ -79,7 +79,8 @@ def linear_cross_entropy(
     targets: int32 [B, T].
     weights: float32 [B, T]; positions of weight 0 are never computed.
     softcap: of the logits, or None.
-    num_pieces: rows of the embedding that are tokens; later rows are masked.
+    num_pieces: rows of the embedding that are tokens; later rows are masked,
+      and the loss of a target among them is infinite.
     sharding: of `hidden`; mesh axes that do not split its rows split the
       vocabulary. None: one device.
     chunk: positions and rows at a time, see `Chunk`; None chooses by the
@@ -230,7 +231,8 @@ def _on_device(
   target_logit = total(jnp.sum(h.astype(jnp.float32) * row, axis=-1))
   target_logit, slope = _capped(options, target_logit)
   if options.num_pieces is not None:
-    target_logit = jnp.where(y < options.num_pieces, target_logit, _MASK_VALUE)
+    # A target behind the tokens has no probability; who checks losses stops.
+    target_logit = jnp.where(y < options.num_pieces, target_logit, -jnp.inf)
 
   found = {'losses': scatter(w * (logsumexp - target_logit), weights)}
   if 'd_hidden' in wanted:

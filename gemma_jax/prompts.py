@@ -14,9 +14,20 @@ PREFILL_TOKENS = 512
 
 
 def check(
-  prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  config: ModelConfig,
+  num_tokens: int | None = None,
 ):
-  """ValueError unless the model can continue all of them so far."""
+  """ValueError unless the model can continue all of them so far.
+
+  Args:
+    prompts: token ids.
+    max_new_tokens: how far.
+    config: of the model.
+    num_tokens: that its tokenizer has; default: the rows of its embedding.
+  """
+  num_tokens = config.vocab_size if num_tokens is None else num_tokens
   if len(prompts) == 0:
     raise ValueError('prompts: got none, expected at least one.')
   for i, prompt in enumerate(prompts):
@@ -28,10 +39,10 @@ def check(
         f'{max_new_tokens}, expected at most {config.max_positions} together, '
         'the positions of the model.'
       )
-    if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+    if not 0 <= min(prompt) <= max(prompt) < num_tokens:
       raise ValueError(
         f'prompt {i}: got token ids from {min(prompt)} to {max(prompt)}, '
-        f'expected ids in [0, {config.vocab_size}), the rows of the embedding.'
+        f"expected ids in [0, {num_tokens}), the model's tokens."
       )
 
 

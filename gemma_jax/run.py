@@ -334,7 +334,7 @@ def prepare(config: TrainConfig) -> Run:
       data.template,
       data.loss_on,
       data.seq_len,
-      program.source.config.vocab_size,
+      program.num_pieces or program.source.config.vocab_size,
       data.parse_control_tokens,
     )
     for part in (records.train, heldout_records)

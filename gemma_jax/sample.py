@@ -142,10 +142,13 @@ class Sampler:
 
     Raises:
       ValueError: no prompt, an empty one, one that leaves no room for
-        max_new_tokens, or an id that is no row of the embedding.
+        max_new_tokens, or an id behind the tokens.
+      FloatingPointError: logits that are not finite.
     """
     sampling.check()
-    prompts_lib.check(prompts, sampling.max_new_tokens, self.config)
+    prompts_lib.check(
+      prompts, sampling.max_new_tokens, self.config, self.num_pieces
+    )
     if row_ids is None:
       row_ids = range(len(prompts) * num_samples)
     settings = Settings.of(sampling, row_ids)
@@ -169,6 +172,7 @@ class Sampler:
       ),
       num_samples=num_samples,
     )
+    _check_finite(state, num_samples)
     take(np.asarray(state.token)[:, None])
     # No token is asked for: it only compiles, which the clock must not see.
     state, _, _ = self.decode(variables, state, settings, np.int32(0))
@@ -183,6 +187,7 @@ class Sampler:
         variables, state, settings, np.int32(limit)
       )
       count = int(count)
+      _check_finite(state, num_samples)
       take(np.asarray(tokens)[:, :count])
       remaining = 0 if count < limit else remaining - limit
     return Generation(
@@ -238,6 +243,7 @@ class Sampler:
         token=jnp.zeros(B * num_samples, jnp.int32),
         position=repeat(positions[:, -1], 0),
         done=jnp.zeros(B * num_samples, bool),
+        finite=jnp.ones(B * num_samples, bool),
         step=jnp.int32(0),
       ),
     )
@@ -289,6 +295,8 @@ class Sampler:
     """The state with its next token, from hidden [B, D]."""
     logits = self.model.apply(variables, hidden[:, None], method='logits')[:, 0]
     is_piece = jnp.arange(logits.shape[1]) < self.num_pieces
+    is_finite = jnp.all(jnp.isfinite(logits) | ~is_piece[None], axis=1)
+    finite = state.finite & (is_finite | state.done)
     logits = jnp.where(is_piece[None], logits, -jnp.inf)
     token = choose_tokens(logits, settings, state.step)
     token = jnp.where(state.done, prompts_lib.PAD_ID, token)
@@ -298,8 +306,20 @@ class Sampler:
     return state.replace(
       token=token,
       position=state.position + 1,
-      done=state.done | ends,
+      done=state.done | ends | ~finite,
+      finite=finite,
       step=state.step + 1,
+    )
+
+
+def _check_finite(state: 'State', num_samples: int):
+  """FloatingPointError that names the first prompt whose logits are not."""
+  bad = np.flatnonzero(~np.asarray(state.finite))
+  if bad.size:
+    raise FloatingPointError(
+      f'prompt {bad[0] // num_samples}: got logits that are NaN or infinite '
+      f'within its first {int(state.step)} new tokens, expected finite ones; '
+      'the adapter diverged in training, or is for another base.'
     )
 
 
@@ -312,6 +332,8 @@ class State:
     token: int32 [B], the last one chosen; PAD in rows that ended before.
     position: int32 [B], its position.
     done: bool [B], whether the row has ended.
+    finite: bool [B], whether all logits were finite so far; a row ends where
+      they are not.
     step: int32 [], tokens chosen so far.
   """
 
@@ -319,4 +341,5 @@ class State:
   token: jax.Array
   position: jax.Array
   done: jax.Array
+  finite: jax.Array
   step: jax.Array

@@ -50,6 +50,7 @@ from gemma_jax.config import TrainConfig
 from gemma_jax.data import pipeline
 from gemma_jax.evaluate import Stopped
 from gemma_jax.formats import peft
+from gemma_jax.formats.trained_with import TrainedWith
 
 
 def train(
@@ -339,6 +340,7 @@ class Trainer:
         self.run.config.lora,
         self.run.source.reference,
         trained_base,
+        TrainedWith.of(self.run.config.data),
       )
     return f'{self.workdir}/{name}'
 

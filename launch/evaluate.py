@@ -22,23 +22,31 @@ _DATA = flags.DEFINE_string(
     'data', None, 'JSON Lines file, sample:NAME (its held-out records) or '
     'tfds:NAME (its validation split).',
 )  # fmt: skip
-_TEMPLATE = flags.DEFINE_string('template', 'dolly', 'For text records.')
+_TEMPLATE = flags.DEFINE_string(
+  'template',
+  None,
+  "For text records; default: the adapters' own, without one dolly.",
+)
 _LOSS_ON = flags.DEFINE_enum(
-  'loss_on', 'response', ['response', 'all'], 'Tokens that count.'
-)
-_SEQ_LEN = flags.DEFINE_integer(
-  'seq_len',
-  0,
-  'Cut records to so many tokens; 0 scores them whole, as far as the base has '
-  'positions.',
-)
-_SKIP_BAD_RECORDS = flags.DEFINE_bool(
-  'skip_bad_records', False, 'Drop and count unusable records.'
+  'loss_on',
+  None,
+  ['response', 'all'],
+  "Tokens that count; default: the adapters' own, without one response.",
 )
 _PARSE_CONTROL_TOKENS = flags.DEFINE_bool(
   'parse_control_tokens',
-  False,
-  'Control tokens that a text spells become these tokens, as in training.',
+  None,
+  'Control tokens that a text spells become these tokens; default: as the '
+  'adapters were trained, without one they stay text.',
+)
+_SEQ_LEN = flags.DEFINE_integer(
+  'seq_len',
+  None,
+  'Cut records to so many tokens; default: they are scored whole, as far as '
+  'the base has positions.',
+)
+_SKIP_BAD_RECORDS = flags.DEFINE_bool(
+  'skip_bad_records', False, 'Drop and count unusable records.'
 )
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 4, 'Rows at a time.')
 _MAX_RECORDS = flags.DEFINE_integer(
@@ -55,8 +63,9 @@ _DTYPE = flags.DEFINE_enum(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import compare, files
+  from gemma_jax import adapters, compare, files
   from gemma_jax.config import TrainConfig
+  from gemma_jax.formats import adapter, trained_with
 
   if not _DATA.value:
     app.fail('--data: missing, expected a JSON Lines file of records')
@@ -65,25 +74,39 @@ def main() -> int:
   if _PER_EXAMPLE.value and not is_there:
     app.fail(f'--per_example: {per_example.parent} is no folder, expected one')
   app.set_compilation_cache('')
+  names = _ADAPTERS.value or [adapters.BASE]
+  chosen = trained_with.choose(
+    {
+      name: adapter.read_trained_with(name)
+      for name in names
+      if name != adapters.BASE
+    },
+    {
+      'template': _TEMPLATE.value,
+      'loss_on': _LOSS_ON.value,
+      'parse_control_tokens': _PARSE_CONTROL_TOKENS.value,
+      'seq_len': _SEQ_LEN.value,
+    },
+  )
   config = TrainConfig()
   config.model.path = _MODEL.value
   config.model.tokenizer = _TOKENIZER.value
   config.model.dtype = _DTYPE.value
   config.data.path = _DATA.value
-  config.data.template = _TEMPLATE.value
-  config.data.loss_on = _LOSS_ON.value
-  config.data.seq_len = _SEQ_LEN.value
+  config.data.template = chosen.template
+  config.data.loss_on = chosen.loss_on
+  config.data.parse_control_tokens = chosen.parse_control_tokens
+  config.data.seq_len = chosen.seq_len
   config.data.skip_bad_records = _SKIP_BAD_RECORDS.value
-  config.data.parse_control_tokens = _PARSE_CONTROL_TOKENS.value
   config.data.global_batch_size = _BATCH_SIZE.value
   config.data.max_eval_records = _MAX_RECORDS.value
-  names = _ADAPTERS.value or ['base']
   rows = []
   for name, examples, found in compare.evaluate_adapters(
     config.resolve(), names
   ):
     logging.info('%s: %.4f nats/token', name, found.nll_per_token)
-    print(json.dumps({'adapter': name, **found.line()}), flush=True)
+    line = {'adapter': name, **found.line()}
+    print(json.dumps(line, allow_nan=False), flush=True)
     for index, nll, tokens in zip(
       examples.record_ids, found.nll, found.tokens, strict=True
     ):

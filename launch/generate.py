@@ -19,6 +19,7 @@ adapter, prompt and sample:
                      read the prompts; null if nothing came after the first
 """
 
+import dataclasses
 import itertools
 import json
 
@@ -27,6 +28,9 @@ from absl import flags, logging
 from gemma_jax.data import examples
 from gemma_jax.data.tokenizer import StreamDecoder, Tokenizer
 from launch import app
+
+# Tokens of a continuation, if the base has so many positions left.
+_DEFAULT_LENGTH = 128
 
 _MODEL = flags.DEFINE_string('model', 'gemma3_270m', app.MODEL_HELP)
 _TOKENIZER = flags.DEFINE_string('tokenizer', '', app.TOKENIZER_HELP)
@@ -47,12 +51,23 @@ _TOKENS = flags.DEFINE_multi_string(
 )
 _TEMPLATE = flags.DEFINE_string(
   'template',
-  'dolly',
-  'Text around each prompt, as in training: dolly, chat, plain (none), korean, '
-  'en_ko or ko_en.',
+  None,
+  'Text around each prompt: dolly, chat, plain (none), korean, en_ko or ko_en; '
+  "default: each adapter's own, without one dolly. The base takes that of the "
+  'first adapter.',
+)
+_PARSE_CONTROL_TOKENS = flags.DEFINE_bool(
+  'parse_control_tokens',
+  None,
+  'Control tokens that a prompt spells become these tokens; default: as each '
+  'adapter was trained, without one they stay text.',
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-  'max_new_tokens', 128, 'Longest continuation.'
+  'max_new_tokens',
+  None,
+  'Longest continuation, in tokens; default: 128, or as many as the base has '
+  'positions for.',
+  lower_bound=1,
 )
 _TEMPERATURE = flags.DEFINE_float(
   'temperature', 0.0, '0 is greedy; larger is more random.'
@@ -96,9 +111,10 @@ def main() -> int:
   from gemma_jax import prompts as prompts_lib
   from gemma_jax.choice import SamplingConfig
   from gemma_jax.formats import source as source_lib
+  from gemma_jax.formats import trained_with
 
   sampling = SamplingConfig(
-    max_new_tokens=_MAX_NEW_TOKENS.value,
+    max_new_tokens=_MAX_NEW_TOKENS.value or _DEFAULT_LENGTH,
     temperature=_TEMPERATURE.value,
     top_k=_TOP_K.value,
     top_p=_TOP_P.value,
@@ -123,13 +139,39 @@ def main() -> int:
   prompts = [*_PROMPTS.value, *map(_parse_ids, _TOKENS.value)]
   if not prompts:
     app.fail('--prompt: missing, expected --prompt=TEXT or --tokens=2,5,7')
-  rows = [_row(prompt, tokenizer) for prompt in prompts]
-  prompts_lib.check(rows, sampling.max_new_tokens, source.config)
   names = _ADAPTERS.value or [adapters.BASE]
   if len(names) > 1 and adapters.BASE not in names:
     names = [adapters.BASE, *names]
   folders = [name for name in names if name != adapters.BASE]
   loaded = adapters.load_adapters(folders, source.config)
+  asked_with = trained_with.asked_with(
+    names,
+    {x.name: x.trained_with for x in loaded if x.name != adapters.BASE},
+    {
+      'template': _TEMPLATE.value,
+      'parse_control_tokens': _PARSE_CONTROL_TOKENS.value,
+    },
+  )
+  rows = {
+    name: [
+      _row(prompt, tokenizer, asked.template, asked.parse_control_tokens)
+      for prompt in prompts
+    ]
+    for name, asked in asked_with.items()
+  }
+  if _MAX_NEW_TOKENS.value is None:
+    longest = max(map(len, itertools.chain.from_iterable(rows.values())))
+    room = source.config.max_positions - longest
+    sampling = dataclasses.replace(
+      sampling, max_new_tokens=_default_length(room)
+    )
+  for own in rows.values():
+    prompts_lib.check(
+      own,
+      sampling.max_new_tokens,
+      source.config,
+      None if tokenizer is None else tokenizer.vocab_size,
+    )
   weights = _WEIGHTS.value
   params = source.load_params(decode_weights.load_dtype(weights))
   variables = decode_weights.for_adapters(params, loaded, weights)
@@ -139,7 +181,7 @@ def main() -> int:
   def generate(name, indices, on_tokens=None):
     generation = sampler.generate(
       variables[name],
-      [rows[i] for i in indices],
+      [rows[name][i] for i in indices],
       sampling,
       on_tokens,
       row_ids=[
@@ -152,12 +194,12 @@ def main() -> int:
       logging.info('%s: %.1f tokens/s', name, speed)
     return generation
 
-  everything = range(len(rows))
+  everything = range(len(prompts))
   if _FORMAT.value == 'json':
     for name in names:
       _print_json(name, prompts, generate(name, everything), tokenizer)
     return 0
-  label = len(names) * len(rows) * num_samples > 1
+  label = len(names) * len(prompts) * num_samples > 1
   made = {}
   if not _STREAM.value:
     made = {name: generate(name, everything) for name in names}
@@ -209,7 +251,8 @@ def _print_json(name, prompts, generation, tokenizer):
       'tokens': ids,
       'tokens_per_second': generation.tokens_per_second,
     }
-    print(json.dumps(line, ensure_ascii=False), flush=True)
+    text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+    print(text, flush=True)
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -221,7 +264,24 @@ def _parse_ids(text: str) -> list[int]:
     ) from None
 
 
-def _row(prompt: str | list[int], tokenizer: Tokenizer | None) -> list[int]:
+def _default_length(room: int) -> int:
+  """Of continuations: 128 tokens, or as many as there is room for, if any."""
+  if not 0 < room < _DEFAULT_LENGTH:
+    return _DEFAULT_LENGTH
+  logging.warning(
+    'Continuations have at most %d tokens: %s has no more positions',
+    room,
+    _MODEL.value,
+  )
+  return room
+
+
+def _row(
+  prompt: str | list[int],
+  tokenizer: Tokenizer | None,
+  template: str,
+  parse_control_tokens: bool,
+) -> list[int]:
   if isinstance(prompt, list):
     return prompt
   if tokenizer is None:
@@ -229,7 +289,9 @@ def _row(prompt: str | list[int], tokenizer: Tokenizer | None) -> list[int]:
       f'--prompt: {_MODEL.value} has no tokenizer, expected one; set '
       '--tokenizer=PATH, or give ids with --tokens.'
     )
-  return examples.prompt_tokens(tokenizer, _TEMPLATE.value, prompt)
+  return examples.prompt_tokens(
+    tokenizer, template, prompt, parse_control_tokens
+  )
 
 
 if __name__ == '__main__':

@@ -99,7 +99,7 @@ def test_each_computes_what_it_computes_alone_in_one_program(loaded, hidden):
 
 def test_no_folder_gives_the_base_alone(hidden):
   (base,) = adapters.load_adapters([], CONFIG)
-  assert base == (adapters.BASE, {}, {})
+  assert base == (adapters.BASE, {}, {}, None)
   params = toy.base(CONFIG)
   np.testing.assert_array_equal(
     hidden(base.variables(params)), hidden({'params': params})

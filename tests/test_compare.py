@@ -1,7 +1,10 @@
 """Base and adapters on the same records, from one compilation."""
 
+import shutil
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from gemma_jax import compare, train
 from gemma_jax import run as run_lib
@@ -96,3 +99,14 @@ def test_an_adapter_that_is_not_there(trained):
   config, _ = trained
   with pytest.raises(ValueError, match='nowhere'):
     evaluate(config, ['nowhere'])
+
+
+def test_a_loss_that_is_not_finite_names_its_record(trained, tmp_path):
+  """Factors that are finite, and overflow in the product."""
+  config, result = trained
+  shutil.copytree(result['adapter'], tmp_path / 'a')
+  path = tmp_path / 'a' / 'adapter_model.safetensors'
+  save_file({n: x * 1e25 + 1e25 for n, x in load_file(path).items()}, path)
+  message = rf'{tmp_path}/a: the loss of record 0 is .*\(9 of 9 records'
+  with pytest.raises(FloatingPointError, match=message):
+    evaluate(config, ['base', str(tmp_path / 'a')])

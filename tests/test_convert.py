@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import logging
 import os
 from pathlib import Path
 import subprocess
@@ -14,8 +15,9 @@ from gemma_jax import convert, pytree, variants
 from gemma_jax import lora as lora_lib
 from gemma_jax.config import LoraConfig
 from gemma_jax.formats import adapter as adapter_lib
-from gemma_jax.formats import hf_writer, merged, peft, source
+from gemma_jax.formats import chat_template, hf_writer, merged, peft, source
 from gemma_jax.formats.base import StoredTensor
+from gemma_jax.formats.trained_with import TrainedWith
 from tests import gcs_toy, hf_toy, logits_toy, peft_toy, toy
 
 TOKENS = np.random.default_rng(1).integers(4, 250, (2, 13))
@@ -205,6 +207,49 @@ def test_update_that_is_lost_in_rounding_is_refused(verify, tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b']
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_what_rounding_leaves_of_an_update_is_said(dtype, tmp_path, caplog):
+  """A bfloat16 base: an update below half its last bit is lost there."""
+  convert.convert('random:tiny3', str(tmp_path / 'b'), 'hf', dtype='bfloat16')
+  write_adapter(tmp_path / 'a', 'random:tiny3', 0.004, targets='all')
+  with caplog.at_level(logging.WARNING):
+    result = convert.convert(
+      str(tmp_path / 'b'), str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'), dtype
+    )
+  record = json.loads((tmp_path / 'm' / 'conversion.json').read_text())
+  kept = result['update_kept'], result['logit_update_kept']
+  assert kept == (record['update_kept'], record['logit_update_kept'])
+  if dtype == 'float32':
+    np.testing.assert_allclose(kept, 1, atol=1e-3)
+    assert not caplog.records
+  else:
+    assert 0 < kept[0] < 0.9
+    assert kept[1] < 0.9
+    assert (
+      f'{kept[0]:.1%} in the weights, {kept[1]:.1%} in the ch' in caplog.text
+    )
+    assert 'Use --dtype=float32' in caplog.text
+
+
+def test_the_share_of_an_update_is_that_in_its_direction(tmp_path):
+  """Spelt out for one kernel, from what was written."""
+  config, factors = write_adapter(tmp_path / 'a', 'random:tiny', 0.02)
+  result = convert.convert(
+    'random:tiny', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'), 'bfloat16'
+  )
+  base = source.open_base('random:tiny')
+  merged_ = merged.merge(base, config, factors)
+  product = square = 0.0
+  for path, tensor in base.tensors.items():
+    old = tensor.read(0, tensor.shape[0]).astype(np.float64)
+    new = merged_.tensors[path].read(0, tensor.shape[0]).astype(np.float64)
+    round_ = lambda x: x.astype(np.float32).astype('bfloat16').astype(float)
+    product += np.vdot(round_(new) - round_(old), new - old)
+    square += np.vdot(new - old, new - old)
+  assert square > 0
+  np.testing.assert_allclose(result['update_kept'], product / square, rtol=1e-4)
+
+
 @pytest.mark.parametrize('to', ['hf', 'flax'])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_output_of_other_weights_is_refused(to, dtype, tmp_path, monkeypatch):
@@ -287,7 +332,7 @@ def test_nan_is_not_taken_for_equal(tmp_path, monkeypatch):
   monkeypatch.setattr(
     source, 'open_base', lambda r, t='': broken if r == 'toy' else real(r, t)
   )
-  with pytest.raises(ValueError, match='tensor final_norm/scale is not that'):
+  with pytest.raises(ValueError, match=r'model.norm.weight is nan at \[0\]'):
     convert.convert('toy', str(tmp_path / 'm'), 'hf')
 
 
@@ -396,3 +441,24 @@ def test_command(tmp_path):
   assert again.returncode == 1
   (line,) = again.stderr.splitlines()
   assert line.startswith('error: output:')
+
+
+def test_a_merged_model_is_asked_as_its_adapter_was_trained(tmp_path):
+  model = tmp_path / 'base'
+  config = dataclasses.replace(variants.TINY3, vocab_size=307)
+  base = logits_toy.source_of(config)
+  model.mkdir()
+  hf_writer.write_folder(
+    model,
+    dataclasses.replace(
+      base,
+      make_tokenizer=lambda: logits_toy.make_tokenizer(
+        logits_toy.tokenizer_proto()
+      ),
+    ),
+  )
+  write_adapter(tmp_path / 'a', str(model))
+  TrainedWith('korean').write(tmp_path / 'a')
+  convert.convert(str(model), str(tmp_path / 'out'), 'hf', str(tmp_path / 'a'))
+  template = (tmp_path / 'out' / 'chat_template.jinja').read_text()
+  assert template == chat_template.jinja('korean')

@@ -45,21 +45,6 @@ def test_refuses_what_the_run_would_refuse(records, tmp_path):
     dry_run.dry_run(config.resolve(), str(tmp_path))
 
 
-def test_says_what_would_become_of_a_finished_run(tmp_path):
-  records = run_toy.write_records(tmp_path)
-  config = run_toy.config(records, steps=2, eval_every_steps=0)
-  train.train(config.resolve(), str(tmp_path / 'run'))
-  before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
-  say = lambda: dry_run.dry_run(config.resolve(), str(tmp_path / 'run'))
-  assert 'the run has finished' in say()
-  config.steps = 3
-  assert 'the run would resume at step 2' in say()
-  config.optimizer.learning_rate = 0.5
-  with pytest.raises(ValueError, match=r'was made with optimizer\.learning'):
-    say()
-  assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before
-
-
 def test_control_tokens_cannot_be_taken_for_text(tmp_path):
   """A chat shows its turns; what a text spells stays what it spells."""
   rows = [
@@ -84,3 +69,18 @@ def test_control_tokens_cannot_be_taken_for_text(tmp_path):
   text = dry_run.dry_run(config.resolve(), str(tmp_path / 'run'))
   shown = '⟨start_of_turn⟩user\n⟨start_of_turn⟩or\\u27e8bos\\u27e9'
   assert shown in text
+
+
+def test_says_what_would_become_of_a_finished_run(tmp_path):
+  records = run_toy.write_records(tmp_path)
+  config = run_toy.config(records, steps=2, eval_every_steps=0)
+  train.train(config.resolve(), str(tmp_path / 'run'))
+  before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
+  say = lambda: dry_run.dry_run(config.resolve(), str(tmp_path / 'run'))
+  assert 'the run has finished' in say()
+  config.steps = 3
+  assert 'the run would resume at step 2' in say()
+  config.optimizer.learning_rate = 0.5
+  with pytest.raises(ValueError, match=r'was made with optimizer\.learning'):
+    say()
+  assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')} == before

@@ -95,7 +95,7 @@ def test_token_records_are_taken_as_they_are():
   assert only(record, None, seq_len=3) == ([7, 8, 9], [0, 0, 1])
 
 
-def test_token_ids_must_be_rows_of_the_embedding():
+def test_token_ids_must_be_tokens():
   records = data_toy.records([{'tokens': [2, 262]}, {'tokens': [2, 263]}])
   examples_lib.make_examples(records, None, vocab_size=264)
   with pytest.raises(

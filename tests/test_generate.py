@@ -12,6 +12,7 @@ from gemma_jax.choice import SamplingConfig
 from gemma_jax.config import LoraConfig
 from gemma_jax.data import examples
 from gemma_jax.formats import peft, source
+from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.sample import Sampler
 from tests import toy
 
@@ -42,15 +43,20 @@ def output_of(*flags):
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-  """Two PEFT adapters, of rank 3 on q and v and of rank 2 on all."""
+  """Two PEFT adapters, of rank 3 on q and v and of rank 2 on all.
+
+  The first was trained with the template korean, of the other nobody knows.
+  """
   root = tmp_path_factory.mktemp('adapters')
   paths = []
-  for name, config in (
-    ('A', LoraConfig(rank=3)),
-    ('B', LoraConfig(rank=2, targets='all')),
+  for name, config, trained_with in (
+    ('A', LoraConfig(rank=3), TrainedWith('korean')),
+    ('B', LoraConfig(rank=2, targets='all'), None),
   ):
     factors = toy.factors(variants.get('tiny3'), config)
-    peft.write_adapter(root / name, factors, config, MODEL)
+    peft.write_adapter(
+      root / name, factors, config, MODEL, trained_with=trained_with
+    )
     paths.append(str(root / name))
   return paths
 
@@ -63,11 +69,14 @@ def expected(folders):
   sampler = Sampler(found.config, tokenizer)
   loaded = adapters.load_adapters(folders, found.config)
   variables = decode_weights.for_adapters(found.load_params(), loaded)
-  rows = [examples.prompt_tokens(tokenizer, 'dolly', QUESTION), [2, 5, 7]]
-  return tokenizer, {
-    name: sampler.generate(chosen, rows, SAMPLING).tokens
-    for name, chosen in variables.items()
-  }
+  found_tokens = {}
+  for name, chosen in variables.items():
+    template = 'dolly' if name == folders[1] else 'korean'
+    asked = examples.prompt_tokens(tokenizer, template, QUESTION)
+    found_tokens[name] = sampler.generate(
+      chosen, [asked, [2, 5, 7]], SAMPLING
+    ).tokens
+  return tokenizer, found_tokens
 
 
 @pytest.fixture(scope='module')
@@ -125,6 +134,15 @@ def test_one_adapter_prints_its_text_alone(folders, expected):
   assert out == text.replace('\r\n', '\n').replace('\r', '\n')
 
 
+def test_another_template_than_the_adapters_is_a_warning(folders, expected):
+  done = call(
+    *FLAGS, f'--adapter={folders[0]}', f'--prompt={QUESTION}',
+    '--template=dolly', '--format=json',
+  )  # fmt: skip
+  assert json.loads(done.stdout)['tokens'] != expected[1][folders[0]][0]
+  assert f'--template=dolly: {folders[0]} was trained with kor' in done.stderr
+
+
 def test_samples_are_labelled():
   flags = [*FLAGS, '--tokens=2,5,7', '--tokens=2,9', '--num_samples=2']
   out = output_of(*flags, '--format=json', '--weights=int8')
@@ -158,6 +176,7 @@ def test_tokens_need_no_tokenizer():
   [
     ((), '--prompt: missing, expected --prompt=TEXT or --tokens=2,5,7'),
     (('--tokens=2,x',), "--tokens: got '2,x', expected ids with commas"),
+    (('--tokens=2,261',), 'ids from 2 to 261, expected ids in [0, 260)'),
     (('--prompt=Hi', '--top_p=0'), 'top_p: got 0.0, expected a number in'),
     (('--prompt=Hi', '--template=chat'), "control token: got '<start_of_turn"),
     (('--prompt=Hi', '--stream', '--format=json'), '--stream: got --format=j'),

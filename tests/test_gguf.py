@@ -164,8 +164,10 @@ def test_tokenizer_is_rebuilt_from_the_metadata(tmp_path):
   path = tmp_path / 'm.gguf'
   gguf_toy.write(
       path, 'gemma', gguf_toy.GEMMA1, tensors,
-      model=('tokenizer.ggml.model', 'llama', string), **vocabulary,
+      model=('tokenizer.ggml.model', 'llama', string),
+      chat=('tokenizer.chat_template', 'jinja', string), **vocabulary,
   )  # fmt: skip
+  assert gguf_toy.open_gguf(path).read_chat_template() == 'jinja'
   tokenizer = gguf_toy.open_gguf(path).tokenizer()
   assert tokenizer.vocab_size == 265
   assert tokenizer.encode('ab a  b') == [6, 7, 4, 8, 5]
@@ -173,6 +175,7 @@ def test_tokenizer_is_rebuilt_from_the_metadata(tmp_path):
 
   gguf_toy.write(path, 'gemma', gguf_toy.GEMMA1, tensors)
   assert gguf_toy.open_gguf(path).tokenizer() is None
+  assert gguf_toy.open_gguf(path).read_chat_template() is None
   gguf_toy.write(
       path, 'gemma', gguf_toy.GEMMA1, tensors,
       model=('tokenizer.ggml.model', 'gpt2', string), **vocabulary,
@@ -277,3 +280,32 @@ def test_real_tokenizer_is_the_oracles(real):
   for row in rows:
     assert tokenizer.encode(row['text']) == row['spm'], row['text']
     assert tokenizer.decode(row['spm']) == row['spm_decode']
+
+
+@pytest.mark.real
+def test_no_text_becomes_a_control_token_of_the_real_tokenizer(real):
+  """Over the whole vocabulary; other user-defined pieces are still found."""
+  tokenizer = real.tokenizer()
+  metadata, _ = gguf_file.read_header(real.files[0])
+  pieces = metadata['tokenizer.ggml.tokens']
+  types = metadata['tokenizer.ggml.token_type']
+  special = {'[multimodal]', '<start_of_image>', '<end_of_image>'}
+  special |= {p for p, kind in zip(pieces, types, strict=True) if kind == 3}
+  assert len(special) == 6252
+  user_defined = [
+    p
+    for p, kind in zip(pieces, types, strict=True)
+    if kind == 4 and p not in special
+  ]
+  ids = {piece: i for i, piece in enumerate(pieces)}
+  control = {ids[piece] for piece in special}
+  for piece, got in zip(special, tokenizer.encode_all([*special]), strict=True):
+    assert control.isdisjoint(got), piece
+    assert tokenizer.decode(got) == piece
+  for piece in special - {'<unk>'}:
+    assert tokenizer.control_id(piece) == ids[piece]
+  for piece in user_defined:
+    assert tokenizer.encode(piece) == [ids[piece]], piece
+  # No other piece's text makes one either.
+  for got in tokenizer.encode_all(pieces):
+    assert control.isdisjoint(got)

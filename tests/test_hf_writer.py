@@ -10,9 +10,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from gemma_jax import variants
-from gemma_jax.formats import hf_config, hf_writer, source
+from gemma_jax.data import tokenizer as tokenizer_lib
+from gemma_jax.formats import (
+  chat_template,
+  flax_writer,
+  hf_config,
+  hf_writer,
+  source,
+)
 from gemma_jax.formats.base import CHUNK_ELEMENTS, StoredTensor
-from tests import hf_toy, logits_toy, toy
+from tests import data_toy, hf_toy, logits_toy, toy
 
 
 @pytest.mark.parametrize('family', hf_toy.FAMILIES)
@@ -98,7 +105,9 @@ def test_files_of_the_tokenizer(tmp_path):
   copy = tmp_path / 'copy'
   copy.mkdir()
   hf_writer.write_folder(copy, source.open_base(str(origin)))
-  assert (copy / 'tokenizer_config.json').read_text() == '{"mine": 1}'
+  config = json.loads((copy / 'tokenizer_config.json').read_text())
+  assert config.pop('added_tokens_decoder').keys() == set('012345')
+  assert config == {'mine': 1}
   assert (copy / 'generation_config.json').read_text() == generation
   # ... and not with another that replaces it.
   (tmp_path / 'other.model').write_bytes(logits_toy.tokenizer_proto(7))
@@ -117,6 +126,103 @@ def test_files_of_the_tokenizer(tmp_path):
   assert not list(plain.glob('tokenizer*'))
   generation = json.loads((plain / 'generation_config.json').read_text())
   assert generation['eos_token_id'] == 1
+
+
+def with_tokenizer(base):
+  proto = logits_toy.tokenizer_proto()
+  return dataclasses.replace(
+    base, make_tokenizer=functools.partial(logits_toy.make_tokenizer, proto)
+  )
+
+
+def export(folder, base, **kwargs):
+  """(folder, tokenizer_config.json, stop ids) of what is written."""
+  folder.mkdir()
+  hf_writer.write_folder(folder, base, **kwargs)
+  config = json.loads((folder / 'tokenizer_config.json').read_text())
+  generation = json.loads((folder / 'generation_config.json').read_text())
+  return config, generation['eos_token_id']
+
+
+def test_pieces_that_are_not_merged_are_named(tmp_path):
+  """Without them llama.cpp takes user-defined pieces for plain ones."""
+  proto = data_toy.make_tokenizer().model_proto
+  base = dataclasses.replace(
+    logits_toy.source_of(dataclasses.replace(variants.TINY, vocab_size=307)),
+    make_tokenizer=functools.partial(logits_toy.make_tokenizer, proto),
+  )
+  config, _ = export(tmp_path / 'a', base)
+  pieces, _, types = data_toy.vocabulary()
+  entries = config['added_tokens_decoder']
+  assert entries.keys() == {
+    str(i) for i, kind in enumerate(types) if kind in (3, 4)
+  }
+  for i, entry in entries.items():
+    assert entry == {
+      'content': pieces[int(i)].replace(' ', '▁'),
+      'lstrip': False,
+      'normalized': False,
+      'rstrip': False,
+      'single_word': False,
+      'special': types[int(i)] == 3,
+    }
+  again = source.open_base(str(tmp_path / 'a')).tokenizer()
+  assert again.fingerprint() == base.tokenizer().fingerprint()
+
+
+def test_templates_and_stops_of_base_and_adapter(tmp_path):
+  config = dataclasses.replace(variants.TINY, vocab_size=307)
+  base = with_tokenizer(logits_toy.source_of(config))
+  template = lambda name: (tmp_path / name / 'chat_template.jinja').read_text()
+  # A base without a template of its own: Gemma's turns, or the adapter's.
+  assert export(tmp_path / 'base', base)[1] == [1, 5]
+  assert template('base') == chat_template.jinja('chat')
+  assert export(tmp_path / 'dolly', base, trained_on='dolly')[1] == [1, 5]
+  assert template('dolly') == chat_template.jinja('dolly')
+
+  # One with its own template in tokenizer_config.json, and its own stops.
+  (tmp_path / 'base' / 'chat_template.jinja').unlink()
+  path = tmp_path / 'base' / 'tokenizer_config.json'
+  own = {**json.loads(path.read_text()), 'chat_template': 'own'}
+  path.write_text(json.dumps(own))
+  path = tmp_path / 'base' / 'generation_config.json'
+  path.write_text('{"eos_token_id": 5, "top_k": 64}')
+  base = source.open_base(str(tmp_path / 'base'))
+  for name, trained_on, stops in (
+    ('copy', None, 5), ('chat', 'chat', [5, 1])
+  ):  # fmt: skip
+    told, got = export(tmp_path / name, base, trained_on=trained_on)
+    assert told == own
+    assert got == stops
+    assert not (tmp_path / name / 'chat_template.jinja').exists()
+  told, got = export(tmp_path / 'korean', base, trained_on='korean')
+  assert told == {k: v for k, v in own.items() if k != 'chat_template'}
+  assert template('korean') == chat_template.jinja('korean')
+  assert got == [5, 1]
+  generation = (tmp_path / 'korean' / 'generation_config.json').read_text()
+  assert json.loads(generation)['top_k'] == 64
+
+
+def test_added_tokens_go_along(tmp_path):
+  config = dataclasses.replace(variants.TINY, vocab_size=307)
+  base = with_tokenizer(logits_toy.source_of(config))
+  n = base.tokenizer().vocab_size
+  export(tmp_path / 'base', base)
+  (tmp_path / 'base' / 'added_tokens.json').write_text(f'{{"<tool>": {n}}}')
+  base = source.open_base(str(tmp_path / 'base'))
+  assert base.tokenizer().encode('a<tool>')[1:] == [n]
+  export(tmp_path / 'copy', base)
+  copied = (tmp_path / 'copy' / 'tokenizer.model').read_bytes()
+  assert copied == logits_toy.tokenizer_proto()
+  again = source.open_base(str(tmp_path / 'copy')).tokenizer()
+  assert again.fingerprint() == base.tokenizer().fingerprint()
+  # A Flax release has no other file: its tokenizer.model holds them.
+  (tmp_path / 'flax').mkdir()
+  flax_writer.write_folder(tmp_path / 'flax', base)
+  again = tokenizer_lib.SentencePieceTokenizer.from_file(
+    str(tmp_path / 'flax' / 'tokenizer.model')
+  )
+  assert again.encode('<tool>') == [n]
 
 
 @pytest.mark.parametrize('name', sorted(variants.VARIANTS))

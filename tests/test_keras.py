@@ -218,6 +218,10 @@ def _rank(value):
       ),
       f'{KERNEL} lies in chunks',
     ),
+    (
+      _replace(lambda f, x: f.create_dataset(KERNEL, data=x * np.nan)),
+      rf'tensor {KERNEL} is nan at \[0, 0, 0\], expected finite',
+    ),
     (_rank(3.5), f'{RANK} is of float64, expected int32 or int64'),
     (_rank(float('inf')), f'{RANK} is of float64'),
     (_rank(0), f'{RANK} is 0, expected 1 to 65535'),

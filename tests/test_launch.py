@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 
@@ -73,7 +74,6 @@ def test_evaluate_prints_a_line_for_each_adapter(folder, records, trained):
     '--adapter=base',
     f'--adapter={trained[0]}/adapter',
     f'--data={records}',
-    '--seq_len=96',
     f'--per_example={out}',
   )
   assert done.returncode == 0, done.stderr
@@ -89,6 +89,32 @@ def test_evaluate_prints_a_line_for_each_adapter(folder, records, trained):
     assert [row['index'] for row in mine] == list(range(20))
     assert sum(row['tokens'] for row in mine) == line['tokens']
     assert abs(sum(row['nll'] for row in mine) - line['nll']) < 1e-6
+
+
+def test_evaluate_measures_adapters_on_the_same_tokens(
+  folder, records, trained
+):
+  other = folder / 'korean'
+  shutil.copytree(trained[0] / 'adapter', other)
+  path = other / 'gemma_jax.json'
+  path.write_text(path.read_text().replace('dolly', 'korean'))
+  flags = [
+    '--model=random:tiny3',
+    f'--adapter={trained[0]}/adapter',
+    f'--adapter={other}',
+    f'--data={records}',
+    '--max_records=2',
+  ]
+  done = call('evaluate', *flags)
+  assert done.returncode == 1
+  assert 'was trained with dolly' in done.stderr.splitlines()[-1]
+  assert 'korean with korean' in done.stderr.splitlines()[-1]
+  assert 'Set --template=dolly' in done.stderr.splitlines()[-1]
+  done = call('evaluate', *flags, '--template=dolly')
+  assert done.returncode == 0, done.stderr
+  lines = [json.loads(line) for line in done.stdout.splitlines()]
+  assert lines[0]['nll'] == lines[1]['nll']
+  assert f'--template=dolly: {other} was trained with korean' in done.stderr
 
 
 def test_evaluate_takes_token_records_without_a_tokenizer(folder):

@@ -262,3 +262,14 @@ def test_a_mesh_changes_neither_loss_nor_gradients(sizes):
   )(hidden[0])
   want = plain(hidden[0], embedding, targets, weights, **plain_options)
   toy.assert_close(tokens, want, 1e-5)
+
+
+def test_a_target_that_is_no_token_has_no_finite_loss(case):
+  hidden, embedding, targets, weights = case
+  b, t = map(int, jnp.argwhere(weights)[0])
+  targets = targets.at[b, t].set(V - 2)
+  got = losses.token_cross_entropy(
+    hidden, embedding, targets, weights, num_pieces=V - 6, chunk=((4,), 11)
+  )
+  assert jnp.isinf(got[b, t])
+  assert jnp.isfinite(got.at[b, t].set(0.0)).all()

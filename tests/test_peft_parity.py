@@ -7,6 +7,7 @@ import pytest
 from gemma_jax import lora as lora_lib
 from gemma_jax.config import LoraConfig
 from gemma_jax.formats import peft, source
+from gemma_jax.formats.trained_with import TrainedWith
 from tests import hf_toy, logits_toy, peft_toy, toy
 
 torch = pytest.importorskip('torch')
@@ -27,7 +28,9 @@ def write(folder, family, **kwargs):
   )
   q = factors['layers']['attn']['q']
   q['lora_a'][0, ..., 2:] = q['lora_b'][0, 2:] = 0
-  peft.write_adapter(folder, factors, config, family)
+  peft.write_adapter(
+    folder, factors, config, family, trained_with=TrainedWith()
+  )
   return base, config, factors
 
 

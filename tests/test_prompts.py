@@ -40,3 +40,10 @@ def test_bad_prompts_are_named(rows, message):
   with pytest.raises(ValueError, match=message) as error:
     prompts.check(rows, 71, variants.get('tiny3'))
   assert '\n' not in str(error.value)
+
+
+def test_ids_are_bounded_by_the_tokenizer():
+  config = variants.get('tiny3')
+  prompts.check([[2, 262]], 7, config)
+  with pytest.raises(ValueError, match=r'from 2 to 260, .* ids in \[0, 260\)'):
+    prompts.check([[2, 260]], 7, config, num_tokens=260)

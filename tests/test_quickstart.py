@@ -45,7 +45,7 @@ def done(tmp_path_factory):
   )
   first, again = call(*flags), call(*flags)
   for path in (folder / 'run' / 'heldout').iterdir():
-    path.write_text(''.join(path.read_text().splitlines(True)[:9]))
+    files.write_json_lines(path, files.read_json_lines(path)[:9])
   return first, again, call(*flags)
 
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax import pytree
+from gemma_jax import compare, pytree
 from gemma_jax import run as run_lib
-from tests import run_toy
+from tests import data_toy, run_toy
 
 
 @pytest.fixture(scope='module')
@@ -85,3 +85,17 @@ def test_rows_are_as_long_as_the_base_allows(run, monkeypatch, caplog):
   config.data.seq_len = 1024
   with pytest.raises(ValueError, match=r'data\.seq_len: got 1024.*at most 512'):
     run_lib.prepare_program(config.resolve())
+
+
+def test_ids_of_rows_that_are_no_tokens_are_refused(tmp_path):
+  """260 tokens, 263 rows: a masked target would cost 2^30 nats."""
+  path = tmp_path / 'tokens.jsonl'
+  message = r'got token id 261, expected ids below 260'
+  rows = [{'tokens': [2, 7 + i, 261, 1]} for i in range(40)]
+  data_toy.write_jsonl(path, rows)
+  with pytest.raises(ValueError, match=message):
+    run_lib.prepare(run_toy.config(str(path)).resolve())
+  with pytest.raises(ValueError, match=message):
+    next(
+      compare.evaluate_adapters(run_toy.config(str(path)).resolve(), ['base'])
+    )

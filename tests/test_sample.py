@@ -235,6 +235,14 @@ def test_a_row_ends_with_a_stop_token():
   assert state.done.all()
 
 
+def test_logits_that_are_not_finite_stop_it():
+  broken = jax.tree.map(lambda x: x, ready())
+  scale = broken['params']['final_norm']['scale']
+  broken['params']['final_norm']['scale'] = scale.at[3].set(jnp.nan)
+  with pytest.raises(FloatingPointError, match=r'prompt 0: got logits .*NaN'):
+    sampler().generate(broken, PROMPTS, WARM)
+
+
 def test_stop_ids_come_from_the_tokenizer():
   config = variants.get('tiny3')
   proto = logits_toy.tokenizer_proto()

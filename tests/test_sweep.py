@@ -15,7 +15,7 @@ import pytest
 from gemma_jax import files, gang, metrics, train
 from gemma_jax import workdir as workdir_lib
 from gemma_jax.evaluate import Stopped
-from gemma_jax.formats import peft
+from gemma_jax.formats import peft, trained_with
 from gemma_jax.sweep import grid, plan, results, worker
 from gemma_jax.variants import get as variant
 from tests import sweep_toy, toy
@@ -76,6 +76,12 @@ def test_a_cell_equals_its_config_trained_alone(finished, records, tmp_path):
   )
   assert first[0] == second[0]
   toy.assert_close(first[1], second[1], 1e-4)
+  first, second = (
+    trained_with.TrainedWith.read(path / 'adapter')
+    for path in (cell.folder, tmp_path)
+  )
+  assert first is not None
+  assert first == second
   alone = [r for r in metrics.read(tmp_path / 'metrics.jsonl') if r['step']]
   names = ('loss_nats_per_token', 'learning_rate', 'grad_norm')
   together = metrics.read(cell.folder / 'metrics.jsonl')

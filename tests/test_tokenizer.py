@@ -80,11 +80,101 @@ def test_control_tokens_are_never_parsed_from_text(turn_type):
   assert tokenizer.end_of_turn_id == names.index('<end_of_turn>')
 
 
+@pytest.mark.parametrize(
+  'kind', [tokenizer_lib.USER_DEFINED, tokenizer_lib.NORMAL]
+)
+def test_special_pieces_of_every_release_stay_text(kind):
+  special = (
+    '<2mass>', '[@BOS@]', '[toxicity=0]', '[multimodal]', '<start_of_image>',
+    '<end_of_image>', '<image_soft_token>', '<start_of_audio>', '<|turn>',
+    '<turn|>', '<|"|>', '<|tool_call>', '<tool_call|>', '<unused6241>',
+  )  # fmt: skip
+  text = ('<b>', '</b>', '<table>', '\n\n\n', '\t\t', '[]', '<=>', '<|>')
+  pieces, scores, types = data_toy.vocabulary()
+  first = len(pieces)
+  added = (*special, *text)
+  tokenizer = tokenizer_lib.SentencePieceTokenizer(
+    tokenizer_lib.build_model_proto(
+      [*pieces, *added],
+      [*scores, *(-float(first + i) for i in range(len(added)))],
+      [
+        *types,
+        *[kind] * len(special),
+        *[tokenizer_lib.USER_DEFINED] * len(text),
+      ],
+    )
+  )
+  for token_id, piece in enumerate(special, first):
+    assert token_id not in tokenizer.encode(f'a{piece}b'), piece
+    assert tokenizer.decode(tokenizer.encode(piece)) == piece
+    assert tokenizer.control_id(piece) == token_id
+  for token_id, piece in enumerate(text, first + len(special)):
+    assert tokenizer.encode(piece) == [token_id], piece
+
+
+def with_added(*added):
+  return tokenizer_lib.SentencePieceTokenizer(
+    SENTENCEPIECE.model_proto,
+    'a.model',
+    [tokenizer_lib.AddedToken(*token) for token in added],
+  )
+
+
+def test_added_tokens_are_text_or_control_by_their_flag():
+  n, b = SENTENCEPIECE.vocab_size, SENTENCEPIECE.encode('b')
+  tokenizer = with_added((n, '<tool>', False), (n + 2, 'my word', False),
+                         (n + 1, '</think>', True))  # fmt: skip
+  assert tokenizer.vocab_size == n + 3
+  assert tokenizer.encode('b<tool>b') == [*b, n, *b]
+  assert tokenizer.encode('my word') == [n + 2]
+  assert tokenizer.decode([*b, n, n + 2, n + 1]) == 'b<tool>my word'
+  assert n + 1 not in tokenizer.encode('</think>')
+  assert tokenizer.control_id('</think>') == n + 1
+  # The flag decides, not the name.
+  assert with_added((n, '<|user|>', False)).encode('<|user|>') == [n]
+  # What is exported holds them too, and is another tokenizer.
+  again = tokenizer_lib.SentencePieceTokenizer(tokenizer.model_proto)
+  assert again.encode('b<tool>b') == [*b, n, *b]
+  assert again.fingerprint() == tokenizer.fingerprint()
+  assert tokenizer.fingerprint() != SENTENCEPIECE.fingerprint()
+
+
+def test_added_tokens_may_name_pieces_again():
+  pieces, _, _ = data_toy.vocabulary()
+  unused, word = pieces.index('<unused0>'), pieces.index('Hi')
+  same = with_added((unused, '<unused0>', False), (2, '<bos>', True),
+                    (pieces.index('  '), '▁▁', False))  # fmt: skip
+  assert same.model_proto == SENTENCEPIECE.model_proto
+  assert same.fingerprint() == SENTENCEPIECE.fingerprint()
+  assert unused not in same.encode('<unused0>')
+  # A spare row that was given a name, and a word that was made special.
+  renamed = with_added((unused, '<tool>', False), (word, 'Hi', True))
+  assert renamed.encode('<tool>') == [unused]
+  assert renamed.vocab_size == SENTENCEPIECE.vocab_size
+  assert word not in renamed.encode('Hi')
+  special = with_added((word, 'Hi', True))
+  assert special.model_proto == SENTENCEPIECE.model_proto
+  assert special.fingerprint() != SENTENCEPIECE.fingerprint()
+
+
+def test_rows_between_pieces_and_added_tokens_have_no_text():
+  n = SENTENCEPIECE.vocab_size
+  tokenizer = with_added((n + 2, '<tool>', False))
+  assert tokenizer.vocab_size == n + 3
+  assert tokenizer.decode([n, n + 1, n + 2]) == '<tool>'
+
+
+def test_an_added_token_with_anothers_spelling_is_refused():
+  n = SENTENCEPIECE.vocab_size
+  with pytest.raises(ValueError, match=f"a.model: added token 'Hi' has id {n}"):
+    with_added((n, 'Hi', False))
+
+
 def test_control_id_refuses_what_is_none():
   for name in ('<no_such_token>', 'Hi', '<unk>'):
     with pytest.raises(ValueError, match=f"control token: got '{name}'"):
       SENTENCEPIECE.control_id(name)
-  with pytest.raises(ValueError, match='byte tokenizer has none'):
+  with pytest.raises(ValueError, match='byte tokenizer has no turns'):
     BYTES.control_id('<start_of_turn>')
   assert BYTES.end_of_turn_id is None
 

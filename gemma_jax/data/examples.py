@@ -197,7 +197,8 @@ def make_examples(
       of a token record wins over it; without one every token from 1 on counts.
     seq_len: longest document in tokens; see `truncation` for texts. Token
       records are cut at their end.
-    vocab_size: number of tokens, which bounds the ids of token records.
+    vocab_size: tokens there are, which bounds the ids of token records: those
+      of the model's tokenizer, or, if it has none, the rows of its embedding.
     parse_control_tokens: turn control tokens that a text spells into their ids.
 
   Returns:
@@ -271,6 +272,13 @@ def prompt_tokens(
   """BOS and the ids before the response: what generation starts from."""
   spans = templates.render_prompt(template, prompt)
   (document,) = encoding.encode([spans], tokenizer, parse_control_tokens)
+  if document.spells_controls and not parse_control_tokens:
+    logging.warning(
+      'The prompt %.40r spells control tokens, which are read as plain text. '
+      'Use --config.data.template=chat on a text that is not rendered yet, or '
+      '--config.data.parse_control_tokens=True',
+      prompt,
+    )
   return document.arrays('response')[0].tolist()
 
 
@@ -405,7 +413,8 @@ def _token_example(
   if vocab_size is not None and tokens.max() >= vocab_size:
     raise ValueError(
       f'data: record {record_id}: got token id {tokens.max()}, expected ids '
-      f"below {vocab_size}, the rows of the model's embedding."
+      f"below {vocab_size}, the number of the model's tokens; ids of added "
+      'tokens need the folder that names them (added_tokens.json).'
     )
   mask = record.loss_mask
   mask = np.ones_like(tokens) if mask is None else np.array(mask, np.int32)

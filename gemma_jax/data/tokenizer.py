@@ -3,6 +3,10 @@
 Control tokens (`<bos>`, `<start_of_turn>`, ...) are never parsed from text: a
 record that contains their spelling is encoded as plain characters, and a
 template inserts their ids with `control_id`. Nothing here adds BOS or EOS.
+
+A fine-tuned model may have tokens of its own, which a Hugging Face folder names
+beside tokenizer.model (`AddedToken`). Those marked special are control tokens;
+the others are found in text, as transformers finds them.
 """
 
 import abc
@@ -11,31 +15,52 @@ from collections.abc import Iterable, Mapping, Sequence
 import functools
 import hashlib
 import re
+from typing import Any, NamedTuple
 
 from gemma_jax import files
 
 START_OF_TURN = '<start_of_turn>'
 END_OF_TURN = '<end_of_turn>'
 
-# Some releases store these as user-defined pieces, which SentencePiece would
-# find in text, as it could a normal one; they are loaded as control pieces,
-# whatever the file says.
+# Which pieces are control tokens, by their names. Some releases store them as
+# user-defined pieces, which SentencePiece would find in text, as it could a
+# normal one; they are loaded as control pieces, whatever the file says. Other
+# user-defined pieces (HTML tags, runs of spaces, tabs and newlines) are text.
 _CONTROL_NAME = re.compile(
-  r'<(pad|eos|bos|unk|mask|unused\d+|start_of_turn|end_of_turn)>'
+  r'<(pad|eos|bos|unk|mask|2mass|unused\d+)>'
+  r'|<(start|end)_of_\w+>|<\w+_soft_token>'
+  r'|\[(multimodal|@BOS@|toxicity=\d+)\]'
+  r'|<\|[^<>]+>|<[^<>]+\|>'  # Gemma 4: <|turn>, <turn|>, <|"|>
 )
-_SPACE = '\u2581'  # SentencePiece's stand-in for a space
+SPACE = '\u2581'  # SentencePiece's stand-in for a space
 
 # Piece types, numbered alike in SentencePiece and in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+class AddedToken(NamedTuple):
+  """A token that is named beside the SentencePiece model.
+
+  Attributes:
+    id: a row of the embedding, behind the model's pieces or one of them.
+    content: its text.
+    special: it is a control token, never parsed from text.
+  """
+
+  id: int
+  content: str
+  special: bool
 
 
 class Tokenizer(abc.ABC):
   """What the data pipeline and the sampler ask of a tokenizer.
 
   Attributes:
-    vocab_size: number of pieces; ids are in [0, vocab_size).
+    vocab_size: number of tokens; ids are in [0, vocab_size).
     model_proto: the serialized SentencePiece model, to be stored beside
       exported weights as `tokenizer.model`; None if there is none.
+    named_pieces: control tokens (special) and user-defined pieces, by id. Other
+      readers of a SentencePiece model need to be told which they are.
   """
 
   pad_id = 0
@@ -44,6 +69,7 @@ class Tokenizer(abc.ABC):
   unk_id = 3
   vocab_size: int
   model_proto: bytes | None = None
+  named_pieces: Sequence[AddedToken] = ()
 
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
@@ -94,7 +120,7 @@ class Tokenizer(abc.ABC):
     if not 0 <= token_id < self.vocab_size:
       raise ValueError(
         f'token id: got {token_id}, expected one in [0, {self.vocab_size}), '
-        'the pieces of this tokenizer.'
+        'the tokens of this tokenizer.'
       )
 
 
@@ -123,17 +149,24 @@ class StreamDecoder:
 class SentencePieceTokenizer(Tokenizer):
   """Gemma's tokenizer, from the bytes of a `tokenizer.model`."""
 
-  def __init__(self, model_proto: bytes, source: str = 'tokenizer'):
+  def __init__(
+    self,
+    model_proto: bytes,
+    source: str = 'tokenizer',
+    added: Sequence[AddedToken] = (),
+  ):
     """Parses the model.
 
     Args:
-      model_proto: serialized SentencePiece ModelProto; kept as it is in
-        `self.model_proto`.
+      model_proto: serialized SentencePiece ModelProto. `self.model_proto` is
+        the same bytes, or, where `added` names other tokens than its pieces, a
+        model that holds these too.
       source: its name in error messages.
+      added: tokens named beside the model, see the module.
 
     Raises:
-      ValueError: not a SentencePiece model, or not laid out as Gemma's (PAD 0,
-        EOS 1, BOS 2, UNK 3).
+      ValueError: not a SentencePiece model, not laid out as Gemma's (PAD 0,
+        EOS 1, BOS 2, UNK 3), or an added token whose spelling another has.
     """
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
@@ -141,17 +174,26 @@ class SentencePieceTokenizer(Tokenizer):
     proto = sentencepiece_model_pb2.ModelProto()
     try:
       proto.ParseFromString(model_proto)
-      loadable = model_proto
-      if _make_control(proto.pieces):
-        loadable = proto.SerializeToString()
-      self._pieces = sentencepiece.SentencePieceProcessor(model_proto=loadable)
-    except (
-      Exception
-    ) as e:  # protobuf and SentencePiece raise types of their own
-      raise ValueError(
-        f'{source}: got {len(model_proto)} bytes that are no SentencePiece '
-        f'model ({str(e).strip()}), expected a tokenizer.model.'
-      ) from None
+    except Exception as e:  # protobuf raises types of its own
+      raise _not_a_model(source, model_proto, e) from None
+    named = _add(proto.pieces, added, source)
+    if named:
+      model_proto = proto.SerializeToString()
+    self._retyped = _retype(proto.pieces, added)
+    by_name = _make_control(proto.pieces, named)
+    self.named_pieces = [
+      AddedToken(i, piece.piece, special=piece.type != USER_DEFINED)
+      for i, piece in enumerate(proto.pieces)
+      if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    try:
+      self._pieces = sentencepiece.SentencePieceProcessor(
+        model_proto=(
+          proto.SerializeToString() if self._retyped or by_name else model_proto
+        )
+      )
+    except Exception as e:  # SentencePiece too
+      raise _not_a_model(source, model_proto, e) from None
     got = tuple(
       getattr(self._pieces, f'{name}_id')()
       for name in ('pad', 'eos', 'bos', 'unk')
@@ -165,7 +207,9 @@ class SentencePieceTokenizer(Tokenizer):
     self.vocab_size = self._pieces.get_piece_size()
 
   @classmethod
-  def from_file(cls, path: str) -> 'SentencePieceTokenizer':
+  def from_file(
+    cls, path: str, added: Sequence[AddedToken] = ()
+  ) -> 'SentencePieceTokenizer':
     """Reads a `tokenizer.model`; ValueError names a missing or broken file."""
     file = files.path(path)
     if not file.is_file():
@@ -173,7 +217,7 @@ class SentencePieceTokenizer(Tokenizer):
         f'tokenizer: got {str(path)!r}, which is no file; expected a '
         'SentencePiece tokenizer.model. Set --config.model.tokenizer=PATH.'
       )
-    return cls(file.read_bytes(), source=str(path))
+    return cls(file.read_bytes(), str(path), added)
 
   def encode(self, text: str) -> list[int]:
     return self._pieces.encode(text.encode())
@@ -189,7 +233,7 @@ class SentencePieceTokenizer(Tokenizer):
     piece = self._pieces.id_to_piece(token_id)
     if self._pieces.is_byte(token_id):
       return bytes([int(piece[3:-1], 16)])  # '<0xEA>'
-    return piece.replace(_SPACE, ' ').encode()
+    return piece.replace(SPACE, ' ').encode()
 
   def control_id(self, name: str) -> int:
     token_id = self._pieces.piece_to_id(name)
@@ -209,7 +253,10 @@ class SentencePieceTokenizer(Tokenizer):
     }
 
   def fingerprint(self) -> str:
-    return 'sentencepiece-' + hashlib.sha256(self.model_proto).hexdigest()
+    digest = hashlib.sha256(self.model_proto)
+    if self._retyped:
+      digest.update(repr(self._retyped).encode())
+    return 'sentencepiece-' + digest.hexdigest()
 
 
 class ByteTokenizer(Tokenizer):
@@ -302,7 +349,7 @@ def build_model_proto(
     zip(pieces, scores, types, strict=True)
   ):
     if ' ' in piece and kind != CONTROL:
-      spelled = piece.replace(' ', _SPACE)
+      spelled = piece.replace(' ', SPACE)
       if spelled not in taken:
         taken.add(spelled)
         piece = spelled
@@ -312,13 +359,80 @@ def build_model_proto(
   return proto.SerializeToString()
 
 
-def _make_control(pieces) -> bool:
-  """Retypes control tokens that text could hold; whether there were any."""
-  found = [
-    p
-    for p in pieces
-    if p.type in (NORMAL, USER_DEFINED) and _CONTROL_NAME.fullmatch(p.piece)
+def is_control_name(spelling: str) -> bool:
+  """Whether a piece is a control token by its name, whatever its type."""
+  return _CONTROL_NAME.fullmatch(spelling) is not None
+
+
+def _add(pieces: Any, added: Sequence[AddedToken], source: str) -> set[int]:
+  """Spells pieces as `added` says, and appends those that are not there yet.
+
+  Rows between the last piece and an added token become control tokens without
+  a text.
+
+  Returns:
+    Ids of the tokens that it spelled or appended: of these the flag alone says
+    whether they are control tokens, not the name.
+  """
+  new = [
+    token._replace(content=token.content.replace(' ', SPACE))
+    for token in sorted(added)
   ]
-  for piece in found:
+  new = [
+    token
+    for token in new
+    if token.id >= len(pieces) or pieces[token.id].piece != token.content
+  ]
+  if not new:
+    return set()
+  ids = {piece.piece: i for i, piece in enumerate(pieces)}
+  for token in new:
+    if ids.setdefault(token.content, token.id) != token.id:
+      raise ValueError(
+        f'{source}: added token {token.content!r} has id {token.id}, but so is '
+        f'spelled token {ids[token.content]}; expected one id for a spelling.'
+      )
+    for i in range(len(pieces), token.id + 1):
+      pieces.add(piece=f'<row {i}>', score=0.0, type=CONTROL)
+    pieces[token.id].piece = token.content
+    pieces[token.id].type = CONTROL if token.special else USER_DEFINED
+  return {token.id for token in new}
+
+
+def _retype(pieces: Any, added: Sequence[AddedToken]) -> list[tuple[int, int]]:
+  """Types pieces as `added` says; (id, type) of those that it changed.
+
+  A control piece of the file stays one: releases call even <mask> and
+  <unused0> not special. What a name alone decides (`_make_control`) is left.
+  """
+  retyped = []
+  for token in sorted(added):
+    piece = pieces[token.id]
+    kind = CONTROL if token.special else USER_DEFINED
+    if piece.type not in (NORMAL, USER_DEFINED, kind):
+      continue
+    if piece.type != kind and not is_control_name(piece.piece):
+      piece.type = kind
+      retyped.append((token.id, kind))
+  return retyped
+
+
+def _make_control(pieces: Any, but: set[int]) -> bool:
+  """Retypes control tokens that text could hold; whether there were any."""
+  named = [
+    piece
+    for i, piece in enumerate(pieces)
+    if piece.type in (NORMAL, USER_DEFINED)
+    and is_control_name(piece.piece)
+    and i not in but
+  ]
+  for piece in named:
     piece.type = CONTROL
-  return bool(found)
+  return bool(named)
+
+
+def _not_a_model(source: str, model_proto: bytes, e: Exception) -> ValueError:
+  return ValueError(
+    f'{source}: got {len(model_proto)} bytes that are no SentencePiece model '
+    f'({str(e).strip()}), expected a tokenizer.model.'
+  )

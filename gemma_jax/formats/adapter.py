@@ -8,6 +8,7 @@ import os
 from gemma_jax import files, pytree
 from gemma_jax.config import LoraConfig
 from gemma_jax.formats import keras, peft
+from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.model_config import ModelConfig
 
 
@@ -42,3 +43,13 @@ def read_adapter(
     f'adapter: got {str(path)!r}, which is {found}; expected a PEFT folder '
     '(adapter_config.json) or a .lora.h5 file of Keras.'
   )
+
+
+def read_trained_with(path: str | os.PathLike) -> TrainedWith | None:
+  """How an adapter was trained; None where nothing says so (PEFT, Keras).
+
+  Raises:
+    ValueError: its gemma_jax.json is broken.
+  """
+  path = files.fetch(path)
+  return TrainedWith.read(path) if path.is_dir() else None

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import layout, pytree
+from gemma_jax.formats import finite
 from gemma_jax.formats import parts as parts_lib
 from gemma_jax.formats.parts import Part
 from gemma_jax.model_config import ModelConfig
@@ -65,6 +66,8 @@ class BaseSource:
     tensors: one for each leaf of the unrolled tree, by its path.
     files: the files that hold the weights; empty for random weights.
     make_tokenizer: makes the tokenizer, or None if there is none.
+    read_chat_template: the Jinja template that came with the tokenizer, if one
+      did.
   """
 
   reference: str
@@ -73,6 +76,7 @@ class BaseSource:
   tensors: Mapping[str, StoredTensor]
   files: tuple[Path, ...]
   make_tokenizer: Callable[[], 'Tokenizer | None']
+  read_chat_template: Callable[[], str | None] = lambda: None
 
   def tokenizer(self) -> 'Tokenizer | None':
     """The base's tokenizer, or None if it came without one.
@@ -137,7 +141,8 @@ class BaseSource:
       Nested dicts of jax arrays, as `layout.abstract_params`.
 
     Raises:
-      ValueError: a file changed since it was opened.
+      ValueError: a file changed since it was opened, or holds a value that is
+        not finite.
     """
     dtype = weight_dtype(self, dtype)
     abstract = layout.abstract_params(self.config, dtype, scan_layers)
@@ -285,6 +290,8 @@ def match_tensors(
 ) -> dict[str, StoredTensor]:
   """The tensors of a file by leaf: exactly those that the config asks for.
 
+  Reading one raises a ValueError for a value that is not finite.
+
   Args:
     names: the file's name of each leaf of the unrolled tree, by path.
     config: gives the shapes.
@@ -306,7 +313,9 @@ def match_tensors(
       f'{where}: tensor {unexpected[0]} is unexpected ({len(unexpected)} '
       'such), expected only the weights of a Gemma language model.'
     )
-  tensors = {path: found[name] for path, name in names.items()}
+  tensors = {
+    path: finite.checked(found[name], where) for path, name in names.items()
+  }
   for path, shape in stored_shapes(config).items():
     got = tensors[path].shape
     if got != shape:

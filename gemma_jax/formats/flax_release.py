@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma_jax import layout
-from gemma_jax.formats import base, flax_config
+from gemma_jax.formats import base, finite, flax_config
 from gemma_jax.formats.base import BaseSource, StoredTensor
 from gemma_jax.model_config import ModelConfig
 
@@ -105,10 +105,13 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
   dtypes = {array.dtype.numpy_dtype for array in arrays.values()}
   cache = _Cache(arrays, root)
   tensors = {
-    path: StoredTensor(
-      places[path].name,
-      shape,
-      functools.partial(cache.read, path, places[path], shape),
+    path: finite.checked(
+      StoredTensor(
+        places[path].name,
+        shape,
+        functools.partial(cache.read, path, places[path], shape),
+      ),
+      str(folder),
     )
     for path, shape in base.stored_shapes(config).items()
   }

@@ -82,6 +82,7 @@ def open_gguf(path: Path, reference: str) -> BaseSource:
     tensors=base.match_tensors(names, config, found, str(path)),
     files=(path,),
     make_tokenizer=functools.partial(_tokenizer, path),
+    read_chat_template=functools.partial(_chat_template, path),
   )
 
 
@@ -208,6 +209,12 @@ def _read_rows(
     stored.reshape(1, -1), GGMLQuantizationType(info.type)
   ).reshape(stop - start, *info.shape[1:])
   return values - np.float32(1) if name.endswith('norm.weight') else values
+
+
+def _chat_template(path: Path) -> str | None:
+  metadata, _ = gguf_file.read_header(path)
+  template = metadata.get('tokenizer.chat_template')
+  return template if isinstance(template, str) else None
 
 
 def _tokenizer(path: Path):

@@ -84,7 +84,8 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
     ),
     tensors=tensors,
     files=files,
-    make_tokenizer=functools.partial(_tokenizer, folder / 'tokenizer.model'),
+    make_tokenizer=functools.partial(_tokenizer, folder, config.vocab_size),
+    read_chat_template=functools.partial(_chat_template, folder),
   )
 
 
@@ -177,9 +178,13 @@ def _check_tied(
     )
 
 
-def _tokenizer(path: Path):
-  from gemma_jax.data import tokenizer
+def _tokenizer(folder: Path, num_rows: int):
+  from gemma_jax.formats import hf_tokenizer
 
-  if not path.is_file():
-    return None
-  return tokenizer.SentencePieceTokenizer.from_file(str(path))
+  return hf_tokenizer.read(folder, num_rows)
+
+
+def _chat_template(folder: Path) -> str | None:
+  from gemma_jax.formats import hf_tokenizer
+
+  return hf_tokenizer.chat_template(folder)

@@ -4,6 +4,11 @@
     generation_config.json         where sampling stops; the base's own if any
     model.safetensors              or shards and model.safetensors.index.json
     tokenizer.model, ...           if the base has a tokenizer
+    tokenizer_config.json          names its control and user-defined pieces,
+                                   without which llama.cpp's converter takes
+                                   them for plain ones
+    chat_template.jinja            of the adapter's template, the base's own, or
+                                   Gemma's turns (`chat_template`)
 
 transformers loads it as GemmaForCausalLM, Gemma2ForCausalLM or
 Gemma3ForCausalLM. The embedding's rows that only pad the Flax release (256128,
@@ -20,7 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax.formats import base, hf_config, hf_safetensors, safetensors_file
+from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.formats import (
+  base,
+  chat_template,
+  hf_config,
+  hf_safetensors,
+  hf_tokenizer,
+  safetensors_file,
+)
 from gemma_jax.formats.base import BaseSource, StoredTensor
 from gemma_jax.model_config import ModelConfig
 
@@ -30,14 +43,28 @@ MAX_SHARD_BYTES = 5_000_000_000
 # token; the others make the number divisible by 512.
 TOKEN_ROWS = {256_128: 256_000}
 
-# What transformers may want beside tokenizer.model; copied if the base has it.
+# Of a tokenizer in a Hugging Face folder; copied if the base has them.
 _TOKENIZER_FILES = (
   'added_tokens.json',
   'chat_template.jinja',
+  'chat_template.json',
   'special_tokens_map.json',
   'tokenizer.json',
+  'tokenizer.model',
   'tokenizer_config.json',
 )
+
+# What transformers is told of a tokenizer that has no files of its own.
+_TOKENIZER_CONFIG = {
+  'add_bos_token': True,
+  'add_eos_token': False,
+  'bos_token': '<bos>',
+  'clean_up_tokenization_spaces': False,
+  'eos_token': '<eos>',
+  'pad_token': '<pad>',
+  'tokenizer_class': 'GemmaTokenizer',
+  'unk_token': '<unk>',
+}
 
 
 def write_folder(
@@ -45,6 +72,7 @@ def write_folder(
   source: BaseSource,
   dtype: Any = 'auto',
   max_shard_bytes: int = MAX_SHARD_BYTES,
+  trained_on: str | None = None,
 ):
   """Fills an empty folder; memory in use is a few megabytes.
 
@@ -55,6 +83,7 @@ def write_folder(
     source: any base, also a merged one.
     dtype: 'auto' (the base's own), 'float32' or 'bfloat16'.
     max_shard_bytes: weights beyond it go to several files, of whole tensors.
+    trained_on: template of an adapter that was merged into the base.
 
   Raises:
     ValueError: an architecture that transformers does not have, or a dtype.
@@ -71,8 +100,10 @@ def write_folder(
     for path, name in names.items()
   }
   _write_weights(folder, tensors, dtype, max_shard_bytes)
-  write_tokenizer(folder, source)
-  _write_generation_config(folder / 'generation_config.json', source)
+  write_tokenizer(folder, source, trained_on)
+  _write_generation_config(
+    folder / 'generation_config.json', source, trained_on
+  )
 
 
 def exported_config(config: ModelConfig) -> ModelConfig:
@@ -81,8 +112,10 @@ def exported_config(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, vocab_size=rows)
 
 
-def write_tokenizer(folder: Path, source: BaseSource):
-  """Writes tokenizer.model, and beside it what transformers wants.
+def write_tokenizer(
+  folder: Path, source: BaseSource, trained_on: str | None = None
+):
+  """Writes tokenizer.model, and beside it what its readers want.
 
   Other tokenizer files of the base's own folder are copied, unless another
   tokenizer replaces it. Nothing is written for a base without SentencePiece.
@@ -95,39 +128,68 @@ def write_tokenizer(folder: Path, source: BaseSource):
         shutil.copyfile(origin / name, folder / name)
   if proto is None:
     return
-  (folder / 'tokenizer.model').write_bytes(proto)
-  if not (folder / 'tokenizer_config.json').is_file():
-    _write_json(
-      folder / 'tokenizer_config.json',
-      {
-        'add_bos_token': True,
-        'add_eos_token': False,
-        'bos_token': '<bos>',
-        'clean_up_tokenization_spaces': False,
-        'eos_token': '<eos>',
-        'pad_token': '<pad>',
-        'tokenizer_class': 'GemmaTokenizer',
-        'unk_token': '<unk>',
-      },
-    )
+  path = folder / 'tokenizer.model'
+  if not path.is_file():
+    path.write_bytes(proto)
+  path = folder / hf_tokenizer.CONFIG_NAME
+  given = hf_tokenizer.read_object(path)
+  config = dict(given or _TOKENIZER_CONFIG)
+  config.setdefault('added_tokens_decoder', _decoder(tokenizer))
+  template = chat_template.of_export(
+    trained_on, source.read_chat_template(), tokenizer
+  )
+  if template is not None and template != hf_tokenizer.chat_template(folder):
+    (folder / 'chat_template.json').unlink(missing_ok=True)
+    (folder / 'chat_template.jinja').write_text(template, 'utf-8')
+    config.pop('chat_template', None)  # llama.cpp takes it before the file
+  if config != given:
+    _write_json(path, config)
 
 
-def _write_generation_config(path: Path, source: BaseSource):
-  """Copies that of the base's folder, or says where its tokenizer stops."""
-  origin = _origin(source)
-  if origin is not None and (origin / path.name).is_file():
-    shutil.copyfile(origin / path.name, path)
-    return
+def _decoder(tokenizer: Tokenizer) -> dict[str, Any]:
+  """What transformers calls the pieces that are not found by merging."""
+  return {
+    str(piece.id): {
+      'content': piece.content,
+      'lstrip': False,
+      'normalized': False,
+      'rstrip': False,
+      'single_word': False,
+      'special': piece.special,
+    }
+    for piece in tokenizer.named_pieces
+  }
+
+
+def _write_generation_config(
+  path: Path, source: BaseSource, trained_on: str | None
+):
+  """Where sampling stops: as the base's folder says, and as was trained.
+
+  Every template ends an answer with EOS, and chat with <end_of_turn> before it.
+  """
   tokenizer = source.tokenizer()
   end_of_turn = None if tokenizer is None else tokenizer.end_of_turn_id
-  _write_json(
-    path,
-    {
-      'bos_token_id': 2,
-      'eos_token_id': 1 if end_of_turn is None else [1, end_of_turn],
-      'pad_token_id': 0,
-    },
-  )
+  origin = _origin(source)
+  own = origin / path.name if origin is not None else path
+  if not own.is_file():
+    _write_json(
+      path,
+      {
+        'bos_token_id': 2,
+        'eos_token_id': 1 if end_of_turn is None else [1, end_of_turn],
+        'pad_token_id': 0,
+      },
+    )
+    return
+  shutil.copyfile(own, path)
+  config = hf_tokenizer.read_object(path)
+  ids = config.get('eos_token_id')
+  ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+  learned = {None: (), 'chat': (1, end_of_turn)}.get(trained_on, (1,))
+  missing = [i for i in learned if i not in ids]
+  if missing:
+    _write_json(path, {**config, 'eos_token_id': ids + missing})
 
 
 def _origin(source: BaseSource) -> Path | None:
@@ -135,11 +197,11 @@ def _origin(source: BaseSource) -> Path | None:
   folder = source.files[0].parent if source.files else None
   if folder is None or not (folder / 'config.json').is_file():
     return None
-  tokenizer = source.tokenizer()
-  proto = None if tokenizer is None else tokenizer.model_proto
-  own = folder / 'tokenizer.model'
-  is_own = own.read_bytes() == proto if own.is_file() else proto is None
-  return folder if is_own else None
+  own = hf_tokenizer.read(folder, source.config.vocab_size)
+  fingerprints = [
+    None if t is None else t.fingerprint() for t in (own, source.tokenizer())
+  ]
+  return folder if fingerprints[0] == fingerprints[1] else None
 
 
 def _write_weights(
@@ -174,5 +236,5 @@ def _write_weights(
 
 
 def _write_json(path: Path, value: Any):
-  text = json.dumps(value, indent=2, sort_keys=True)
+  text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
   path.write_text(text + '\n', 'utf-8')

@@ -9,6 +9,7 @@ PREFIX = 'hf:'
 _FILES = (
   'added_tokens.json',
   'chat_template.jinja',
+  'chat_template.json',
   'config.json',
   'generation_config.json',
   '*.safetensors',

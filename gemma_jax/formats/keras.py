@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma_jax import layout, lora, pytree
+from gemma_jax.formats import finite
 from gemma_jax.lora_config import TARGET_PRESETS, LoraConfig
 from gemma_jax.model_config import ModelConfig
 
@@ -149,6 +150,8 @@ def _read(
   for path, (name, dataset) in datasets.items():
     with _naming(name):
       unrolled[path] = dataset[()].view(_dtype(dataset)).astype(np.float32)
+    if (problem := finite.problem(unrolled[path], name)) is not None:
+      raise ValueError(problem)
   return rank, unrolled
 
 

@@ -5,6 +5,7 @@
                                 (r, inputs), .lora_B.weight (outputs, r),
                                 .lora_magnitude_vector (outputs) with DoRA
     trained_base.safetensors    ours, only if base leaves were trained too
+    gemma_jax.json              ours, how it was trained (`trained_with`)
 
 PEFT scales B A by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora;
 `rank_pattern` and `alpha_pattern` override r and lora_alpha by module.
@@ -25,11 +26,13 @@ from gemma_jax.config import LoraConfig
 from gemma_jax.formats import (
   atomic_folder,
   base,
+  finite,
   hf_safetensors,
   peft_config,
   peft_matrices,
   safetensors_file,
 )
+from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.model_config import ModelConfig
 
 CONFIG_NAME = 'adapter_config.json'
@@ -160,6 +163,7 @@ def write_adapter(
   lora_config: LoraConfig,
   base_name: str,
   trained_base: pytree.Tree | None = None,
+  trained_with: TrainedWith | None = None,
 ):
   """Writes an adapter that PEFT, and `read_adapter`, apply as we do.
 
@@ -177,6 +181,7 @@ def write_adapter(
     base_name: goes into `base_model_name_or_path`.
     trained_base: base leaves that were trained with the adapter, as nested
       dicts; without them the adapter does not give the trained model.
+    trained_with: how its records were rendered, None if nobody knows.
 
   Raises:
     ValueError: the folder holds something else, or the tree is no adapter.
@@ -199,9 +204,11 @@ def write_adapter(
   from safetensors.numpy import save_file
 
   def fill(tmp: Path):
-    text = json.dumps(raw, indent=2, sort_keys=True)
+    text = json.dumps(raw, indent=2, sort_keys=True, allow_nan=False)
     (tmp / CONFIG_NAME).write_text(text + '\n', 'utf-8')
     save_file(tensors, tmp / WEIGHTS_NAME, metadata={'format': 'pt'})
+    if trained_with is not None:
+      trained_with.write(tmp)
     if trained_base:
       leaves = {
         name: np.ascontiguousarray(jax.device_get(leaf), np.float32)
@@ -229,7 +236,14 @@ def read_trained_base(folder: str | os.PathLike) -> pytree.Tree:
   if not path.is_file():
     return {}
   entries = safetensors_file.read_header(path)
-  return pytree.unflatten({n: e.read_all() for n, e in entries.items()})
+  return pytree.unflatten({n: _read_all(e) for n, e in entries.items()})
+
+
+def _read_all(entry: safetensors_file.Entry) -> np.ndarray:
+  """A whole tensor; ValueError names one that is not finite."""
+  values = entry.read_all()
+  finite.check(values, entry.name, str(entry.path))
+  return values
 
 
 def _read_factors(
@@ -277,7 +291,7 @@ def _read_factors(
     parts = found.setdefault((layer, name), {})
     if part in parts:
       raise ValueError(f'{path}: tensor {tensor} is there under two names.')
-    parts[part] = entry.read_all().astype(np.float32)
+    parts[part] = _read_all(entry).astype(np.float32)
   factors = {}
   for key, parts in found.items():
     a, b = parts.get('A'), parts.get('B')

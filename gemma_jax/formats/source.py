@@ -55,7 +55,9 @@ def open_base(reference: str, tokenizer: str = '') -> BaseSource:
   if not tokenizer:
     return source
   return dataclasses.replace(
-    source, make_tokenizer=functools.partial(_sentencepiece, tokenizer)
+    source,
+    make_tokenizer=functools.partial(_sentencepiece, tokenizer),
+    read_chat_template=lambda: None,
   )
 
 

@@ -35,10 +35,35 @@ class Comparison:
   Attributes:
     largest_difference: of a written weight from the one in float32.
     num_changed: tensors of which a weight differs from the base's.
+    update_kept: share of the adapter's update that survived rounding, over all
+      weights (`_Update`); None without an adapter.
   """
 
   largest_difference: float
   num_changed: int
+  update_kept: float | None = None
+
+
+class _Update:
+  """How much of an update U is in what was written.
+
+      kept = <round(W + U) - round(W), U> / <U, U>
+
+  A rounded weight takes up a small update wholly or not at all, and in too
+  large a step: so what counts is the share in U's own direction, not the size.
+  """
+
+  def __init__(self):
+    self._product = self._square = 0.0
+
+  def add(self, intended: np.ndarray, survived: np.ndarray):
+    """Takes float32 arrays of one shape into account."""
+    self._product += float(np.vdot(intended, survived))
+    self._square += float(np.vdot(intended, intended))
+
+  @property
+  def kept(self) -> float | None:
+    return self._product / self._square if self._square else None
 
 
 def compare(
@@ -70,7 +95,7 @@ def compare(
   shapes = dict(
     pytree.items(layout.abstract_params(source.config, scan_layers=False))
   )
-  largest, num_changed = 0.0, 0
+  largest, num_changed, update = 0.0, 0, _Update()
   with (
     futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
     jax.default_matmul_precision('highest'),
@@ -84,14 +109,16 @@ def compare(
           for x in (source_with, written)
         )
         want = _merge(path, old, own, lora_config.scale)
-        difference, changed = _compare_merged(path, want, got, old, dtype)
+        difference, changed = _compare_merged(
+          path, want, got, old, dtype, update
+        )
       else:
         difference, changed = _compare_kept(
-          path, source, source_with, written, dtype
+          path, source, source_with, written, dtype, update
         )
       largest = max(largest, difference)
       num_changed += changed
-  return Comparison(largest, num_changed)
+  return Comparison(largest, num_changed, update.kept)
 
 
 def _read(
@@ -114,7 +141,12 @@ def _merge(
 
 
 def _compare_merged(
-  path: str, want: np.ndarray, got: np.ndarray, old: np.ndarray, dtype: np.dtype
+  path: str,
+  want: np.ndarray,
+  got: np.ndarray,
+  old: np.ndarray,
+  dtype: np.dtype,
+  update: _Update,
 ) -> tuple[float, bool]:
   """Largest difference from float32's sum; whether the kernel changed."""
   slack = _SUM_ERROR * np.abs(want).max()
@@ -130,8 +162,9 @@ def _compare_merged(
         f'{dtype.name} makes; nothing was written.'
       )
     largest = max(largest, float(difference.max()))
-    before = before.astype(dtype).astype(np.float32)
-    changed = changed or not np.array_equal(stored, before)
+    rounded = before.astype(dtype).astype(np.float32)
+    changed = changed or not np.array_equal(stored, rounded)
+    update.add(exact - before, stored - rounded)
   return largest, changed
 
 
@@ -141,6 +174,7 @@ def _compare_kept(
   source_with: BaseSource,
   written: BaseSource,
   dtype: np.dtype,
+  update: _Update,
 ) -> tuple[float, bool]:
   """The rounding of a tensor without factors; whether it was trained along."""
   want, got = source_with.tensors[path], written.tensors[path]
@@ -156,9 +190,11 @@ def _compare_kept(
         f'output: tensor {path} is not that of {source.reference} in '
         f'{dtype.name}; nothing was written.'
       )
-    difference = np.abs(stored.astype(np.float32) - exact.astype(np.float32))
-    largest = max(largest, float(difference.max()))
-    if was_trained and not changed:
-      before = source.tensors[path].read(start, stop).astype(dtype)
-      changed = not np.array_equal(stored.astype(dtype), before)
+    stored, exact = stored.astype(np.float32), exact.astype(np.float32)
+    largest = max(largest, float(np.abs(stored - exact).max()))
+    if was_trained:
+      before = source.tensors[path].read(start, stop).astype(np.float32)
+      rounded = before.astype(dtype).astype(np.float32)
+      changed = changed or not np.array_equal(stored, rounded)
+      update.add(exact - before, stored - rounded)
   return largest, changed

@@ -33,6 +33,7 @@ from gemma_jax.config import TrainConfig
 from gemma_jax.data import pipeline
 from gemma_jax.evaluate import Stopped
 from gemma_jax.formats import peft
+from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.sweep import evaluation
 
 
@@ -250,6 +251,7 @@ class _Trainer:
         self._factors(i),
         self.gang.configs[i].lora,
         self.run.source.reference,
+        trained_with=TrainedWith.of(self.gang.configs[i].data),
       )
       result = {
         'steps': self.step,

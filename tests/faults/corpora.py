@@ -17,7 +17,15 @@ from gemma_jax import integrity
 from gemma_jax.checkpoint import Checkpoints
 from gemma_jax.config import LoraConfig, TrainConfig
 from gemma_jax.data import records, tokenizer
-from gemma_jax.formats import adapter, base, hf_safetensors, peft, source
+from gemma_jax.formats import (
+  adapter,
+  base,
+  hf_safetensors,
+  hf_tokenizer,
+  peft,
+  source,
+)
+from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.model_config import ModelConfig
 from tests import data_toy, gguf_toy, hf_toy, peft_toy
 
@@ -148,7 +156,13 @@ def _write_adapter(folder: Path) -> None:
     _LORA,
     'base',
     {'final_norm': {'scale': np.ones(11, np.float32)}},
+    TrainedWith(),
   )
+
+
+def _read_adapter(folder: Path) -> None:
+  adapter.read_adapter(folder, peft_toy.MODEL, True)
+  adapter.read_trained_with(folder)
 
 
 def _write_keras(folder: Path) -> None:
@@ -165,6 +179,29 @@ def _read_keras(folder: Path) -> None:
 def _write_tokenizer(folder: Path) -> None:
   proto = tokenizer.build_model_proto(*data_toy.vocabulary())
   (folder / 'tokenizer.model').write_bytes(proto)
+
+
+def _write_added(folder: Path) -> None:
+  _write_tokenizer(folder)
+  added = {'id': 283, 'content': '<tool>', 'special': False, 'lstrip': False}
+  contents = {
+    'added_tokens': {'<tool>': 283},
+    'special_tokens_map': {'additional_special_tokens': ['<x>', '<y>']},
+    'tokenizer': {'added_tokens': [added]},
+    'tokenizer_config': {
+      'added_tokens_decoder': {'284': {'content': '<x>', 'special': True}},
+      'chat_template': [{'name': 'default', 'template': '{{ messages }}'}],
+    },
+  }
+  for name, content in contents.items():
+    (folder / f'{name}.json').write_text(json.dumps(content))
+
+
+def _read_added(folder: Path) -> None:
+  hf_tokenizer.chat_template(folder)
+  pieces = hf_tokenizer.read(folder, 400)
+  if pieces is not None:
+    _use(pieces)
 
 
 def _write_flax(folder: Path) -> None:
@@ -248,7 +285,7 @@ CORPORA = {
   'safetensors': Corpus(_write_hf, _read_base),
   'adapter': Corpus(
     _write_adapter,
-    lambda f: adapter.read_adapter(f / 'adapter', peft_toy.MODEL, True),
+    lambda f: _read_adapter(f / 'adapter'),
   ),
   'tokenizer': Corpus(
     _write_tokenizer,
@@ -256,6 +293,7 @@ CORPORA = {
       tokenizer.SentencePieceTokenizer.from_file(str(f / 'tokenizer.model'))
     ),
   ),
+  'added_tokens': Corpus(_write_added, _read_added),
   'flax': Corpus(_write_flax, lambda f: _read_base(f / 'flax')),
   'checkpoint': Corpus(_write_checkpoint, _read_checkpoint),
   'records': Corpus(_write_records, _read_records),

@@ -1,0 +1,154 @@
+"""How the records of an adapter's training were rendered: gemma_jax.json.
+
+    {"loss_on": "response", "parse_control_tokens": false, "seq_len": 512,
+     "template": "dolly"}
+
+The file stands beside adapter_config.json, and PEFT passes it over. Who asks or
+measures the adapter later takes it as the default: an adapter that is asked in
+another way than it was taught answers worse, and nothing else says so.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from gemma_jax.config import DataConfig
+from gemma_jax.data import templates
+from gemma_jax.formats import hf_safetensors
+
+NAME = 'gemma_jax.json'
+
+_LOSS_ON = ('response', 'all')
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedWith:
+  """See the fields of `DataConfig`, whose defaults these are.
+
+  Of a run, `seq_len` is the number of positions that its rows had.
+  """
+
+  template: str = DataConfig.template
+  loss_on: str = DataConfig.loss_on
+  seq_len: int = DataConfig.seq_len
+  parse_control_tokens: bool = DataConfig.parse_control_tokens
+
+  @classmethod
+  def of(cls, data: DataConfig) -> 'TrainedWith':
+    """What a run trains with; its rows have a length."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: getattr(data, name) for name in names})
+
+  def write(self, folder: Path):
+    """Writes gemma_jax.json."""
+    text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+    (folder / NAME).write_text(text + '\n', 'utf-8')
+
+  @classmethod
+  def read(cls, folder: Path) -> 'TrainedWith | None':
+    """From an adapter's folder; None where there is no gemma_jax.json.
+
+    Raises:
+      ValueError: it is broken, or says what this version does not know.
+    """
+    path = folder / NAME
+    if not path.is_file():
+      return None
+    raw = hf_safetensors.read_json(path)
+    names = {field.name for field in dataclasses.fields(cls)}
+    if not isinstance(raw, dict) or raw.keys() != names:
+      got = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
+      raise _refused(path, f'fields {got}', f'{sorted(names)}')
+    try:
+      templates.check_name(raw['template'])
+    except (ValueError, TypeError) as e:
+      raise ValueError(f'{path}: {e} {_REMEDY}') from None
+    if raw['loss_on'] not in _LOSS_ON:
+      raise _refused(path, f'loss_on={raw["loss_on"]!r}', ' or '.join(_LOSS_ON))
+    if type(raw['parse_control_tokens']) is not bool:
+      got = raw['parse_control_tokens']
+      raise _refused(path, f'parse_control_tokens={got!r}', 'true or false')
+    if type(raw['seq_len']) is not int or raw['seq_len'] < 0:
+      raise _refused(path, f'seq_len={raw["seq_len"]!r}', 'an integer >= 0')
+    return cls(**raw)
+
+
+_REMEDY = 'Remove the file to go on without it.'
+
+
+def choose(
+  by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]
+) -> TrainedWith:
+  """What adapters are measured with together, on the same tokens.
+
+  Args:
+    by_adapter: how each was trained, by its name; None where nobody knows.
+    told: a value for each field of `TrainedWith`, None to take the adapters'.
+
+  Returns:
+    The told values, else the adapters' common ones, else the defaults; of
+    seq_len 0, which cuts no record: an adapter that was trained on short rows
+    is measured on whole records like any other.
+
+  Raises:
+    ValueError: adapters differ in a field that nothing was told of.
+  """
+  known = {name: t for name, t in by_adapter.items() if t is not None}
+  chosen = {}
+  for field in dataclasses.fields(TrainedWith):
+    values = {name: getattr(t, field.name) for name, t in known.items()}
+    value = told[field.name]
+    if value is not None:
+      _warn_unless_trained(values, field.name, value)
+      chosen[field.name] = value
+    elif values and field.name != 'seq_len':
+      (first, value), *others = values.items()
+      for name, other in others:
+        if other != value:
+          raise ValueError(
+            f'--{field.name}: {first} was trained with {value}, {name} with '
+            f'{other}, expected one for all, so that they are measured on the '
+            f'same tokens. Set --{field.name}={value}, or measure them apart.'
+          )
+      chosen[field.name] = value
+  return TrainedWith(**chosen)
+
+
+def asked_with(
+  names: Sequence[str],
+  by_adapter: Mapping[str, TrainedWith | None],
+  told: Mapping[str, Any],
+) -> dict[str, TrainedWith]:
+  """How each name is asked: as it was trained, unless told otherwise.
+
+  Args:
+    names: of adapters, and of the base, which is asked as the first adapter.
+    by_adapter: how each adapter was trained; without the base.
+    told: a value for fields of `TrainedWith`, None to take each adapter's own.
+  """
+  told = {name: value for name, value in told.items() if value is not None}
+  for field, value in told.items():
+    trained = {n: getattr(t, field) for n, t in by_adapter.items() if t}
+    _warn_unless_trained(trained, field, value)
+  own = {name: by_adapter[name] or TrainedWith() for name in by_adapter}
+  of_base = next((own[n] for n in names if n in own), TrainedWith())
+  return {
+    name: dataclasses.replace(own.get(name, of_base), **told) for name in names
+  }
+
+
+def _warn_unless_trained(values: Mapping[str, Any], field: str, value: Any):
+  """Says which adapters were trained with another value of a field."""
+  for name, trained in values.items():
+    if trained != value:
+      logging.warning(
+        '--%s=%s: %s was trained with %s', field, value, name, trained
+      )
+
+
+def _refused(path: Path, got: str, expected: str) -> ValueError:
+  return ValueError(f'{path}: got {got}, expected {expected}. {_REMEDY}')
