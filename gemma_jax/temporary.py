@@ -129,7 +129,7 @@ def siblings(target: Path, kind: str) -> list[Path]:
   The one that was changed last is the last.
   """
   is_kind = stat.S_ISREG if kind == FILE else stat.S_ISDIR
-  found = []
+  ours = []
   with os.scandir(target.parent) as entries:
     for entry in entries:
       if not is_temporary(entry.name, target.name, kind):
@@ -137,8 +137,8 @@ def siblings(target: Path, kind: str) -> list[Path]:
       with contextlib.suppress(FileNotFoundError):  # renamed a moment ago
         status = entry.stat(follow_symlinks=False)
         if status.st_uid == os.geteuid() and is_kind(status.st_mode):
-          found.append((status.st_ctime_ns, Path(entry.path)))
-  return [path for _, path in sorted(found)]
+          ours.append((status.st_ctime_ns, Path(entry.path)))
+  return [path for _, path in sorted(ours)]
 
 
 def remove_leftovers(target: Path, kind: str, mine: Path | None = None) -> bool:
