@@ -174,6 +174,8 @@ def differing(
   default = TrainConfig() if default is None else default
   defaults = config_lib.flatten(config_lib.to_dict(default))
   before, now = (defaults | config_lib.flatten(each) for each in (before, now))
+  for each in (before, now):  # a sweep's is as it was given
+    each['data.seq_len'] = each['data.seq_len'] or run_lib.DEFAULT_SEQ_LEN
   return [
     (name, before.get(name), now.get(name))
     for name in sorted(before.keys() | now.keys())

@@ -43,6 +43,12 @@ def test_fields_that_change_nothing_learnt_may_change(field, value):
   resume.check('run', facts(), facts(**{field: value}), 4)
 
 
+def test_rows_of_the_default_length_are_rows_of_512():
+  before, now = facts(**{'data.seq_len': 512}), facts(**{'data.seq_len': 0})
+  resume.check('run', before, now, 4)
+  resume.check('run', now, before, 4)
+
+
 @pytest.mark.parametrize(
   ('field', 'value'),
   [
