@@ -9,7 +9,7 @@ Cost       about 8 s a step of 512 positions on two cores, 3 GiB
 Result     1.957 -> 1.872 nats/token after 100 steps; see experiments/README.md
 """
 
-from gemma_jax.config import (
+from gemma_jax.config.train import (
   BaseConfig,
   DataConfig,
   LoraConfig,

@@ -16,7 +16,7 @@ Differs    the 1000 rows are the first of the training split; with data.path
 Source     ai.google.dev/gemma/docs/core/lora_tuning (the official tutorial)
 """
 
-from gemma_jax.config import (
+from gemma_jax.config.train import (
   BaseConfig,
   DataConfig,
   LoraConfig,

@@ -12,7 +12,7 @@ Result     see experiments/README.md#korean-and-translation
 import dataclasses
 
 from experiments import dolly_lora
-from gemma_jax.config import TrainConfig
+from gemma_jax.config.train import TrainConfig
 
 
 def get_config(path: str = 'ChatbotData.csv') -> TrainConfig:

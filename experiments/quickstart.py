@@ -7,7 +7,7 @@ Cost       see experiments/README.md#quickstart
 Result     see experiments/README.md#quickstart
 """
 
-from gemma_jax.config import (
+from gemma_jax.config.train import (
   BaseConfig,
   DataConfig,
   LoraConfig,

@@ -19,7 +19,7 @@ Result     not run yet; a smaller one: experiments/README.md#rank-ablation
 import dataclasses
 
 from experiments import dolly_lora
-from gemma_jax.config import TrainConfig
+from gemma_jax.config.train import TrainConfig
 from gemma_jax.sweep.grid import GridConfig, SweepConfig
 
 

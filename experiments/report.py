@@ -26,8 +26,8 @@ from experiments.analysis import (
   words,
 )
 from gemma_jax import files
-from gemma_jax.formats import source as source_lib
-from gemma_jax.sweep import closing, results
+from gemma_jax.formats import open_base
+from gemma_jax.sweep import finalize, results
 
 # The largest number of adapters that one similarity map holds legibly.
 _MAX_SIMILAR = 12
@@ -62,7 +62,7 @@ def _directions(sweep, table) -> dict[str, spectra.Directions]:
   cells = [row.cells[0] for row in table if row is not largest]
   cells = [*cells, *largest.cells][-_MAX_SIMILAR:]
   config = sweep.manifest['config']['model']
-  source = source_lib.open_base(config['path'], config['tokenizer'])
+  source = open_base.open_base(config['path'], config['tokenizer'])
   return {c.name: spectra.directions(c, source.config) for c in cells}
 
 
@@ -222,7 +222,7 @@ def _categories(sweep, table, answers) -> str:
 
 
 def _samples(sweep) -> str:
-  path = sweep.folder / closing.SAMPLES
+  path = sweep.folder / finalize.SAMPLES
   if not path.exists():
     return ''
   parts = []

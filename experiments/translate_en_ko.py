@@ -13,7 +13,7 @@ Result     see experiments/README.md#korean-and-translation
 import dataclasses
 
 from experiments import korean
-from gemma_jax.config import TrainConfig
+from gemma_jax.config.train import TrainConfig
 
 
 def get_config(path: str = 'kor.txt', template: str = 'en_ko') -> TrainConfig:

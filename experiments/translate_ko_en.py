@@ -9,7 +9,7 @@ Result     see experiments/README.md#korean-and-translation
 """
 
 from experiments import translate_en_ko
-from gemma_jax.config import TrainConfig
+from gemma_jax.config.train import TrainConfig
 
 
 def get_config(path: str = 'kor.txt') -> TrainConfig:

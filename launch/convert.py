@@ -47,7 +47,7 @@ _NESTED = flags.DEFINE_bool(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import convert
+  from gemma_jax.export import convert
 
   if not _OUTPUT.value:
     app.fail('--output: missing, expected a new or empty folder')

@@ -63,9 +63,11 @@ _DTYPE = flags.DEFINE_enum(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import adapters, compare, files
-  from gemma_jax.config import TrainConfig
+  from gemma_jax import files
+  from gemma_jax.config.train import TrainConfig
   from gemma_jax.formats import adapter, trained_with
+  from gemma_jax.lora import align
+  from gemma_jax.runs import evaluate_adapters
 
   if not _DATA.value:
     app.fail('--data: missing, expected a JSON Lines file of records')
@@ -74,12 +76,12 @@ def main() -> int:
   if _PER_EXAMPLE.value and not is_there:
     app.fail(f'--per_example: {per_example.parent} is no folder, expected one')
   app.set_compilation_cache('')
-  names = _ADAPTERS.value or [adapters.BASE]
+  names = _ADAPTERS.value or [align.BASE]
   chosen = trained_with.choose(
     {
       name: adapter.read_trained_with(name)
       for name in names
-      if name != adapters.BASE
+      if name != align.BASE
     },
     {
       'template': _TEMPLATE.value,
@@ -101,7 +103,7 @@ def main() -> int:
   config.data.global_batch_size = _BATCH_SIZE.value
   config.data.max_eval_records = _MAX_RECORDS.value
   rows = []
-  for name, examples, found in compare.evaluate_adapters(
+  for name, examples, found in evaluate_adapters.evaluate_adapters(
     config.resolve(), names
   ):
     logging.info('%s: %.4f nats/token', name, found.nll_per_token)

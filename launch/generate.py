@@ -107,11 +107,12 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import adapters, decode_weights, sample
-  from gemma_jax import prompts as prompts_lib
-  from gemma_jax.choice import SamplingConfig
-  from gemma_jax.formats import source as source_lib
-  from gemma_jax.formats import trained_with
+  from gemma_jax.formats import open_base, trained_with
+  from gemma_jax.lora import align
+  from gemma_jax.sampling import prompts as prompts_lib
+  from gemma_jax.sampling import sampler as sampler_lib
+  from gemma_jax.sampling import weights as weights_lib
+  from gemma_jax.sampling.next_token import SamplingConfig
 
   sampling = SamplingConfig(
     max_new_tokens=_MAX_NEW_TOKENS.value or _DEFAULT_LENGTH,
@@ -134,19 +135,19 @@ def main() -> int:
   app.set_compilation_cache(_COMPILATION_CACHE.value)
 
   # All that can be wrong is found before the weights are read.
-  source = source_lib.open_base(_MODEL.value, _TOKENIZER.value)
+  source = open_base.open_base(_MODEL.value, _TOKENIZER.value)
   tokenizer = source.tokenizer()
   prompts = [*_PROMPTS.value, *map(_parse_ids, _TOKENS.value)]
   if not prompts:
     app.fail('--prompt: missing, expected --prompt=TEXT or --tokens=2,5,7')
-  names = _ADAPTERS.value or [adapters.BASE]
-  if len(names) > 1 and adapters.BASE not in names:
-    names = [adapters.BASE, *names]
-  folders = [name for name in names if name != adapters.BASE]
-  loaded = adapters.load_adapters(folders, source.config)
+  names = _ADAPTERS.value or [align.BASE]
+  if len(names) > 1 and align.BASE not in names:
+    names = [align.BASE, *names]
+  folders = [name for name in names if name != align.BASE]
+  loaded = align.load_adapters(folders, source.config)
   asked_with = trained_with.asked_with(
     names,
-    {x.name: x.trained_with for x in loaded if x.name != adapters.BASE},
+    {x.name: x.trained_with for x in loaded if x.name != align.BASE},
     {
       'template': _TEMPLATE.value,
       'parse_control_tokens': _PARSE_CONTROL_TOKENS.value,
@@ -173,10 +174,10 @@ def main() -> int:
       None if tokenizer is None else tokenizer.vocab_size,
     )
   weights = _WEIGHTS.value
-  params = source.load_params(decode_weights.load_dtype(weights))
-  variables = decode_weights.for_adapters(params, loaded, weights)
+  params = source.load_params(weights_lib.load_dtype(weights))
+  variables = weights_lib.for_adapters(params, loaded, weights)
   del params  # what decoding does not use of it is freed
-  sampler = sample.Sampler(source.config, tokenizer)
+  sampler = sampler_lib.Sampler(source.config, tokenizer)
 
   def generate(name, indices, on_tokens=None):
     generation = sampler.generate(

@@ -37,13 +37,13 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import summary, train
-  from gemma_jax.formats import source as source_lib
+  from gemma_jax.formats import open_base
+  from gemma_jax.runs import summary, train
 
   workdir = os.path.expanduser(_WORKDIR.value)
   config = _CONFIG.value.resolve()
   app.set_compilation_cache(config.compilation_cache)
-  source = source_lib.open_base(config.model.path, config.model.tokenizer)
+  source = open_base.open_base(config.model.path, config.model.tokenizer)
   dtype = config.model.dtype
   dtype = source.stored_dtype if dtype == 'auto' else jnp.dtype(dtype)
   print(summary.summarize(config, source.config, dtype).table())
@@ -76,9 +76,11 @@ def main() -> int:
 
 def _answers(config, source, adapter: str) -> list[str]:
   """Greedy answers of the base and of the adapter, by one compilation."""
-  from gemma_jax import adapters, decode_weights, sample
-  from gemma_jax.choice import SamplingConfig
   from gemma_jax.data import examples
+  from gemma_jax.lora import align
+  from gemma_jax.sampling import sampler as sampler_lib
+  from gemma_jax.sampling import weights
+  from gemma_jax.sampling.next_token import SamplingConfig
 
   tokenizer = source.tokenizer()
   prompt = examples.prompt_tokens(
@@ -87,14 +89,14 @@ def _answers(config, source, adapter: str) -> list[str]:
     _PROMPT.value,
     config.data.parse_control_tokens,
   )
-  variables = decode_weights.for_adapters(
+  variables = weights.for_adapters(
     source.load_params(config.model.dtype),
-    adapters.load_adapters([adapter], source.config),
+    align.load_adapters([adapter], source.config),
   )
-  sampler = sample.Sampler(source.config, tokenizer)
+  sampler = sampler_lib.Sampler(source.config, tokenizer)
   greedy = SamplingConfig(max_new_tokens=_MAX_NEW_TOKENS.value, temperature=0.0)
   texts = []
-  for name in (adapters.BASE, adapter):
+  for name in (align.BASE, adapter):
     made = sampler.generate(variables[name], [prompt], greedy)
     texts.append(tokenizer.decode(made.tokens[0]))
   return texts
@@ -102,8 +104,8 @@ def _answers(config, source, adapter: str) -> list[str]:
 
 def _interval(workdir: str, step: int) -> tuple[list[float] | None, str]:
   """The interval of the difference from the base's loss, and it in words."""
-  from gemma_jax import evaluate
-  from gemma_jax import workdir as workdir_lib
+  from gemma_jax.runs import evaluate
+  from gemma_jax.runs import workdir as workdir_lib
 
   base, adapted = (workdir_lib.read_heldout(workdir, s) for s in (0, step))
   column = lambda rows, name: np.array([row[name] for row in rows])

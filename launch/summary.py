@@ -25,14 +25,15 @@ _FORMAT = flags.DEFINE_enum(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import adapters, summary
-  from gemma_jax.formats import source
+  from gemma_jax.formats import open_base
+  from gemma_jax.lora import align
+  from gemma_jax.runs import summary
 
   config = _CONFIG.value
   config.model.path = _MODEL.value or config.model.path
   config = config.resolve()
-  base = source.open_base(config.model.path)
-  config, _ = adapters.start_from(config, base)
+  base = open_base.open_base(config.model.path)
+  config, _ = align.start_from(config, base)
   dtype = config.model.dtype
   found = summary.summarize(
     config, base.config, jnp.dtype('float32' if dtype == 'auto' else dtype)

@@ -38,7 +38,7 @@ _TOPOLOGY = flags.DEFINE_string(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax.evaluate import Stopped
+  from gemma_jax.runs.evaluate import Stopped
   from gemma_jax.sweep import grid, results, worker
 
   if bool(_TOPOLOGY.value) != _DRY_RUN.value:
@@ -72,8 +72,8 @@ def forecast(config) -> int:
   """Prints what the gangs would need on --topology; 1 if one does not fit."""
   import jax
 
-  from gemma_jax import topology
   from gemma_jax.sweep import forecast
+  from gemma_jax.tpu import topology
 
   # The slice is compiled for, not used; what this machine has is left alone.
   jax.config.update('jax_platforms', 'cpu')

@@ -2,7 +2,7 @@
 
   python -m launch.train --config=experiments/quickstart.py --workdir=DIR
 
-Any field of the config (gemma_jax/config.py explains them) can be set:
+Any field of the config (gemma_jax/config/train.py explains them) can be set:
 --config.lora.rank=8. The same command again resumes a stopped run, and only
 reports a finished one; with a constant rate, more --config.steps go on from its
 end. --dry_run stops before the first step; with --topology=v5e:2x4 it says what
@@ -62,7 +62,7 @@ def main() -> int:
   config = _CONFIG.value.resolve()
   multihost.join()
   if _DRY_RUN.value:
-    from gemma_jax import dry_run
+    from gemma_jax.runs import dry_run
 
     app.set_compilation_cache(config.compilation_cache)
     print(dry_run.dry_run(config, workdir))
@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def _train(config, workdir: str, should_stop: Callable[[], bool]) -> int:
-  from gemma_jax import hosts, train
+  from gemma_jax.runs import hosts, train
 
   app.set_compilation_cache(config.compilation_cache)
   try:
@@ -98,7 +98,7 @@ def forecast(config) -> int:
   """Prints what the run would need on --topology; 1 if it does not fit."""
   import jax
 
-  from gemma_jax import forecast, topology
+  from gemma_jax.tpu import forecast, topology
 
   if not _DRY_RUN.value:
     app.fail('--topology: got one without --dry_run, expected both')

@@ -22,7 +22,7 @@ _REPLAY = flags.DEFINE_bool(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax import verify
+  from gemma_jax.runs import verify
 
   if not _WORKDIR.value:
     app.fail('--workdir: missing, expected the folder of a run')

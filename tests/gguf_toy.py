@@ -4,7 +4,7 @@ import gguf as gguf_package
 import numpy as np
 
 from gemma_jax.formats import gguf
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.model.config import ModelConfig
 
 F32, F16, Q8_0, Q5_0, I8 = (
   gguf_package.GGMLQuantizationType[name]

@@ -8,15 +8,15 @@ import jax
 import numpy as np
 
 from gemma_jax.data import tokenizer as tokenizer_lib
-from gemma_jax.formats import base
-from gemma_jax.formats.base import BaseSource, StoredTensor
+from gemma_jax.formats import base_source
+from gemma_jax.formats.base_source import BaseSource, StoredTensor
 from gemma_jax.model.transformer import Transformer
 
 
 def source_of(config, scale_of_norms=0.3) -> BaseSource:
   """Random float32 weights in every leaf, norm scales included."""
   tensors = {}
-  for path, shape in base.stored_shapes(config).items():
+  for path, shape in base_source.stored_shapes(config).items():
     rng = np.random.default_rng(zlib.crc32(path.encode()))
     values = rng.standard_normal(shape, np.float32)
     values *= scale_of_norms if len(shape) == 1 else shape[1] ** -0.5

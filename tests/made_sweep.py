@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_jax import files
-from gemma_jax import workdir as workdir_lib
+from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.sweep import manifest, results
 
 RECORDS = 240  # half of them test records

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_jax import pytree
 from gemma_jax.formats import hf_safetensors, peft
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.model.config import ModelConfig
 
 STEM = 'base_model.model.model.layers'
 

@@ -2,7 +2,7 @@
 # Runs the tests in .venv, which it makes and fills from setup.py if need be.
 #
 #   bash tests/run.sh                    everything that this machine can run
-#   bash tests/run.sh tests/test_lora.py -k merge     arguments go to pytest
+#   bash tests/run.sh tests/lora -k merge     arguments go to pytest
 #   bash tests/run.sh -n 0 --pdb         in one process, to debug
 #   EXTRAS=tpu,parity bash tests/run.sh --heavy       the long ones as well
 set -euo pipefail

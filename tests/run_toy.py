@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 
-from gemma_jax.config import (
+from gemma_jax.config.train import (
   BaseConfig,
   DataConfig,
   LoraConfig,

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from gemma_jax.config import LoraConfig, TrainConfig
+from gemma_jax.config.train import LoraConfig, TrainConfig
 from gemma_jax.sweep.grid import GridConfig, SweepConfig
 from tests import run_toy
 

@@ -10,9 +10,10 @@ import sys
 
 import pytest
 
-from gemma_jax import files, metrics, temporary, workdir
+from gemma_jax import files, temporary
 from gemma_jax.data import records
 from gemma_jax.formats import atomic_folder
+from gemma_jax.runs import metrics, workdir
 from tests import gcs_toy
 
 ROOT = Path(__file__).parent.parent

@@ -15,19 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax import (
-  layout,
-  lora,
-  losses,
-  optimizer,
-  pytree,
-  sharding,
-  train_state,
-  train_step,
-)
-from gemma_jax.config import LoraConfig, OptimizerConfig
+from gemma_jax import pytree
+from gemma_jax.config.train import LoraConfig, OptimizerConfig
+from gemma_jax.lora import factors as factors_lib
+from gemma_jax.model import layout
+from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.training import losses, optimizer, sharding
+from gemma_jax.training import state as state_lib
+from gemma_jax.training import step as step_lib
 
 # Gemma 1's switches: all layers global, one kv head, no caps, two norms.
 PLAIN = ModelConfig(
@@ -129,7 +125,7 @@ def factors(
     return 0.3 * rng.standard_normal(x.shape, np.float32)
 
   abstract = jax.eval_shape(
-    lambda: lora.init(jax.random.key(0), config, lora_config)
+    lambda: factors_lib.init(jax.random.key(0), config, lora_config)
   )
   tree = pytree.map_with_name(leaf, abstract)
   return jax.device_put(tree if scan_layers else layout.unstack_layers(tree))
@@ -167,7 +163,7 @@ def loss(
 ) -> jax.Array:
   """Nats per supervised token."""
   total = losses.linear_cross_entropy(
-    train_step.hidden_states(model, variables, scale, batch),
+    step_lib.hidden_states(model, variables, scale, batch),
     variables['params']['embedder']['input_embedding'],
     batch['targets'],
     batch['weights'],
@@ -186,7 +182,7 @@ class Run(NamedTuple):
     traces: how often the step was traced in this process so far.
   """
 
-  state: train_state.TrainState
+  state: state_lib.TrainState
   frozen: Any
   metrics: list[dict[str, float]]
   traces: int
@@ -198,7 +194,7 @@ class Run(NamedTuple):
   @property
   def variables(self) -> dict[str, Any]:
     """{'params', 'lora'} as the model takes them."""
-    return train_state.join(self.state.trainable, self.frozen)
+    return state_lib.join(self.state.trainable, self.frozen)
 
 
 ADAMW = OptimizerConfig(learning_rate=0.01, weight_decay=0.1)
@@ -239,10 +235,8 @@ def train(
     scan_layers,
     mesh,
   )
-  leaves, frozen = train_state.split(
-    jax.tree.map(jnp.copy, variables), trainable
-  )
-  state = train_state.init_state(leaves, tx)
+  leaves, frozen = state_lib.split(jax.tree.map(jnp.copy, variables), trainable)
+  state = state_lib.init_state(leaves, tx)
   if mesh is not None:
     batches = jax.device_put(batches, sharding.batch_sharding(mesh))
     state, frozen = (
@@ -264,7 +258,7 @@ def _jitted_step(
   scale, dropout, seed = lora_options
   optimizer_config = OptimizerConfig(*optimizer_options)
   tx = optimizer.make_optimizer(optimizer_config, 100, trainable)
-  step = train_step.make_train_step(
+  step = step_lib.make_train_step(
     Transformer(
       config,
       scan_layers=scan_layers,
@@ -291,7 +285,7 @@ def _jitted_step(
   return tx, jax.jit(counted, donate_argnums=0), traces
 
 
-def optimizer_leaves(state: train_state.TrainState) -> dict[str, Any]:
+def optimizer_leaves(state: state_lib.TrainState) -> dict[str, Any]:
   """Moments of the optimizer by path, without the counts."""
   return {
     name: x

@@ -12,7 +12,7 @@ from experiments.analysis import arms, intervals
 from experiments.analysis.arms import Row
 from experiments.analysis.intervals import Estimate
 from experiments.analysis.verdict import Answer
-from gemma_jax.evaluate import FEWEST_RECORDS
+from gemma_jax.runs.evaluate import FEWEST_RECORDS
 from gemma_jax.sweep.results import Arm, Outcome, Sweep
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
-from gemma_jax.evaluate import FEWEST_RECORDS
+from gemma_jax.runs.evaluate import FEWEST_RECORDS
 
 # With two seeds, their spread is one number: t has one degree of freedom.
 FEWEST_SEEDS = 3
@@ -113,7 +113,7 @@ def estimate(contrast: np.ndarray, tokens: np.ndarray) -> Estimate | None:
   does at one seed is in both, so the sum errs upwards.
 
   Simulated, a one-sided 5 % is in truth 3 to 5 %, from 3 seeds and 30 records
-  on, whichever part is the larger (`tests/test_analysis.py`). A bootstrap that
+  on, whichever part is the larger (`tests/experiments`). A bootstrap that
   draws seeds and records (Owen 2007, arXiv 0712.1111) has (S - 1) / S of the
   seeds' part and no t: with three seeds its 5 % are 9 to 11 %. Satterthwaite's
   degrees of freedom give 7 % there, and 1.5 % for 0.1 %, so that no correction

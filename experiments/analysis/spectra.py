@@ -8,9 +8,9 @@ similarity between seeds shows what was learnt.
 
 import numpy as np
 
-from gemma_jax import spectrum
 from gemma_jax.formats import peft
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.lora import spectrum
+from gemma_jax.model.config import ModelConfig
 from gemma_jax.sweep.results import Outcome
 
 # Of each update, the strongest directions that are compared.

@@ -6,7 +6,7 @@ from experiments.analysis import arms, intervals, verdict
 from experiments.analysis.arms import Row
 from experiments.analysis.compare import Pair
 from experiments.analysis.verdict import Answer, Test
-from gemma_jax.evaluate import FEWEST_RECORDS
+from gemma_jax.runs.evaluate import FEWEST_RECORDS
 from gemma_jax.sweep.results import Sweep
 
 

@@ -5,8 +5,8 @@ import time
 
 import numpy as np
 
-from gemma_jax import layout
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.model import layout
+from gemma_jax.model.config import ModelConfig
 
 
 def train_flops(

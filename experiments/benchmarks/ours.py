@@ -13,9 +13,9 @@ def train(job):
   """The commands' own step and data pipeline, without evaluations."""
   import jax
 
-  from gemma_jax import run as run_lib
-  from gemma_jax import sharding
   from gemma_jax.data import pipeline
+  from gemma_jax.runs import prepare as run_lib
+  from gemma_jax.training import sharding
 
   set_cache(jax, job.get('cache', 'warm'))
   with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,7 @@ def train(job):
 
 def _config(job, folder):
   """The job's config, with a held-out file, lest one be taken off it."""
-  from gemma_jax.config import (
+  from gemma_jax.config.train import (
     BaseConfig,
     DataConfig,
     LoraConfig,
@@ -71,21 +71,21 @@ def _config(job, folder):
 
 def _start(jax, run):
   """State and frozen leaves at step 0, where the compiled step wants them."""
-  from gemma_jax import train_state
+  from gemma_jax.training import state as state_lib
 
   state, frozen = run.abstract
   placed = jax.tree.map(
-    lambda x: x.sharding, train_state.join(state.trainable, frozen)
+    lambda x: x.sharding, state_lib.join(state.trainable, frozen)
   )
   params = run.source.load_params(run.dtype, shardings=placed['params'])
-  adapter = train_state.init_adapter(run.config, run.source.config)
-  trainable, frozen = train_state.split(
+  adapter = state_lib.init_adapter(run.config, run.source.config)
+  trainable, frozen = state_lib.split(
     {'params': params, 'lora': jax.device_put(adapter, placed['lora'])},
     run.config.trainable,
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
   return jax.device_put(
-    train_state.init_state(trainable, run.tx), shardings
+    state_lib.init_state(trainable, run.tx), shardings
   ), frozen
 
 
@@ -93,16 +93,16 @@ def decode(job):
   """One prompt, greedily; rows end at new_tokens only."""
   import jax
 
-  from gemma_jax import decode_weights
-  from gemma_jax.choice import SamplingConfig
-  from gemma_jax.formats import source
-  from gemma_jax.sample import Sampler
+  from gemma_jax.formats import open_base
+  from gemma_jax.sampling import weights as weights_lib
+  from gemma_jax.sampling.next_token import SamplingConfig
+  from gemma_jax.sampling.sampler import Sampler
 
   set_cache(jax, 'warm')
-  base = source.open_base(job['model'])
+  base = open_base.open_base(job['model'])
   weights = job['weights']
-  params = base.load_params(decode_weights.load_dtype(weights))
-  variables = decode_weights.prepare({'params': params}, weights)
+  params = base.load_params(weights_lib.load_dtype(weights))
+  variables = weights_lib.prepare({'params': params}, weights)
   del params
   sampling = SamplingConfig(max_new_tokens=job['new_tokens'] + 1)
   made = Sampler(base.config, stop_ids=()).generate(

@@ -59,12 +59,12 @@ _HERE = Path(__file__).parent
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax.formats import source
+  from gemma_jax.formats import open_base
 
   for name in ('suite', 'model', 'output'):
     if not flags.FLAGS[name].value:
       app.fail(f'--{name}: missing, expected a value; see --help')
-  config = source.open_base(_MODEL.value).config
+  config = open_base.open_base(_MODEL.value).config
   output = Path(_OUTPUT.value).expanduser()
   output.mkdir(parents=True, exist_ok=True)
   programs = _programs()

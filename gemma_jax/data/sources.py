@@ -11,7 +11,7 @@ import dataclasses
 import importlib.resources
 from typing import Any
 
-from gemma_jax.config import DataConfig
+from gemma_jax.config.train import DataConfig
 from gemma_jax.data import records as records_lib
 from gemma_jax.data.record import Record
 from gemma_jax.data.records import Reading

@@ -6,10 +6,10 @@ Which of them it is, is decided by what is there, not by how it is called.
 import os
 
 from gemma_jax import files, pytree
-from gemma_jax.config import LoraConfig
+from gemma_jax.config.train import LoraConfig
 from gemma_jax.formats import keras, peft
 from gemma_jax.formats.trained_with import TrainedWith
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.model.config import ModelConfig
 
 
 def read_adapter(

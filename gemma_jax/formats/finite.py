@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 if TYPE_CHECKING:
-  from gemma_jax.formats.base import StoredTensor
+  from gemma_jax.formats.base_source import StoredTensor
 
 # Exponent bits, all set in infinities and NaN, of what NumPy tests slowly.
 _EXPONENTS = {

@@ -11,9 +11,9 @@ from pathlib import Path
 import re
 from typing import Any
 
-from gemma_jax import variants
-from gemma_jax.formats import base, hf_writer
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.formats import base_source, hf_writer
+from gemma_jax.model import variants
+from gemma_jax.model.config import ModelConfig
 
 RECORD_NAME = 'conversion.json'
 
@@ -53,7 +53,7 @@ def to_record(config: ModelConfig) -> dict[str, Any]:
 def _recorded(record: Path, num_arrays: int) -> ModelConfig:
   try:
     fields = json.loads(record.read_text('utf-8'))['model_config']
-    base.check_layer_count(fields['num_layers'], num_arrays, str(record))
+    base_source.check_layer_count(fields['num_layers'], num_arrays, str(record))
     pattern = fields['layer_is_local']
     fields['layer_is_local'] = None if pattern is None else tuple(pattern)
     return ModelConfig(**fields)
@@ -87,7 +87,7 @@ def _sizes(shapes: dict[str, tuple[int, ...]], root: Path) -> dict[str, Any]:
     _, K, _, _ = shape('layer_0/attn/kv_einsum/w', 4)
   F, _ = shape('layer_0/mlp/linear/w', 2)
   layers = {int(m[1]) for n in shapes if (m := re.match(r'layer_(\d+)/', n))}
-  base.check_layer_count(max(layers) + 1, len(shapes), str(root))
+  base_source.check_layer_count(max(layers) + 1, len(shapes), str(root))
   return {
     'vocab_size': V,
     'embed_dim': D,

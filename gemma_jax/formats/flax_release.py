@@ -27,10 +27,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gemma_jax import layout
-from gemma_jax.formats import base, finite, flax_config
-from gemma_jax.formats.base import BaseSource, StoredTensor
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.formats import base_source, finite, flax_config
+from gemma_jax.formats.base_source import BaseSource, StoredTensor
+from gemma_jax.model import layout
+from gemma_jax.model.config import ModelConfig
 
 FOLDER_NAME = 'params'
 _MARKERS = ('_METADATA', 'manifest.ocdbt', 'checkpoint')
@@ -113,7 +113,7 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
       ),
       str(folder),
     )
-    for path, shape in base.stored_shapes(config).items()
+    for path, shape in base_source.stored_shapes(config).items()
   }
   return BaseSource(
     reference=reference,
@@ -318,7 +318,7 @@ class _Cache:
         f'{self._root}: array {place.name} cannot be read; the checkpoint is '
         f'damaged or cut short ({str(e).splitlines()[0]}).'
       ) from None
-    return base.stored_view(path, leaf)
+    return base_source.stored_view(path, leaf)
 
 
 def _tokenizer(path: Path):

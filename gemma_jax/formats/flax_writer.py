@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from gemma_jax import pytree
-from gemma_jax.formats import base, flax_release, hf_writer
-from gemma_jax.formats.base import BaseSource
+from gemma_jax.formats import base_source, flax_release, hf_writer
+from gemma_jax.formats.base_source import BaseSource
 from gemma_jax.formats.flax_release import Place
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.model.config import ModelConfig
 
 # Arrays are stored in blocks of at most this size, so that a reader need not
 # hold the embedding twice.
@@ -43,7 +43,7 @@ def write_folder(
   Raises:
     ValueError: a dtype that is not one of these.
   """
-  dtype = base.weight_dtype(source, dtype)
+  dtype = base_source.weight_dtype(source, dtype)
   config = source.config
   places = flax_release.make_places(
     exported_config(config),

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax import layout, variants
-from gemma_jax.formats import base, gguf_file
-from gemma_jax.formats.base import BaseSource, StoredTensor
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.formats import base_source, gguf_file
+from gemma_jax.formats.base_source import BaseSource, StoredTensor
+from gemma_jax.model import layout, variants
+from gemma_jax.model.config import ModelConfig
 
 _EMBED = 'token_embd.weight'
 
@@ -79,7 +79,7 @@ def open_gguf(path: Path, reference: str) -> BaseSource:
     reference=reference,
     config=config,
     stored_dtype=np.dtype(np.float32),
-    tensors=base.match_tensors(names, config, found, str(path)),
+    tensors=base_source.match_tensors(names, config, found, str(path)),
     files=(path,),
     make_tokenizer=functools.partial(_tokenizer, path),
     read_chat_template=functools.partial(_chat_template, path),
@@ -108,7 +108,7 @@ def _model_config(
     return value
 
   num_layers = get('block_count')
-  base.check_layer_count(num_layers, len(infos), where)
+  base_source.check_layer_count(num_layers, len(infos), where)
   head_dim = get('attention.key_length')
   if get('attention.value_length', head_dim) != head_dim:
     raise ValueError(

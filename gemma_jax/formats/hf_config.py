@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax import variants
-from gemma_jax.formats import base
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.formats import base_source
+from gemma_jax.model import variants
+from gemma_jax.model.config import ModelConfig
 
 _COMMON = {'head_dim': 256, 'rms_norm_eps': 1e-6}
 _DEFAULTS = {
@@ -92,7 +92,7 @@ def model_config(raw: Any, num_tensors: int, where: str) -> ModelConfig:
     raise ValueError(f'{where}: field {missing[0]} is missing.')
   fields = {ours: config[theirs] for ours, theirs in _SIZES.items()}
   fields['norm_eps'] = _positive(config, 'rms_norm_eps', where)
-  base.check_layer_count(fields['num_layers'], num_tensors, where)
+  base_source.check_layer_count(fields['num_layers'], num_tensors, where)
   fields.update(_rope(config, kind, where))
   if kind != 'gemma':
     fields['use_post_norms'] = True

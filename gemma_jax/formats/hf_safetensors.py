@@ -17,10 +17,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gemma_jax import layout
-from gemma_jax.formats import base, hf_config, safetensors_file
-from gemma_jax.formats.base import BaseSource, StoredTensor
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.formats import base_source, hf_config, safetensors_file
+from gemma_jax.formats.base_source import BaseSource, StoredTensor
+from gemma_jax.model import layout
+from gemma_jax.model.config import ModelConfig
 
 INDEX_NAME = 'model.safetensors.index.json'
 
@@ -70,7 +70,7 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
   heads = [entries.pop(name) for name in list(entries) if _HEAD.fullmatch(name)]
   found = {n: StoredTensor(n, e.shape, e.read) for n, e in entries.items()}
   names = tensor_names(config, prefix)
-  tensors = base.match_tensors(names, config, found, str(folder))
+  tensors = base_source.match_tensors(names, config, found, str(folder))
   dtypes = {entry.dtype for entry in entries.values()}
   for head in heads:
     _check_tied(head, entries[names['embedder/input_embedding']])
@@ -165,7 +165,7 @@ def _check_tied(
 ):
   """Raises ValueError unless an output layer equals the embedding."""
   equal = head.shape == embedding.shape
-  step = max(1, base.CHUNK_ELEMENTS // embedding.shape[1])
+  step = max(1, base_source.CHUNK_ELEMENTS // embedding.shape[1])
   for start in range(0, embedding.shape[0] if equal else 0, step):
     stop = min(start + step, embedding.shape[0])
     equal = equal and np.array_equal(

@@ -27,15 +27,15 @@ import numpy as np
 
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.formats import (
-  base,
+  base_source,
   chat_template,
   hf_config,
   hf_safetensors,
   hf_tokenizer,
   safetensors_file,
 )
-from gemma_jax.formats.base import BaseSource, StoredTensor
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.formats.base_source import BaseSource, StoredTensor
+from gemma_jax.model.config import ModelConfig
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -89,12 +89,12 @@ def write_folder(
     ValueError: an architecture that transformers does not have, or a dtype.
     OSError: the disk is full, or the base went away.
   """
-  dtype = base.weight_dtype(source, dtype)
+  dtype = base_source.weight_dtype(source, dtype)
   config = exported_config(source.config)
   raw = hf_config.to_json(config, dtype)
   _write_json(folder / 'config.json', raw)
   names = hf_safetensors.tensor_names(config)
-  shapes = base.stored_shapes(config)
+  shapes = base_source.stored_shapes(config)
   tensors = {
     name: StoredTensor(name, shapes[path], source.tensors[path].read)
     for path, name in names.items()

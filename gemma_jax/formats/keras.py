@@ -19,10 +19,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gemma_jax import layout, lora, pytree
+from gemma_jax import pytree
+from gemma_jax.config.lora import TARGET_PRESETS, LoraConfig
 from gemma_jax.formats import finite
-from gemma_jax.lora_config import TARGET_PRESETS, LoraConfig
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.lora import factors
+from gemma_jax.model import layout
+from gemma_jax.model.config import ModelConfig
 
 _MAGIC = b'\x89HDF\r\n\x1a\n'
 _FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
@@ -250,5 +252,5 @@ def _shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Shapes of A and B of a projection, e.g. [N, D, r] and [r, H]."""
   sizes = layout.axis_sizes(config) | {'R': rank}
-  axes = lora.factor_axes(layout.PROJECTION_EQUATIONS[target], 'keras')
+  axes = factors.factor_axes(layout.PROJECTION_EQUATIONS[target], 'keras')
   return tuple(tuple(sizes[c] for c in letters) for letters in axes)

@@ -21,19 +21,20 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from gemma_jax import files, layout, pytree
-from gemma_jax.config import LoraConfig
+from gemma_jax import files, pytree
+from gemma_jax.config.train import LoraConfig
 from gemma_jax.formats import (
   atomic_folder,
-  base,
+  base_source,
   finite,
   hf_safetensors,
   peft_config,
-  peft_matrices,
   safetensors_file,
 )
 from gemma_jax.formats.trained_with import TrainedWith
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.lora import matrices
+from gemma_jax.model import layout
+from gemma_jax.model.config import ModelConfig
 
 CONFIG_NAME = 'adapter_config.json'
 WEIGHTS_NAME = 'adapter_model.safetensors'
@@ -135,7 +136,7 @@ def _leaves(
   """
   layers = range(model_config.num_layers)
   rank = max(modules[i, name].rank for i in layers)
-  a_shape, b_shape = peft_matrices.factor_shapes(name, model_config, rank)
+  a_shape, b_shape = matrices.factor_shapes(name, model_config, rank)
   all_a = np.zeros((len(layers), *a_shape), np.float32)
   all_b = np.zeros((len(layers), *b_shape), np.float32)
   magnitudes = np.zeros((len(layers), *b_shape[1:]), np.float32)
@@ -257,7 +258,7 @@ def _read_factors(
     )
   found: dict[tuple[int, str], dict[str, np.ndarray]] = {}
   modules = {}
-  shapes = base.stored_shapes(config)
+  shapes = base_source.stored_shapes(config)
   for tensor, entry in safetensors_file.read_header(path).items():
     match = _TENSOR.fullmatch(tensor)
     if not match or match['name'] not in _PATHS:
@@ -384,7 +385,7 @@ def _export(
       )
     if path in unused:
       continue
-    a, b = peft_matrices.matrices(name, a[..., :rank], b[:rank], lora_config)
+    a, b = matrices.matrices(name, a[..., :rank], b[:rank], lora_config)
     module = f'model.layers.{layer}.{hf_safetensors.MODULES[name]}'
     ranks.setdefault(name, {})[module] = len(a)
     written = {'lora_A.weight': a, 'lora_B.weight': b}

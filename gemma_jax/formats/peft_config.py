@@ -5,8 +5,8 @@ import dataclasses
 import re
 from typing import Any
 
-from gemma_jax.formats import hub, source
-from gemma_jax.lora_config import PROJECTIONS, TARGET_PRESETS, LoraConfig
+from gemma_jax.config.lora import PROJECTIONS, TARGET_PRESETS, LoraConfig
+from gemma_jax.formats import hub, open_base
 
 # Options that decide nothing about a finished adapter.
 _IGNORED = frozenset({
@@ -47,7 +47,7 @@ _MAX_RANK = 1 << 20
 _MAX_NUMBER = 1e38  # scales are applied in float32
 
 # Names of ours → those on the Hub, which other tools look for.
-_HUB_NAMES = {source.REAL_270M: 'google/gemma-3-270m'}
+_HUB_NAMES = {open_base.REAL_270M: 'google/gemma-3-270m'}
 
 # Initial values of A and B that leave the base's weights as they were.
 _PLAIN_INITS = (None, True, False, 'gaussian', 'eva', 'orthogonal')

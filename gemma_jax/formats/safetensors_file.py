@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gemma_jax.formats import base
+from gemma_jax.formats import base_source
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -139,7 +139,7 @@ def _span(name: str, entry: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
 
 
 def write(
-  path: Path, tensors: Mapping[str, 'base.StoredTensor'], dtype: np.dtype
+  path: Path, tensors: Mapping[str, 'base_source.StoredTensor'], dtype: np.dtype
 ):
   """Writes a file, each tensor read in ranges of rows, cast and put in place.
 
@@ -173,7 +173,9 @@ def write(
         begin = 8 + len(text) + offsets[name]
 
         def copy(start, tensor=tensor, row_bytes=row_bytes, begin=begin):
-          stop = min(start + base.chunk_rows(tensor.shape), tensor.shape[0])
+          stop = min(
+            start + base_source.chunk_rows(tensor.shape), tensor.shape[0]
+          )
           rows = np.ascontiguousarray(tensor.read(start, stop), dtype)
           _write_at(
             descriptor,
@@ -181,7 +183,7 @@ def write(
             begin + start * row_bytes,
           )
 
-        step = base.chunk_rows(tensor.shape)
+        step = base_source.chunk_rows(tensor.shape)
         for _ in pool.map(copy, range(0, tensor.shape[0], step)):
           pass  # takes up what a thread raised
   finally:

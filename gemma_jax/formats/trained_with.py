@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from gemma_jax.config import DataConfig
+from gemma_jax.config.train import DataConfig
 from gemma_jax.data import templates
 from gemma_jax.formats import hf_safetensors
 

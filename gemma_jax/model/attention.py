@@ -7,10 +7,10 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.layout import PROJECTION_EQUATIONS
 from gemma_jax.model import rope
+from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.layers import Einsum, RMSNorm, softcap
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.model.layout import PROJECTION_EQUATIONS
 
 MASK_VALUE = -(2.0**30)  # finite: a row without a visible key must not give NaN
 

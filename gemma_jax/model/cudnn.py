@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax.model.attention import Context, visible
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.model.config import ModelConfig
 
 # cuDNN's flash attention: half-width inputs, heads of up to 128 elements, and
 # 256 from Hopper (compute capability 9.0) on.

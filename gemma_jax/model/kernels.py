@@ -6,7 +6,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from gemma_jax.model import attention, blocks, cudnn, splash
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.model.config import ModelConfig
 
 _BY_PLATFORM = {'tpu': 'splash', 'gpu': 'cudnn', 'cpu': 'blocks'}
 

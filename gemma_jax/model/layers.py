@@ -1,21 +1,21 @@
 """Einsum with an optional adapter, RMSNorm and the reversible embedding.
 
 Kernels and embedding come from the collection `params`, or, for decoding, from
-`rows` (`gemma_jax.decode_weights`).
+`rows` (`gemma_jax.sampling.weights`).
 """
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from gemma_jax import lora
+from gemma_jax.lora import factors
 from gemma_jax.model import rows
 
 
 class Einsum(nn.Module):
   """A projection y = x W, plus x A B where the collection `lora` has factors.
 
-  A gain, one number an output, multiplies the sum (DoRA, `lora.with_gains`).
+  A gain, one number an output, multiplies the sum (DoRA, `factors.with_gains`).
 
   Attributes:
     equation: e.g. 'BTD,NDH->BTNH'.
@@ -38,7 +38,7 @@ class Einsum(nn.Module):
       if self.dropout > 0:
         idle = not self.has_rng('dropout')
         x = nn.Dropout(self.dropout)(x, deterministic=idle)
-      y = y + lora.apply(
+      y = y + factors.apply(
         self.equation,
         x,
         self.get_variable('lora', 'lora_a'),

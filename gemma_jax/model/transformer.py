@@ -12,7 +12,6 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.layout import PROJECTION_EQUATIONS
 from gemma_jax.model import rope
 from gemma_jax.model.attention import (
   Attend,
@@ -21,8 +20,9 @@ from gemma_jax.model.attention import (
   Context,
   attend_by_einsum,
 )
+from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.layers import Einsum, Embedder, RMSNorm, softcap
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.model.layout import PROJECTION_EQUATIONS
 
 # What a layer keeps of its forward pass, the rest being made again for the
 # backward pass: only its input, or also the results of its products with

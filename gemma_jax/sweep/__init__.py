@@ -7,6 +7,6 @@ evaluation  held-out losses of many adapters in one pass
 gang_run    trains the cells of one gang, and resumes
 manifest    what the folder holds: cells, jobs, held-out records
 results     reads what was written, and chooses each rank's learning rate
-closing     what is done once all cells have ended: truncations, samples
+finalize    what is done once all cells have ended: truncations, samples
 worker      takes jobs from the folder until none is left
 """

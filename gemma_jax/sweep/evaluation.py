@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 
-from gemma_jax import compiler, evaluate, gang, pytree, sharding, train_state
-from gemma_jax import workdir as workdir_lib
-from gemma_jax.config import TrainConfig
+from gemma_jax import pytree
+from gemma_jax.config.train import TrainConfig
 from gemma_jax.data import pipeline
-from gemma_jax.evaluate import Evaluation
-from gemma_jax.run import Run
+from gemma_jax.runs import batched, evaluate
+from gemma_jax.runs import workdir as workdir_lib
+from gemma_jax.runs.evaluate import Evaluation
+from gemma_jax.runs.prepare import Run
+from gemma_jax.training import compiler, sharding, state
 
 Stop = Callable[[], bool]
 
@@ -56,7 +58,7 @@ def evaluate_members(
 
 
 def evaluate_adapters(
-  members: gang.Gang,
+  members: batched.Gang,
   params: Any,
   adapters: pytree.Tree,
   should_stop: Stop = lambda: False,
@@ -69,7 +71,7 @@ def evaluate_adapters(
     adapters: of the members, leaves [K, ...].
     should_stop: asked before each batch.
   """
-  trainable, frozen = train_state.split(
+  trainable, frozen = state.split(
     {'params': params, 'lora': adapters}, members.run.config.trainable
   )
   trainable = jax.device_put(trainable, sharding.replicated(members.run.mesh))
@@ -98,7 +100,7 @@ def evaluate_base(
     should_stop: asked before each batch.
     check_inputs: as `train.train` takes it.
   """
-  members = gang.Gang([config])
+  members = batched.Gang([config])
   check_inputs(members.run.fingerprints())
   os.makedirs(folder, exist_ok=True)
   params = load_base(members.run)

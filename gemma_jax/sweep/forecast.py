@@ -7,12 +7,12 @@ once for all its members.
 import dataclasses
 import functools
 
-from gemma_jax import forecast as forecast_lib
-from gemma_jax.forecast import Forecast
-from gemma_jax.formats import source as source_lib
+from gemma_jax.formats import open_base
 from gemma_jax.sweep import manifest, plan
 from gemma_jax.sweep.grid import SweepConfig
-from gemma_jax.topology import Topology
+from gemma_jax.tpu import forecast as forecast_lib
+from gemma_jax.tpu.forecast import Forecast
+from gemma_jax.tpu.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def forecast(config: SweepConfig, topology: Topology) -> list[GangForecast]:
   Returns:
     One for each kind of gang.
   """
-  source = source_lib.open_base(config.model.path, config.model.tokenizer)
+  source = open_base.open_base(config.model.path, config.model.tokenizer)
   adapters = manifest.check_cells(config, source.config).adapters
   alike: dict[tuple, list[list[str]]] = {}
   for names in plan.groups(adapters):

@@ -17,24 +17,19 @@ import jax
 import numpy as np
 import tqdm
 
-from gemma_jax import (
-  compiler,
-  guards,
-  resume,
-  sharding,
-  spectrum,
-  train_state,
-)
-from gemma_jax import gang as gang_lib
-from gemma_jax import metrics as metrics_lib
-from gemma_jax import workdir as workdir_lib
-from gemma_jax.checkpoint import Checkpoints
-from gemma_jax.config import TrainConfig
+from gemma_jax.config.train import TrainConfig
 from gemma_jax.data import pipeline
-from gemma_jax.evaluate import Stopped
 from gemma_jax.formats import peft
 from gemma_jax.formats.trained_with import TrainedWith
+from gemma_jax.lora import spectrum
+from gemma_jax.runs import batched, guards, resume
+from gemma_jax.runs import metrics as metrics_lib
+from gemma_jax.runs import workdir as workdir_lib
+from gemma_jax.runs.checkpoint import Checkpoints
+from gemma_jax.runs.evaluate import Stopped
 from gemma_jax.sweep import evaluation
+from gemma_jax.training import compiler, sharding
+from gemma_jax.training import state as state_lib
 
 
 def train_gang(
@@ -58,7 +53,7 @@ def train_gang(
     Stopped: should_stop said so, and the last finished step is saved.
     OSError: the workdir was renamed.
   """
-  gang = gang_lib.Gang(configs)
+  gang = batched.Gang(configs)
   facts = resume.facts(gang.run)
   check_inputs(facts['fingerprints'])
   with workdir_lib.only_run(workdir) as place:
@@ -217,8 +212,8 @@ class _Trainer:
 
   def _factors(self, i: int) -> Any:
     config = self.gang.configs[i]
-    mine = jax.device_get(gang_lib.member(self.state.trainable['lora'], i))
-    return gang_lib.cut(mine, config.lora.rank)
+    mine = jax.device_get(batched.member(self.state.trainable['lora'], i))
+    return batched.cut(mine, config.lora.rank)
 
   def _write_spectrum(self, i: int, step: int) -> None:
     values = spectrum.singular_values(
@@ -268,7 +263,7 @@ class _Trainer:
     """(state, frozen, findings) of step 0 or of a checkpoint."""
     abstract_state, _ = self.gang.abstract
     params = evaluation.load_base(self.run)
-    trainable, frozen = train_state.split(
+    trainable, frozen = state_lib.split(
       {'params': params, 'lora': self.gang.init_adapters(params)},
       self.run.config.trainable,
     )
@@ -277,7 +272,7 @@ class _Trainer:
       logging.info('Resumed a gang from step %d of %s', step, self.workdir)
       return self.checkpoints.restore(step, abstract_state), frozen, found
     state = jax.device_put(
-      gang_lib.init_state(trainable, self.run.tx),
+      batched.init_state(trainable, self.run.tx),
       jax.tree.map(lambda x: x.sharding, abstract_state),
     )
     found = {'tokens': 0, 'seconds': 0.0, 'evals': {}, 'failed': {}}

@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 
-from gemma_jax import lora, pytree
-from gemma_jax.checks import require
-from gemma_jax.config import LoraConfig, TrainConfig
-from gemma_jax.model_config import ModelConfig
+from gemma_jax import pytree
+from gemma_jax.config.checks import require
+from gemma_jax.config.train import LoraConfig, TrainConfig
+from gemma_jax.lora import factors
+from gemma_jax.model.config import ModelConfig
 
 RATE_RULES = ('constant', 'over_r', 'over_sqrt_r')
 BASELINES = ('base', 'full')
@@ -193,7 +194,7 @@ def parameters_per_rank(config: ModelConfig, settings: LoraConfig) -> int:
   """Adapter parameters that one more rank costs."""
   settings = dataclasses.replace(settings, rank=1)
   return pytree.num_params(
-    jax.eval_shape(lambda: lora.init(jax.random.key(0), config, settings))
+    jax.eval_shape(lambda: factors.init(jax.random.key(0), config, settings))
   )
 
 

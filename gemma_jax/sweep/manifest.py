@@ -18,15 +18,17 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from gemma_jax import config as config_lib
-from gemma_jax import describe, files, lora, resume, summary
-from gemma_jax import run as run_lib
-from gemma_jax import workdir as workdir_lib
-from gemma_jax.config import TrainConfig
+from gemma_jax import files
+from gemma_jax.config import train as config_lib
+from gemma_jax.config.train import TrainConfig
 from gemma_jax.data import sources
 from gemma_jax.data.examples import Example
-from gemma_jax.formats import source as source_lib
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.formats import open_base
+from gemma_jax.lora import factors
+from gemma_jax.model.config import ModelConfig
+from gemma_jax.runs import describe, resume, summary
+from gemma_jax.runs import prepare as run_lib
+from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.sweep import plan
 from gemma_jax.sweep.grid import Cell, SweepConfig, make_cells
 
@@ -102,7 +104,7 @@ def draft(config: SweepConfig) -> Draft:
   Raises:
     ValueError: nothing of the sweep can run.
   """
-  source = source_lib.open_base(config.model.path, config.model.tokenizer)
+  source = open_base.open_base(config.model.path, config.model.tokenizer)
   checked = check_cells(config, source.config)
   run = run_lib.prepare(next(iter(checked.resolved.values())))
   for line in describe.describe_data(run):
@@ -121,7 +123,7 @@ def check_cells(config: SweepConfig, model_config: ModelConfig) -> Checked:
   for cell in cells:
     try:
       each = cell.config.resolve()
-      lora.check_rank(model_config, each.lora)
+      factors.check_rank(model_config, each.lora)
       resolved[cell.name] = each
     except ValueError as e:
       refused[cell.name] = str(e)

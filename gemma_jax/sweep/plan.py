@@ -9,9 +9,11 @@ from typing import Any
 from absl import logging
 import jax
 
-from gemma_jax import compiler, gang, pytree, summary
-from gemma_jax import run as run_lib
-from gemma_jax.config import TrainConfig
+from gemma_jax import pytree
+from gemma_jax.config.train import TrainConfig
+from gemma_jax.runs import batched, summary
+from gemma_jax.runs import prepare as run_lib
+from gemma_jax.training import compiler
 
 # Of the memory that a device may hold; the rest is for evaluation's.
 SHARE = 0.9
@@ -25,7 +27,7 @@ def groups(configs: dict[str, TrainConfig]) -> list[list[str]]:
   """
   found: dict[str, list[str]] = {}
   for name, config in configs.items():
-    fields = gang.common_fields(config)
+    fields = batched.common_fields(config)
     found.setdefault(json.dumps(fields, sort_keys=True), []).append(name)
   return list(found.values())
 
@@ -42,7 +44,7 @@ def split(
   """Divides cells that could be one gang into gangs that fit, and says so.
 
   Args:
-    configs: resolved; `gang.common_fields` are equal.
+    configs: resolved; `batched.common_fields` are equal.
     max_size: of a gang; 0 is any.
     limit_bytes: for a training step, per device; 0 is a share of what is there.
 
@@ -57,7 +59,9 @@ def split(
   )
   return divide(
     len(configs),
-    lambda size: peak_bytes(gang.Gang([largest] * size, shared), limit_bytes),
+    lambda size: peak_bytes(
+      batched.Gang([largest] * size, shared), limit_bytes
+    ),
     max_size=max_size,
     limit_bytes=limit_bytes,
     base_bytes=pytree.num_bytes(shared.abstract[1]),
@@ -108,7 +112,7 @@ def divide(
   return [list(range(*pair)) for pair in itertools.pairwise(ends)]
 
 
-def peak_bytes(members: gang.Gang, limit_bytes: int) -> int:
+def peak_bytes(members: batched.Gang, limit_bytes: int) -> int:
   """Of the training step, per device: arguments, temporaries, new outputs.
 
   Args:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax import files, metrics
-from gemma_jax import workdir as workdir_lib
+from gemma_jax import files
+from gemma_jax.runs import metrics
+from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.sweep import manifest as manifest_lib
 
 Arm = tuple[tuple[str, Any], ...]

@@ -13,14 +13,14 @@ from typing import Any
 from absl import logging
 import jax
 
-from gemma_jax import resume, train
-from gemma_jax import run as run_lib
-from gemma_jax import workdir as workdir_lib
-from gemma_jax.evaluate import Stopped
-from gemma_jax.formats import source as source_lib
+from gemma_jax.formats import open_base
+from gemma_jax.runs import prepare as run_lib
+from gemma_jax.runs import resume, train
+from gemma_jax.runs import workdir as workdir_lib
+from gemma_jax.runs.evaluate import Stopped
 from gemma_jax.sweep import (
-  closing,
   evaluation,
+  finalize,
   gang_run,
   leases,
   manifest,
@@ -100,7 +100,7 @@ class _Worker:
   """This process's part in a sweep."""
 
   def __init__(self, config, workdir, fingerprints, should_stop):
-    source = source_lib.open_base(config.model.path, config.model.tokenizer)
+    source = open_base.open_base(config.model.path, config.model.tokenizer)
     self.config = config
     self.workdir = workdir
     self.should_stop = should_stop
@@ -182,7 +182,7 @@ class _Worker:
     configs = {}
     for cell in results.read(self.workdir).finished('lora'):
       configs[cell.name] = self.cells[cell.name].resolve()
-    closing.close(
+    finalize.close(
       configs, self.config.grid, self.workdir, should_stop, self.check_inputs
     )
     shutil.rmtree(f'{self.workdir}/jobs', ignore_errors=True)

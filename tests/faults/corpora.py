@@ -12,21 +12,21 @@ import shutil
 
 import numpy as np
 
-from gemma_jax import config as config_lib
-from gemma_jax import integrity
-from gemma_jax.checkpoint import Checkpoints
-from gemma_jax.config import LoraConfig, TrainConfig
+from gemma_jax.config import train as config_lib
+from gemma_jax.config.train import LoraConfig, TrainConfig
 from gemma_jax.data import records, tokenizer
 from gemma_jax.formats import (
   adapter,
-  base,
+  base_source,
   hf_safetensors,
   hf_tokenizer,
+  open_base,
   peft,
-  source,
 )
 from gemma_jax.formats.trained_with import TrainedWith
-from gemma_jax.model_config import ModelConfig
+from gemma_jax.model.config import ModelConfig
+from gemma_jax.runs import checksums
+from gemma_jax.runs.checkpoint import Checkpoints
 from tests import data_toy, gguf_toy, hf_toy, peft_toy
 
 TINY = ModelConfig(
@@ -68,7 +68,7 @@ class Corpus:
 
 
 def _read_base(path: Path) -> None:
-  opened = source.open_base(str(path))
+  opened = open_base.open_base(str(path))
   opened.load_params('float32')
   opened.fingerprint()
   pieces = opened.tokenizer()
@@ -111,7 +111,7 @@ def _write_gguf(folder: Path) -> None:
 
 def _tensors() -> dict[str, np.ndarray]:
   rng = np.random.default_rng(0)
-  shapes = base.stored_shapes(TINY)
+  shapes = base_source.stored_shapes(TINY)
   names = hf_safetensors.tensor_names(TINY)
   return {
     names[path]: rng.standard_normal(shape, np.float32)
@@ -171,7 +171,7 @@ def _write_keras(folder: Path) -> None:
 
 
 def _read_keras(folder: Path) -> None:
-  from tests import test_keras
+  from tests.formats import test_keras
 
   adapter.read_adapter(folder / 'a.lora.h5', test_keras.CONFIGS['gemma2'])
 
@@ -205,7 +205,7 @@ def _read_added(folder: Path) -> None:
 
 
 def _write_flax(folder: Path) -> None:
-  from tests import test_flax_release
+  from tests.formats import test_flax_release
 
   config = test_flax_release.CONFIGS['gemma1']
   params = test_flax_release.params_of(config, scan_layers=False)
@@ -215,12 +215,12 @@ def _write_flax(folder: Path) -> None:
 
 def _write_checkpoint(folder: Path) -> None:
   """Without checksums, so that what is damaged is read all the same."""
-  from tests import test_checkpoint
+  from tests.runs import test_checkpoint
 
   state = test_checkpoint.make_state()
   with contextlib.closing(Checkpoints(str(folder))) as checkpoints:
     checkpoints.save(state, {'found': {'tokens': 11}})
-  (folder / 'checkpoints' / '4' / integrity.CHECKSUMS).unlink()
+  (folder / 'checkpoints' / '4' / checksums.CHECKSUMS).unlink()
 
 
 def _read_checkpoint(folder: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 
-from gemma_jax.checkpoint import Checkpoints
+from gemma_jax.runs.checkpoint import Checkpoints
 from tests.faults import runs as runs_lib
 
 

@@ -8,7 +8,7 @@ import time
 
 from etils import epath
 
-from gemma_jax import integrity
+from gemma_jax.runs import checksums
 from tests import run_toy
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def adapter_bytes(workdir: Path) -> bytes | None:
 def newest_step(workdir: Path) -> int:
   """The newest good checkpoint; 0 if there is none."""
   root = epath.Path(workdir) / 'checkpoints'
-  return integrity.newest_good(root)[0] or 0
+  return checksums.newest_good(root)[0] or 0
 
 
 def phase(workdir: Path) -> str:

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from gemma_jax import metrics
+from gemma_jax.runs import metrics
 from tests.faults import runs as runs_lib
 
 _STOPPED_SECS = 60

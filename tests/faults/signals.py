@@ -7,7 +7,7 @@ import subprocess
 from absl import logging
 import numpy as np
 
-from gemma_jax import metrics
+from gemma_jax.runs import metrics
 from launch.app import EXIT_RESUMABLE
 from tests.faults import runs as runs_lib
 

@@ -1,0 +1,1 @@
+"""Typed configuration, checked in one place."""

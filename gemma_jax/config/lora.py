@@ -1,0 +1,117 @@
+"""What an adapter is: rank, scale, targets, form and start."""
+
+import dataclasses
+import math
+import re
+
+from gemma_jax.config.checks import (
+  Freezable,
+  at_least,
+  check_regex,
+  one_of,
+  require,
+)
+
+# Which projections a preset name stands for; a regex over these names works
+# as well, e.g. targets='q|v|gate'.
+PROJECTIONS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
+TARGET_PRESETS = {
+  'qv': 'q|v',
+  'attention': 'q|k|v|o',
+  'all': '|'.join(PROJECTIONS),
+}
+
+
+@dataclasses.dataclass
+class LoraConfig(Freezable):
+  """Low-rank adapters: W' = W + scale * B A (Hu et al. 2021, eq. 3).
+
+  Attributes:
+    rank: r.
+    alpha: numerator of the scale.
+    scale_rule: constant (scale = alpha), alpha_over_r (the paper) or
+      alpha_over_sqrt_r (rsLoRA, Kalajdzievski 2023).
+    targets: preset qv, attention or all, or a regex over q k v o gate up down.
+    factorization: matrix (A [D, r], B [r, N, H]: the paper, PEFT) or keras
+      (A takes the kernel's shape with r for its last axis).
+    init: peft (kaiming_uniform, a = sqrt 5) or keras (he_uniform) for A.
+    dropout: rate on the adapter's input while training; with DoRA on that of
+      B A alone (PEFT also drops inputs of the base's share of the gain).
+    dora: train the length of each output's weights too (Liu et al. 2024).
+    path: adapter to start from, a PEFT folder or a .lora.h5 file of Keras; all
+      fields but dropout then become its own. '' starts a new one.
+    ranks: where the rank is another, by path (in an experiment's file), e.g.
+      {'layer_[0-8]/.*': 4, '.*/mlp/up': 16}; the first regex that matches the
+      whole path counts. All have one scale.
+  """
+
+  rank: int = 8
+  alpha: float = 16.0
+  scale_rule: str = 'alpha_over_r'
+  targets: str = 'qv'
+  factorization: str = 'matrix'
+  init: str = 'peft'
+  dropout: float = 0.0
+  dora: bool = False
+  path: str = ''
+  ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  @property
+  def scale(self) -> float:
+    """The factor on B A that the rule gives for this rank."""
+    return {
+      'constant': self.alpha,
+      'alpha_over_r': self.alpha / self.rank,
+      'alpha_over_sqrt_r': self.alpha / self.rank**0.5,
+    }[self.scale_rule]
+
+  @property
+  def target_names(self) -> tuple[str, ...]:
+    """The projections that carry an adapter, in the order q k v o ..."""
+    pattern = TARGET_PRESETS.get(self.targets, self.targets)
+    return tuple(p for p in PROJECTIONS if re.fullmatch(pattern, p))
+
+  def rank_of(self, path: str) -> int:
+    """The rank of a module of the unrolled tree, e.g. layer_3/attn/q."""
+    for pattern, rank in self.ranks.items():
+      if re.fullmatch(pattern, path):
+        return rank
+    return self.rank
+
+  def check(self):
+    for pattern, rank in self.ranks.items():
+      at_least(f'lora.ranks[{pattern!r}]', rank, 1)
+      check_regex('lora.ranks', pattern)
+    at_least(
+      'lora.rank',
+      self.rank,
+      1,
+      'To evaluate the base alone, pass no adapter.',
+    )
+    require(0 < self.alpha < math.inf, 'lora.alpha', self.alpha, 'a number > 0')
+    one_of(
+      'lora.scale_rule',
+      self.scale_rule,
+      ('constant', 'alpha_over_r', 'alpha_over_sqrt_r'),
+    )
+    one_of('lora.factorization', self.factorization, ('matrix', 'keras'))
+    one_of('lora.init', self.init, ('peft', 'keras'))
+    require(
+      0 <= self.dropout < 1, 'lora.dropout', self.dropout, 'a rate in [0, 1)'
+    )
+    choices = f'{", ".join(TARGET_PRESETS)} or a regex over {PROJECTIONS}'
+    try:
+      names = self.target_names
+    except re.error as e:
+      raise ValueError(
+        f'lora.targets: got {self.targets!r}, which is no regex ({e}); '
+        f'expected {choices}.'
+      ) from None
+    remedy = ''
+    if 'embed' in self.targets:
+      remedy = (
+        'The embedding is also the output layer (tied); an adapter on it '
+        'would change both, so it is not offered.'
+      )
+    is_fine = bool(names) and not remedy
+    require(is_fine, 'lora.targets', self.targets, choices, remedy)

@@ -1,0 +1,1 @@
+"""Bases and merged adapters, written for other tools and compared."""

@@ -1,0 +1,1 @@
+"""Adapters: their factors, how they align, what their updates are."""

@@ -1,0 +1,401 @@
+"""Low-rank adapters: shapes, initial values, application, merging.
+
+W' = W + scale * B A, with B = 0 at the start, so that the first forward pass is
+exactly the base's (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+The factors are a tree of their own (the collection `lora`), beside the base and
+never inside it. A projection's equation and kernel letters (`layout`) say what
+its factors are. For the queries, `BTD,NDH->BTNH`:
+
+    matrix   A [D, R]     B [R, N, H]    the paper's and PEFT's, rank <= r
+    keras    A [N, D, R]  B [R, H]       Keras's EinsumDense, rank <= N r
+
+DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) gives each output of W' a length
+m of its own, which is trained too:
+
+    W' = m * (W + scale * B A) / ||W + scale * B A||     m = ||W|| at the start
+
+with the norm over an output's inputs and, as in section 4.3, a constant in the
+gradient. With B = 0 it is the base up to the rounding of the norm. A magnitude
+of 0 stands for none: plain LoRA, to the bit.
+
+The model applies whatever factors it is given and knows neither rank nor scale
+nor norms: `effective` folds the scale into B and `with_gains` each m / norm
+into one number an output, so adapters of one shape are interchangeable inputs
+of one compiled program.
+"""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+
+from gemma_jax import pytree
+from gemma_jax.config.lora import PROJECTIONS, LoraConfig
+from gemma_jax.model import layout
+from gemma_jax.model.config import ModelConfig
+
+
+def target_paths(lora: LoraConfig) -> dict[str, str]:
+  """Path in a layer → equation, for the projections that carry an adapter."""
+  return {
+    path: equation
+    for path, equation in layout.PROJECTION_EQUATIONS.items()
+    if path.split('/')[1] in lora.target_names
+  }
+
+
+def factor_axes(equation: str, factorization: str) -> tuple[str, str]:
+  """Axis letters of A and B, R being the rank.
+
+  factor_axes('BTD,NDH->BTNH', 'matrix')    ('DR', 'RNH')
+  factor_axes('BTD,NDH->BTNH', 'keras')     ('NDR', 'RH')
+  """
+  if factorization == 'keras':
+    _, w, _ = _split(equation)
+    return w[:-1] + 'R', 'R' + w[-1]
+  return _inputs(equation) + 'R', 'R' + _outputs(equation)
+
+
+def leaf_axes(
+  config: ModelConfig, lora: LoraConfig, scan_layers: bool = True
+) -> dict[str, str]:
+  """Axis letters of every leaf, by path; as `layout.param_axes`."""
+  axes = {}
+  for path, equation in target_paths(lora).items():
+    a, b = factor_axes(equation, lora.factorization)
+    axes |= {f'{path}/lora_a': a, f'{path}/lora_b': b}
+    if lora.dora:
+      axes[f'{path}/lora_magnitude'] = _outputs(equation)
+  return layout.in_layers(axes, config, scan_layers)
+
+
+def apply(
+  equation: str, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array
+) -> jax.Array:
+  """x A B, by two products through the rank; the scale is already in B.
+
+  Args:
+    equation: of the projection, e.g. 'BTD,NDH->BTNH'.
+    x: the projection's input, e.g. [B, T, D].
+    lora_a: A; its number of axes tells the factorization.
+    lora_b: B.
+
+  Returns:
+    The update to the projection's output, e.g. [B, T, N, H], in x's dtype.
+  """
+  x_axes, _, out = _split(equation)
+  a, b = _axes_of(equation, lora_a.ndim)
+  mid = ''.join(c for c in out if c in x_axes + a) + 'R'
+  x = jnp.einsum(f'{x_axes},{a}->{mid}', x, lora_a.astype(x.dtype))
+  return _widen(mid, b, out, x, lora_b.astype(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _widen(mid, b, out, x, lora_b):
+  """einsum(x, B) with a gradient of B that copies no wide cotangent.
+
+  Args:
+    mid: axis letters of x = input times A, which end in R.
+    b: those of B.
+    out: those of the projection's output.
+    x: input times A, e.g. [B, T, R].
+    lora_b: B, e.g. [R, N, H].
+
+  JAX's own gradient of B puts the wide cotangent before x, and XLA's CPU
+  backend then makes a transposed copy of it (3 % of a step of the 270M with
+  4 x 256 tokens); with x first it does not. As with any `custom_vjp`, there is
+  no forward-mode differentiation (`jax.jvp`) through it.
+  """
+  return jnp.einsum(f'{mid},{b}->{out}', x, lora_b)
+
+
+def _widen_forward(mid, b, out, x, lora_b):
+  return _widen(mid, b, out, x, lora_b), (x, lora_b)
+
+
+def _widen_backward(mid, b, out, operands, cotangent):
+  x, lora_b = operands
+  d_x = jnp.einsum(f'{out},{b}->{mid}', cotangent, lora_b)
+  return d_x, jnp.einsum(f'{mid},{out}->{b}', x, cotangent)
+
+
+_widen.defvjp(_widen_forward, _widen_backward)
+
+
+def init(
+  key: jax.Array,
+  config: ModelConfig,
+  lora: LoraConfig,
+  scan_layers: bool = True,
+) -> pytree.Tree:
+  """Factors at the start: A uniform within the rule's limit, B zero; float32.
+
+  Where ranks differ between layers (`LoraConfig.ranks`), leaves are as wide as
+  the largest, and zero beyond a layer's own rank: zero in A and in B, a column
+  has no gradient and stays so.
+
+  Column j of A comes from a key of its own (target, layer, j), so the A of a
+  smaller rank is a prefix of the A of a larger one, and scanned and unrolled
+  trees hold the same numbers.
+
+  Args:
+    key: PRNG key.
+    config: the base's architecture.
+    lora: rank, targets, factorization and limits.
+    scan_layers: scanned (`layers/...` with a leading L) or unrolled tree.
+
+  Returns:
+    Tree of `<layer>/<projection>/lora_a` and `lora_b`; with DoRA also
+    `lora_magnitude`, 0 until `with_magnitudes` takes them from a base.
+  """
+  check_rank(config, lora)
+  sizes = layout.axis_sizes(config)
+  tree = {}
+  for path, equation in target_paths(lora).items():
+    a, b = factor_axes(equation, lora.factorization)
+    column = tuple(sizes[c] for c in a[:-1])
+    target_key = jax.random.fold_in(key, PROJECTIONS.index(path.split('/')[1]))
+    limit = _limit(lora, column, equation, sizes)
+    ranks = _ranks(config, lora, path)
+
+    def draw(layer, rank, j, key=target_key, shape=column, limit=limit):
+      key = jax.random.fold_in(jax.random.fold_in(key, layer), j)
+      x = jax.random.uniform(key, shape, jnp.float32, -limit, limit)
+      return jnp.where(j < rank, x, 0.0)
+
+    columns = jax.vmap(draw, (None, None, 0), -1)
+    layers, j = jnp.arange(config.num_layers), jnp.arange(max(ranks))
+    lora_a = jax.vmap(columns, (0, 0, None))(layers, jnp.array(ranks), j)
+    b_shape = (max(ranks), *(sizes[c] for c in b[1:]))
+    tree[f'layers/{path}/lora_a'] = lora_a
+    tree[f'layers/{path}/lora_b'] = jnp.zeros(
+      (config.num_layers, *b_shape), jnp.float32
+    )
+    if lora.dora:
+      outputs = (sizes[c] for c in _outputs(equation))
+      tree[f'layers/{path}/lora_magnitude'] = jnp.zeros(
+        (config.num_layers, *outputs), jnp.float32
+      )
+  tree = pytree.unflatten(tree)
+  return tree if scan_layers else layout.unstack_layers(tree)
+
+
+def check_rank(config: ModelConfig, lora: LoraConfig) -> None:
+  """ValueError if a rank exceeds the smaller side of a target's kernel.
+
+  Unless it is that of an adapter to start from. Or if a pattern of `lora.ranks`
+  matches no target.
+  """
+  sizes = layout.axis_sizes(config)
+  modules = []
+  for path, equation in target_paths(lora).items():
+    a, b = factor_axes(equation, lora.factorization)
+    side = min(
+      math.prod(sizes[c] for c in a[:-1]), math.prod(sizes[c] for c in b[1:])
+    )
+    rank = max(_ranks(config, lora, path))
+    if rank > side and not lora.path:
+      raise ValueError(
+        f'lora.rank: got {rank}, expected at most {side}, the smaller '
+        f'side of {path}; a larger rank adds parameters but no freedom.'
+      )
+    modules += [f'layer_{i}/{path}' for i in range(config.num_layers)]
+  for pattern in lora.ranks:
+    if not any(re.fullmatch(pattern, module) for module in modules):
+      raise ValueError(
+        f'lora.ranks: {pattern!r} matches no target, expected a regex that '
+        f'matches the whole of a path such as {modules[0]}.'
+      )
+
+
+def _ranks(config: ModelConfig, lora: LoraConfig, path: str) -> list[int]:
+  """Rank of a projection in each layer."""
+  return [lora.rank_of(f'layer_{i}/{path}') for i in range(config.num_layers)]
+
+
+def effective(factors: pytree.Tree, scale: float | jax.Array) -> pytree.Tree:
+  """The tree that the model applies: B times the scale, A as it is.
+
+  If there are magnitudes, `with_gains` has to follow.
+  """
+  return pytree.map_with_name(
+    lambda name, x: x * scale if name.endswith('lora_b') else x, factors
+  )
+
+
+def with_magnitudes(factors: pytree.Tree, params: pytree.Tree) -> pytree.Tree:
+  """DoRA's start, m = ||W|| for every `lora_magnitude`; the rest as it is."""
+  flat, base = dict(pytree.items(factors)), dict(pytree.items(params))
+  for module in _modules(flat, 'lora_magnitude'):
+    flat[f'{module}/lora_magnitude'] = _norms(module, flat, base)
+  return pytree.unflatten(flat)
+
+
+def with_gains(effective: pytree.Tree, params: pytree.Tree) -> pytree.Tree:
+  """DoRA's m / ||W + scale * B A||, `lora_gain`, for every `lora_magnitude`.
+
+  Args:
+    effective: factors with the scale in B (`effective`).
+    params: the base that they are for, of the same form (scanned or not), with
+      leaves trained along already in it.
+
+  Returns:
+    The tree that the model applies; without magnitudes, the one given.
+  """
+  flat, base = dict(pytree.items(effective)), dict(pytree.items(params))
+  for module in _modules(flat, 'lora_magnitude'):
+    m = flat.pop(f'{module}/lora_magnitude')
+    norms = jax.lax.stop_gradient(_norms(module, flat, base))
+    is_plain = (m == 0) | (norms == 0)
+    gain = jnp.where(is_plain, 1.0, m / jnp.where(is_plain, 1.0, norms))
+    flat[f'{module}/lora_gain'] = gain
+  return pytree.unflatten(flat)
+
+
+def merge(
+  params: pytree.Tree, factors: pytree.Tree, scale: float
+) -> pytree.Tree:
+  """W' = W + scale * B A, in float32, cast once to W's dtype.
+
+  With magnitudes it is DoRA's W', which has their lengths.
+
+  Args:
+    params: the base, scanned or unrolled; it is not changed.
+    factors: adapter of the same form.
+    scale: `LoraConfig.scale`.
+
+  Returns:
+    A base with the adapter in its kernels.
+
+  Raises:
+    ValueError: factors where the base has no kernel.
+  """
+  names = {name for name, _ in pytree.items(params)}
+  for module in _modules(dict(pytree.items(factors))):
+    if f'{module}/w' not in names:
+      raise ValueError(
+        f'lora: got factors at {module}, where the base has no kernel; '
+        'expected an adapter of its architecture and form (scanned or not).'
+      )
+  flat = dict(pytree.items(with_gains(effective(factors, scale), params)))
+
+  def add(name, w):
+    module = name.removesuffix('/w')
+    if f'{module}/lora_a' not in flat:
+      return w
+    merged = w.astype(jnp.float32) + _delta(module, flat, 1.0)
+    if f'{module}/lora_gain' in flat:
+      equation, stacked = _equation(module)
+      axes = stacked + _split(equation)[1]
+      inputs = [i for i, c in enumerate(axes) if c in _inputs(equation)]
+      merged *= jnp.expand_dims(flat[f'{module}/lora_gain'], inputs)
+    return merged.astype(w.dtype)
+
+  return pytree.map_with_name(add, params)
+
+
+def deltas(factors: pytree.Tree, scale: float) -> pytree.Tree:
+  """scale * B A for every adapted kernel, at the kernel's path; float32.
+
+  Of DoRA it is the update of the direction, before it is brought to length.
+  """
+  flat = dict(pytree.items(factors))
+  return pytree.unflatten(
+    {f'{module}/w': _delta(module, flat, scale) for module in _modules(flat)}
+  )
+
+
+def _modules(flat: dict[str, jax.Array], leaf: str = 'lora_a') -> list[str]:
+  """Paths of the adapted projections that have a leaf, e.g. layers/attn/q."""
+  return [n.removesuffix(f'/{leaf}') for n in flat if n.endswith(f'/{leaf}')]
+
+
+def _equation(module: str) -> tuple[str, str]:
+  """Equation of the projection at a path; 'L' if it is of all layers."""
+  *layer, block, name = module.split('/')
+  equation = layout.PROJECTION_EQUATIONS[f'{block}/{name}']
+  return equation, 'L' if layer == ['layers'] else ''
+
+
+def _norms(
+  module: str, flat: dict[str, jax.Array], base: dict[str, jax.Array]
+) -> jax.Array:
+  """||W + B A|| of each output of one projection, e.g. [N, H]; float32.
+
+  ||W||² + 2 W·BA + ||BA||² go through the rank, one layer after the other, so
+  that nothing of a kernel's size is made but its float32 copy.
+  """
+  equation, stacked = _equation(module)
+  _, w_axes, _ = _split(equation)
+  outputs = _outputs(equation)
+
+  def norms(leaves):
+    w, lora_a, lora_b = (x.astype(jnp.float32) for x in leaves)
+    a, b = _axes_of(equation, lora_a.ndim)
+    inputs = [i for i, c in enumerate(w_axes) if c in _inputs(equation)]
+    products = lambda equation, *x: jnp.einsum(
+      f'{equation}->{outputs}', *x, precision='highest'
+    )
+    square = jnp.sum(w * w, axis=inputs)
+    square += 2.0 * products(f'{w_axes},{a},{b}', w, lora_a, lora_b)
+    square += products(
+      f'{a},{a.replace("R", "S")},{b},{b.replace("R", "S")}',
+      lora_a, lora_a, lora_b, lora_b,
+    )  # fmt: skip
+    return jnp.sqrt(jnp.maximum(square, 0.0))
+
+  leaves = jax.lax.stop_gradient(
+    (base[f'{module}/w'], flat[f'{module}/lora_a'], flat[f'{module}/lora_b'])
+  )
+  return jax.lax.map(norms, leaves) if stacked else norms(leaves)
+
+
+def _delta(module: str, flat: dict[str, jax.Array], scale: float) -> jax.Array:
+  """scale * B A of one projection, in the shape of its kernel; float32."""
+  lora_a, lora_b = flat[f'{module}/lora_a'], flat[f'{module}/lora_b']
+  equation, stacked = _equation(module)
+  a, b = _axes_of(equation, lora_a.ndim - len(stacked))
+  _, w, _ = _split(equation)
+  return scale * jnp.einsum(
+    f'{stacked}{a},{stacked}{b}->{stacked}{w}',
+    lora_a.astype(jnp.float32),
+    lora_b.astype(jnp.float32),
+    precision='highest',
+  )
+
+
+def _split(equation: str) -> tuple[str, str, str]:
+  inputs, out = equation.split('->')
+  x, w = inputs.split(',')
+  return x, w, out
+
+
+def _inputs(equation: str) -> str:
+  """Axes of the kernel that the projection sums over, e.g. 'D'."""
+  x, w, out = _split(equation)
+  return ''.join(c for c in w if c in x and c not in out)
+
+
+def _outputs(equation: str) -> str:
+  """The other axes of the kernel, e.g. 'NH'."""
+  return ''.join(c for c in _split(equation)[1] if c not in _inputs(equation))
+
+
+def _axes_of(equation: str, num_axes: int) -> tuple[str, str]:
+  """`factor_axes` of the factorization whose A has so many axes."""
+  a, b = factor_axes(equation, 'matrix')
+  return (a, b) if len(a) == num_axes else factor_axes(equation, 'keras')
+
+
+def _limit(lora, column, equation, sizes) -> float:
+  """Largest |A|: PEFT kaiming_uniform(sqrt 5), or Keras he_uniform.
+
+  PEFT's fan-in is the projection's input width whatever the factorization;
+  Keras's is the product of all of A's axes but the last.
+  """
+  if lora.init == 'keras':
+    return math.sqrt(6 / math.prod(column))
+  return 1 / math.sqrt(math.prod(sizes[c] for c in _inputs(equation)))

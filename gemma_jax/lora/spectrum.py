@@ -1,0 +1,161 @@
+"""Singular values of an adapter's update, and its best approximations.
+
+dW = scale B A has the singular values of a small core, whatever the size of W:
+
+    A = Q_A R_A,  B^T = Q_B R_B    (QR; Q has orthonormal columns)
+    dW = Q_A (scale R_A R_B^T) Q_B^T
+
+so the SVD U S V^T of the core [R, R] gives that of dW, which is never formed,
+and the best approximation of rank r (Eckart and Young 1936) is its first r
+triplets. NumPy in float64: factors are small. DoRA's magnitudes are not part of
+dW: they scale the sum with the base.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from gemma_jax import pytree
+from gemma_jax.config.train import LoraConfig
+from gemma_jax.lora import factors as factors_lib
+from gemma_jax.model import layout
+from gemma_jax.model.config import ModelConfig
+
+
+def singular_values(
+  factors: pytree.Tree, lora_config: LoraConfig, config: ModelConfig
+) -> dict[str, np.ndarray]:
+  """Of dW, for every projection and layer.
+
+  Args:
+    factors: adapter, scanned or unrolled, of either factorization.
+    lora_config: its scale and factorization.
+    config: the base's architecture.
+
+  Returns:
+    'attn/q' → float64 [L, R], in falling order (R is N r where Keras's
+    factorization gives each head factors of its own).
+  """
+  found = {}
+  for path, (a, b) in _matrices(factors, lora_config, config).items():
+    _, core, _ = _core(a, b, lora_config.scale)
+    found[path] = np.linalg.svd(core, compute_uv=False)
+  return found
+
+
+def truncate(
+  factors: pytree.Tree, lora_config: LoraConfig, config: ModelConfig, rank: int
+) -> pytree.Tree:
+  """The best approximation of a rank to every dW, as scanned factors.
+
+  Args:
+    factors: adapter, scanned or unrolled, of either factorization.
+    lora_config: its scale and factorization.
+    config: the base's architecture.
+    rank: of the approximation.
+
+  Returns:
+    Factors of the `matrix` factorization with the scale in them: apply them
+    with scale 1. float32.
+
+  Raises:
+    ValueError: a DoRA adapter, whose magnitudes belong to its own dW.
+  """
+  if lora_config.dora:
+    raise ValueError(
+      'lora.dora: got True, expected False: the magnitudes of an adapter do '
+      'not fit another dW. Merge it, or truncate plain LoRA.'
+    )
+  tree = {}
+  sizes = layout.axis_sizes(config)
+  for path, (a, b) in _matrices(factors, lora_config, config).items():
+    q_a, core, q_b = _core(a, b, lora_config.scale)
+    u, s, vt = np.linalg.svd(core)
+    root = np.sqrt(s[:, None, :rank])
+    a = q_a @ (u[..., :rank] * root)  # [L, inputs, rank]
+    b = np.swapaxes(q_b @ (np.swapaxes(vt, 1, 2)[..., :rank] * root), 1, 2)
+    axes = factors_lib.factor_axes(layout.PROJECTION_EQUATIONS[path], 'matrix')
+    a_shape, b_shape = ([sizes.get(c, rank) for c in x] for x in axes)
+    for name, x, shape in (('lora_a', a, a_shape), ('lora_b', b, b_shape)):
+      tree[f'layers/{path}/{name}'] = x.reshape(len(x), *shape).astype(
+        np.float32
+      )
+  return pytree.unflatten(tree)
+
+
+def effective_rank(values: np.ndarray) -> np.ndarray:
+  """exp of the entropy of the values' shares (Roy and Vetterli 2007).
+
+  k equal values and zeros give k; one value gives 1; all zeros give 0.
+
+  Args:
+    values: [..., R], not negative.
+
+  Returns:
+    float64 [...].
+  """
+  total = values.sum(-1, keepdims=True)
+  shares = values / np.where(total > 0, total, 1)
+  logs = np.log(np.where(shares > 0, shares, 1))
+  return np.where(total[..., 0] > 0, np.exp(-(shares * logs).sum(-1)), 0.0)
+
+
+def input_directions(
+  factors: pytree.Tree, lora_config: LoraConfig, config: ModelConfig
+) -> dict[str, np.ndarray]:
+  """Singular vectors of dW on its input side: what an adapter reads.
+
+  Returns:
+    'attn/q' → float64 [L, inputs, R], orthonormal, the strongest first.
+  """
+  found = {}
+  for path, (a, b) in _matrices(factors, lora_config, config).items():
+    q_a, core, _ = _core(a, b, lora_config.scale)
+    found[path] = q_a @ np.linalg.svd(core)[0]
+  return found
+
+
+def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+  """How much of the smaller of two subspaces lies in the other, in [0, 1].
+
+  phi = |U^T V|_F^2 / min(r, s) (Hu et al. 2021, section 7.2, eq. 4).
+
+  Args:
+    first: orthonormal columns [..., inputs, r].
+    second: orthonormal columns [..., inputs, s].
+
+  Returns:
+    float64 [...].
+  """
+  overlap = np.swapaxes(first, -1, -2) @ second
+  return (overlap**2).sum((-1, -2)) / min(overlap.shape[-2:])
+
+
+def _core(a: np.ndarray, b: np.ndarray, scale: float) -> tuple[Any, ...]:
+  """(Q_A, scale R_A R_B^T, Q_B) of A [L, inputs, R] and B [L, R, outputs]."""
+  q_a, r_a = np.linalg.qr(a)
+  q_b, r_b = np.linalg.qr(np.swapaxes(b, 1, 2))
+  return q_a, scale * r_a @ np.swapaxes(r_b, 1, 2), q_b
+
+
+def _matrices(factors, lora_config, config):
+  """Path → A [L, inputs, R] and B [L, R, outputs], float64."""
+  from gemma_jax.lora import matrices
+
+  if 'layers' not in factors:
+    factors = layout.stack_layers(factors)
+  if lora_config.factorization == 'keras':
+    factors = matrices.as_matrix(factors, lora_config, config)
+  flat = dict(pytree.items(factors))
+  found = {}
+  for name in flat:
+    if not name.endswith('/lora_a'):
+      continue
+    module = name.removesuffix('/lora_a')
+    a = np.asarray(flat[name], np.float64)
+    b = np.asarray(flat[f'{module}/lora_b'], np.float64)
+    found[module.removeprefix('layers/')] = (
+      a.reshape(len(a), -1, a.shape[-1]),
+      b.reshape(len(b), b.shape[1], -1),
+    )
+  return found

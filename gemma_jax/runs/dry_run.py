@@ -1,0 +1,128 @@
+"""Everything short of training: read, tokenize, compile, check, show, stop."""
+
+import itertools
+
+import numpy as np
+
+from gemma_jax import files
+from gemma_jax.config.train import TrainConfig
+from gemma_jax.data import examples as examples_lib
+from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.runs import describe, resume, summary
+from gemma_jax.runs import prepare as run_lib
+from gemma_jax.runs import workdir as workdir_lib
+from gemma_jax.runs.checkpoint import Checkpoints
+
+# Brackets of control tokens; in plain text they are escaped.
+_OPEN, _CLOSE = '\u27e8', '\u27e9'
+
+
+def dry_run(config: TrainConfig, workdir: str) -> str:
+  """Goes through a run's start and returns what it found, as text.
+
+  Nothing is written to the workdir and no weight is read; downloads, prepared
+  data sets and compiled programs are cached as in a run. The step is compiled
+  for the devices that are there.
+
+  Args:
+    config: resolved.
+    workdir: must be writable, and its checkpoint, if any, this run's.
+
+  Raises:
+    ValueError: the first thing that would have stopped the run.
+  """
+  workdir_lib.check_writable(workdir)
+  run = run_lib.prepare(config)
+  facts = resume.facts(run)
+  result = resume.finished(workdir, facts)
+  if result is not None:
+    step, what = result['steps'], 'has finished'
+  else:
+    step = _start(run, workdir, facts)
+    what = f'would resume at step {step}' if step else 'would start at step 0'
+  sections = [
+    run.summary().table(),
+    describe.describe(run),
+    f'workdir {workdir}: writable; the run {what}.',
+    _memory_lines(run),
+    _first_batch(run, step),
+  ]
+  return '\n\n'.join(sections)
+
+
+def _start(run: run_lib.Run, workdir: str, facts: resume.Facts) -> int:
+  """The step at which the run would go on; its checkpoint can be read."""
+  if not (files.path(workdir) / 'checkpoints').is_dir():
+    resume.newest(workdir, None, facts)
+    return 0
+  checkpoints = Checkpoints(workdir, read_only=True)
+  try:
+    newest = resume.newest(workdir, checkpoints, facts)
+    if newest is None:
+      return 0
+    checkpoints.restore(newest[0], run.abstract[0])
+    return newest[0]
+  finally:
+    checkpoints.close()
+
+
+def _memory_lines(run: run_lib.Run) -> str:
+  analysis = run.compile_train_step().memory_analysis()
+  rows = (
+      ('arguments (base, state, batch)', analysis.argument_size_in_bytes),
+      ('temporaries (activations, gradients)', analysis.temp_size_in_bytes),
+      ('outputs that are not donated',
+       analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
+  )  # fmt: skip
+  total = sum(size for _, size in rows)
+  lines = ['memory of the training step, per device']
+  for name, size in (*rows, ('peak, at most', total)):
+    lines.append(f'  {name:<38}{summary.format_bytes(size):>12}')
+  return '\n'.join(lines)
+
+
+def _first_batch(run: run_lib.Run, step: int) -> str:
+  """The rows of a step as text; what counts in the loss in brackets."""
+  rows = run.plan.rows(step)
+  batch = examples_lib.make_batch(run.train, rows, run.config.data.seq_len)
+  filled = (batch['segment_ids'] > 0).sum(axis=1)
+  lines = [
+    f'batch of step {step}; targets of the loss in [[ ]], control tokens in '
+    f'{_OPEN} {_CLOSE}'
+  ]
+  for i, row in enumerate(rows):
+    lines.append(
+      f'=== row {i}: {len(row)} records, {filled[i]} of '
+      f'{run.config.data.seq_len} positions'
+    )
+    for example_id in row:
+      lines.append(f'--- record {run.train.record_ids[example_id]}')
+      lines.append(_marked_text(run, *run.train[example_id]))
+  return '\n'.join(lines)
+
+
+def _marked_text(run, tokens, loss_mask) -> str:
+  """'⟨bos⟩Instruction: ... [[answer⟨eos⟩]]', or ids without a tokenizer."""
+  texts = []
+  edges = np.flatnonzero(np.diff(loss_mask)) + 1
+  for ids, counts in zip(
+    np.split(tokens, edges), np.split(loss_mask, edges), strict=True
+  ):
+    text = _visible(ids.tolist(), run.tokenizer)
+    texts.append(f'[[{text}]]' if counts[0] else text)
+  return ''.join(texts)
+
+
+def _visible(ids: list[int], tokenizer: Tokenizer | None) -> str:
+  """Text in which a control token cannot be mistaken for its spelling."""
+  if tokenizer is None:
+    return ' '.join(map(str, ids))
+  names = {i: name.strip('<>[]') for name, i in tokenizer.controls.items()}
+  texts = []
+  for is_control, run_of_ids in itertools.groupby(ids, names.__contains__):
+    if is_control:
+      texts += [f'{_OPEN}{names[i]}{_CLOSE}' for i in run_of_ids]
+    else:
+      text = tokenizer.decode(run_of_ids)
+      texts.append(text.replace(_OPEN, '\\u27e8').replace(_CLOSE, '\\u27e9'))
+  return ''.join(texts)

@@ -1,0 +1,183 @@
+"""Metrics with units in their names: JSON Lines and TensorBoard.
+
+`metrics.jsonl` has a line for every update and one more for every evaluation,
+that of the base at step 0 included:
+
+    {"step": 7, "loss_nats_per_token": 2.31, "learning_rate": 5e-05, ...}
+    {"step": 10, "eval_loss_nats_per_token": 2.27, "eval_tokens": 4113, ...}
+"""
+
+from collections.abc import Iterable, Iterator
+import json
+import os
+from pathlib import Path
+import tempfile
+import time
+from typing import Any
+
+from gemma_jax import files
+from gemma_jax.runs import hosts
+
+_UPLOAD_EVERY_SECS = 60
+_FLUSH_EVERY_SECS = 10
+
+
+class MetricsWriter:
+  """Appends to metrics.jsonl and to TensorBoard files under a workdir.
+
+  A resumed run first drops what came after its checkpoint, and a line that a
+  crash left torn, so that the file reads as if nothing had happened.
+
+  An object store knows no append: there the files grow in a local folder, and
+  are put whole every minute and at each `flush`.
+
+  Attributes:
+    folder: where files are written, the workdir itself if it is local.
+  """
+
+  def __init__(self, workdir: str, finished_steps: int):
+    self._remote = workdir if files.is_remote(workdir) else None
+    self._scratch = tempfile.TemporaryDirectory() if self._remote else None
+    self.folder = Path(self._scratch.name if self._scratch else workdir)
+    self._uploaded = 0.0
+    rows = read(files.path(workdir) / 'metrics.jsonl')
+    path = self.folder / 'metrics.jsonl'
+    # A run that begins anew evaluates the base again.
+    files.write_json_lines(
+      path, [row for row in rows if row['step'] <= finished_steps > 0]
+    )
+    # Of what was just written: no link is followed.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
+    self._file = os.fdopen(os.open(path, flags), 'a', encoding='utf-8')
+    self._board = _Board(
+      self.folder / 'tensorboard', finished_steps + 1 if finished_steps else 0
+    )
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    """Writes one line; values are numbers, `step` the finished updates."""
+    values = {k: _plain(v) for k, v in values.items()}
+    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    self._file.flush()
+    self._board.write(
+      step,
+      {
+        f'{"eval" if name.startswith("eval_") else "train"}/{name}': value
+        for name, value in values.items()
+      },
+    )
+    if self._remote and time.time() - self._uploaded > _UPLOAD_EVERY_SECS:
+      self.flush()
+
+  def flush(self) -> None:
+    """Makes the workdir hold all that was written so far."""
+    self._board.flush()
+    if self._remote:
+      started = time.time() - 1.0  # clocks of file systems lag a little
+      files.put_folder(self.folder, self._remote, newer_than=self._uploaded)
+      self._uploaded = started
+
+  def close(self) -> None:
+    """Flushes both."""
+    self._file.close()
+    self.flush()
+    self._board.close()
+    if self._scratch:
+      self._scratch.cleanup()
+
+
+class Silent:
+  """What processes that do not lead have: all calls, and nothing written."""
+
+  def write(self, step: int, values: dict[str, Any]) -> None:
+    """Writes nothing."""
+
+  def flush(self) -> None:
+    """There is nothing to flush."""
+
+  def close(self) -> None:
+    """There is nothing to close."""
+
+
+def open_writer(workdir: str, finished_steps: int) -> MetricsWriter | Silent:
+  """The run's metrics on the leading process; `Silent` on the others."""
+  if not hosts.is_lead():
+    return Silent()
+  return MetricsWriter(workdir, finished_steps)
+
+
+class _Board:
+  """TensorBoard's events, written at once.
+
+  tensorboardX's own SummaryWriter writes in a thread; a full disk ends that
+  thread, and the run then waits for it for ever.
+  """
+
+  def __init__(self, folder: Path, first_step: int):
+    """Starts a file whose events replace those from `first_step` on."""
+    from tensorboardX import event_file_writer
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    folder.mkdir(parents=True, exist_ok=True)
+    self._event = event_pb2.Event
+    self._summary = summary_pb2.Summary
+    self._writer = event_file_writer.EventsWriter(f'{folder}/events')
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._put(step=first_step, session_log=start)
+    self.flush()
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    values = [
+      self._summary.Value(tag=tag, simple_value=x) for tag, x in values.items()
+    ]
+    self._put(step=step, summary=self._summary(value=values))
+    if time.monotonic() - self._flushed > _FLUSH_EVERY_SECS:
+      self.flush()
+
+  def flush(self) -> None:
+    self._writer.flush()
+    self._flushed = time.monotonic()
+
+  def close(self) -> None:
+    self._writer.close()
+
+  def _put(self, **fields):
+    self._writer.write_event(self._event(wall_time=time.time(), **fields))
+
+
+def read(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The rows of a metrics.jsonl; a torn last line is left out."""
+  path = files.path(path)
+  if not path.exists():
+    return []
+  rows = []
+  for line in files.read_lines(path):
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+def timed(items: Iterable[tuple]) -> Iterator[tuple]:
+  """(seconds for which it was waited for, *item) of each item."""
+  items = iter(items)
+  while True:
+    started = time.perf_counter()
+    try:
+      item = next(items)
+    except StopIteration:
+      return
+    yield time.perf_counter() - started, *item
+
+
+def peak_memory_bytes() -> int:
+  """Largest resident memory of this process so far, in bytes."""
+  import resource
+  import sys
+
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def _plain(value):
+  return int(value) if isinstance(value, int) else float(value)

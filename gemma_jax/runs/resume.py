@@ -1,0 +1,234 @@
+"""Whether a run may go on in a workdir: what must be the same, what may change.
+
+What decides lies beside the weights: the notes of the newest checkpoint or,
+of a finished run, its result.json. Both hold the run's facts: its config, the
+steps that this amounts to, and the fingerprints of base, tokenizer, data and
+start. (run.json has them for people to read.) A run goes on if its bits are
+those of a run that was never stopped, and is refused otherwise.
+
+Some fields stay fixed although the last adapter does not depend on them:
+`eval_every_steps` and `early_stopping_evals` decide which adapter is the best
+and which is the last.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_jax import files
+from gemma_jax.config import train as config_lib
+from gemma_jax.config.train import TrainConfig
+from gemma_jax.runs import prepare as run_lib
+from gemma_jax.runs import workdir as workdir_lib
+from gemma_jax.runs.checkpoint import Checkpoints
+
+Facts = Mapping[str, Any]
+
+# Changing these changes nothing that is learnt: what is logged, traced and
+# kept; where and in which pieces the same sums are computed; and what happens
+# at the first batch that is not finite, before which nothing differs.
+FREE_FIELDS = (
+    'log_every_steps', 'profile_steps', 'compilation_cache', 'mesh',
+    'checkpoint_every_steps', 'model.remat', 'model.attention',
+    'max_skipped_batches',
+)  # fmt: skip
+
+# Where bytes lie; the fingerprints say whether they are the same.
+PATH_FIELDS = (
+    'data.path', 'data.eval_path', 'model.path', 'model.tokenizer', 'lora.path',
+)  # fmt: skip
+
+# Where a run ends; `_check_steps` compares what they amount to. The evaluation
+# at an earlier end stays among the others, and may be that of the best adapter.
+END_FIELDS = ('steps', 'epochs')
+
+# What a finished run has said at least.
+_RESULT = ('steps', 'loss_base', 'loss_adapted')
+
+_MAY_DIFFER = FREE_FIELDS + PATH_FIELDS + END_FIELDS
+
+
+def facts(run: run_lib.Run) -> dict[str, Any]:
+  """What must be the same when a run is resumed."""
+  return {
+    'config': config_lib.to_dict(run.given),
+    'steps': run.steps,
+    'fingerprints': run.fingerprints(),
+  }
+
+
+def finished(workdir: str, now: Facts) -> dict[str, Any] | None:
+  """The result of a run that has finished; None if there is more to do.
+
+  Args:
+    workdir: of the run.
+    now: facts of the run that was asked for.
+
+  Raises:
+    ValueError: another run has finished here, or nothing says which one.
+  """
+  remedy = 'Remove it, and the same command goes on from the checkpoint.'
+  result = workdir_lib.read_json(workdir, 'result.json', remedy)
+  if result is None:
+    return None
+  for name in _RESULT:
+    if not isinstance(result.get(name), int | float):
+      raise ValueError(
+        f'{workdir}/result.json: {name} is {result.get(name)!r}, expected a '
+        f'number. {remedy}'
+      )
+  saved = result.pop('run', None)
+  if saved is None:  # of an earlier version
+    saved = workdir_lib.read_json(workdir, 'run.json')
+  if saved is None:
+    raise ValueError(
+      f'{workdir}/run.json: missing, and result.json does not say of which '
+      'config, base and data it is the result. Put it back, or use another '
+      'workdir.'
+    )
+  check(workdir, saved, now, result['steps'])
+  if saved['steps'] != now['steps']:
+    return None
+  # The folder may have been moved since.
+  return {**result, 'adapter': f'{workdir}/adapter'}
+
+
+def newest(
+  workdir: str, checkpoints: Checkpoints | None, now: Facts
+) -> tuple[int, dict[str, Any]] | None:
+  """The step to go on from and its notes; None if there is none.
+
+  Args:
+    workdir: of the run.
+    checkpoints: its own; None if it has none.
+    now: facts of the run that was asked for.
+
+  Raises:
+    ValueError: the checkpoint is another run's, or has gone although the run
+      had finished and is to go on.
+  """
+  step = None if checkpoints is None else checkpoints.latest_step()
+  if step is None:
+    if workdir_lib.has_result(workdir):
+      raise ValueError(
+        f'workdir {workdir}: its run has finished and kept no checkpoint to '
+        f'go on from. {advice(workdir)}'
+      )
+    return None
+  notes = checkpoints.read_notes(step)
+  check(workdir, notes, now, step)
+  return step, notes
+
+
+def check(workdir: str, saved: Facts, now: Facts, done: int) -> None:
+  """ValueError unless a run may go on.
+
+  Args:
+    workdir: of the run.
+    saved: facts of the run that was there.
+    now: facts of the run that was asked for.
+    done: finished updates.
+  """
+  missing = [
+    name for name in now if type(saved.get(name)) is not type(now[name])
+  ]
+  if missing:
+    raise ValueError(
+      f'workdir {workdir}: does not say the {missing[0]} of its run, which '
+      f'another version made. {advice(workdir)}'
+    )
+  check_fields(workdir, saved['config'], now['config'])
+  check_fingerprints(workdir, saved['fingerprints'], now['fingerprints'])
+  _check_steps(workdir, saved['steps'], now, done)
+
+
+def check_fields(
+  workdir: str,
+  before: dict[str, Any],
+  now: dict[str, Any],
+  default: TrainConfig | None = None,
+  free: tuple[str, ...] = _MAY_DIFFER,
+) -> None:
+  """ValueError with the first field that decides a result and differs."""
+  for name, was, is_now in differing(before, now, default, free):
+    raise ValueError(
+      f'workdir {workdir}: was made with {name}={was!r}, this config has '
+      f'{is_now!r}. {advice(workdir, "config")}'
+    )
+
+
+def differing(
+  before: dict[str, Any],
+  now: dict[str, Any],
+  default: TrainConfig | None = None,
+  free: tuple[str, ...] = _MAY_DIFFER,
+) -> list[tuple[str, Any, Any]]:
+  """(name, before, now) of the fields that decide a result and differ.
+
+  Args:
+    before: a config as nested dicts; a field that it lacks, since it is of an
+      earlier version, has its default.
+    now: the same, of now.
+    default: a config with all defaults; None is a `TrainConfig`.
+    free: fields, or groups of them, that may differ.
+  """
+  default = TrainConfig() if default is None else default
+  defaults = config_lib.flatten(config_lib.to_dict(default))
+  before, now = (defaults | config_lib.flatten(each) for each in (before, now))
+  for each in (before, now):  # a sweep's is as it was given
+    each['data.seq_len'] = each['data.seq_len'] or run_lib.DEFAULT_SEQ_LEN
+  return [
+    (name, before.get(name), now.get(name))
+    for name in sorted(before.keys() | now.keys())
+    if before.get(name) != now.get(name)
+    and not any(name == f or name.startswith(f'{f}.') for f in free)
+  ]
+
+
+def check_fingerprints(
+  workdir: str, before: Mapping[str, str], now: Mapping[str, str]
+) -> None:
+  """ValueError if base, tokenizer, data or start are not those of before."""
+  for name, was in before.items():
+    if was != now.get(name):
+      raise ValueError(
+        f'workdir {workdir}: its {name} had the fingerprint {was[:16]}, the '
+        f'{name} of this run has {now.get(name, "none")[:16]}. '
+        f'{advice(workdir, name)}'
+      )
+
+
+def advice(workdir: str, same: str = '') -> str:
+  """What to do when a run is refused.
+
+  Args:
+    workdir: of another run.
+    same: what would have to be the same, if that can be chosen.
+  """
+  text = 'Use another workdir'
+  for name in ('adapter', 'adapter_best'):
+    if (files.path(workdir) / name / 'adapter_config.json').exists():
+      text += (
+        f' (there --config.lora.path={workdir}/{name} starts from what was '
+        'learnt here)'
+      )
+      break
+  return f'{text}, or the same {same}.' if same else f'{text}.'
+
+
+def _check_steps(workdir: str, before: int, now: Facts, done: int) -> None:
+  """More steps, or fewer, change none of those done if the rate is constant."""
+  steps = now['steps']
+  if steps == before:
+    return
+  schedule = now['config']['optimizer']['schedule']
+  if schedule != 'constant':
+    raise ValueError(
+      f'workdir {workdir}: was made for {before} steps, this config has '
+      f'{steps}; with optimizer.schedule={schedule!r} the rate of every step '
+      f'depends on their number. {advice(workdir, "number of steps")}'
+    )
+  if steps < done:
+    raise ValueError(
+      f'steps: got {steps}, but the run in {workdir} has done {done}; '
+      f'expected at least as many. {advice(workdir)}'
+    )

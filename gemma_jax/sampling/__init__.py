@@ -1,0 +1,1 @@
+"""Prompts in, new tokens out: rows, weights, the next token, the loop."""

@@ -1,0 +1,349 @@
+"""Decoding: prompts in, new tokens out, with a cache of keys and values.
+
+    sampler = Sampler(config, tokenizer)
+    base = weights.prepare({'params': params})
+    sampler.generate(base, prompts, SamplingConfig())
+
+A `Sampler` holds two compiled programs: `prefill` reads the prompts and chooses
+each row's first token, `decode` chooses up to so many more. Weights, adapter,
+temperature, top-k, top-p and seed are inputs of both, so none of them costs a
+compilation when it changes. The number of rows, the padded length of the
+prompts and the length of the cache do; lengths are rounded up, so that prompts
+of similar length share a program.
+"""
+
+from collections.abc import Callable, Sequence
+import time
+from typing import Any, NamedTuple
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.model.attention import Cache, init_cache
+from gemma_jax.model.config import ModelConfig
+from gemma_jax.model.transformer import Transformer
+from gemma_jax.sampling import prompts as prompts_lib
+from gemma_jax.sampling.next_token import (
+  SamplingConfig,
+  Settings,
+  choose_tokens,
+)
+
+# Tokens a row that one call of `decode` can return, and that it returns while
+# somebody watches.
+DECODE_TOKENS = 64
+STREAM_TOKENS = 1
+
+# What XLA's CPU compiler must leave alone, for speed and memory only:
+# - narrow weights are widened where they are used; moved out of the loops over
+#   layers and tokens, a float32 copy of the whole base would stand beside it;
+# - a product with `model.rows` is one loop; its sum must not be cut in two or
+#   left to a library, nor what makes its input be repeated for every output
+#   (the expander would remove the barrier against that).
+_CPU_OPTIONS = {
+  'xla_disable_hlo_passes': (
+    'while-loop-invariant-code-motion,tree_reduction_rewriter,'
+    'cse_barrier_expander'
+  ),
+  'xla_cpu_experimental_ynn_fusion_type': '',
+}
+
+
+class Generation(NamedTuple):
+  """What `Sampler.generate` made.
+
+  Attributes:
+    tokens: the new ids of each row, with the stop token where one came.
+    decoded_tokens: how many of them `decode` chose: all but each row's first.
+    decode_seconds: that it took, without compilation and without the prompts.
+  """
+
+  tokens: list[list[int]]
+  decoded_tokens: int
+  decode_seconds: float
+
+  @property
+  def tokens_per_second(self) -> float | None:
+    """Of all rows together; None where every row ended with its first token."""
+    if not self.decoded_tokens:
+      return None
+    return self.decoded_tokens / self.decode_seconds
+
+
+class Sampler:
+  """Decodes with one architecture; keep it, since it keeps what it compiled."""
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    scan_layers: bool = True,
+    stop_ids: Sequence[int] | None = None,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      config: architecture.
+      tokenizer: embedding rows beyond its pieces are never chosen; None takes
+        every row for a token.
+      dtype: of the activations and the cache; default: float32 on a CPU, else
+        bfloat16.
+      scan_layers: form of the variables.
+      stop_ids: a row ends with any of these; default: EOS, and <end_of_turn>
+        where the tokenizer has it.
+    """
+    on_cpu = jax.default_backend() == 'cpu'
+    if dtype is None:
+      dtype = jnp.float32 if on_cpu else jnp.bfloat16
+    if stop_ids is None:
+      end_of_turn = None if tokenizer is None else tokenizer.end_of_turn_id
+      stop_ids = {Tokenizer.eos_id, end_of_turn} - {None}
+    self.config = config
+    self.num_pieces = (
+      config.vocab_size if tokenizer is None else tokenizer.vocab_size
+    )
+    self.stop_ids = frozenset(stop_ids)
+    self.dtype = dtype
+    self.model = Transformer(config, dtype, scan_layers, remat='none')
+    options = _CPU_OPTIONS if on_cpu else None
+    self.prefill = jax.jit(
+      self._prefill,
+      static_argnames=('cache_length', 'num_samples'),
+      compiler_options=options,
+    )
+    self.decode = jax.jit(
+      self._decode,
+      donate_argnames='state',
+      compiler_options=options,
+    )
+
+  def generate(
+    self,
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    on_tokens: Callable[[int, list[int]], None] | None = None,
+    row_ids: Sequence[int] | None = None,
+    num_samples: int = 1,
+  ) -> Generation:
+    """Continues every prompt.
+
+    Args:
+      variables: of `sampling.weights`; those that training uses do too, only
+        slower.
+      prompts: token ids with BOS, each of any length.
+      sampling: how tokens are chosen.
+      on_tokens: called with (row, its new ids) as soon as they are there; all
+        calls together give what is returned.
+      row_ids: whole numbers that tell the draws of the rows apart; default: 0,
+        1, 2, ... A row of the same id draws alike alone and among others.
+      num_samples: rows that continue each prompt, one after the other: sample s
+        of prompt p is row p * num_samples + s. The prompt is read once.
+
+    Raises:
+      ValueError: no prompt, an empty one, one that leaves no room for
+        max_new_tokens, or an id behind the tokens.
+      FloatingPointError: logits that are not finite.
+    """
+    sampling.check()
+    prompts_lib.check(
+      prompts, sampling.max_new_tokens, self.config, self.num_pieces
+    )
+    if row_ids is None:
+      row_ids = range(len(prompts) * num_samples)
+    settings = Settings.of(sampling, row_ids)
+    rows: list[list[int]] = [[] for _ in row_ids]
+
+    def take(tokens):  # [rows, n]
+      for row, new in enumerate(tokens.tolist()):
+        new = self._until_stop(rows[row], new)
+        rows[row] += new
+        if new and on_tokens is not None:
+          on_tokens(row, new)
+
+    tokens, segment_ids = prompts_lib.pad(prompts)
+    state = self.prefill(
+      variables,
+      tokens,
+      segment_ids,
+      settings,
+      cache_length=prompts_lib.round_up(
+        tokens.shape[1] + sampling.max_new_tokens
+      ),
+      num_samples=num_samples,
+    )
+    _check_finite(state, num_samples)
+    take(np.asarray(state.token)[:, None])
+    # No token is asked for: it only compiles, which the clock must not see.
+    state, _, _ = self.decode(variables, state, settings, np.int32(0))
+    jax.block_until_ready(state)
+
+    remaining = sampling.max_new_tokens - 1
+    at_a_time = DECODE_TOKENS if on_tokens is None else STREAM_TOKENS
+    started = time.perf_counter()
+    while remaining > 0:
+      limit = min(remaining, at_a_time)
+      state, tokens, count = self.decode(
+        variables, state, settings, np.int32(limit)
+      )
+      count = int(count)
+      _check_finite(state, num_samples)
+      take(np.asarray(tokens)[:, :count])
+      remaining = 0 if count < limit else remaining - limit
+    return Generation(
+      tokens=rows,
+      decoded_tokens=sum(map(len, rows)) - len(rows),
+      decode_seconds=time.perf_counter() - started,
+    )
+
+  def _until_stop(self, before: list[int], new: list[int]) -> list[int]:
+    """The new ids up to the first stop id; none if that came before."""
+    if before and before[-1] in self.stop_ids:
+      return []
+    ends = [i for i, token in enumerate(new) if token in self.stop_ids]
+    return new[: ends[0] + 1] if ends else new
+
+  def _prefill(
+    self,
+    variables,
+    tokens,
+    segment_ids,
+    settings,
+    cache_length,
+    num_samples=1,
+  ):
+    """Prompts [B, P], padded on the left → `State` with the first tokens."""
+    B, P = tokens.shape
+    positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
+    width = min(P, prompts_lib.PREFILL_TOKENS)
+
+    def read(cache, part):
+      hidden, cache = self.model.apply(variables, *part, cache)
+      return cache, hidden[:, -1]
+
+    parts = [
+      jnp.moveaxis(x.reshape(B, P // width, width), 1, 0)
+      for x in (tokens, segment_ids, positions)
+    ]
+    cache = init_cache(self.config, B, cache_length, self.dtype)
+    cache, hidden = jax.lax.scan(read, cache, parts)  # [P / width, B, D]
+    repeat = lambda x, axis: jnp.repeat(x, num_samples, axis)
+    cache = cache.replace(
+      k=repeat(cache.k, 1),
+      v=repeat(cache.v, 1),
+      positions=repeat(cache.positions, 0),
+      segment_ids=repeat(cache.segment_ids, 0),
+    )
+    return self._choose(
+      variables,
+      repeat(hidden[-1], 0),
+      settings,
+      State(
+        cache=cache,
+        token=jnp.zeros(B * num_samples, jnp.int32),
+        position=repeat(positions[:, -1], 0),
+        done=jnp.zeros(B * num_samples, bool),
+        finite=jnp.ones(B * num_samples, bool),
+        step=jnp.int32(0),
+      ),
+    )
+
+  def _decode(self, variables, state, settings, limit):
+    """Chooses up to `limit` tokens, fewer if all rows end before.
+
+    Args:
+      variables: as in `generate`.
+      state: `State`; donated.
+      settings: `Settings`.
+      limit: int32 [], at most DECODE_TOKENS.
+
+    Returns:
+      The next state; tokens int32 [B, DECODE_TOKENS], PAD after a row's end;
+      how many of them were made, int32 [].
+    """
+
+    def unfinished(loop):
+      i, state, _ = loop
+      return (i < limit) & ~jnp.all(state.done)
+
+    def one_token(loop):
+      i, state, tokens = loop
+      hidden, cache = self.model.apply(
+        variables,
+        state.token[:, None],
+        jnp.ones_like(state.token)[:, None],
+        state.position[:, None],
+        state.cache,
+      )
+      state = self._choose(
+        variables, hidden[:, 0], settings, state.replace(cache=cache)
+      )
+      tokens = jax.lax.dynamic_update_slice(
+        tokens, state.token[:, None], (jnp.int32(0), i)
+      )
+      return i + 1, state, tokens
+
+    tokens = jnp.full(
+      (state.token.shape[0], DECODE_TOKENS), prompts_lib.PAD_ID, jnp.int32
+    )
+    count, state, tokens = jax.lax.while_loop(
+      unfinished, one_token, (jnp.int32(0), state, tokens)
+    )
+    return state, tokens, count
+
+  def _choose(self, variables, hidden, settings, state):
+    """The state with its next token, from hidden [B, D]."""
+    logits = self.model.apply(variables, hidden[:, None], method='logits')[:, 0]
+    is_piece = jnp.arange(logits.shape[1]) < self.num_pieces
+    is_finite = jnp.all(jnp.isfinite(logits) | ~is_piece[None], axis=1)
+    finite = state.finite & (is_finite | state.done)
+    logits = jnp.where(is_piece[None], logits, -jnp.inf)
+    token = choose_tokens(logits, settings, state.step)
+    token = jnp.where(state.done, prompts_lib.PAD_ID, token)
+    ends = jnp.zeros_like(state.done)
+    for stop_id in self.stop_ids:
+      ends |= token == stop_id
+    return state.replace(
+      token=token,
+      position=state.position + 1,
+      done=state.done | ends | ~finite,
+      finite=finite,
+      step=state.step + 1,
+    )
+
+
+def _check_finite(state: 'State', num_samples: int):
+  """FloatingPointError that names the first prompt whose logits are not."""
+  bad = np.flatnonzero(~np.asarray(state.finite))
+  if bad.size:
+    raise FloatingPointError(
+      f'prompt {bad[0] // num_samples}: got logits that are NaN or infinite '
+      f'within its first {int(state.step)} new tokens, expected finite ones; '
+      'the adapter diverged in training, or is for another base.'
+    )
+
+
+@struct.dataclass
+class State:
+  """Where decoding stands.
+
+  Attributes:
+    cache: of all tokens but the last.
+    token: int32 [B], the last one chosen; PAD in rows that ended before.
+    position: int32 [B], its position.
+    done: bool [B], whether the row has ended.
+    finite: bool [B], whether all logits were finite so far; a row ends where
+      they are not.
+    step: int32 [], tokens chosen so far.
+  """
+
+  cache: Cache
+  token: jax.Array
+  position: jax.Array
+  done: jax.Array
+  finite: jax.Array
+  step: jax.Array

@@ -1,0 +1,114 @@
+"""A base as decoding reads it: narrow, each output's weights in one piece.
+
+    base = weights.prepare({'params': params}, 'int8')
+    sampler.generate(base, prompts, SamplingConfig())
+
+A decoded token reads every weight once and does little with it, so it takes as
+long as the bytes take to arrive. bfloat16 halves them; int8, with a float32
+scale for each output channel, quarters them. Sums stay float32.
+
+    params  layers/mlp/up/w [L, D, F]    →    rows  layers/mlp/up/w [L, F, D]
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_jax import pytree
+from gemma_jax.lora.align import Adapter
+from gemma_jax.model import layout
+from gemma_jax.model import rows as rows_lib
+from gemma_jax.model.rows import Rows
+
+WEIGHTS = ('auto', 'float32', 'bfloat16', 'int8')
+_EMBEDDING = 'embedder/input_embedding'
+
+
+def load_dtype(weights: str) -> str:
+  """The dtype to load a base with that is then prepared."""
+  return 'auto' if weights == 'int8' else weights
+
+
+def for_adapters(
+  params: pytree.Tree, adapters: Sequence[Adapter], weights: str = 'auto'
+) -> dict[str, Any]:
+  """Variables of each adapter by its name; they share what they can.
+
+  Args:
+    params: the base.
+    adapters: of one shape (`align.load_adapters`).
+    weights: as in `prepare`.
+  """
+  base = prepare({'params': params}, weights)
+  found = {}
+  for adapter in adapters:
+    variables = adapter.variables(params)
+    if adapter.trained_base:
+      found[adapter.name] = prepare(variables, weights)
+    else:
+      found[adapter.name] = {**base, 'lora': variables['lora']}
+  return found
+
+
+def prepare(variables: Any, weights: str = 'auto') -> dict[str, Any]:
+  """The same model for decoding.
+
+  Args:
+    variables: {'params'} or {'params', 'lora'}, scanned or unrolled.
+    weights: 'int8' quantizes the kernels and the embedding; else they keep the
+      dtype they were loaded in (`load_dtype`).
+
+  Returns:
+    `variables` with kernels and embedding moved from `params` to `rows`, where
+    their leaves are `Rows`; norm scales stay.
+
+  Raises:
+    ValueError: weights of another name.
+  """
+  if weights not in WEIGHTS:
+    raise ValueError(
+      f'weights: got {weights!r}, expected one of {", ".join(WEIGHTS)}.'
+    )
+  params, rows = {}, {}
+  for name, leaf in pytree.items(variables['params']):
+    num_summed = 0
+    if name == _EMBEDDING:
+      num_summed = 1
+    elif name.endswith('/w'):
+      equation = layout.PROJECTION_EQUATIONS[name.split('/', 1)[1][:-2]]
+      kernel = equation.split('->')[0].split(',')[1]
+      order = [kernel.index(c) - len(kernel) for c in rows_lib.axes(equation)]
+      num_summed = sum(c in equation.split(',')[0] for c in kernel)
+      leaf = jnp.moveaxis(leaf, order, range(-len(kernel), 0))
+    if not num_summed:
+      params[name] = leaf
+    elif weights == 'int8':
+      rows[name] = quantize(leaf, num_summed)
+    else:
+      rows[name] = Rows(leaf)
+  return {
+    **variables,
+    'params': pytree.unflatten(params),
+    'rows': pytree.unflatten(rows),
+  }
+
+
+@functools.partial(jax.jit, static_argnames='num_summed')
+def quantize(values: jax.Array, num_summed: int) -> Rows:
+  """Rounds each row to the nearest of 255 evenly spaced values.
+
+  The largest weight of a row is 127 scales, zeros stay zeros, and no weight
+  moves by more than half a scale.
+
+  Args:
+    values: [outputs ..., summed axes ...].
+    num_summed: how many axes are summed over.
+  """
+  axis = tuple(range(-num_summed, 0))
+  values = values.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(values), axis=axis, keepdims=True) / 127.0
+  values = jnp.round(values / jnp.where(scale > 0, scale, 1.0))
+  return Rows(values.astype(jnp.int8), jnp.squeeze(scale, axis))

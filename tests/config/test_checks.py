@@ -1,0 +1,48 @@
+"""Errors say name, got, expected and remedy in one line."""
+
+import dataclasses
+
+import pytest
+
+from gemma_jax.config import checks
+
+
+@pytest.mark.parametrize(
+  ('check', 'arguments', 'message'),
+  [
+    (checks.require, (False, 'a.b', 3, 'a dog', 'Buy one.'),
+     'a.b: got 3, expected a dog. Buy one.'),
+    (checks.at_least, ('a', 1, 2), 'a: got 1, expected an integer >= 2.'),
+    (checks.at_least, ('a', True, 0), 'a: got True, expected an integer >= 0.'),
+    (checks.one_of, ('a', 'z', ('x', 'y')),
+     "a: got 'z', expected one of x, y."),
+    (checks.check_regex, ('a', 3), 'a: got 3, expected a regex.'),
+    (checks.check_regex, ('a', '('),
+     "a: '(' is not a regular expression (missing ), unterminated subpattern "
+     'at position 0).'),
+  ],
+)  # fmt: skip
+def test_messages(check, arguments, message):
+  with pytest.raises(ValueError) as caught:
+    check(*arguments)
+  assert str(caught.value) == message
+
+
+def test_what_is_right_passes():
+  checks.require(True, 'a', 1, 'anything')
+  checks.at_least('a', 2, 2)
+  checks.one_of('a', 'x', ('x', 'y'))
+  checks.check_regex('a', 'layer_[0-9]+')
+
+
+def test_frozen_is_frozen():
+  @dataclasses.dataclass
+  class Part(checks.Freezable):
+    size: int = 3
+
+  part = Part()
+  part.size = 5
+  part.__dict__['_is_frozen'] = True
+  with pytest.raises(dataclasses.FrozenInstanceError, match='size'):
+    part.size = 7
+  assert part.size == 5

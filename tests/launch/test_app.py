@@ -1,0 +1,200 @@
+"""What all commands share: signals, logs, messages."""
+
+import contextlib
+import io
+import logging
+import os
+from pathlib import Path
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from gemma_jax.config import train as config_lib
+from gemma_jax.sweep import grid
+from launch import app
+
+
+def wait_for(condition):
+  """True once it is; a signal is told by a thread."""
+  deadline = time.monotonic() + 20
+  while not condition() and time.monotonic() < deadline:
+    time.sleep(0.001)
+  return condition()
+
+
+def signal_state():
+  """What a signal meets in this process, and who listens."""
+  wakeup = signal.set_wakeup_fd(-1)
+  signal.set_wakeup_fd(wakeup)
+  handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+  return wakeup, handlers, threading.active_count()
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_for_a_stop_and_handlers_come_back(number, capfd):
+  before = signal_state()
+  for _ in range(2):
+    with app.stop_on_signal() as should_stop:
+      assert not should_stop()
+      os.kill(os.getpid(), number)
+      assert wait_for(should_stop)
+    said = f'Received {number.name}: saving, then stopping'
+    assert capfd.readouterr().err.count(said) == 1
+    assert signal_state() == before
+
+
+def test_handlers_come_back_from_an_error():
+  before = signal_state()
+  with pytest.raises(RuntimeError), app.stop_on_signal():
+    raise RuntimeError
+  assert signal_state() == before
+
+
+def test_other_signals_ask_for_nothing():
+  """Those with a handler are told to the same thread, with or without name."""
+  other, heard = signal.SIGRTMIN + 1, []
+  before = signal.signal(other, lambda number, frame: heard.append(number))
+  try:
+    with app.stop_on_signal() as should_stop:
+      os.kill(os.getpid(), other)
+      assert wait_for(lambda: heard == [other])
+      assert not should_stop()
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert wait_for(should_stop)
+  finally:
+    signal.signal(other, before)
+
+
+# A process that is in one call of a library, as a compilation is, for longer
+# than a test waits.
+IN_A_LIBRARY = """
+import hashlib
+import os
+import sys
+import time
+from launch import app
+
+if sys.argv[1] == 'full':
+  os.set_blocking(2, False)
+  try:
+    while True:
+      os.write(2, b'.')
+  except BlockingIOError:
+    os.set_blocking(2, True)
+with app.stop_on_signal() as should_stop:
+  print('ready', flush=True)
+  while sys.argv[1] != 'read' and not should_stop():
+    time.sleep(0.01)
+  print('working', flush=True)
+  hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)
+"""
+
+
+@contextlib.contextmanager
+def in_a_library(stderr):
+  process = subprocess.Popen(
+    [sys.executable, '-c', IN_A_LIBRARY, stderr],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+  try:
+    assert process.stdout.readline() == b'ready\n'
+    yield process
+  finally:
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_signal_ends_while_a_library_works():
+  """Neither of the two waits until Python has its turn again."""
+  with in_a_library('read') as process:
+    assert process.stdout.readline() == b'working\n'
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline() == b'\n'
+    assert b'Received SIGTERM' in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize('stderr', ['gone', 'full'])
+def test_signals_are_heard_where_nobody_reads_what_is_said(stderr):
+  with in_a_library(stderr) as process:
+    if stderr == 'gone':
+      process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == b'working\n'  # should_stop() is true
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+  ('level', 'path', 'shown'),
+  [
+    (logging.INFO, '/home/me/gemma_jax/runs/train.py', True),
+    (logging.INFO, '/usr/lib/python3/site-packages/orbax/save.py', False),
+    (logging.WARNING, '/usr/lib/python3/site-packages/orbax/save.py', True),
+  ],
+)
+def test_libraries_only_warn(level, path, shown, monkeypatch):
+  stderr = io.StringIO()
+  monkeypatch.setattr(sys, 'stderr', stderr)
+  record = logging.LogRecord('absl', level, path, 1, 'saved', (), None)
+  app._Log().emit(record)
+  assert ('saved' in stderr.getvalue()) == shown
+
+
+@pytest.mark.parametrize('tracebacks', [False, True])
+def test_tracebacks_of_libraries_are_for_debugging(tracebacks, monkeypatch):
+  stderr = io.StringIO()
+  monkeypatch.setattr(sys, 'stderr', stderr)
+  try:
+    raise OSError('disk full')
+  except OSError:
+    raised = sys.exc_info()
+  path = '/usr/lib/python3/site-packages/orbax/save.py'
+  record = logging.LogRecord(
+    'absl', logging.ERROR, path, 1, 'not saved', (), raised
+  )
+  app._Log(tracebacks).emit(record)
+  assert 'not saved' in stderr.getvalue()
+  assert ('Traceback' in stderr.getvalue()) == tracebacks
+
+
+def test_an_error_is_one_line():
+  assert app._one_line(ValueError('a:\n  b\n')) == 'a: b'
+  assert app._one_line(KeyError('no "x"')) == 'no "x"'
+  assert app._one_line(ValueError()) == 'ValueError'
+
+
+def test_advice_names_flags_of_the_command():
+  """Of every --config flag in a message: a field, and what others call it."""
+  advice = set()
+  for path in (Path(app.__file__).parents[1] / 'gemma_jax').rglob('*.py'):
+    text = path.read_text(encoding='utf-8')
+    advice |= set(re.findall(r'--config\.([a-z_.0-9]*[a-z_0-9])', text))
+  assert len(advice) > 5
+  fields = config_lib.flatten(config_lib.to_dict(grid.SweepConfig()))
+  assert advice <= fields.keys()
+  script = """
+from absl import flags
+from launch import app, evaluate
+flags.FLAGS(['evaluate'])
+print(app._own_flags('a --config.data.skip_bad_records=True b '
+  '--config.data.seq_len=5; --config.model.tokenizer=PATH, '
+  '--config.data.eval_path.'))
+"""
+  shown = subprocess.run(
+    [sys.executable, '-c', script],
+    capture_output=True,
+    check=True,
+    text=True,
+  )
+  assert shown.stdout == (
+    'a --skip_bad_records=True b --seq_len=5; --tokenizer=PATH, '
+    '--config.data.eval_path.\n'
+  )

@@ -1,0 +1,207 @@
+"""launch.generate as a user calls it: both formats, adapters, bad input."""
+
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+from gemma_jax.config.train import LoraConfig
+from gemma_jax.data import examples
+from gemma_jax.formats import open_base, peft
+from gemma_jax.formats.trained_with import TrainedWith
+from gemma_jax.lora import align
+from gemma_jax.model import variants
+from gemma_jax.sampling import weights
+from gemma_jax.sampling.next_token import SamplingConfig
+from gemma_jax.sampling.sampler import Sampler
+from tests import toy
+
+ROOT = Path(__file__).parents[2]
+MODEL = 'random:tiny3'
+QUESTION = 'Where is 서울?'
+FLAGS = ('--max_new_tokens=23', '--temperature=0.7', '--top_k=50', '--seed=7')
+SAMPLING = SamplingConfig(max_new_tokens=23, temperature=0.7, top_k=50, seed=7)
+
+
+def call(*flags):
+  """Runs launch.generate from the repository root."""
+  return subprocess.run(
+    [sys.executable, '-m', 'launch.generate', f'--model={MODEL}', *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+def output_of(*flags):
+  done = call(*flags)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+  """Two PEFT adapters, of rank 3 on q and v and of rank 2 on all.
+
+  The first was trained with the template korean, of the other nobody knows.
+  """
+  root = tmp_path_factory.mktemp('adapters')
+  paths = []
+  for name, config, trained_with in (
+    ('A', LoraConfig(rank=3), TrainedWith('korean')),
+    ('B', LoraConfig(rank=2, targets='all'), None),
+  ):
+    factors = toy.factors(variants.get('tiny3'), config)
+    peft.write_adapter(
+      root / name, factors, config, MODEL, trained_with=trained_with
+    )
+    paths.append(str(root / name))
+  return paths
+
+
+@pytest.fixture(scope='module')
+def expected(folders):
+  """(tokenizer, {name: tokens of QUESTION and of 2,5,7}) from the library."""
+  found = open_base.open_base(MODEL)
+  tokenizer = found.tokenizer()
+  sampler = Sampler(found.config, tokenizer)
+  loaded = align.load_adapters(folders, found.config)
+  variables = weights.for_adapters(found.load_params(), loaded)
+  found_tokens = {}
+  for name, chosen in variables.items():
+    template = 'dolly' if name == folders[1] else 'korean'
+    asked = examples.prompt_tokens(tokenizer, template, QUESTION)
+    found_tokens[name] = sampler.generate(
+      chosen, [asked, [2, 5, 7]], SAMPLING
+    ).tokens
+  return tokenizer, found_tokens
+
+
+@pytest.fixture(scope='module')
+def adapter_flags(folders):
+  return [f'--adapter={folder}' for folder in folders]
+
+
+def test_json_has_a_line_for_each_adapter_and_prompt(
+  folders, adapter_flags, expected
+):
+  out = output_of(
+    *FLAGS,
+    *adapter_flags,
+    f'--prompt={QUESTION}',
+    '--tokens=2,5,7',
+    '--format=json',
+  )
+  lines = [json.loads(line) for line in out.splitlines()]
+  tokenizer, tokens = expected
+  names = ['base', *folders]
+  assert len({str(tokens[name]) for name in names}) == 3
+  pairs = [(name, i) for name in names for i in range(2)]
+  for line, (name, i) in zip(lines, pairs, strict=True):
+    assert line.pop('tokens_per_second') > 0
+    assert line == {
+      'adapter': name,
+      'prompt': [QUESTION, [2, 5, 7]][i],
+      'sample': 0,
+      'text': tokenizer.decode(tokens[name][i]),
+      'tokens': tokens[name][i],
+    }
+
+
+@pytest.mark.parametrize('stream', ['--stream', '--nostream'])
+def test_text_shows_base_and_adapters_side_by_side(
+  folders, adapter_flags, expected, stream
+):
+  out = output_of(
+    *FLAGS, *adapter_flags, f'--prompt={QUESTION}', '--tokens=2,5,7', stream
+  )
+  tokenizer, tokens = expected
+  shown = ''
+  for i, prompt in enumerate((QUESTION, [2, 5, 7])):
+    shown += f'>>> {prompt}\n\n'
+    for name in ('base', *folders):
+      shown += f'[{name}]\n{tokenizer.decode(tokens[name][i])}\n\n'
+  # Universal newlines read \r as \n, which random bytes may contain.
+  assert out == shown.replace('\r\n', '\n').replace('\r', '\n')
+
+
+def test_one_adapter_prints_its_text_alone(folders, expected):
+  out = output_of(*FLAGS, f'--adapter={folders[0]}', f'--prompt={QUESTION}')
+  tokenizer, tokens = expected
+  text = tokenizer.decode(tokens[folders[0]][0]) + '\n'
+  assert out == text.replace('\r\n', '\n').replace('\r', '\n')
+
+
+def test_another_template_than_the_adapters_is_a_warning(folders, expected):
+  done = call(
+    *FLAGS, f'--adapter={folders[0]}', f'--prompt={QUESTION}',
+    '--template=dolly', '--format=json',
+  )  # fmt: skip
+  assert json.loads(done.stdout)['tokens'] != expected[1][folders[0]][0]
+  assert f'--template=dolly: {folders[0]} was trained with kor' in done.stderr
+
+
+def test_samples_are_labelled():
+  flags = [*FLAGS, '--tokens=2,5,7', '--tokens=2,9', '--num_samples=2']
+  out = output_of(*flags, '--format=json', '--weights=int8')
+  lines = [json.loads(line) for line in out.splitlines()]
+  labels = [(line['prompt'], line['sample']) for line in lines]
+  assert labels == [([2, 5, 7], 0), ([2, 5, 7], 1), ([2, 9], 0), ([2, 9], 1)]
+  assert len({str(line['tokens']) for line in lines}) == 4
+  out = output_of(*flags, '--weights=int8')
+  ends = [out.index(f'[base {n}]\n{line["text"]}'.replace('\r', '\n'))
+          for n, line in zip((1, 2), lines[:2], strict=True)]  # fmt: skip
+  assert ends == sorted(ends)
+
+
+def test_tokens_need_no_tokenizer():
+  folder = Path(__file__).parents[1] / 'golden' / 'parity' / 'gemma2'
+  flags = [f'--model={folder}', '--tokens=2,5', '--max_new_tokens=5']
+  line = json.loads(output_of(*flags, '--format=json', '--weights=float32'))
+  assert line['text'] is None
+  found = open_base.open_base(str(folder))
+  params = {'params': found.load_params('float32')}
+  expected = Sampler(found.config).generate(
+    params, [[2, 5]], SamplingConfig(max_new_tokens=5)
+  )
+  assert [line['tokens']] == expected.tokens
+  ids = output_of(*flags, '--weights=bfloat16').split()
+  assert len(list(map(int, ids))) <= 5
+
+
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
+    ((), '--prompt: missing, expected --prompt=TEXT or --tokens=2,5,7'),
+    (('--tokens=2,x',), "--tokens: got '2,x', expected ids with commas"),
+    (('--tokens=2,261',), 'ids from 2 to 261, expected ids in [0, 260)'),
+    (('--prompt=Hi', '--top_p=0'), 'top_p: got 0.0, expected a number in'),
+    (('--prompt=Hi', '--template=chat'), "control token: got '<start_of_turn"),
+    (('--prompt=Hi', '--stream', '--format=json'), '--stream: got --format=j'),
+    (('--prompt=Hi', '--num_samples=3'), '--num_samples: got 3 with --temper'),
+    (
+      ('--prompt=Hi', '--num_samples=3', '--temperature=1', '--stream'),
+      '--stream: got --num_samples=3, expected one sample',
+    ),
+  ],
+)
+def test_bad_input_is_one_line(flags, message):
+  done = call(*flags)
+  assert done.returncode == 1
+  assert done.stdout == ''
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: ')
+  assert message in line
+
+
+def test_help_explains_every_flag():
+  done = call('--helpfull')
+  for name in ('adapter', 'prompt', 'tokens', 'template', 'max_new_tokens',
+               'temperature', 'top_k', 'top_p', 'seed', 'stream', 'format',
+               'weights', 'num_samples'):  # fmt: skip
+    assert f'--{name}:' in done.stdout or f'--[no]{name}:' in done.stdout, name
+  assert 'Continues prompts with a base' in done.stdout

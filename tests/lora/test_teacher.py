@@ -1,0 +1,153 @@
+"""A planted rank is found: by the losses, by the spectra, by truncation.
+
+The teacher is the base plus an update of rank 2 to one kernel. Students of
+ranks 1 to 4, trained as a gang, see the teacher's whole distribution at every
+position: each row is there once for each token of the vocabulary, weighted by
+the teacher's probability of that token. So the least loss is the teacher's
+entropy, without any noise.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_jax.config.train import LoraConfig, OptimizerConfig, TrainConfig
+from gemma_jax.lora import align, spectrum
+from gemma_jax.lora import factors as factors_lib
+from gemma_jax.model.transformer import Transformer
+from gemma_jax.runs import batched
+from gemma_jax.training import optimizer
+from gemma_jax.training import state as state_lib
+from gemma_jax.training import step as step_lib
+from tests import toy
+
+TEACHER_RANK = 2
+RANKS = (1, 2, 3, 4)
+STEPS = 1500
+MODEL = dataclasses.replace(
+  toy.PLAIN,
+  vocab_size=29,
+  embed_dim=7,
+  hidden_dim=11,
+  num_layers=1,
+  num_heads=2,
+  head_dim=4,
+)
+CONFIG = TrainConfig(
+  optimizer=OptimizerConfig(learning_rate=3e-2, schedule='cosine')
+)
+
+
+def settings(rank):
+  return LoraConfig(rank=rank, alpha=1, scale_rule='constant', targets='down')
+
+
+def teacher():
+  """Factors of an update with the singular values 2 and 1."""
+  rng = np.random.default_rng(0)
+  orthonormal = lambda n: np.linalg.qr(rng.standard_normal((n, 2)))[0]
+  a = orthonormal(MODEL.hidden_dim) * np.array([2.0, 1.0])
+  b = orthonormal(MODEL.embed_dim).T
+  leaves = {'lora_a': a[None], 'lora_b': b[None]}
+  return jax.tree.map(jnp.float32, {'layers': {'mlp': {'down': leaves}}})
+
+
+def lesson(model, params, rows=6, length=7):
+  """(batch of rows x V, the teacher's entropy per position)."""
+  V = MODEL.vocab_size
+  tokens = np.random.default_rng(1).integers(2, V, (rows, length), np.int32)
+  batch = {
+    'tokens': tokens,
+    'segment_ids': np.ones_like(tokens),
+    'positions': np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+  }
+  hidden = step_lib.hidden_states(
+    model, {'params': params, 'lora': teacher()}, 1.0, batch
+  )
+  logits = hidden @ params['embedder']['input_embedding'].T
+  p = np.asarray(jax.nn.softmax(logits), np.float64)  # [rows, length, V]
+  entropy = -(p * np.log(p)).sum(-1).mean()
+  batch = {name: np.repeat(x, V, 0) for name, x in batch.items()}
+  batch['targets'] = np.tile(
+    np.arange(V, dtype=np.int32)[:, None], (rows, length)
+  )
+  weights = np.moveaxis(p, -1, 1).reshape(rows * V, length)
+  batch['weights'] = weights.astype(np.float32)
+  return batch, entropy
+
+
+@pytest.fixture(scope='module')
+def learnt():
+  """(rank → its factors, function of factors → excess loss)."""
+  model, params = Transformer(MODEL, remat='none'), toy.base(MODEL)
+  batch, entropy = lesson(model, params)
+  initial = [
+    factors_lib.init(jax.random.key(0), MODEL, settings(rank)) for rank in RANKS
+  ]
+  trainable, frozen = state_lib.split(
+    {'params': params, 'lora': batched.stack(align.align(initial))}, ('lora/',)
+  )
+  K = len(RANKS)
+  members = batched.Members(
+    scale=jnp.ones(K),
+    learning_rate=jnp.full(K, CONFIG.optimizer.learning_rate),
+    seed=jnp.zeros(K, jnp.int32),
+  )
+  tx = optimizer.make_optimizer(CONFIG.optimizer, STEPS, ('lora/',))
+  step = batched.make_train_step(model, CONFIG, STEPS, num_pieces=None)
+
+  @jax.jit
+  def train(state):
+    advance = lambda state, _: (step(state, members, frozen, batch)[0], None)
+    return jax.lax.scan(advance, state, length=STEPS)[0]
+
+  state = train(batched.init_state(trainable, tx))
+  factors = {
+    rank: jax.device_get(
+      batched.cut(batched.member(state.trainable['lora'], i), rank)
+    )
+    for i, rank in enumerate(RANKS)
+  }
+  eval_step = jax.jit(
+    step_lib.make_eval_step(model, scale=1.0, num_pieces=None)
+  )
+
+  def excess(tree):
+    losses = eval_step({'params': params, 'lora': tree}, batch)
+    return float(losses.sum() / batch['weights'].sum()) - entropy
+
+  return factors, excess
+
+
+def test_the_loss_has_its_floor_at_the_teachers_rank(learnt):
+  factors, excess = learnt
+  losses = {rank: excess(tree) for rank, tree in factors.items()}
+  assert losses[1] > 1e-2
+  for rank in (2, 3, 4):
+    assert abs(losses[rank]) < 1e-3, losses
+
+
+def test_spectra_show_as_many_values_as_the_teacher_has(learnt):
+  factors, _ = learnt
+  for rank in (2, 3, 4):
+    values = spectrum.singular_values(factors[rank], settings(rank), MODEL)
+    (found,) = values['mlp/down']
+    np.testing.assert_allclose(found[:2], [2, 1], rtol=0.05)
+    assert np.all(found[2:] < 0.05), found
+
+
+def test_truncation_agrees(learnt):
+  """Cut to the teacher's rank costs nothing; below it, what training has."""
+  factors, excess = learnt
+  cut = {
+    rank: excess(spectrum.truncate(factors[4], settings(4), MODEL, rank))
+    for rank in RANKS
+  }
+  assert abs(cut[4] - excess(factors[4])) < 1e-5
+  assert abs(cut[2] - cut[4]) < 1e-3
+  assert abs(cut[3] - cut[4]) < 1e-3
+  # The best of rank 1 in loss is at least as good as the best in |dW|.
+  assert cut[1] > 0.999 * excess(factors[1]) > 1e-2

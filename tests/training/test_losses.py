@@ -1,0 +1,275 @@
+"""The chunked loss against the plain one, and what it never computes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_jax.config.train import MeshConfig
+from gemma_jax.training import losses
+from gemma_jax.training import sharding as sharding_lib
+from tests import toy
+
+B, T, D, V = 3, 7, 5, 53
+
+
+pytestmark = [
+  pytest.mark.usefixtures('strict', 'quick_compile'),
+  pytest.mark.filterwarnings('error'),
+]
+
+
+@pytest.fixture(scope='module')
+def case():
+  keys = jax.random.split(jax.random.key(0), 4)
+  return (
+    jax.random.normal(keys[0], (B, T, D)),
+    jax.random.normal(keys[1], (V, D)),
+    jax.random.randint(keys[2], (B, T), 0, V - 6),
+    jax.random.bernoulli(keys[3], 0.5, (B, T)).astype(jnp.float32),
+  )
+
+
+def plain(hidden, embedding, targets, weights, softcap=None, num_pieces=None):
+  """Full logits and log_softmax, per position."""
+  logits = jnp.einsum('BTD,VD->BTV', hidden, embedding)
+  if softcap is not None:
+    logits = softcap * jnp.tanh(logits / softcap)
+  if num_pieces is not None:
+    logits = logits[..., :num_pieces]
+  log_probs = jax.nn.log_softmax(logits)
+  picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+  return -weights * picked
+
+
+OPTIONS = [
+  {},
+  {'softcap': 3.0},
+  {'num_pieces': V - 6},
+  {'softcap': 3.0, 'num_pieces': V - 6},
+]
+
+
+@pytest.mark.parametrize(
+  ('options', 'chunk'),
+  [
+    *((options, ((4,), 11)) for options in OPTIONS),
+    (OPTIONS[-1], ((2,), 53)),
+    (OPTIONS[-1], ((64,), 64)),
+    (OPTIONS[-1], ((5, 2), 11)),
+    (OPTIONS[-1], ((8, 3, 1), 11)),
+  ],
+  ids=str,
+)
+def test_equals_the_plain_loss_and_both_gradients(case, options, chunk):
+  hidden, embedding, targets, weights = case
+
+  def chunked_sum(h, e):
+    return 0.3 * losses.linear_cross_entropy(
+      h, e, targets, weights, chunk=chunk, **options
+    )
+
+  def plain_sum(h, e):
+    return 0.3 * plain(h, e, targets, weights, **options).sum()
+
+  value, grads = jax.value_and_grad(chunked_sum, (0, 1))(hidden, embedding)
+  expected, expected_grads = jax.value_and_grad(plain_sum, (0, 1))(
+    hidden, embedding
+  )
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  for got, want in zip(grads, expected_grads, strict=True):
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
+def test_token_losses_equal_the_plain_ones(case, options):
+  got = losses.token_cross_entropy(*case, chunk=((4,), 7), **options)
+  np.testing.assert_allclose(got, plain(*case, **options), atol=1e-5)
+
+
+def test_bfloat16_states_keep_float32_logits_and_loss(case):
+  """Logits of about 30 in bfloat16 would be off by a tenth."""
+  hidden, embedding, targets, weights = case
+  hidden, embedding = (
+    x.astype(jnp.bfloat16) for x in (10 * hidden, 3 * embedding)
+  )
+  loss = lambda h, e: losses.linear_cross_entropy(h, e, targets, weights)
+  value, grads = jax.value_and_grad(loss, (0, 1))(hidden, embedding)
+  wide = (x.astype(jnp.float32) for x in (hidden, embedding))
+  expected, expected_grads = jax.value_and_grad(loss, (0, 1))(*wide)
+  assert value.dtype == jnp.float32
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  for got, want in zip(grads, expected_grads, strict=True):
+    assert got.dtype == jnp.bfloat16
+    largest = float(jnp.abs(want).max())
+    np.testing.assert_allclose(
+      got.astype(jnp.float32), want, atol=0.01 * largest
+    )
+
+
+def test_a_frozen_embedding_gets_no_gradient_buffer(case):
+  hidden, embedding, targets, weights = case
+  loss = lambda h, e: losses.linear_cross_entropy(
+    h, e, targets, weights, chunk=((4,), 11)
+  )
+  frozen = jax.make_jaxpr(jax.grad(loss, 0))(hidden, embedding)
+  trained = jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, embedding)
+  buffer = f'f32[{V},{D}] = '
+  count = lambda jaxpr: str(jaxpr).count('->VD') + str(jaxpr).count(buffer)
+  assert count(frozen) < count(trained)
+  assert count(frozen) == 0
+
+
+def test_nothing_supervised_gives_zero_and_finite_gradients(case):
+  hidden, embedding, targets, _ = case
+  loss = lambda h: losses.linear_cross_entropy(
+    h, embedding, targets, jnp.zeros((B, T))
+  )
+  with jax.debug_nans(True):  # nor is there one that is dropped later
+    value, grad = jax.value_and_grad(loss)(hidden)
+  assert value == 0
+  np.testing.assert_array_equal(grad, np.zeros((B, T, D)))
+
+
+def test_ignores_what_stands_at_unsupervised_positions(case):
+  hidden, embedding, targets, weights = case
+  noise = jnp.where(weights[..., None] == 0, jnp.nan, 0.0)
+  other = jnp.where(weights == 0, 1, targets)
+  a = losses.linear_cross_entropy(hidden, embedding, targets, weights)
+  b = losses.linear_cross_entropy(hidden + noise, embedding, other, weights)
+  assert a == b
+
+
+def test_work_is_proportional_to_supervised_tokens(case, monkeypatch):
+  """One chunk of 4 and one of 1 hold five positions; no other is visited."""
+  hidden, embedding, targets, _ = case
+  statistics, seen = losses._statistics, []
+
+  def spy(*args):
+    seen.append(statistics(*args))
+    return seen[-1]
+
+  monkeypatch.setattr(losses, '_statistics', spy)
+  weights = np.zeros((B, T), np.float32)
+  weights[1, :5] = 1.0
+  losses.token_cross_entropy(
+    hidden, embedding, targets, jnp.array(weights), chunk=((4, 1), 11)
+  )
+  ((m, s, g),) = seen
+  assert m.shape == (B * T + 1,)  # and room for a last chunk
+  np.testing.assert_array_equal(s > 0, [True] * 5 + [False] * (B * T - 4))
+  assert g is None  # evaluation makes no gradient
+
+
+@pytest.mark.parametrize(
+  ('supervised', 'chunks'),
+  [
+    (0, [0, 0]),
+    (1, [0, 1]),
+    (384, [0, 3]),
+    (385, [1, 0]),
+    (511, [1, 0]),
+    (513, [1, 1]),
+    (1020, [2, 0]),
+  ],
+)
+def test_the_rest_of_the_positions_walks_in_smaller_chunks(supervised, chunks):
+  """512 at a time, then 128, and never more positions than 128 would take."""
+  walks = losses._walks((512, 128), jnp.int32(supervised))
+  assert [int(walk.count) for walk in walks] == chunks
+  assert int(walks[1].start) == 512 * chunks[0]
+
+
+@pytest.mark.parametrize('sizes', [(5, 2), (8, 3, 1), (301, 76), (4,)])
+def test_walks_take_every_position_once_and_little_more(sizes):
+  """One walk starts where the one before ends, and no slice is moved back."""
+  for supervised in range(2 * sizes[0] + 2):
+    end = 0
+    for walk in losses._walks(sizes, jnp.int32(supervised)):
+      assert int(walk.start) == end
+      end += int(walk.count) * walk.size
+    assert supervised <= end <= max(0, supervised + sizes[-1] - 1)
+
+
+def test_vmap_over_hidden_states_equals_a_loop(case):
+  """Several adapters share targets and weights (ganged training)."""
+  hidden, embedding, targets, weights = case
+  many = jnp.stack([hidden, 2 * hidden])
+  loss = lambda h: losses.linear_cross_entropy(h, embedding, targets, weights)
+  values, grads = jax.vmap(jax.value_and_grad(loss))(many)
+  for i in range(2):
+    value, grad = jax.value_and_grad(loss)(many[i])
+    np.testing.assert_allclose(values[i], value, rtol=1e-6)
+    np.testing.assert_allclose(grads[i], grad, atol=1e-6)
+
+
+def test_scan_and_remat_change_nothing(case):
+  """Accumulation scans over parts; gradients pass through both."""
+  hidden, embedding, targets, weights = case
+  loss = jax.checkpoint(
+    lambda h, *xs: losses.linear_cross_entropy(
+      h[None], embedding, *(x[None] for x in xs), chunk=((4,), 11)
+    )
+  )
+
+  def total(h):
+    step = lambda sum_, xs: (sum_ + loss(*xs), None)
+    return jax.lax.scan(step, jnp.float32(0), (h, targets, weights))[0]
+
+  value, grad = jax.jit(jax.value_and_grad(total))(hidden)
+  expected, want = jax.value_and_grad(
+    lambda h: plain(h, embedding, targets, weights).sum()
+  )(hidden)
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  np.testing.assert_allclose(grad, want, atol=1e-5)
+
+
+@pytest.mark.parametrize('sizes', [(2, 2, 2), (8, 1, 1), (1, 1, 8)])
+def test_a_mesh_changes_neither_loss_nor_gradients(sizes):
+  """Devices with many, few and no supervised positions, K hidden states."""
+  K, B, V = 2, 8, 56
+  mesh = sharding_lib.make_mesh(MeshConfig(*sizes))
+  rng = np.random.default_rng(0)
+  hidden = rng.standard_normal((K, B, T, D), np.float32)
+  embedding = rng.standard_normal((V, D), np.float32)
+  targets = rng.integers(0, V - 9, (B, T), np.int32)
+  weights = (np.arange(T) < np.array([7, 0, 0, 1, 5, 7, 2, 0])[:, None]) * 0.5
+  weights = weights.astype(np.float32)
+  options = {'softcap': 3.0, 'num_pieces': V - 9}
+
+  plain_options = {'softcap': 3.0, 'num_pieces': V - 9}
+  options = {
+    **plain_options,
+    'sharding': sharding_lib.batch_sharding(mesh),
+    'chunk': ((4, 2), 5),
+  }
+
+  def sharded(h, e):
+    return losses.linear_cross_entropy(h, e, targets, weights, **options)
+
+  def expected(h, e):
+    return plain(h, e, targets, weights, **plain_options).sum()
+
+  def run(loss):
+    each = jax.vmap(jax.value_and_grad(loss, (0, 1)), (0, None))
+    return jax.jit(each)(hidden, embedding)
+
+  toy.assert_close(run(sharded), run(expected), 1e-5)
+  tokens = jax.jit(
+    lambda h: losses.token_cross_entropy(
+      h, embedding, targets, weights, **options
+    )
+  )(hidden[0])
+  want = plain(hidden[0], embedding, targets, weights, **plain_options)
+  toy.assert_close(tokens, want, 1e-5)
+
+
+def test_a_target_that_is_no_token_has_no_finite_loss(case):
+  hidden, embedding, targets, weights = case
+  b, t = map(int, jnp.argwhere(weights)[0])
+  targets = targets.at[b, t].set(V - 2)
+  got = losses.token_cross_entropy(
+    hidden, embedding, targets, weights, num_pieces=V - 6, chunk=((4,), 11)
+  )
+  assert jnp.isinf(got[b, t])
+  assert jnp.isfinite(got.at[b, t].set(0.0)).all()

@@ -1,0 +1,323 @@
+"""What a training step may change, and what its result may depend on."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_jax import pytree
+from gemma_jax.config.train import LoraConfig, OptimizerConfig
+from gemma_jax.lora import factors
+from gemma_jax.model import layout
+from gemma_jax.model.transformer import Transformer
+from gemma_jax.training import losses, optimizer
+from gemma_jax.training import state as state_lib
+from gemma_jax.training import step as step_lib
+from tests import toy
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
+
+def variables(dtype=jnp.float32, scan_layers=True):
+  return {
+    'params': toy.base(scan_layers=scan_layers, dtype=dtype),
+    'lora': toy.factors(scan_layers=scan_layers),
+  }
+
+
+@functools.cache
+def evaluate():
+  """(variables, batch) → losses [B, T], factors taken as they are."""
+  return jax.jit(
+    step_lib.make_eval_step(Transformer(toy.FULL), scale=1.0, num_pieces=None)
+  )
+
+
+@pytest.fixture(scope='module')
+def run():
+  """Five steps of the adapter over a bfloat16 base, with weight decay."""
+  return toy.train(variables(jnp.bfloat16), [toy.batch(rows=6)] * 5)
+
+
+def test_the_base_is_bit_equal_after_steps_with_weight_decay(run):
+  toy.assert_equal(run.variables['params'], toy.base(dtype=jnp.bfloat16))
+
+
+def test_every_factor_was_trained_in_float32(run):
+  before = dict(pytree.items(variables()['lora']))
+  for name, x in pytree.items(run.variables['lora']):
+    assert x.dtype == jnp.float32
+    assert np.all(np.asarray(x) != before[name]), name
+
+
+def test_moments_are_float32_and_of_the_trainable_leaves_alone(run):
+  moments = toy.optimizer_leaves(run.state)
+  trained = dict(pytree.items(run.variables['lora']))
+  assert {x.dtype for x in moments.values()} == {jnp.dtype('float32')}
+  assert sorted(x.shape for x in moments.values()) == sorted(
+    2 * [x.shape for x in trained.values()]
+  )
+  assert all('lora' in name for name in moments)
+
+
+def test_one_trace_for_all_steps(run):
+  assert run.traces == 1
+  assert run.state.step == 5
+
+
+def test_it_learns(run):
+  assert run.losses[-1] < 0.9 * run.losses[0]
+  assert run.losses == sorted(run.losses, reverse=True)
+
+
+def test_metrics(run):
+  batch = toy.batch(rows=6)
+  start = variables(jnp.bfloat16)
+  start['lora'] = factors.effective(start['lora'], toy.ALL_TARGETS.scale)
+  losses = evaluate()(start, batch)
+  tokens = batch['weights'].sum()
+  toy.assert_close(run.losses[0], losses.sum() / tokens, 1e-5)
+  assert run.metrics[0]['supervised_tokens'] == tokens
+  assert all(m['learning_rate'] == np.float32(0.01) for m in run.metrics)
+
+
+def test_lora_and_one_kernel_of_one_layer():
+  """Unrolled, so that a mask can name the layer: only that kernel moves."""
+  before = variables(jnp.bfloat16, scan_layers=False)
+  run = toy.train(
+    before,
+    [toy.batch()] * 3,
+    trainable=('lora/', 'params/layer_1/attn/v'),
+    scan_layers=False,
+  )
+  kernel = run.variables['params']['layer_1']['attn']['v']['w']
+  assert kernel.dtype == jnp.float32
+  assert np.all(kernel != before['params']['layer_1']['attn']['v']['w'])
+  after = {**run.variables['params']}
+  after['layer_1'] = {
+    **after['layer_1'],
+    'attn': {
+      **after['layer_1']['attn'],
+      'v': before['params']['layer_1']['attn']['v'],
+    },
+  }
+  toy.assert_equal(after, before['params'])
+  moments = toy.optimizer_leaves(run.state)
+  of_base = [name for name in moments if 'params' in name]
+  assert len(of_base) == 2
+  assert all(name.endswith('params/layer_1/attn/v/w') for name in of_base)
+
+
+class TestAccumulation:
+  """Parts of a batch are summed, and divided once by all their tokens."""
+
+  def run(self, parts, batch):
+    config = dataclasses.replace(toy.ADAMW, accumulate_steps=parts)
+    return toy.train(
+      variables(jnp.bfloat16), [batch] * 2, optimizer_config=config
+    )
+
+  @pytest.fixture(scope='class', name='batch')
+  @classmethod
+  def ragged(cls):
+    """Rows 0 and 3 (one part of three) hold most of the tokens that count."""
+    batch = toy.batch(rows=6)
+    keep = np.ones((6, 1), np.float32)
+    keep[[1, 4]] = 0
+    weights = np.array(batch['weights'] * keep)
+    weights[[2, 5], 2:] = 0
+    return {**batch, 'weights': jnp.asarray(weights)}
+
+  def test_equals_the_full_batch(self, batch):
+    whole, parts = self.run(1, batch), self.run(3, batch)
+    for got, want in zip(parts.metrics, whole.metrics, strict=True):
+      toy.assert_close(got, want, 1e-5)
+    toy.assert_close(parts.state.trainable, whole.state.trainable, 1e-5)
+
+  def test_a_batch_without_a_supervised_token_gives_zero(self, batch):
+    empty = {**batch, 'weights': jnp.zeros_like(batch['weights'])}
+    run = self.run(3, empty)
+    assert run.losses == [0.0, 0.0]
+    assert all(m['grad_norm'] == 0.0 for m in run.metrics)
+    for name, x in pytree.items(run.state.trainable):
+      assert np.isfinite(x).all(), name
+
+
+class TestDropout:
+  """Its key is a function of seed, step and part; evaluation has none."""
+
+  CONFIG = LoraConfig(rank=3, targets='v', dropout=0.5)
+
+  def losses(self, seed):
+    run = toy.train(
+      {'params': toy.base(), 'lora': toy.factors(lora_config=self.CONFIG)},
+      [toy.batch()] * 2,
+      lora_config=self.CONFIG,
+      optimizer_config=OptimizerConfig(learning_rate=1e-30),
+      seed=seed,
+    )
+    return run.losses
+
+  def test_draws_anew_at_each_step_and_seed_and_nothing_else(self):
+    first, second = self.losses(seed=0)
+    assert first != second  # the weights stand still
+    assert self.losses(seed=0) == [first, second]
+    assert self.losses(seed=1)[0] not in (first, second)
+
+  def test_evaluation_is_without(self):
+    programs = {
+      str(
+        jax.make_jaxpr(
+          step_lib.make_eval_step(
+            Transformer(toy.FULL, dropout=rate), scale=2.0, num_pieces=None
+          )
+        )(variables(), toy.batch())
+      )
+      for rate in (0.0, 0.5)
+    }
+    assert len(programs) == 1
+    assert 'random' not in programs.pop()
+
+
+class TestEvaluation:
+  def losses(self, batch):
+    return np.asarray(evaluate()(variables(), batch))
+
+  def test_ignores_what_stands_where_nothing_is_supervised(self):
+    batch = toy.batch()
+    is_padding = np.asarray(batch['segment_ids']) == 0
+    assert is_padding.any()
+    other = {
+      **batch,
+      'tokens': jnp.where(is_padding, 7, batch['tokens']),
+      'targets': jnp.where(batch['weights'] == 0, 9, batch['targets']),
+    }
+    losses = self.losses(batch)
+    np.testing.assert_array_equal(losses, self.losses(other))
+    np.testing.assert_array_equal(losses > 0, batch['weights'] > 0)
+
+  def test_packed_equals_unpacked(self):
+    """Both documents of row 0 in one row, then each in its own."""
+    batch = jax.device_get(toy.batch())
+    alone = jax.tree.map(np.zeros_like, batch)
+    for row, segment in ((0, 1), (1, 2)):
+      place = batch['segment_ids'][0] == segment
+      for name, x in batch.items():
+        alone[name][row, : place.sum()] = x[0, place]
+    packed, unpacked = self.losses(batch)[0], self.losses(alone)
+    toy.assert_close(unpacked.sum(), packed.sum(), 1e-5)
+    toy.assert_close(unpacked[0].sum(), packed[:5].sum(), 1e-5)
+
+
+def shapes_in(jaxpr):
+  """Shapes of every intermediate, inner programs included."""
+  for equation in jaxpr.eqns:
+    for variable in equation.outvars:
+      yield getattr(variable.aval, 'shape', ())
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      yield from shapes_in(inner)
+
+
+@pytest.mark.parametrize('trainable', [('lora/',), ('lora/', 'params/')])
+def test_no_step_holds_the_logits_of_a_batch(trainable):
+  """[B, T, V] would be half a gigabyte for 512 tokens of the real model."""
+  config, rows, length = toy.FULL, 3, 353
+  tree = {
+    'params': layout.abstract_params(config),
+    'lora': jax.eval_shape(toy.factors),
+  }
+  tx = optimizer.make_optimizer(OptimizerConfig(), 3, trainable)
+  leaves, frozen = state_lib.split(tree, trainable)
+  step = step_lib.make_train_step(
+    Transformer(config), tx, lambda step: 1.0, scale=1.0, num_pieces=None
+  )
+  state = jax.eval_shape(lambda t: state_lib.init_state(t, tx), leaves)
+  jaxpr = jax.make_jaxpr(step)(state, frozen, toy.batch(rows, length))
+  with_vocabulary = {
+    math.prod(s) // config.vocab_size
+    for s in shapes_in(jaxpr.jaxpr)
+    if config.vocab_size in s
+  }
+  assert with_vocabulary  # the search does see the chunks
+  assert max(with_vocabulary) <= losses.CPU_CHUNK[0][0] < rows * length
+
+
+def test_a_frozen_bases_gradient_is_not_even_traced(monkeypatch):
+  """Neither a kernel's gradient nor the embedding's has a place in the step."""
+  monkeypatch.setattr(losses, 'CPU_CHUNK', ((5,), 11))  # tiles smaller than V
+  tree = {
+    'params': layout.abstract_params(toy.FULL),
+    'lora': jax.eval_shape(
+      lambda: toy.factors(lora_config=LoraConfig(rank=3, targets='q'))
+    ),
+  }
+  tx = optimizer.make_optimizer(OptimizerConfig(), 3, ('lora/',))
+  leaves, frozen = state_lib.split(tree, ('lora/',))
+  step = step_lib.make_train_step(
+    Transformer(toy.FULL), tx, lambda step: 1.0, scale=1.0, num_pieces=None
+  )
+  state = jax.eval_shape(lambda t: state_lib.init_state(t, tx), leaves)
+  out = jax.make_jaxpr(step)(state, frozen, toy.batch())
+  D, F, V = toy.FULL.embed_dim, toy.FULL.hidden_dim, toy.FULL.vocab_size
+  shapes = set(shapes_in(out.jaxpr))
+  # Down's kernel is read in this shape and never written in it.
+  assert (V, D) not in shapes
+  assert (toy.FULL.num_layers, F, D) not in shapes
+
+
+def test_an_adapter_of_the_other_form_is_refused():
+  """The model would find no factors and compute the base."""
+  config = toy.PLAIN
+  model = Transformer(config, scan_layers=True, remat='none')
+  variables = {
+    'params': toy.base(config),
+    'lora': toy.factors(config, toy.ALL_TARGETS, scan_layers=False),
+  }
+  with pytest.raises(ValueError, match='unrolled adapter for a scanned base'):
+    step_lib.hidden_states(model, variables, 1.0, toy.batch(2, 7))
+
+
+@pytest.fixture(scope='module')
+def skipping_step():
+  """A jitted step that leaves out what is not finite, and a state for it."""
+  tx = optimizer.make_optimizer(toy.ADAMW, 10, ('lora/',))
+  step = step_lib.make_train_step(
+    Transformer(toy.FULL),
+    tx,
+    optimizer.make_schedule(toy.ADAMW, 10),
+    scale=1.0,
+    num_pieces=None,
+    skip_nonfinite=True,
+  )
+  trainable, frozen = state_lib.split(variables(), ('lora/',))
+  step = jax.jit(step)
+  # Moments that are not zero, so that a change of them would be seen.
+  state, _ = step(state_lib.init_state(trainable, tx), frozen, toy.batch())
+  return lambda state, batch: step(state, frozen, batch), state
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_an_update_that_is_not_finite_is_left_out(skipping_step, value):
+  step, state = skipping_step
+  batch = toy.batch()
+  batch['weights'] = batch['weights'].at[1, 2].set(value)
+  after, metrics = step(state, batch)
+  assert not math.isfinite(float(metrics['grad_norm'] + metrics['loss']))
+  assert after.step == state.step + 1
+  toy.assert_equal(after.trainable, state.trainable)
+  for name, x in toy.optimizer_leaves(after).items():
+    np.testing.assert_array_equal(x, toy.optimizer_leaves(state)[name])
+
+
+def test_a_finite_update_is_not_left_out(skipping_step):
+  step, state = skipping_step
+  after, _ = step(state, toy.batch(seed=1))
+  for (name, x), (_, old) in zip(
+    pytree.items(after.trainable), pytree.items(state.trainable), strict=True
+  ):
+    assert np.all(np.asarray(x) != np.asarray(old)), name
