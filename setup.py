@@ -53,13 +53,7 @@ EXTRAS = {
   ],
   'fuzz': ['atheris>=3.0'],  # python -m tests.faults.guided
   # What experiments/benchmarks compares with, in environments of their own.
-  'peers': [
-    'keras>=3.12',
-    'keras-hub>=0.25',
-    'peft>=0.18',
-    'torch==2.13.0',
-    'transformers>=5.0',
-  ],
+  'peers': ['keras>=3.12', 'keras-hub>=0.25', 'peft>=0.18', 'torch==2.13.0', 'transformers>=5.0'],
   # The torch that made tests/golden/parity; llama.cpp's converters and server.
   'parity': [
     'jinja2>=3.1',
@@ -80,9 +74,7 @@ setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=find_packages(include=['gemma_jax', 'gemma_jax.*']),
-  package_data={
-    'gemma_jax': ['data/samples/*.jsonl'],
-  },
+  package_data={'gemma_jax': ['data/samples/*.jsonl']},
   install_requires=REQUIRED,
   extras_require=EXTRAS,
 )

@@ -9,13 +9,7 @@ Cost       about 8 s a step of 512 positions on two cores, 3 GiB
 Result     1.957 -> 1.872 nats/token after 100 steps; see experiments/README.md
 """
 
-from gemma_jax.config.train import (
-  BaseConfig,
-  DataConfig,
-  LoraConfig,
-  OptimizerConfig,
-  TrainConfig,
-)
+from gemma_jax.config.train import BaseConfig, DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
@@ -26,9 +20,7 @@ def get_config() -> TrainConfig:
     checkpoint_every_steps=50,
     model=BaseConfig(path='gemma3_270m'),
     lora=LoraConfig(rank=8, alpha=16.0, targets='qv'),
-    optimizer=OptimizerConfig(
-      learning_rate=1e-3, schedule='cosine', warmup_steps=10
-    ),
+    optimizer=OptimizerConfig(learning_rate=1e-3, schedule='cosine', warmup_steps=10),
     data=DataConfig(
       path='tfds:dolly',
       template='dolly',

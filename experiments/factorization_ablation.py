@@ -19,9 +19,6 @@ def get_config() -> SweepConfig:
   """`rank_ablation` with both factorizations at three budgets."""
   config = rank_ablation.get_config()
   config.grid = dataclasses.replace(
-    config.grid,
-    ranks=(6, 12, 24),
-    factorizations=('matrix', 'keras'),
-    equal_parameters=True,
+    config.grid, ranks=(6, 12, 24), factorizations=('matrix', 'keras'), equal_parameters=True
   )
   return config

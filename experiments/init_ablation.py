@@ -17,7 +17,5 @@ from gemma_jax.sweep.grid import SweepConfig
 def get_config() -> SweepConfig:
   """`rank_ablation` with both initial limits."""
   config = rank_ablation.get_config()
-  config.grid = dataclasses.replace(
-    config.grid, ranks=(1, 8, 32), inits=('peft', 'keras')
-  )
+  config.grid = dataclasses.replace(config.grid, ranks=(1, 8, 32), inits=('peft', 'keras'))
   return config

@@ -16,13 +16,7 @@ Differs    the 1000 rows are the first of the training split; with data.path
 Source     ai.google.dev/gemma/docs/core/lora_tuning (the official tutorial)
 """
 
-from gemma_jax.config.train import (
-  BaseConfig,
-  DataConfig,
-  LoraConfig,
-  OptimizerConfig,
-  TrainConfig,
-)
+from gemma_jax.config.train import BaseConfig, DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 
 
 def get_config(model: str = 'random:gemma_2b') -> TrainConfig:
@@ -32,12 +26,7 @@ def get_config(model: str = 'random:gemma_2b') -> TrainConfig:
     model=BaseConfig(path=model),
     # Keras's enable_lora(4) leaves lora_alpha at the rank: scale 1.
     lora=LoraConfig(
-      rank=4,
-      alpha=1.0,
-      scale_rule='constant',
-      targets='qv',
-      factorization='keras',
-      init='keras',
+      rank=4, alpha=1.0, scale_rule='constant', targets='qv', factorization='keras', init='keras'
     ),
     optimizer=OptimizerConfig(
       learning_rate=5e-5,

@@ -21,9 +21,6 @@ def get_config(path: str = 'ChatbotData.csv') -> TrainConfig:
   return dataclasses.replace(
     config,
     data=dataclasses.replace(
-      config.data,
-      path=f'tfds:korean_chatbot:{path}',
-      template='korean',
-      seq_len=256,
+      config.data, path=f'tfds:korean_chatbot:{path}', template='korean', seq_len=256
     ),
   )

@@ -7,13 +7,7 @@ Cost       see experiments/README.md#quickstart
 Result     see experiments/README.md#quickstart
 """
 
-from gemma_jax.config.train import (
-  BaseConfig,
-  DataConfig,
-  LoraConfig,
-  OptimizerConfig,
-  TrainConfig,
-)
+from gemma_jax.config.train import BaseConfig, DataConfig, LoraConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:
@@ -23,11 +17,7 @@ def get_config() -> TrainConfig:
     checkpoint_every_steps=20,
     model=BaseConfig(path='gemma3_270m'),
     lora=LoraConfig(rank=8, alpha=16.0, targets='all'),
-    optimizer=OptimizerConfig(
-      learning_rate=1e-3, schedule='cosine', warmup_steps=5
-    ),
+    optimizer=OptimizerConfig(learning_rate=1e-3, schedule='cosine', warmup_steps=5),
     # A small batch makes many updates of few tokens.
-    data=DataConfig(
-      path='sample:seoul_travel', seq_len=256, global_batch_size=1
-    ),
+    data=DataConfig(path='sample:seoul_travel', seq_len=256, global_batch_size=1),
   )

@@ -26,9 +26,7 @@ from gemma_jax.sweep.grid import GridConfig, SweepConfig
 def get_config() -> SweepConfig:
   """`dolly_lora` at every rank, rate and seed."""
   base = dolly_lora.get_config()
-  shared = {
-    f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)
-  }
+  shared = {f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)}
   config = SweepConfig(
     **shared,
     grid=GridConfig(

@@ -16,15 +16,7 @@ from pathlib import Path
 import sys
 from typing import Any
 
-from experiments.analysis import (
-  arms,
-  compare,
-  intervals,
-  spectra,
-  tables,
-  verdict,
-  words,
-)
+from experiments.analysis import arms, compare, intervals, spectra, tables, verdict, words
 from gemma_jax import files
 from gemma_jax.formats import open_base
 from gemma_jax.sweep import finalize, results
@@ -66,9 +58,7 @@ def _directions(sweep, table) -> dict[str, spectra.Directions]:
   return {c.name: spectra.directions(c, source.config) for c in cells}
 
 
-def _figures(
-  sweep, table, answers, folder: Path
-) -> dict[str, tuple[str, dict]]:
+def _figures(sweep, table, answers, folder: Path) -> dict[str, tuple[str, dict]]:
   """Name → (caption, theme → SVG); writes the light ones beside the page."""
   from matplotlib import pyplot as plt
 
@@ -117,58 +107,73 @@ def page(sweep, table, answers, pictures) -> str:
     note = f'{len(waiting)} cells have not ended: this is a part of the sweep.'
     sections.insert(0, ('Not finished', f'<p>{note}</p>'))
   body = ''.join(
-    f'<section><h2>{title}</h2>{content}</section>'
-    for title, content in sections
-    if content
+    f'<section><h2>{title}</h2>{content}</section>' for title, content in sections if content
   )
   title = f'Sweep of adapters on {sweep.manifest["base"]}'
   return _PAGE.format(title=_text(title), style=_STYLE, body=body)
 
 
 def _arms(sweep, table, answers) -> str:
-  tests = {
-    test.row.arm: (test, answer)
-    for answer in answers
-    for test in answer.tests
-    if test.row
-  }
+  tests = {test.row.arm: (test, answer) for answer in answers for test in answer.tests if test.row}
   states, rows = verdict.states(answers), []
   for row in table:
     test, answer = tests.get(row.arm, (None, None))
     is_bounded = test and test.excess and test.excess.over == intervals.BOTH
-    rows.append([
-        row.label, f'{row.parameters:,}', f'{row.cells[0].entry["scale"]:.4g}',
+    rows.append(
+      [
+        row.label,
+        f'{row.parameters:,}',
+        f'{row.cells[0].entry["scale"]:.4g}',
         f'{row.rate:g}{" (at the edge of the grid)" if row.at_edge else ""}',
         '-' if row.clipped is None else words.percent(row.clipped),
-        f'{row.validation:.4f}', f'{row.test:.4f}',
+        f'{row.validation:.4f}',
+        f'{row.test:.4f}',
         _estimate(test and test.deficit),
         f'{test.excess.upper():+.4f}' if is_bounded else '-',
         words.detectable(test, answer) if is_bounded else '-',
-        f'{row.seconds:.0f}', len(row.cells), states.get(row.arm, '-'),
-    ])  # fmt: skip
+        f'{row.seconds:.0f}',
+        len(row.cells),
+        states.get(row.arm, '-'),
+      ]
+    )
   for kind in ('base', 'full'):
     for cells in (
-      sweep.chosen(kind).values()
-      if kind == 'full'
-      else [[cell] for cell in sweep.finished('base')]
+      sweep.chosen(kind).values() if kind == 'full' else [[cell] for cell in sweep.finished('base')]
     ):
       means = [
-        sum(c.loss(sweep.part(part)) for c in cells) / len(cells)
-        for part in ('validation', 'test')
+        sum(c.loss(sweep.part(part)) for c in cells) / len(cells) for part in ('validation', 'test')
       ]
-      rows.append([
+      rows.append(
+        [
           {'base': 'base model', 'full': 'all of these kernels'}[kind],
-          f'{cells[0].entry["trainable_parameters"]:,}', '-',
-          f'{cells[0].axes["learning_rate"]:g}' if kind == 'full' else '-', '-',
-          *(f'{mean:.4f}' for mean in means), '-', '-', '-', '-', len(cells),
+          f'{cells[0].entry["trainable_parameters"]:,}',
           '-',
-      ])  # fmt: skip
+          f'{cells[0].axes["learning_rate"]:g}' if kind == 'full' else '-',
+          '-',
+          *(f'{mean:.4f}' for mean in means),
+          '-',
+          '-',
+          '-',
+          '-',
+          len(cells),
+          '-',
+        ]
+      )
   head = [
-      'arm', 'trained parameters', 'scale', 'rate', 'clipped updates',
-      'validation loss', 'test loss', 'deficit from the reference [95 %]',
-      'upper 95 % bound of deficit - margin', 'detectable with a power of 80 %',
-      'seconds', 'seeds', 'verdict',
-  ]  # fmt: skip
+    'arm',
+    'trained parameters',
+    'scale',
+    'rate',
+    'clipped updates',
+    'validation loss',
+    'test loss',
+    'deficit from the reference [95 %]',
+    'upper 95 % bound of deficit - margin',
+    'detectable with a power of 80 %',
+    'seconds',
+    'seeds',
+    'verdict',
+  ]
   return _table(head, rows)
 
 
@@ -210,14 +215,14 @@ def _categories(sweep, table, answers) -> str:
     ]
     for each in compare.categories(sweep, table, answers)
   ]
-  note = (
-    '<p>To be looked at: each interval holds by itself, and some of many stray '
-    'by chance.</p>'
-  )
+  note = '<p>To be looked at: each interval holds by itself, and some of many stray by chance.</p>'
   head = [
-      'category', 'records', 'arm', 'test loss',
-      'deficit from the reference [95 %, each by itself]',
-  ]  # fmt: skip
+    'category',
+    'records',
+    'arm',
+    'test loss',
+    'deficit from the reference [95 %, each by itself]',
+  ]
   return note + _table(head, rows) if rows else ''
 
 
@@ -233,8 +238,7 @@ def _samples(sweep) -> str:
       for name, text in answers.items()
     )
     parts.append(
-      f'<blockquote>{_text(sample["prompt"])}</blockquote>'
-      f'<div class="cards">{cards}</div>'
+      f'<blockquote>{_text(sample["prompt"])}</blockquote><div class="cards">{cards}</div>'
     )
   return ''.join(parts)
 
@@ -245,13 +249,10 @@ def _failed(sweep) -> str:
 
 
 def _configuration(sweep) -> str:
-  prints = _table(
-    ['of', 'fingerprint'], list(sweep.manifest['fingerprints'].items())
-  )
+  prints = _table(['of', 'fingerprint'], list(sweep.manifest['fingerprints'].items()))
   config = json.dumps(sweep.manifest['config'], indent=2)
   return (
-    f'{prints}<details open><summary>configuration</summary>'
-    f'<pre>{_text(config)}</pre></details>'
+    f'{prints}<details open><summary>configuration</summary><pre>{_text(config)}</pre></details>'
   )
 
 

@@ -20,8 +20,6 @@ def get_config() -> SweepConfig:
   config = rank_ablation.get_config()
   config.lora.alpha = 2.0
   config.grid = dataclasses.replace(
-    config.grid,
-    ranks=(1, 8, 32),
-    scale_rules=('constant', 'alpha_over_r', 'alpha_over_sqrt_r'),
+    config.grid, ranks=(1, 8, 32), scale_rules=('constant', 'alpha_over_r', 'alpha_over_sqrt_r')
   )
   return config

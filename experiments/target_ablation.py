@@ -19,9 +19,6 @@ def get_config() -> SweepConfig:
   """`rank_ablation` over three target sets, at three budgets."""
   config = rank_ablation.get_config()
   config.grid = dataclasses.replace(
-    config.grid,
-    ranks=(5, 21, 42),
-    targets=('qv', 'attention', 'all'),
-    equal_parameters=True,
+    config.grid, ranks=(5, 21, 42), targets=('qv', 'attention', 'all'), equal_parameters=True
   )
   return config

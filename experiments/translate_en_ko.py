@@ -21,7 +21,5 @@ def get_config(path: str = 'kor.txt', template: str = 'en_ko') -> TrainConfig:
   config = korean.get_config()
   return dataclasses.replace(
     config,
-    data=dataclasses.replace(
-      config.data, path=f'tfds:tatoeba_en_ko:{path}', template=template
-    ),
+    data=dataclasses.replace(config.data, path=f'tfds:tatoeba_en_ko:{path}', template=template),
   )

@@ -74,13 +74,9 @@ def write_json(name: str | os.PathLike, value: Mapping[str, Any]) -> None:
   write(name, json.dumps(value, indent=2) + '\n')
 
 
-def write_json_lines(
-  name: str | os.PathLike, rows: Iterable[Mapping[str, Any]]
-) -> None:
+def write_json_lines(name: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
   """Writes JSON Lines."""
-  write(
-    name, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
-  )
+  write(name, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
 
 
 def read_text(name: str | os.PathLike) -> str:
@@ -122,9 +118,7 @@ def read_json_lines(name: str | os.PathLike) -> list[Any]:
   return values
 
 
-def put_folder(
-  folder: Path, target: str | os.PathLike, newer_than: float = 0.0
-) -> None:
+def put_folder(folder: Path, target: str | os.PathLike, newer_than: float = 0.0) -> None:
   """Puts the files of a local folder into an object store, each of them whole.
 
   They go in reverse order of name: config.json comes after the weights that it
@@ -169,9 +163,7 @@ def fetch(name: str | os.PathLike) -> Path:
   if copy.exists() or not found:
     return copy
   kept.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    dir=kept.parent, ignore_cleanup_errors=True
-  ) as part:
+  with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as part:
     for file in found:
       to = Path(part) / Path(root).name / os.path.relpath(file, root)
       to.parent.mkdir(parents=True, exist_ok=True)
@@ -188,9 +180,7 @@ def check_bucket(name: str) -> None:
   try:
     is_there = store.exists(bucket)
   except Exception as e:
-    raise ValueError(
-      f'path: got {name}, which cannot be reached ({e}).'
-    ) from None
+    raise ValueError(f'path: got {name}, which cannot be reached ({e}).') from None
   if not is_there:
     raise ValueError(
       f'path: got {name}, but there is no bucket {bucket}, or no right to '
@@ -212,9 +202,7 @@ def _connect() -> None:
   try:
     import gcsfs  # noqa: F401
   except ImportError:
-    raise ValueError(
-      "path: gs:// needs the extra gcs; pip install -e '.[gcs]'."
-    ) from None
+    raise ValueError("path: gs:// needs the extra gcs; pip install -e '.[gcs]'.") from None
   from fsspec.config import conf
 
   conf.setdefault('gcs', {})['use_listings_cache'] = False

@@ -24,10 +24,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def items(tree: Tree) -> list[tuple[str, Any]]:
   """(path, leaf) pairs in the tree's own order."""
-  return [
-    (path_name(path), leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  ]
+  return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def map_with_name(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
@@ -43,9 +40,7 @@ def mask(tree: Tree, patterns: Iterable[str]) -> Tree:
   mask(variables, ('lora/', 'params/layers/mlp/up'))
   """
   compiled = [re.compile(p) for p in patterns]
-  return map_with_name(
-    lambda name, _: any(p.match(name) for p in compiled), tree
-  )
+  return map_with_name(lambda name, _: any(p.match(name) for p in compiled), tree)
 
 
 def partition(tree: Tree, selected: Tree) -> tuple[Tree, Tree]:
@@ -67,9 +62,7 @@ def partition(tree: Tree, selected: Tree) -> tuple[Tree, Tree]:
 def combine(first: Tree, second: Tree) -> Tree:
   """Undoes `partition`."""
   is_hole = lambda x: isinstance(x, optax.MaskedNode)
-  return jax.tree.map(
-    lambda a, b: b if is_hole(a) else a, first, second, is_leaf=is_hole
-  )
+  return jax.tree.map(lambda a, b: b if is_hole(a) else a, first, second, is_leaf=is_hole)
 
 
 def prune(tree: Tree) -> Tree:
@@ -101,7 +94,4 @@ def num_params(tree: Tree) -> int:
 
 def num_bytes(tree: Tree) -> int:
   """Bytes of all leaves in their own dtypes."""
-  return sum(
-    math.prod(x.shape) * np.dtype(x.dtype).itemsize
-    for x in jax.tree.leaves(tree)
-  )
+  return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))

@@ -24,9 +24,7 @@ import time
 from absl import app, flags, logging
 import tqdm
 
-_DEBUG = flags.DEFINE_bool(
-  'debug', False, 'Show the traceback of an error instead of one line.'
-)
+_DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error instead of one line.')
 
 # What commands say of the flags that they share.
 MODEL_HELP = (
@@ -183,9 +181,7 @@ class _Log(standard_logging.Handler):
 
 def _set_up_log():
   handler = _Log(tracebacks=_DEBUG.value)
-  handler.setFormatter(
-    standard_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S')
-  )
+  handler.setFormatter(standard_logging.Formatter('%(asctime)s %(message)s', '%H:%M:%S'))
   root = standard_logging.getLogger()
   root.handlers = [handler]
   root.setLevel(standard_logging.INFO)
@@ -206,9 +202,7 @@ def _parse(argv):
   except Exception as e:  # an experiment file that does not load, a wrong field
     if '--debug' in argv:
       raise
-    kind = (
-      '' if isinstance(e, USER_ERRORS) else f'--config: {type(e).__name__}: '
-    )
+    kind = '' if isinstance(e, USER_ERRORS) else f'--config: {type(e).__name__}: '
     fail(f'{kind}{_one_line(e)}')
 
 
@@ -237,9 +231,7 @@ def _own_flags(text: str) -> str:
   """
   if 'config' in flags.FLAGS:
     return text
-  return _CONFIG_FLAG.sub(
-    lambda flag: f'--{flag[1]}' if flag[1] in flags.FLAGS else flag[0], text
-  )
+  return _CONFIG_FLAG.sub(lambda flag: f'--{flag[1]}' if flag[1] in flags.FLAGS else flag[0], text)
 
 
 def _explain(text: str) -> str:
@@ -248,8 +240,7 @@ def _explain(text: str) -> str:
     field, module, name = found.groups()
     fields = dataclasses.fields(getattr(importlib.import_module(module), name))
     return (
-      f'--config: got the field {field!r}, expected one of '
-      f'{", ".join(f.name for f in fields)}.'
+      f'--config: got the field {field!r}, expected one of {", ".join(f.name for f in fields)}.'
     )
   if found := _NO_FILE.search(text):
     return (

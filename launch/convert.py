@@ -19,30 +19,34 @@ from launch import app
 _MODEL = flags.DEFINE_string('model', 'gemma3_270m', app.MODEL_HELP)
 _TOKENIZER = flags.DEFINE_string('tokenizer', '', app.TOKENIZER_HELP)
 _ADAPTER = flags.DEFINE_string(
-    'adapter', '', 'PEFT folder or .lora.h5 file to merge into the base (with '
-    '--to=peft: to write as a PEFT folder).',
-)  # fmt: skip
+  'adapter',
+  '',
+  'PEFT folder or .lora.h5 file to merge into the base (with '
+  '--to=peft: to write as a PEFT folder).',
+)
 _TO = flags.DEFINE_enum(
-    'to', 'hf', ['hf', 'flax', 'peft'], 'Hugging Face folder, Flax release '
-    '(Orbax), or PEFT adapter.',
-)  # fmt: skip
+  'to', 'hf', ['hf', 'flax', 'peft'], 'Hugging Face folder, Flax release (Orbax), or PEFT adapter.'
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'New or empty folder.')
 _DTYPE = flags.DEFINE_enum(
-    'dtype', 'auto', ['auto', 'float32', 'bfloat16'], 'Of the weights written; '
-    "auto: the base's own.",
-)  # fmt: skip
+  'dtype', 'auto', ['auto', 'float32', 'bfloat16'], "Of the weights written; auto: the base's own."
+)
 _VERIFY = flags.DEFINE_enum(
-    'verify', 'on', ['on', 'off'], 'Read the output again and compare weights '
-    'and logits. off is for huge models; merged weights are compared anyway.',
-)  # fmt: skip
+  'verify',
+  'on',
+  ['on', 'off'],
+  'Read the output again and compare weights '
+  'and logits. off is for huge models; merged weights are compared anyway.',
+)
 _MAX_SHARD_BYTES = flags.DEFINE_integer(
-    'max_shard_bytes', 5_000_000_000, 'Largest file of weights (--to=hf).',
-    lower_bound=1,
-)  # fmt: skip
+  'max_shard_bytes', 5_000_000_000, 'Largest file of weights (--to=hf).', lower_bound=1
+)
 _NESTED = flags.DEFINE_bool(
-    'nested', False, 'Names of arrays as nested dicts, as some readers expect; '
-    'not flat, as in the release (--to=flax).',
-)  # fmt: skip
+  'nested',
+  False,
+  'Names of arrays as nested dicts, as some readers expect; '
+  'not flat, as in the release (--to=flax).',
+)
 
 
 def main() -> int:

@@ -19,13 +19,12 @@ _ADAPTERS = flags.DEFINE_multi_string(
   'adapter', [], 'PEFT folder; may be repeated. `base` names the base itself.'
 )
 _DATA = flags.DEFINE_string(
-    'data', None, 'JSON Lines file, sample:NAME (its held-out records) or '
-    'tfds:NAME (its validation split).',
-)  # fmt: skip
-_TEMPLATE = flags.DEFINE_string(
-  'template',
+  'data',
   None,
-  "For text records; default: the adapters' own, without one dolly.",
+  'JSON Lines file, sample:NAME (its held-out records) or tfds:NAME (its validation split).',
+)
+_TEMPLATE = flags.DEFINE_string(
+  'template', None, "For text records; default: the adapters' own, without one dolly."
 )
 _LOSS_ON = flags.DEFINE_enum(
   'loss_on',
@@ -45,17 +44,17 @@ _SEQ_LEN = flags.DEFINE_integer(
   'Cut records to so many tokens; default: they are scored whole, as far as '
   'the base has positions.',
 )
-_SKIP_BAD_RECORDS = flags.DEFINE_bool(
-  'skip_bad_records', False, 'Drop and count unusable records.'
-)
+_SKIP_BAD_RECORDS = flags.DEFINE_bool('skip_bad_records', False, 'Drop and count unusable records.')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 4, 'Rows at a time.')
 _MAX_RECORDS = flags.DEFINE_integer(
   'max_records', 0, 'Use only the first so many records; 0 is all.'
 )
 _PER_EXAMPLE = flags.DEFINE_string(
-    'per_example', '', 'Write adapter, index, nll and tokens of every record '
-    "to this JSON Lines file, in the data's order.",
-)  # fmt: skip
+  'per_example',
+  '',
+  'Write adapter, index, nll and tokens of every record '
+  "to this JSON Lines file, in the data's order.",
+)
 _DTYPE = flags.DEFINE_enum(
   'dtype', 'auto', ['auto', 'bfloat16', 'float32'], 'Of the base in memory.'
 )
@@ -78,11 +77,7 @@ def main() -> int:
   app.set_compilation_cache('')
   names = _ADAPTERS.value or [align.BASE]
   chosen = trained_with.choose(
-    {
-      name: adapter.read_trained_with(name)
-      for name in names
-      if name != align.BASE
-    },
+    {name: adapter.read_trained_with(name) for name in names if name != align.BASE},
     {
       'template': _TEMPLATE.value,
       'loss_on': _LOSS_ON.value,
@@ -103,23 +98,12 @@ def main() -> int:
   config.data.global_batch_size = _BATCH_SIZE.value
   config.data.max_eval_records = _MAX_RECORDS.value
   rows = []
-  for name, examples, found in evaluate_adapters.evaluate_adapters(
-    config.resolve(), names
-  ):
+  for name, examples, found in evaluate_adapters.evaluate_adapters(config.resolve(), names):
     logging.info('%s: %.4f nats/token', name, found.nll_per_token)
     line = {'adapter': name, **found.line()}
     print(json.dumps(line, allow_nan=False), flush=True)
-    for index, nll, tokens in zip(
-      examples.record_ids, found.nll, found.tokens, strict=True
-    ):
-      rows.append(
-        {
-          'adapter': name,
-          'index': int(index),
-          'nll': float(nll),
-          'tokens': int(tokens),
-        }
-      )
+    for index, nll, tokens in zip(examples.record_ids, found.nll, found.tokens, strict=True):
+      rows.append({'adapter': name, 'index': int(index), 'nll': float(nll), 'tokens': int(tokens)})
   if _PER_EXAMPLE.value:
     files.write_json_lines(per_example, rows)
   return 0

@@ -40,14 +40,11 @@ _ADAPTERS = flags.DEFINE_multi_string(
   'PEFT folder; may be repeated. `base` names the base itself, which several '
   'adapters are always compared with.',
 )
-_PROMPTS = flags.DEFINE_multi_string(
-  'prompt', [], 'What to answer or continue; may be repeated.'
-)
+_PROMPTS = flags.DEFINE_multi_string('prompt', [], 'What to answer or continue; may be repeated.')
 _TOKENS = flags.DEFINE_multi_string(
   'tokens',
   [],
-  'Ids in place of a prompt, taken as they are (no BOS is added): 2,5,7; may '
-  'be repeated.',
+  'Ids in place of a prompt, taken as they are (no BOS is added): 2,5,7; may be repeated.',
 )
 _TEMPLATE = flags.DEFINE_string(
   'template',
@@ -65,20 +62,13 @@ _PARSE_CONTROL_TOKENS = flags.DEFINE_bool(
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   'max_new_tokens',
   None,
-  'Longest continuation, in tokens; default: 128, or as many as the base has '
-  'positions for.',
+  'Longest continuation, in tokens; default: 128, or as many as the base has positions for.',
   lower_bound=1,
 )
-_TEMPERATURE = flags.DEFINE_float(
-  'temperature', 0.0, '0 is greedy; larger is more random.'
-)
-_TOP_K = flags.DEFINE_integer(
-  'top_k', 0, 'Draw from the k most likely tokens; 0 is all.'
-)
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy; larger is more random.')
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0 is all.')
 _TOP_P = flags.DEFINE_float(
-  'top_p',
-  1.0,
-  'Draw from the most likely tokens whose probabilities reach p together.',
+  'top_p', 1.0, 'Draw from the most likely tokens whose probabilities reach p together.'
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
 _NUM_SAMPLES = flags.DEFINE_integer(
@@ -87,12 +77,8 @@ _NUM_SAMPLES = flags.DEFINE_integer(
   'Continuations of each prompt, which is read once; needs a temperature.',
   lower_bound=1,
 )
-_STREAM = flags.DEFINE_bool(
-  'stream', False, 'Print text as it comes, one prompt after the other.'
-)
-_FORMAT = flags.DEFINE_enum(
-  'format', 'text', ['text', 'json'], 'Of the output.'
-)
+_STREAM = flags.DEFINE_bool('stream', False, 'Print text as it comes, one prompt after the other.')
+_FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'Of the output.')
 _WEIGHTS = flags.DEFINE_enum(
   'weights',
   'auto',
@@ -148,24 +134,18 @@ def main() -> int:
   asked_with = trained_with.asked_with(
     names,
     {x.name: x.trained_with for x in loaded if x.name != align.BASE},
-    {
-      'template': _TEMPLATE.value,
-      'parse_control_tokens': _PARSE_CONTROL_TOKENS.value,
-    },
+    {'template': _TEMPLATE.value, 'parse_control_tokens': _PARSE_CONTROL_TOKENS.value},
   )
   rows = {
     name: [
-      _row(prompt, tokenizer, asked.template, asked.parse_control_tokens)
-      for prompt in prompts
+      _row(prompt, tokenizer, asked.template, asked.parse_control_tokens) for prompt in prompts
     ]
     for name, asked in asked_with.items()
   }
   if _MAX_NEW_TOKENS.value is None:
     longest = max(map(len, itertools.chain.from_iterable(rows.values())))
     room = source.config.max_positions - longest
-    sampling = dataclasses.replace(
-      sampling, max_new_tokens=_default_length(room)
-    )
+    sampling = dataclasses.replace(sampling, max_new_tokens=_default_length(room))
   for own in rows.values():
     prompts_lib.check(
       own,
@@ -185,9 +165,7 @@ def main() -> int:
       [rows[name][i] for i in indices],
       sampling,
       on_tokens,
-      row_ids=[
-        i * num_samples + s for i in indices for s in range(num_samples)
-      ],
+      row_ids=[i * num_samples + s for i in indices for s in range(num_samples)],
       num_samples=num_samples,
     )
     speed = generation.tokens_per_second
@@ -270,18 +248,13 @@ def _default_length(room: int) -> int:
   if not 0 < room < _DEFAULT_LENGTH:
     return _DEFAULT_LENGTH
   logging.warning(
-    'Continuations have at most %d tokens: %s has no more positions',
-    room,
-    _MODEL.value,
+    'Continuations have at most %d tokens: %s has no more positions', room, _MODEL.value
   )
   return room
 
 
 def _row(
-  prompt: str | list[int],
-  tokenizer: Tokenizer | None,
-  template: str,
-  parse_control_tokens: bool,
+  prompt: str | list[int], tokenizer: Tokenizer | None, template: str, parse_control_tokens: bool
 ) -> list[int]:
   if isinstance(prompt, list):
     return prompt
@@ -290,9 +263,7 @@ def _row(
       f'--prompt: {_MODEL.value} has no tokenizer, expected one; set '
       '--tokenizer=PATH, or give ids with --tokens.'
     )
-  return examples.prompt_tokens(
-    tokenizer, template, prompt, parse_control_tokens
-  )
+  return examples.prompt_tokens(tokenizer, template, prompt, parse_control_tokens)
 
 
 if __name__ == '__main__':

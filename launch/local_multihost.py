@@ -28,9 +28,7 @@ import time
 from absl import app, flags
 
 _PROCESSES = flags.DEFINE_integer('processes', 2, 'How many.', lower_bound=1)
-_DEVICES = flags.DEFINE_integer(
-  'devices', 4, 'CPU devices of each.', lower_bound=1
-)
+_DEVICES = flags.DEFINE_integer('devices', 4, 'CPU devices of each.', lower_bound=1)
 _MAX_RESTARTS = flags.DEFINE_integer(
   'max_restarts', 3, 'How often all are started again.', lower_bound=0
 )
@@ -114,9 +112,7 @@ class Job:
         process.send_signal(number)
 
 
-def run(
-  command: Sequence[str], processes: int, devices: int, max_restarts: int
-) -> int:
+def run(command: Sequence[str], processes: int, devices: int, max_restarts: int) -> int:
   """Runs a command to its end, restarts included; its exit code."""
   stopped = []
   job = None

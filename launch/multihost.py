@@ -16,22 +16,20 @@ from typing import NoReturn
 from absl import flags, logging
 
 _COORDINATOR = flags.DEFINE_string(
-    'coordinator_address', None, 'HOST:PORT of process 0. Default: what a TPU '
-    'VM says of itself; elsewhere there is one process.',
-)  # fmt: skip
-_NUM_PROCESSES = flags.DEFINE_integer(
-  'num_processes', None, 'How many processes run this command.'
+  'coordinator_address',
+  None,
+  'HOST:PORT of process 0. Default: what a TPU VM says of itself; elsewhere there is one process.',
 )
-_PROCESS_ID = flags.DEFINE_integer(
-  'process_id', None, 'Which of them this is, from 0.'
-)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes run this command.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 _TIMEOUT_SECS = flags.DEFINE_integer(
   'join_timeout_secs', 300, 'How long to wait for the others at the start.'
 )
 _HEARTBEAT_SECS = flags.DEFINE_integer(
-    'heartbeat_timeout_secs', 60, 'After so much silence a process counts as '
-    'dead, and the others are aborted.',
-)  # fmt: skip
+  'heartbeat_timeout_secs',
+  60,
+  'After so much silence a process counts as dead, and the others are aborted.',
+)
 
 
 def join() -> None:
@@ -62,9 +60,7 @@ def join() -> None:
       f'{_NUM_PROCESSES.value - 1}, below --num_processes.'
     )
   elif not re.fullmatch(r'.+:\d+', address):
-    raise ValueError(
-      f'--coordinator_address: got {address!r}, expected HOST:PORT.'
-    )
+    raise ValueError(f'--coordinator_address: got {address!r}, expected HOST:PORT.')
   import jax  # late, so that signals are handled early
 
   # JAX itself would abort the process, and say it in a stack trace.

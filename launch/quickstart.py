@@ -30,9 +30,7 @@ _WORKDIR = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string(
   'prompt', 'What should I do on a trip to Seoul?', 'Asked before and after.'
 )
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-  'max_new_tokens', 120, 'Longest answer, in tokens.'
-)
+_MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 120, 'Longest answer, in tokens.')
 
 
 def main() -> int:
@@ -84,14 +82,10 @@ def _answers(config, source, adapter: str) -> list[str]:
 
   tokenizer = source.tokenizer()
   prompt = examples.prompt_tokens(
-    tokenizer,
-    config.data.template,
-    _PROMPT.value,
-    config.data.parse_control_tokens,
+    tokenizer, config.data.template, _PROMPT.value, config.data.parse_control_tokens
   )
   variables = weights.for_adapters(
-    source.load_params(config.model.dtype),
-    align.load_adapters([adapter], source.config),
+    source.load_params(config.model.dtype), align.load_adapters([adapter], source.config)
   )
   sampler = sampler_lib.Sampler(source.config, tokenizer)
   greedy = SamplingConfig(max_new_tokens=_MAX_NEW_TOKENS.value, temperature=0.0)

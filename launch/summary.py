@@ -15,12 +15,8 @@ from launch import app
 _CONFIG = config_flags.DEFINE_config_file(
   'config', 'experiments/quickstart.py', 'Experiment file with get_config().'
 )
-_MODEL = flags.DEFINE_string(
-  'model', '', "Base to use instead of the config's model.path."
-)
-_FORMAT = flags.DEFINE_enum(
-  'format', 'text', ['text', 'json'], 'Table, or one JSON line.'
-)
+_MODEL = flags.DEFINE_string('model', '', "Base to use instead of the config's model.path.")
+_FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'Table, or one JSON line.')
 
 
 def main() -> int:
@@ -35,12 +31,8 @@ def main() -> int:
   base = open_base.open_base(config.model.path)
   config, _ = align.start_from(config, base)
   dtype = config.model.dtype
-  found = summary.summarize(
-    config, base.config, jnp.dtype('float32' if dtype == 'auto' else dtype)
-  )
-  print(
-    json.dumps(found.to_json()) if _FORMAT.value == 'json' else found.table()
-  )
+  found = summary.summarize(config, base.config, jnp.dtype('float32' if dtype == 'auto' else dtype))
+  print(json.dumps(found.to_json()) if _FORMAT.value == 'json' else found.table())
   return 0
 
 

@@ -18,21 +18,16 @@ from ml_collections import config_flags
 from launch import app
 
 _CONFIG = config_flags.DEFINE_config_file(
-  'config',
-  'experiments/rank_ablation.py',
-  'File whose get_config() has a grid.',
+  'config', 'experiments/rank_ablation.py', 'File whose get_config() has a grid.'
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the sweep; machines that take part share it.'
 )
-_DRY_RUN = flags.DEFINE_bool(
-  'dry_run', False, 'With --topology: compile for it, then stop.'
-)
+_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'With --topology: compile for it, then stop.')
 _TOPOLOGY = flags.DEFINE_string(
   'topology',
   None,
-  'With --dry_run: a TPU slice, such as v5e:1x1, with no TPU, data or '
-  '--workdir (extra tpu).',
+  'With --dry_run: a TPU slice, such as v5e:1x1, with no TPU, data or --workdir (extra tpu).',
 )
 
 
@@ -56,9 +51,7 @@ def main() -> int:
   app.set_compilation_cache(config.compilation_cache)
   try:
     with app.stop_on_signal() as should_stop:
-      sweep = worker.run(
-        config, os.path.expanduser(_WORKDIR.value), should_stop
-      )
+      sweep = worker.run(config, os.path.expanduser(_WORKDIR.value), should_stop)
   except Stopped:
     logging.warning('Run the same command again to resume.')
     return app.EXIT_RESUMABLE

@@ -24,29 +24,28 @@ from ml_collections import config_flags
 from launch import app, multihost
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'Experiment file with get_config(), e.g. '
-    'experiments/dolly_lora.py; an argument may follow a colon.',
-)  # fmt: skip
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder for checkpoints, adapters and metrics.'
+  'config',
+  None,
+  'Experiment file with get_config(), e.g. '
+  'experiments/dolly_lora.py; an argument may follow a colon.',
 )
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder for checkpoints, adapters and metrics.')
 _DRY_RUN = flags.DEFINE_bool(
-    'dry_run', False,
-    'Read the data, compile the step, check the workdir, print memory and the '
-    'first batch, then stop. Nothing is written to the workdir.',
-)  # fmt: skip
-_TOPOLOGY = flags.DEFINE_string(
-    'topology', None, 'With --dry_run: a TPU slice to compile for instead, '
-    'such as v5e:2x4 or 2xv5e:4x4, with no TPU, data or --workdir (extra tpu).',
-)  # fmt: skip
-_FIT = flags.DEFINE_bool(
-  'fit',
+  'dry_run',
   False,
-  "With --topology: search the largest batch that fits, from the config's own.",
+  'Read the data, compile the step, check the workdir, print memory and the '
+  'first batch, then stop. Nothing is written to the workdir.',
 )
-_FORMAT = flags.DEFINE_enum(
-  'format', 'text', ['text', 'json'], 'Of the report with --topology.'
+_TOPOLOGY = flags.DEFINE_string(
+  'topology',
+  None,
+  'With --dry_run: a TPU slice to compile for instead, '
+  'such as v5e:2x4 or 2xv5e:4x4, with no TPU, data or --workdir (extra tpu).',
 )
+_FIT = flags.DEFINE_bool(
+  'fit', False, "With --topology: search the largest batch that fits, from the config's own."
+)
+_FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'Of the report with --topology.')
 flags.adopt_module_key_flags(multihost)
 
 
@@ -83,12 +82,16 @@ def _train(config, workdir: str, should_stop: Callable[[], bool]) -> int:
     return app.EXIT_RESUMABLE
   base, adapted = result['loss_base'], result['loss_adapted']
   logging.info(
-      'Held-out loss %.4f -> %.4f nats/token (%+.1f %%). Try the adapter:\n'
-      '  python -m launch.generate --model=%s --adapter=%s --template=%s '
-      "--prompt='...'",
-      base, adapted, 100 * (adapted / base - 1), config.model.path,
-      result['adapter'], config.data.template,
-  )  # fmt: skip
+    'Held-out loss %.4f -> %.4f nats/token (%+.1f %%). Try the adapter:\n'
+    '  python -m launch.generate --model=%s --adapter=%s --template=%s '
+    "--prompt='...'",
+    base,
+    adapted,
+    100 * (adapted / base - 1),
+    config.model.path,
+    result['adapter'],
+    config.data.template,
+  )
   if hosts.is_lead():
     print(json.dumps(result))
   return 0

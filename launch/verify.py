@@ -12,12 +12,8 @@ from absl import flags
 
 from launch import app
 
-_WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run; may be given without the flag.'
-)
-_REPLAY = flags.DEFINE_bool(
-  'replay', False, 'Compute the newest step again and compare its bits.'
-)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; may be given without the flag.')
+_REPLAY = flags.DEFINE_bool('replay', False, 'Compute the newest step again and compare its bits.')
 
 
 def main() -> int:

@@ -35,9 +35,7 @@ _HEAVY = ('slow', 'multihost', 'aot', 'browser')
 
 
 def pytest_addoption(parser):
-  parser.addoption(
-    '--heavy', action='store_true', help=f'Run tests marked {_HEAVY} as well.'
-  )
+  parser.addoption('--heavy', action='store_true', help=f'Run tests marked {_HEAVY} as well.')
 
 
 def pytest_runtest_setup(item):
@@ -57,10 +55,7 @@ def strict():
   A module takes it with `pytestmark = pytest.mark.usefixtures('strict')`; it
   has the scope of a module so that it holds in module-scoped fixtures too.
   """
-  with (
-    jax.numpy_dtype_promotion('strict'),
-    jax.numpy_rank_promotion('raise'),
-  ):
+  with jax.numpy_dtype_promotion('strict'), jax.numpy_rank_promotion('raise'):
     yield
 
 

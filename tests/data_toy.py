@@ -14,10 +14,7 @@ SHARED_DATA = Path(__file__).parents[2] / 'shared' / 'data'
 CONTROL = ('<pad>', '<eos>', '<bos>', '<unk>', '<unused0>')
 TURNS = ('<start_of_turn>', '<end_of_turn>')
 RUNS = ('\n', '\n\n', '  ', '   ')
-WORDS = (
-  '▁', 'a', 'b', 'H', 'i', 'u', 's', 'e', 'r', 'ab', '▁a', 'Hi', 'us', 'er',
-  'user', '가',
-)  # fmt: skip
+WORDS = ('▁', 'a', 'b', 'H', 'i', 'u', 's', 'e', 'r', 'ab', '▁a', 'Hi', 'us', 'er', 'user', '가')
 
 
 def vocabulary(turn_type=tokenizer_lib.CONTROL, runs=RUNS, words=WORDS):
@@ -56,8 +53,6 @@ def records(rows, template='dolly'):
 
 def write_jsonl(path, rows):
   """Writes a row a line; a str is written as it is."""
-  lines = (
-    r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in rows
-  )
+  lines = (r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in rows)
   path.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
   return str(path)

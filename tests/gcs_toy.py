@@ -45,11 +45,15 @@ def server():
     (binary,) = Path(package.__file__).parent.glob('vendor/*/bin/*')
     process = subprocess.Popen(
       [
-        binary, '-backend=memory', '-scheme=http', '-host=127.0.0.1',
-        f'-port={port}', f'-external-url={url}',
+        binary,
+        '-backend=memory',
+        '-scheme=http',
+        '-host=127.0.0.1',
+        f'-port={port}',
+        f'-external-url={url}',
       ],
       stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     try:
       _make_bucket(url)
       yield

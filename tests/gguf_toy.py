@@ -7,8 +7,7 @@ from gemma_jax.formats import gguf
 from gemma_jax.model.config import ModelConfig
 
 F32, F16, Q8_0, Q5_0, I8 = (
-  gguf_package.GGMLQuantizationType[name]
-  for name in ('F32', 'F16', 'Q8_0', 'Q5_0', 'I8')
+  gguf_package.GGMLQuantizationType[name] for name in ('F32', 'F16', 'Q8_0', 'Q5_0', 'I8')
 )
 
 # Rows of whole 32-element blocks, so that Q8_0 applies; no two sizes alike.
@@ -65,8 +64,7 @@ def make_tensors(config):
       layer |= {'attn_q_norm': (H,), 'attn_k_norm': (H,)}
     shapes |= {f'blk.{i}.{name}': shape for name, shape in layer.items()}
   return {
-    f'{name}.weight': rng.standard_normal(shape, np.float32)
-    + np.float32(len(shape) == 1)
+    f'{name}.weight': rng.standard_normal(shape, np.float32) + np.float32(len(shape) == 1)
     for name, shape in shapes.items()
   }
 
@@ -98,9 +96,7 @@ def write(path, arch, config, tensors, kinds=None, **metadata):
     if kind == I8:
       writer.add_tensor(name, x.astype(np.int8))
     else:
-      writer.add_tensor(
-        name, gguf_package.quants.quantize(x, kind), raw_dtype=kind
-      )
+      writer.add_tensor(name, gguf_package.quants.quantize(x, kind), raw_dtype=kind)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()

@@ -127,6 +127,4 @@ def assert_trees_equal(got, want):
   assert got.keys() == want.keys()
   for name, x in want.items():
     assert got[name].dtype == x.dtype, name
-    np.testing.assert_array_equal(
-      np.asarray(got[name]), np.asarray(x), err_msg=name
-    )
+    np.testing.assert_array_equal(np.asarray(got[name]), np.asarray(x), err_msg=name)

@@ -68,11 +68,7 @@ def make_tokenizer(proto: bytes) -> tokenizer_lib.Tokenizer:
 def cast(source: BaseSource, dtype) -> BaseSource:
   """The same base, stored in another dtype."""
   tensors = {
-    path: StoredTensor(
-      t.name, t.shape, lambda i, j, t=t: t.read(i, j).astype(dtype)
-    )
+    path: StoredTensor(t.name, t.shape, lambda i, j, t=t: t.read(i, j).astype(dtype))
     for path, t in source.tensors.items()
   }
-  return dataclasses.replace(
-    source, tensors=tensors, stored_dtype=np.dtype(dtype)
-  )
+  return dataclasses.replace(source, tensors=tensors, stored_dtype=np.dtype(dtype))

@@ -37,14 +37,7 @@ def outcome(kind, nll, tokens, **axes):
 
 
 def make(
-  levels,
-  seeds=5,
-  rates=(1e-3, 2e-3, 4e-3),
-  noise=0.02,
-  records=RECORDS,
-  base=True,
-  draw=0,
-  **grid,
+  levels, seeds=5, rates=(1e-3, 2e-3, 4e-3), noise=0.02, records=RECORDS, base=True, draw=0, **grid
 ):
   """A sweep in memory, whose cells have no folder.
 
@@ -88,17 +81,10 @@ def make(
           )
         )
   heldout = [
-    {
-      'index': i,
-      'part': ('test', 'validation')[i % 2],
-      'category': ('a', 'b')[i * 2 // records],
-    }
+    {'index': i, 'part': ('test', 'validation')[i % 2], 'category': ('a', 'b')[i * 2 // records]}
     for i in range(records)
   ]
-  config = {
-    'grid': {'margin': 0.1, **grid},
-    'optimizer': {'clip_norm': 0.0},
-  }
+  config = {'grid': {'margin': 0.1, **grid}, 'optimizer': {'clip_norm': 0.0}}
   made = {'config': config, 'base': 'made', 'fingerprints': {'data': '0'}}
   return results.Sweep(Path('nowhere'), made, cells, heldout)
 
@@ -114,7 +100,5 @@ def write(sweep, workdir) -> str:
     workdir_lib.write_json(folder, 'result.json', cell.result)
   files.write_json_lines(f'{workdir}/heldout.jsonl', sweep.heldout)
   entries = [cell.entry for cell in sweep.cells]
-  workdir_lib.write_json(
-    workdir, manifest.NAME, {**sweep.manifest, 'cells': entries}
-  )
+  workdir_lib.write_json(workdir, manifest.NAME, {**sweep.manifest, 'cells': entries})
   return workdir

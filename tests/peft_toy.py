@@ -14,13 +14,7 @@ STEM = 'base_model.model.model.layers'
 
 
 MODEL = ModelConfig(
-  vocab_size=53,
-  embed_dim=11,
-  hidden_dim=13,
-  num_layers=3,
-  num_heads=6,
-  num_kv_heads=2,
-  head_dim=14,
+  vocab_size=53, embed_dim=11, hidden_dim=13, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=14
 )
 
 

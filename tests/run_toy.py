@@ -58,8 +58,6 @@ def config_file(folder, records, **fields) -> str:
   lines = [f'  config.{name} = {value!r}\n' for name, value in fields.items()]
   path.write_text(
     'from tests import run_toy\n\n\ndef get_config():\n'
-    f'  config = run_toy.config({records!r})\n'
-    + ''.join(lines)
-    + '  return config\n'
+    f'  config = run_toy.config({records!r})\n' + ''.join(lines) + '  return config\n'
   )
   return str(path)

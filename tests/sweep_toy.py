@@ -43,8 +43,7 @@ def config(records, **axes) -> SweepConfig:
   }
   names = [field.name for field in dataclasses.fields(TrainConfig)]
   return SweepConfig(
-    **{name: getattr(base, name) for name in names},
-    grid=GridConfig(**{**grid, **axes}),
+    **{name: getattr(base, name) for name in names}, grid=GridConfig(**{**grid, **axes})
   )
 
 

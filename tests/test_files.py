@@ -87,9 +87,7 @@ TOKEN = '0123456789abcdef'
 
 
 @pytest.mark.parametrize('name', ['.a.txt.tmp', f'.a.txt.{TOKEN}.tmp'])
-def test_a_planted_link_is_neither_followed_nor_removed(
-  tmp_path, monkeypatch, name
-):
+def test_a_planted_link_is_neither_followed_nor_removed(tmp_path, monkeypatch, name):
   """The second one stands where the writer wanted to make its own."""
   victim, link = tmp_path / 'victim', tmp_path / name
   victim.write_text('precious')
@@ -102,9 +100,7 @@ def test_a_planted_link_is_neither_followed_nor_removed(
   assert not (tmp_path / 'a.txt').is_symlink()
 
 
-def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(
-  tmp_path,
-):
+def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path):
   """Killed for real, in the middle; one of another user stays as well."""
   path = tmp_path / 'a.txt'
   code = (
@@ -137,9 +133,7 @@ def test_permissions_are_those_of_the_umask(tmp_path):
   before = os.umask(0o027)
   try:
     files.write(tmp_path / 'a.txt', '')
-    atomic_folder.replace(
-      tmp_path / 'b', lambda new: (new / 'c').write_text('')
-    )
+    atomic_folder.replace(tmp_path / 'b', lambda new: (new / 'c').write_text(''))
   finally:
     os.umask(before)
   modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.rglob('*')}
@@ -179,9 +173,7 @@ def test_a_folder_is_replaced_whole(root):
   assert names(folder) == ['config.json', 'in/b', 'new.txt']
 
 
-def test_a_copy_is_fetched_once_and_again_when_it_changed(
-  bucket, tmp_path, monkeypatch
-):
+def test_a_copy_is_fetched_once_and_again_when_it_changed(bucket, tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   files.write(f'{bucket}/model/config.json', '1')
   files.write(f'{bucket}/model/in/weights', 'abc')
@@ -262,9 +254,7 @@ def unspecified(node):
 def test_text_is_read_and_written_with_an_encoding():
   """The locale decides nothing, and a line ends at a newline alone."""
   paths = [
-    path
-    for name in ('gemma_jax', 'launch', 'experiments')
-    for path in (ROOT / name).rglob('*.py')
+    path for name in ('gemma_jax', 'launch', 'experiments') for path in (ROOT / name).rglob('*.py')
   ]
   assert len(paths) > 100
   for path in paths:

@@ -16,11 +16,7 @@ TREE = {
   },
   'lora': {'layer_1': {'attn': {'v': {'lora_a': np.ones((2, 11), np.int8)}}}},
 }
-NAMES = [
-  'lora/layer_1/attn/v/lora_a',
-  'params/layer_1/attn/v/w',
-  'params/layer_2/attn/v/w',
-]
+NAMES = ['lora/layer_1/attn/v/lora_a', 'params/layer_1/attn/v/w', 'params/layer_2/attn/v/w']
 
 
 def test_items_names_every_leaf_and_unflatten_undoes_it():

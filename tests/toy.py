@@ -27,13 +27,7 @@ from gemma_jax.training import step as step_lib
 
 # Gemma 1's switches: all layers global, one kv head, no caps, two norms.
 PLAIN = ModelConfig(
-  vocab_size=53,
-  embed_dim=13,
-  hidden_dim=17,
-  num_layers=3,
-  num_heads=5,
-  num_kv_heads=1,
-  head_dim=14,
+  vocab_size=53, embed_dim=13, hidden_dim=17, num_layers=3, num_heads=5, num_kv_heads=1, head_dim=14
 )
 
 # Every switch of Gemma 2 and 3 at once; G = 5 query heads for a kv head.
@@ -55,12 +49,7 @@ FULL = dataclasses.replace(
 
 # D divides by 8; F, N and V divide by 2; K = 3 does not, and is replicated.
 DIVISIBLE = dataclasses.replace(
-  FULL,
-  vocab_size=58,
-  embed_dim=40,
-  hidden_dim=34,
-  num_heads=6,
-  num_kv_heads=3,
+  FULL, vocab_size=58, embed_dim=40, hidden_dim=34, num_heads=6, num_kv_heads=3
 )
 
 CONFIGS = {'plain': PLAIN, 'full': FULL}
@@ -89,9 +78,7 @@ def assert_equal(got: Any, want: Any):
     np.testing.assert_array_equal(got[name], x, err_msg=name)
 
 
-def base(
-  config: ModelConfig = FULL, scan_layers: bool = True, dtype: Any = jnp.float32
-) -> Any:
+def base(config: ModelConfig = FULL, scan_layers: bool = True, dtype: Any = jnp.float32) -> Any:
   """Random weights of order one in every leaf; the same in both forms."""
 
   def leaf(name, x):
@@ -107,16 +94,12 @@ def base(
       values *= fan_in**-0.5
     return values.astype(dtype)
 
-  tree = pytree.map_with_name(
-    leaf, layout.abstract_params(config, dtype, scan_layers=False)
-  )
+  tree = pytree.map_with_name(leaf, layout.abstract_params(config, dtype, scan_layers=False))
   return jax.device_put(layout.stack_layers(tree) if scan_layers else tree)
 
 
 def factors(
-  config: ModelConfig = FULL,
-  lora_config: LoraConfig = ALL_TARGETS,
-  scan_layers: bool = True,
+  config: ModelConfig = FULL, lora_config: LoraConfig = ALL_TARGETS, scan_layers: bool = True
 ) -> Any:
   """A random adapter, B too; the same in both forms."""
 
@@ -124,9 +107,7 @@ def factors(
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     return 0.3 * rng.standard_normal(x.shape, np.float32)
 
-  abstract = jax.eval_shape(
-    lambda: factors_lib.init(jax.random.key(0), config, lora_config)
-  )
+  abstract = jax.eval_shape(lambda: factors_lib.init(jax.random.key(0), config, lora_config))
   tree = pytree.map_with_name(leaf, abstract)
   return jax.device_put(tree if scan_layers else layout.unstack_layers(tree))
 
@@ -158,9 +139,7 @@ def batch(rows: int = 2, length: int = 11, seed: int = 0, vocab_size: int = 53):
   }
 
 
-def loss(
-  model: Transformer, variables: Any, batch: Any, scale: float = 1.0
-) -> jax.Array:
+def loss(model: Transformer, variables: Any, batch: Any, scale: float = 1.0) -> jax.Array:
   """Nats per supervised token."""
   total = losses.linear_cross_entropy(
     step_lib.hidden_states(model, variables, scale, batch),
@@ -240,8 +219,7 @@ def train(
   if mesh is not None:
     batches = jax.device_put(batches, sharding.batch_sharding(mesh))
     state, frozen = (
-      jax.device_put(tree, sharding.tree_shardings(tree, config, mesh))
-      for tree in (state, frozen)
+      jax.device_put(tree, sharding.tree_shardings(tree, config, mesh)) for tree in (state, frozen)
     )
   metrics = []
   for batch in batches:
@@ -251,9 +229,7 @@ def train(
 
 
 @functools.cache
-def _jitted_step(
-  config, lora_options, optimizer_options, trainable, scan_layers, mesh
-):
+def _jitted_step(config, lora_options, optimizer_options, trainable, scan_layers, mesh):
   """(optimizer, jitted step, a list that grows by one at each trace)."""
   scale, dropout, seed = lora_options
   optimizer_config = OptimizerConfig(*optimizer_options)
@@ -288,7 +264,5 @@ def _jitted_step(
 def optimizer_leaves(state: state_lib.TrainState) -> dict[str, Any]:
   """Moments of the optimizer by path, without the counts."""
   return {
-    name: x
-    for name, x in pytree.items(state.opt_state)
-    if not jnp.issubdtype(x.dtype, jnp.integer)
+    name: x for name, x in pytree.items(state.opt_state) if not jnp.issubdtype(x.dtype, jnp.integer)
   }

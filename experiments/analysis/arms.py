@@ -88,9 +88,7 @@ def rows(sweep: Sweep) -> list[Row]:
   return sorted(table, key=lambda row: (row.parameters, row.label))
 
 
-def paired(
-  which: np.ndarray, *terms: tuple[float, list[Outcome]]
-) -> Estimate | None:
+def paired(which: np.ndarray, *terms: tuple[float, list[Outcome]]) -> Estimate | None:
   """The mean of a weighted sum of losses, paired by seed and record.
 
       paired(test, (1, cells), (-1, others))    the mean of their difference
@@ -103,9 +101,7 @@ def paired(
   Returns:
     None where the terms have no seed in common.
   """
-  by_seed = [
-    {cell.axes.get('seed'): cell for cell in cells} for _, cells in terms
-  ]
+  by_seed = [{cell.axes.get('seed'): cell for cell in cells} for _, cells in terms]
   seeded = [cells for cells in by_seed if None not in cells]
   seeds = sorted(set.intersection(*map(set, seeded)))
   contrast = np.zeros((len(seeds), int(which.sum())))
@@ -127,10 +123,7 @@ def families(sweep: Sweep) -> dict[Arm, list[Arm]]:
       family = arms.setdefault(others(cell.arm), [])
       if cell.arm not in family:
         family.append(cell.arm)
-  return {
-    family: sorted(each, key=lambda arm: -dict(arm)['rank'])
-    for family, each in arms.items()
-  }
+  return {family: sorted(each, key=lambda arm: -dict(arm)['rank']) for family, each in arms.items()}
 
 
 def others(arm: Arm) -> Arm:
@@ -146,9 +139,7 @@ def labels(sweep: Sweep) -> dict[Arm, str]:
     values.setdefault(name, set()).add(value)
   varying = [n for n in sorted(values) if len(values[n]) > 1 and n != 'rank']
   return {
-    arm: ', '.join(
-      [*(str(dict(arm)[n]) for n in varying), f'rank {dict(arm)["rank"]}']
-    )
+    arm: ', '.join([*(str(dict(arm)[n]) for n in varying), f'rank {dict(arm)["rank"]}'])
     for arm in planned
   }
 

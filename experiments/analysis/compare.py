@@ -40,9 +40,7 @@ def pairs(sweep: Sweep, table: list[Row]) -> list[Pair]:
   smallest ranks belong together, and so on up.
   """
   budget = {
-    arm: i
-    for family in arms.families(sweep).values()
-    for i, arm in enumerate(reversed(family))
+    arm: i for family in arms.families(sweep).values() for i, arm in enumerate(reversed(family))
   }
   compared = [
     (a, b, arms.paired(sweep.part('test'), (1, a.cells), (-1, b.cells)))
@@ -52,14 +50,11 @@ def pairs(sweep: Sweep, table: list[Row]) -> list[Pair]:
   known = [d.p for *_, d in compared if d is not None and d.p is not None]
   corrected = iter(intervals.holm(known).tolist())
   return [
-    Pair(a, b, d, None if d is None or d.p is None else next(corrected))
-    for a, b, d in compared
+    Pair(a, b, d, None if d is None or d.p is None else next(corrected)) for a, b, d in compared
   ]
 
 
-def categories(
-  sweep: Sweep, table: list[Row], answers: list[Answer]
-) -> list[dict[str, Any]]:
+def categories(sweep: Sweep, table: list[Row], answers: list[Answer]) -> list[dict[str, Any]]:
   """Test loss of each arm by the records' category.
 
   Categories of fewer than 10 records are pooled.
@@ -95,8 +90,7 @@ def categories(
           'records': int(which.sum()),
           'label': row.label,
           'test': float(np.mean([cell.loss(which) for cell in row.cells])),
-          'deficit': reference
-          and arms.paired(which, (1, row.cells), (-1, reference.cells)),
+          'deficit': reference and arms.paired(which, (1, row.cells), (-1, reference.cells)),
         }
       )
   return lines

@@ -24,11 +24,9 @@ from gemma_jax.sweep.results import Sweep
 SIZE = (4.6, 3.3)  # inches; 1 inch is 96 CSS pixels
 MARKERS = 'os^Dv<>Pp*Xhd'
 THEMES = {
-  'light': {'ground': '#ffffff', 'ink': '#1b1f24', 'grid': '#d5d9de',
-            'range': (0.0, 0.8)},
-  'dark': {'ground': '#14171b', 'ink': '#e8eaed', 'grid': '#3a4048',
-           'range': (0.4, 1.0)},
-}  # fmt: skip
+  'light': {'ground': '#ffffff', 'ink': '#1b1f24', 'grid': '#d5d9de', 'range': (0.0, 0.8)},
+  'dark': {'ground': '#14171b', 'ink': '#e8eaed', 'grid': '#3a4048', 'range': (0.4, 1.0)},
+}
 
 Draw = Callable[[plt.Figure, dict], None]
 
@@ -63,10 +61,7 @@ def theme(name: str):
 
 
 def all_figures(
-  sweep: Sweep,
-  table: list[Row],
-  answers: list[Answer],
-  directions: dict[str, dict],
+  sweep: Sweep, table: list[Row], answers: list[Answer], directions: dict[str, dict]
 ) -> dict[str, tuple[str, Draw]]:
   """Name → (caption, draw); those for which a sweep has no data are left out.
 
@@ -84,13 +79,10 @@ def all_figures(
   )
   found['loss_by_parameters'] = (
     f'Test loss against trainable parameters. {bars}',
-    lambda figure, theme: draw_losses(
-      figure, theme, table, answers, 'parameters'
-    ),
+    lambda figure, theme: draw_losses(figure, theme, table, answers, 'parameters'),
   )
   found['loss_by_seconds'] = (
-    "Test loss against seconds of training (a gang member's share, mean over "
-    f'seeds). {bars}',
+    f"Test loss against seconds of training (a gang member's share, mean over seeds). {bars}",
     lambda figure, theme: draw_losses(figure, theme, table, answers, 'seconds'),
   )
   found['learning_curves'] = (
@@ -107,9 +99,7 @@ def all_figures(
   for path in largest.spectrum():
     found[f'spectrum_{path.replace("/", "_")}'] = (
       f'Singular values of the update to {path}, {largest.name}.',
-      lambda figure, theme, path=path: _heat_map(
-        figure, theme, largest.spectrum()[path]
-      ),
+      lambda figure, theme, path=path: _heat_map(figure, theme, largest.spectrum()[path]),
     )
   found['effective_rank'] = (
     "Effective rank of the updates (exp of the spectrum's entropy, mean over "
@@ -119,11 +109,8 @@ def all_figures(
     ),
   )
   found['energy'] = (
-    'Energy of the updates (the sum of their squared singular values) while '
-    'training, first seed.',
-    lambda figure, theme: _while_training(
-      figure, theme, table, spectra.energies, 'energy'
-    ),
+    'Energy of the updates (the sum of their squared singular values) while training, first seed.',
+    lambda figure, theme: _while_training(figure, theme, table, spectra.energies, 'energy'),
   )
   if len(directions) > 1:
     found['similarity'] = (
@@ -135,8 +122,7 @@ def all_figures(
     )
     path = next(iter(directions[largest.name]))
     found['similarity_of_layers'] = (
-      f'Shared input directions of the updates to {path} in different layers, '
-      f'{largest.name}.',
+      f'Shared input directions of the updates to {path} in different layers, {largest.name}.',
       lambda figure, theme: _layers(
         figure, theme, spectra.between_layers(directions[largest.name], path)
       ),
@@ -190,12 +176,10 @@ def draw_losses(figure, theme, table, answers, what) -> None:
       if what == 'seconds':
         axes.annotate(row.rank, place, (9, -3), textcoords='offset points')
     axes.errorbar(
-      x, y, yerr=bars, fmt=f'{line}{marker}', color=colour, capsize=3,
-      label=name or None,
-    )  # fmt: skip
+      x, y, yerr=bars, fmt=f'{line}{marker}', color=colour, capsize=3, label=name or None
+    )
     for i in (i for i, row in enumerate(rows) if row in references):
-      axes.plot(x[i], y[i], marker, markersize=11, markerfacecolor='none',
-                color=theme['ink'])  # fmt: skip
+      axes.plot(x[i], y[i], marker, markersize=11, markerfacecolor='none', color=theme['ink'])
   if what == 'seconds':
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
   else:
@@ -204,9 +188,12 @@ def draw_losses(figure, theme, table, answers, what) -> None:
     axes.set_xticks(ticks, [_short(tick) for tick in ticks], fontsize=8)
     axes.minorticks_off()
   axes.set_xlabel(
-    {'rank': 'rank', 'parameters': 'trainable parameters',
-     'seconds': 'seconds of training (ranks beside the points)'}[what]
-  )  # fmt: skip
+    {
+      'rank': 'rank',
+      'parameters': 'trainable parameters',
+      'seconds': 'seconds of training (ranks beside the points)',
+    }[what]
+  )
   axes.set_ylabel('test loss, nats per token')
   if len(families) > 1:
     axes.legend()
@@ -234,16 +221,13 @@ def _curves(figure, theme, sweep, table) -> None:
     table, colours(theme, len(table)), MARKERS * len(table), strict=False
   ):
     losses = row.cells[0].losses
-    points = {
-      s: nll.sum() / tokens.sum() for s, (nll, tokens) in losses.items()
-    }
+    points = {s: nll.sum() / tokens.sum() for s, (nll, tokens) in losses.items()}
     if base:
       nll, tokens = base[0].last
       points = {0: nll.sum() / tokens.sum(), **points}
     axes.plot(
-      points.keys(), points.values(), marker=marker, color=colour,
-      label=row.label, markersize=4,
-    )  # fmt: skip
+      points.keys(), points.values(), marker=marker, color=colour, label=row.label, markersize=4
+    )
   axes.set_xlabel('updates')
   axes.set_ylabel('held-out loss, nats per token')
   axes.legend()
@@ -256,10 +240,20 @@ def _truncation(figure, theme, cut) -> None:
   for others, rows in itertools.groupby(cut, lambda each: each['others']):
     rows = list(rows)
     x = [each['rank'] for each in rows]
-    axes.plot(x, [each['trained'] for each in rows], '-o', color=pair[0],
-              label=f'{others}trained at this rank')  # fmt: skip
-    axes.plot(x, [each['truncated'] for each in rows], '--s', color=pair[1],
-              label=f'{others}cut from {rows[0]["from_rank"]}')  # fmt: skip
+    axes.plot(
+      x,
+      [each['trained'] for each in rows],
+      '-o',
+      color=pair[0],
+      label=f'{others}trained at this rank',
+    )
+    axes.plot(
+      x,
+      [each['truncated'] for each in rows],
+      '--s',
+      color=pair[1],
+      label=f'{others}cut from {rows[0]["from_rank"]}',
+    )
   axes.set_xscale('log', base=2)
   axes.set_xticks(ranks, [str(r) for r in ranks])
   axes.minorticks_off()
@@ -284,8 +278,9 @@ def _while_training(figure, theme, table, measure, name) -> None:
     table, colours(theme, len(table)), MARKERS * len(table), strict=False
   ):
     points = measure(row.cells[0])
-    axes.plot(points.keys(), points.values(), marker=marker, color=colour,
-              label=row.label, markersize=4)  # fmt: skip
+    axes.plot(
+      points.keys(), points.values(), marker=marker, color=colour, label=row.label, markersize=4
+    )
   axes.set_xlabel('updates')
   axes.set_ylabel(name)
   axes.legend()

@@ -23,12 +23,7 @@ def effective_ranks(cell: Outcome) -> dict[int, float]:
   """Step → effective rank, mean over projections and layers."""
   return {
     step: float(
-      np.mean(
-        [
-          spectrum.effective_rank(values).mean()
-          for values in cell.spectrum(step).values()
-        ]
-      )
+      np.mean([spectrum.effective_rank(values).mean() for values in cell.spectrum(step).values()])
     )
     for step in cell.losses
   }
@@ -37,8 +32,7 @@ def effective_ranks(cell: Outcome) -> dict[int, float]:
 def energies(cell: Outcome) -> dict[int, float]:
   """Step → |dW|_F^2, summed over projections and layers."""
   return {
-    step: float(sum((v**2).sum() for v in cell.spectrum(step).values()))
-    for step in cell.losses
+    step: float(sum((v**2).sum() for v in cell.spectrum(step).values())) for step in cell.losses
   }
 
 

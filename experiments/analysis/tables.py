@@ -9,9 +9,7 @@ from experiments.analysis.verdict import Answer
 from gemma_jax.sweep.results import Sweep
 
 
-def write_cells(
-  sweep: Sweep, table: list[Row], answers: list[Answer], path: Path
-) -> None:
+def write_cells(sweep: Sweep, table: list[Row], answers: list[Answer], path: Path) -> None:
   """A line a cell; losses in nats per token."""
   parts = {name: sweep.part(name) for name in ('validation', 'test')}
   chosen = {cell.name: row for row in table for cell in row.cells}
@@ -20,24 +18,44 @@ def write_cells(
   axes = sorted({name for cell in sweep.cells for name in cell.axes})
   with path.open('w', newline='', encoding='utf-8') as f:
     writer = csv.writer(f)
-    writer.writerow([
-        'cell', 'kind', *axes, 'scale', 'rate', 'trainable_parameters',
-        'validation_loss', 'test_loss', 'seconds', 'clipped_share', 'chosen',
-        'rate_at_edge', 'state', 'error',
-    ])  # fmt: skip
+    writer.writerow(
+      [
+        'cell',
+        'kind',
+        *axes,
+        'scale',
+        'rate',
+        'trainable_parameters',
+        'validation_loss',
+        'test_loss',
+        'seconds',
+        'clipped_share',
+        'chosen',
+        'rate_at_edge',
+        'state',
+        'error',
+      ]
+    )
     for cell in sweep.cells:
       done, row = cell.result is not None, chosen.get(cell.name)
       clipped = cell.clipped(bound)
-      writer.writerow([
-          cell.name, cell.kind, *(cell.axes.get(name, '') for name in axes),
-          cell.entry.get('scale', ''), cell.entry.get('rate', ''),
+      writer.writerow(
+        [
+          cell.name,
+          cell.kind,
+          *(cell.axes.get(name, '') for name in axes),
+          cell.entry.get('scale', ''),
+          cell.entry.get('rate', ''),
           cell.entry['trainable_parameters'],
           *(cell.loss(part) if done else '' for part in parts.values()),
           cell.result.get('seconds', '') if done else '',
           '' if clipped is None else clipped,
-          int(row is not None), int(row.at_edge) if row else '',
-          states.get(row.arm, '') if row else '', cell.error or '',
-      ])  # fmt: skip
+          int(row is not None),
+          int(row.at_edge) if row else '',
+          states.get(row.arm, '') if row else '',
+          cell.error or '',
+        ]
+      )
 
 
 def write_records(sweep: Sweep, path: Path) -> None:

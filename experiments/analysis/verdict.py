@@ -98,10 +98,7 @@ def answers(sweep: Sweep, table: list[Row]) -> list[Answer]:
     table: of `arms.rows`.
   """
   by_arm, labels = {row.arm: row for row in table}, arms.labels(sweep)
-  return [
-    _answer(sweep, family, by_arm, labels)
-    for family in arms.families(sweep).values()
-  ]
+  return [_answer(sweep, family, by_arm, labels) for family in arms.families(sweep).values()]
 
 
 def states(answers: list[Answer]) -> dict[Arm, str]:
@@ -117,10 +114,7 @@ def states(answers: list[Answer]) -> dict[Arm, str]:
 
 
 def _answer(
-  sweep: Sweep,
-  family: list[Arm],
-  by_arm: dict[Arm, Row],
-  labels: dict[Arm, str],
+  sweep: Sweep, family: list[Arm], by_arm: dict[Arm, Row], labels: dict[Arm, str]
 ) -> Answer:
   grid = sweep.manifest['config']['grid']
   # Ranks above the reference are not compared with it.
@@ -130,13 +124,8 @@ def _answer(
   # A sweep whose manifest has none fixed none before.
   margin = grid.get('margin')
   which = sweep.part('test')
-  gain = (
-    arms.paired(which, (1, base), (-1, row.cells)) if row and base else None
-  )
-  tests = [
-    _test(sweep, labels[arm], arm, by_arm.get(arm), row, base, margin)
-    for arm in smaller
-  ]
+  gain = arms.paired(which, (1, base), (-1, row.cells)) if row and base else None
+  tests = [_test(sweep, labels[arm], arm, by_arm.get(arm), row, base, margin) for arm in smaller]
   refusal = ''
   if dict(first)['rank'] != named:
     refusal = f'the reference, rank {named}, is not among its ranks'
@@ -158,14 +147,7 @@ def _answer(
       f'the reference, {labels[first]}, has learnt nothing that can be '
       'measured here: its gain over the base is not above 0'
     )
-  return Answer(
-    labels[first],
-    row,
-    margin,
-    gain,
-    refusal,
-    tests if refusal else _sequence(tests),
-  )
+  return Answer(labels[first], row, margin, gain, refusal, tests if refusal else _sequence(tests))
 
 
 def _test(
@@ -185,9 +167,7 @@ def _test(
   deficit = arms.paired(which, (1, row.cells), (-1, reference.cells))
   excess = None
   if base and margin is not None:
-    excess = arms.paired(
-      which, (1, row.cells), (margin - 1, reference.cells), (-margin, base)
-    )
+    excess = arms.paired(which, (1, row.cells), (margin - 1, reference.cells), (-margin, base))
   why_not = ''
   if not sweep.has_ended(arm):
     why_not = 'not all of its cells have ended'
@@ -216,12 +196,8 @@ def _too_few(estimate: Estimate) -> str:
   """Why no verdict rests on an estimate, or ''."""
   if estimate.seeds < intervals.FEWEST_SEEDS:
     return (
-      f'{estimate.seeds} of its seeds can be compared, expected at least '
-      f'{intervals.FEWEST_SEEDS}'
+      f'{estimate.seeds} of its seeds can be compared, expected at least {intervals.FEWEST_SEEDS}'
     )
   if estimate.records < RECORDS_FOR_VERDICT:
-    return (
-      f'there are {estimate.records} test records, expected at least '
-      f'{RECORDS_FOR_VERDICT}'
-    )
+    return f'there are {estimate.records} test records, expected at least {RECORDS_FOR_VERDICT}'
   return ''

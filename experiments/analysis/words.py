@@ -17,9 +17,7 @@ def paragraphs(
   texts = [' '.join(caveats(sweep, table))]
   if len(table) == 1:
     (row,) = table
-    texts.append(
-      f'Only {row.label} was trained: test loss {row.test:.4f} nats per token.'
-    )
+    texts.append(f'Only {row.label} was trained: test loss {row.test:.4f} nats per token.')
   texts += [_ranks(answer) for answer in answers if answer.tests]
   if pairs:
     texts.append(_pairs(pairs))
@@ -53,14 +51,11 @@ def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
   edge = [row.label for row in table if row.at_edge]
   if edge:
     sentences.append(
-      f'Rate at the edge of the grid, so a better one may lie beyond: '
-      f'{_list(edge)}.'
+      f'Rate at the edge of the grid, so a better one may lie beyond: {_list(edge)}.'
     )
   if any(row.clipped for row in table):
     shares = ', '.join(
-      f'{row.label} {percent(row.clipped)}'
-      for row in table
-      if row.clipped is not None
+      f'{row.label} {percent(row.clipped)}' for row in table if row.clipped is not None
     )
     sentences.append(
       f'Gradients were clipped at a norm of {arms.clip_norm(sweep):g}, which '
@@ -71,10 +66,7 @@ def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
 
 def _ranks(answer: Answer) -> str:
   if answer.refusal:
-    return (
-      f'No verdict on ranks below {answer.reference}, the reference: '
-      f'{answer.refusal}.'
-    )
+    return f'No verdict on ranks below {answer.reference}, the reference: {answer.refusal}.'
   text = [
     f'The margin is {percent(answer.margin)} of what {answer.reference}, the '
     f'reference, gains over the base ({answer.gain} nats per token).'
@@ -109,19 +101,11 @@ def _larger(answer: Answer) -> str:
 
 def _power(answer: Answer) -> list[str]:
   """What could have been seen at the ranks that were tested."""
-  tested = [
-    test
-    for test in answer.tests
-    if test.state in (verdict.HOLDS, verdict.FAILS)
-  ]
+  tested = [test for test in answer.tests if test.state in (verdict.HOLDS, verdict.FAILS)]
   if not tested:
     return []
-  seen = ', '.join(
-    f'{detectable(test, answer)} at {test.label}' for test in tested
-  )
-  text = [
-    f'With a power of 80 % this design could have seen a difference of {seen}.'
-  ]
+  seen = ', '.join(f'{detectable(test, answer)} at {test.label}' for test in tested)
+  text = [f'With a power of 80 % this design could have seen a difference of {seen}.']
   last, margin = tested[-1], answer.margin * answer.gain.mean
   if last.state == verdict.FAILS and last.excess.detectable() > margin:
     text.append(
@@ -150,15 +134,9 @@ def _pairs(pairs: list[Pair]) -> str:
   if not known:
     return f'{text} None of them has a p-value.'
   told = [pair for pair in known if pair.p < 0.05]
-  text += (
-    f" After Holm's correction for {len(known)}, {len(told)} can be told "
-    'apart at 5 %.'
-  )
+  text += f" After Holm's correction for {len(known)}, {len(told)} can be told apart at 5 %."
   for pair in told:
-    text += (
-      f' {_upper(pair.first.label)} minus {pair.second.label}: '
-      f'{pair.difference}.'
-    )
+    text += f' {_upper(pair.first.label)} minus {pair.second.label}: {pair.difference}.'
   if len(told) < len(known):
     text += ' Not being told apart does not show that arms are equal.'
   return text

@@ -29,9 +29,7 @@ def main() -> None:
   """Prints a line for each length, packed and full."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--lengths', default='512,1024,2048,4096')
-  parser.add_argument(
-    '--window', type=int, help='sliding window; none if unset'
-  )
+  parser.add_argument('--window', type=int, help='sliding window; none if unset')
   parser.add_argument('--repeats', type=int, default=5)
   options = parser.parse_args()
   for length in map(int, options.lengths.split(',')):
@@ -40,16 +38,13 @@ def main() -> None:
       print(json.dumps(measured), flush=True)
 
 
-def measure(
-  length: int, segments: str, window: int | None, repeats: int
-) -> dict[str, object]:
+def measure(length: int, segments: str, window: int | None, repeats: int) -> dict[str, object]:
   """Times both kernels on one row, `packed` or `full`, in alternation."""
   ids, positions = packed(length) if segments == 'packed' else full(length)
   context = attention.Context(None, None, positions, ids, positions, ids, None)
   rng = np.random.default_rng(0)
   q, k, v = (
-    jnp.asarray(rng.standard_normal((1, length, heads, 256), np.float32))
-    for heads in (4, 1, 1)
+    jnp.asarray(rng.standard_normal((1, length, heads, 256), np.float32)) for heads in (4, 1, 1)
   )
   programs, compile_secs = {}, {}
   for name, attend in _KERNELS.items():

@@ -9,9 +9,7 @@ from gemma_jax.model import layout
 from gemma_jax.model.config import ModelConfig
 
 
-def train_flops(
-  config: ModelConfig, rows: int, length: int, supervised: int
-) -> float:
+def train_flops(config: ModelConfig, rows: int, length: int, supervised: int) -> float:
   """Floating-point operations that one update of full rows cannot do without.
 
   A product of n tokens with a kernel takes 2 n parameters. The kernels are
@@ -38,10 +36,9 @@ def train_flops(
   loss = 2 * 2 * supervised * config.vocab_size * config.embed_dim
   pattern = config.layer_is_local or (False,) * config.num_layers
   seen = sum(
-    sum(min(i + 1, config.window_size if is_local else length)
-        for i in range(length))
+    sum(min(i + 1, config.window_size if is_local else length) for i in range(length))
     for is_local in pattern
-  )  # fmt: skip
+  )
   width = config.num_heads * config.head_dim
   attention = 3 * 2 * 2 * rows * seen * width
   return float(products + loss + attention)

@@ -41,23 +41,26 @@ def main() -> None:
   ]
   with tempfile.TemporaryDirectory() as folder:
     gang_secs = _run(
-      'sweep', f'{folder}/gang', 'rank_ablation',
+      'sweep',
+      f'{folder}/gang',
+      'rank_ablation',
       [
-        *shared, f'--config.grid.ranks={ranks}', '--config.grid.seeds=(0,)',
-        '--config.grid.learning_rates=(1e-3,)', '--config.grid.baselines=()',
-        '--config.grid.truncate=False', '--config.grid.sample_prompts=0',
+        *shared,
+        f'--config.grid.ranks={ranks}',
+        '--config.grid.seeds=(0,)',
+        '--config.grid.learning_rates=(1e-3,)',
+        '--config.grid.baselines=()',
+        '--config.grid.truncate=False',
+        '--config.grid.sample_prompts=0',
       ],
-    )  # fmt: skip
+    )
     gang = [
-      json.loads(path.read_text('utf-8'))
-      for path in Path(folder).glob('gang/cells/*/result.json')
+      json.loads(path.read_text('utf-8')) for path in Path(folder).glob('gang/cells/*/result.json')
     ]
     alone_secs, alone = 0.0, []
     for rank in ranks:
       workdir = f'{folder}/alone-{rank}'
-      alone_secs += _run(
-        'train', workdir, 'dolly_lora', [*shared, f'--config.lora.rank={rank}']
-      )
+      alone_secs += _run('train', workdir, 'dolly_lora', [*shared, f'--config.lora.rank={rank}'])
       text = Path(workdir, 'result.json').read_text('utf-8')
       alone.append(json.loads(text))
     steps = [_step_secs(f'{folder}/alone-{rank}') for rank in ranks]
@@ -71,9 +74,7 @@ def main() -> None:
         'gang_seconds': round(gang_secs, 1),
         'separate_seconds': round(alone_secs, 1),
         'ratio': round(gang_secs / alone_secs, 3),
-        'gang_step_seconds_per_adapter': round(
-          gang[0]['seconds'] / options.steps, 4
-        ),
+        'gang_step_seconds_per_adapter': round(gang[0]['seconds'] / options.steps, 4),
         'separate_step_seconds': round(sum(steps) / len(steps), 4),
         'gang_peak_bytes': max(r['peak_memory_bytes'] for r in gang),
         'separate_peak_bytes': max(r['peak_memory_bytes'] for r in alone),
@@ -87,13 +88,18 @@ def _run(command: str, workdir: str, config: str, flags: list[str]) -> float:
   started = time.perf_counter()
   subprocess.run(
     [
-      sys.executable, '-m', f'launch.{command}',
-      f'--config=experiments/{config}.py', f'--workdir={workdir}',
-      f'--config.compilation_cache={workdir}.cache', *flags,
+      sys.executable,
+      '-m',
+      f'launch.{command}',
+      f'--config=experiments/{config}.py',
+      f'--workdir={workdir}',
+      f'--config.compilation_cache={workdir}.cache',
+      *flags,
     ],
-    check=True, stdout=subprocess.DEVNULL,
+    check=True,
+    stdout=subprocess.DEVNULL,
     env={**os.environ, 'JAX_PLATFORMS': os.environ.get('JAX_PLATFORMS', 'cpu')},
-  )  # fmt: skip
+  )
   return time.perf_counter() - started
 
 

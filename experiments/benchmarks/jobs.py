@@ -121,14 +121,7 @@ def memory_suite(inputs: Inputs) -> list[Case]:
   """Peak resident memory of a process that trains the largest full rows."""
   rows, length = inputs.lengths[-1]
   job = {**_full_rows(inputs, rows, length), 'steps': 3}
-  return [
-    Case(
-      f'peak memory, full rows, {rows} x {length}',
-      'peak_gib',
-      False,
-      _everybody(job),
-    )
-  ]
+  return [Case(f'peak memory, full rows, {rows} x {length}', 'peak_gib', False, _everybody(job))]
 
 
 def compile_suite(inputs: Inputs) -> list[Case]:
@@ -155,12 +148,7 @@ def decode_suite(inputs: Inputs) -> list[Case]:
   """Greedy continuation of one prompt, without reading it."""
   rng = np.random.default_rng(0)
   prompt = [2, *rng.integers(4, inputs.vocab_size, 17).tolist()]
-  job = {
-    'kind': 'decode',
-    'model': inputs.model,
-    'prompt': prompt,
-    'new_tokens': inputs.new_tokens,
-  }
+  job = {'kind': 'decode', 'model': inputs.model, 'prompt': prompt, 'new_tokens': inputs.new_tokens}
   ours = tuple(
     (f'{OURS}, {weights}', 'ours', {**job, 'weights': weights})
     for weights in ('float32', 'bfloat16', 'int8')
@@ -169,18 +157,14 @@ def decode_suite(inputs: Inputs) -> list[Case]:
   if inputs.gguf:
     llama = {**job, 'model': inputs.gguf}
     peers = (*peers, (f'{LLAMA_CPP}, 4 bits', 'llama_cpp', llama))
-  return [
-    Case('greedy decode, 1 prompt', 'tokens_per_second', True, (*ours, *peers))
-  ]
+  return [Case('greedy decode, 1 prompt', 'tokens_per_second', True, (*ours, *peers))]
 
 
 def large_suite(inputs: Inputs) -> list[Case]:
   """One step of a large base in bfloat16, 1 x 128; peers that can load it."""
   job = {**_full_rows(inputs, 1, 128), 'dtype': 'bfloat16', 'steps': 3}
   contestants = ((OURS, 'ours', job), (KERAS_HUB, 'keras_hub', job))
-  return [
-    Case('bfloat16 base, 1 x 128', 'step_seconds', False, contestants),
-  ]
+  return [Case('bfloat16 base, 1 x 128', 'step_seconds', False, contestants)]
 
 
 SUITES: dict[str, Callable[[Inputs], list[Case]]] = {
@@ -193,11 +177,7 @@ SUITES: dict[str, Callable[[Inputs], list[Case]]] = {
 
 
 def _everybody(job):
-  return (
-    (OURS, 'ours', job),
-    (HF, 'hf', job),
-    (KERAS_HUB, 'keras_hub', job),
-  )
+  return ((OURS, 'ours', job), (HF, 'hf', job), (KERAS_HUB, 'keras_hub', job))
 
 
 def _full_rows(inputs: Inputs, rows: int, length: int) -> dict[str, Any]:

@@ -27,9 +27,7 @@ def train(job):
   batches = pipeline.train_batches(run.train, run.plan, 0, run.steps)
   for _, batch in batches:
     started = time.perf_counter()
-    state, metrics = train_step(
-      state, frozen, sharding.put_batch(batch, run.mesh)
-    )
+    state, metrics = train_step(state, frozen, sharding.put_batch(batch, run.mesh))
     losses.append(float(metrics['loss']))  # waits for it
     seconds.append(time.perf_counter() - started)
     first = first or time.perf_counter() - protocol.STARTED
@@ -37,9 +35,7 @@ def train(job):
     ends = batch['segment_ids'].max(axis=1).sum()
     tokens.append(int((batch['segment_ids'] > 0).sum() + ends))
     supervised += int(metrics['supervised_tokens'])
-  return protocol.summarize_training(
-    job, seconds, tokens, supervised, losses, first
-  )
+  return protocol.summarize_training(job, seconds, tokens, supervised, losses, first)
 
 
 def _config(job, folder):
@@ -74,19 +70,14 @@ def _start(jax, run):
   from gemma_jax.training import state as state_lib
 
   state, frozen = run.abstract
-  placed = jax.tree.map(
-    lambda x: x.sharding, state_lib.join(state.trainable, frozen)
-  )
+  placed = jax.tree.map(lambda x: x.sharding, state_lib.join(state.trainable, frozen))
   params = run.source.load_params(run.dtype, shardings=placed['params'])
   adapter = state_lib.init_adapter(run.config, run.source.config)
   trainable, frozen = state_lib.split(
-    {'params': params, 'lora': jax.device_put(adapter, placed['lora'])},
-    run.config.trainable,
+    {'params': params, 'lora': jax.device_put(adapter, placed['lora'])}, run.config.trainable
   )
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  return jax.device_put(
-    state_lib.init_state(trainable, run.tx), shardings
-  ), frozen
+  return jax.device_put(state_lib.init_state(trainable, run.tx), shardings), frozen
 
 
 def decode(job):
@@ -105,13 +96,8 @@ def decode(job):
   variables = weights_lib.prepare({'params': params}, weights)
   del params
   sampling = SamplingConfig(max_new_tokens=job['new_tokens'] + 1)
-  made = Sampler(base.config, stop_ids=()).generate(
-    variables, [job['prompt']], sampling
-  )
-  return {
-    'tokens_per_second': made.tokens_per_second,
-    'tokens': made.tokens[0],
-  }
+  made = Sampler(base.config, stop_ids=()).generate(variables, [job['prompt']], sampling)
+  return {'tokens_per_second': made.tokens_per_second, 'tokens': made.tokens[0]}
 
 
 def set_cache(jax, cache: str) -> None:

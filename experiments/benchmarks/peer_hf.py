@@ -27,9 +27,7 @@ def train(job):
   model = peft.get_peft_model(load(job), config)
   model.train()
   adapter = [p for p in model.parameters() if p.requires_grad]
-  optimizer = torch.optim.AdamW(
-    adapter, lr=protocol.LEARNING_RATE, weight_decay=0.0
-  )
+  optimizer = torch.optim.AdamW(adapter, lr=protocol.LEARNING_RATE, weight_decay=0.0)
   seconds, tokens, losses, supervised = [], [], [], 0
   first = None
   for ids, is_real, loss_mask in protocol.batches(job):
@@ -50,9 +48,7 @@ def train(job):
     first = first or time.perf_counter() - protocol.STARTED
     tokens.append(int(is_real.sum()))
     supervised += int(loss_mask.sum())
-  return protocol.summarize_training(
-    job, seconds, tokens, supervised, losses, first
-  )
+  return protocol.summarize_training(job, seconds, tokens, supervised, losses, first)
 
 
 def decode(job):
@@ -75,10 +71,7 @@ def decode(job):
   generate(2)
   _, prompt_seconds = generate(1)
   tokens, seconds = generate(job['new_tokens'] + 1)
-  return {
-    'tokens_per_second': job['new_tokens'] / (seconds - prompt_seconds),
-    'tokens': tokens,
-  }
+  return {'tokens_per_second': job['new_tokens'] / (seconds - prompt_seconds), 'tokens': tokens}
 
 
 if __name__ == '__main__':

@@ -24,9 +24,7 @@ def train(job):
   model = load(job)
   model.backbone.enable_lora(protocol.RANK)
   model.compile(
-    optimizer=keras.optimizers.AdamW(
-      protocol.LEARNING_RATE, weight_decay=0.0, global_clipnorm=1.0
-    ),
+    optimizer=keras.optimizers.AdamW(protocol.LEARNING_RATE, weight_decay=0.0, global_clipnorm=1.0),
     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
   )
   seconds, tokens, losses, supervised = [], [], [], 0
@@ -43,9 +41,7 @@ def train(job):
     first = first or time.perf_counter() - protocol.STARTED
     tokens.append(int(is_real.sum()))
     supervised += int(loss_mask.sum())
-  return protocol.summarize_training(
-    job, seconds, tokens, supervised, losses, first
-  )
+  return protocol.summarize_training(job, seconds, tokens, supervised, losses, first)
 
 
 if __name__ == '__main__':

@@ -21,9 +21,7 @@ RANK = 4
 LEARNING_RATE = 1e-4
 
 
-def main(
-  train: Callable[[Any], Any], decode: Callable[[Any], Any] | None = None
-) -> None:
+def main(train: Callable[[Any], Any], decode: Callable[[Any], Any] | None = None) -> None:
   """Runs the job of the command line and prints its result."""
   job = json.loads(sys.argv[1])
   result = {'train': train, 'decode': decode}[job['kind']](job)

@@ -32,9 +32,7 @@ _MODEL = flags.DEFINE_string(
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the results.')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Of all contestants.', 1)
-_CASE = flags.DEFINE_string(
-  'case', '', 'Only cases with this text in their name.'
-)
+_CASE = flags.DEFINE_string('case', '', 'Only cases with this text in their name.')
 _RECORDS = flags.DEFINE_string(
   'records', '', 'Token records of the train suite; none leaves it out.'
 )
@@ -43,15 +41,11 @@ _MAX_RECORDS = flags.DEFINE_integer(
 )
 _STEPS = flags.DEFINE_integer('steps', 6, 'Updates of a run of full rows.', 1)
 _NEW_TOKENS = flags.DEFINE_integer('new_tokens', 128, 'To decode.', 1)
-_HF_PYTHON = flags.DEFINE_string(
-  'hf_python', '', 'Interpreter with torch, transformers and peft.'
-)
+_HF_PYTHON = flags.DEFINE_string('hf_python', '', 'Interpreter with torch, transformers and peft.')
 _KERAS_HUB_PYTHON = flags.DEFINE_string(
   'keras_hub_python', '', 'Interpreter with keras_hub and jax.'
 )
-_NODE_MODULES = flags.DEFINE_string(
-  'node_modules', '', 'node_modules folder with node-llama-cpp.'
-)
+_NODE_MODULES = flags.DEFINE_string('node_modules', '', 'node_modules folder with node-llama-cpp.')
 _GGUF = flags.DEFINE_string('gguf', '', '4-bit file for llama.cpp.')
 
 _HERE = Path(__file__).parent
@@ -79,11 +73,7 @@ def main() -> int:
       max_records=_MAX_RECORDS.value,
       new_tokens=_NEW_TOKENS.value,
     )
-    cases = [
-      case
-      for case in jobs.SUITES[_SUITE.value](inputs)
-      if _CASE.value in case.name
-    ]
+    cases = [case for case in jobs.SUITES[_SUITE.value](inputs) if _CASE.value in case.name]
     measured = [(case, _earlier(output, case)) for case in cases]
     facts = {
       'command': ' '.join(sys.argv),
@@ -109,8 +99,7 @@ def main() -> int:
           result |= _share(config, job, result, rate)
           result['commit'] = facts['commit']
           results.setdefault(label, []).append(result)
-          logging.info('%s, %s: %.4g %s', case.name, label,
-                       result[case.metric], case.metric)  # fmt: skip
+          logging.info('%s, %s: %.4g %s', case.name, label, result[case.metric], case.metric)
           table.write(output, facts, measured)
   print((output / 'table.md').read_text('utf-8'))
   rate = max(facts['gemm_flops_per_second'])
@@ -122,10 +111,7 @@ def _programs() -> dict[str, tuple[list[str], dict[str, str]]]:
   """Command and environment of every contestant that can run here."""
   ours = [sys.executable, '-m', 'experiments.benchmarks.ours']
   programs = {'ours': (ours, {})}
-  for name, python in (
-    ('hf', _HF_PYTHON.value),
-    ('keras_hub', _KERAS_HUB_PYTHON.value),
-  ):
+  for name, python in (('hf', _HF_PYTHON.value), ('keras_hub', _KERAS_HUB_PYTHON.value)):
     if python:
       programs[name] = ([python, str(_HERE / f'peer_{name}.py')], {})
   if _NODE_MODULES.value:
@@ -152,8 +138,7 @@ def _run(program, job) -> dict:
   if done.returncode != 0:
     end = done.stderr.strip().splitlines()[-3:]
     raise ValueError(
-      f'{" ".join(command)}: got exit code {done.returncode}, expected 0: '
-      + ' | '.join(end)
+      f'{" ".join(command)}: got exit code {done.returncode}, expected 0: ' + ' | '.join(end)
     )
   return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -163,9 +148,7 @@ def _share(config, job, result, rate: float) -> dict[str, float]:
   if job['kind'] != 'train' or not job['steps']:
     return {}
   supervised = result['supervised_tokens'] / result['updates']
-  work = flops.train_flops(
-    config, job['batch_size'], job['row_tokens'], supervised
-  )
+  work = flops.train_flops(config, job['batch_size'], job['row_tokens'], supervised)
   return {'share': work / result['step_seconds'] / rate}
 
 

@@ -66,19 +66,10 @@ def markdown(case: Case, results: Results) -> str:
   return '\n'.join(lines) + '\n'
 
 
-def write(
-  folder: Path,
-  facts: Mapping[str, Any],
-  measured: Sequence[tuple[Case, Results]],
-) -> None:
+def write(folder: Path, facts: Mapping[str, Any], measured: Sequence[tuple[Case, Results]]) -> None:
   """Writes results.json, table.md and plot.png."""
   cases = [
-    {
-      'name': case.name,
-      'metric': case.metric,
-      'rows': rows(case, results),
-      'results': results,
-    }
+    {'name': case.name, 'metric': case.metric, 'rows': rows(case, results), 'results': results}
     for case, results in measured
   ]
   text = json.dumps({**facts, 'cases': cases}, indent=1)
@@ -95,15 +86,11 @@ def _plot(path: Path, measured: Sequence[tuple[Case, Results]]) -> None:
   matplotlib.use('Agg')
   from matplotlib import pyplot
 
-  figure, panels = pyplot.subplots(
-    len(measured), squeeze=False, figsize=(8, 2.6 * len(measured))
-  )
+  figure, panels = pyplot.subplots(len(measured), squeeze=False, figsize=(8, 2.6 * len(measured)))
   for panel, (case, results) in zip(panels[:, 0], measured, strict=True):
     made = rows(case, results)
     labels = [row['contestant'] for row in made]
-    colours = [
-      'tab:blue' if label.startswith(OURS) else 'tab:grey' for label in labels
-    ]
+    colours = ['tab:blue' if label.startswith(OURS) else 'tab:grey' for label in labels]
     panel.barh(labels, [row['median'] for row in made], color=colours)
     for i, label in enumerate(labels):
       values = [r[case.metric] for r in results[label]]

@@ -29,9 +29,7 @@ def check_regex(name: str, pattern: Any):
   try:
     re.compile(pattern)
   except re.error as e:
-    raise ValueError(
-      f'{name}: {pattern!r} is not a regular expression ({e}).'
-    ) from None
+    raise ValueError(f'{name}: {pattern!r} is not a regular expression ({e}).') from None
 
 
 class Freezable:

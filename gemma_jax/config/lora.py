@@ -4,22 +4,12 @@ import dataclasses
 import math
 import re
 
-from gemma_jax.config.checks import (
-  Freezable,
-  at_least,
-  check_regex,
-  one_of,
-  require,
-)
+from gemma_jax.config.checks import Freezable, at_least, check_regex, one_of, require
 
 # Which projections a preset name stands for; a regex over these names works
 # as well, e.g. targets='q|v|gate'.
 PROJECTIONS = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
-TARGET_PRESETS = {
-  'qv': 'q|v',
-  'attention': 'q|k|v|o',
-  'all': '|'.join(PROJECTIONS),
-}
+TARGET_PRESETS = {'qv': 'q|v', 'attention': 'q|k|v|o', 'all': '|'.join(PROJECTIONS)}
 
 
 @dataclasses.dataclass
@@ -82,30 +72,18 @@ class LoraConfig(Freezable):
     for pattern, rank in self.ranks.items():
       at_least(f'lora.ranks[{pattern!r}]', rank, 1)
       check_regex('lora.ranks', pattern)
-    at_least(
-      'lora.rank',
-      self.rank,
-      1,
-      'To evaluate the base alone, pass no adapter.',
-    )
+    at_least('lora.rank', self.rank, 1, 'To evaluate the base alone, pass no adapter.')
     require(0 < self.alpha < math.inf, 'lora.alpha', self.alpha, 'a number > 0')
-    one_of(
-      'lora.scale_rule',
-      self.scale_rule,
-      ('constant', 'alpha_over_r', 'alpha_over_sqrt_r'),
-    )
+    one_of('lora.scale_rule', self.scale_rule, ('constant', 'alpha_over_r', 'alpha_over_sqrt_r'))
     one_of('lora.factorization', self.factorization, ('matrix', 'keras'))
     one_of('lora.init', self.init, ('peft', 'keras'))
-    require(
-      0 <= self.dropout < 1, 'lora.dropout', self.dropout, 'a rate in [0, 1)'
-    )
+    require(0 <= self.dropout < 1, 'lora.dropout', self.dropout, 'a rate in [0, 1)')
     choices = f'{", ".join(TARGET_PRESETS)} or a regex over {PROJECTIONS}'
     try:
       names = self.target_names
     except re.error as e:
       raise ValueError(
-        f'lora.targets: got {self.targets!r}, which is no regex ({e}); '
-        f'expected {choices}.'
+        f'lora.targets: got {self.targets!r}, which is no regex ({e}); expected {choices}.'
       ) from None
     remedy = ''
     if 'embed' in self.targets:

@@ -16,13 +16,7 @@ import json
 import math
 from typing import Any
 
-from gemma_jax.config.checks import (
-  Freezable,
-  at_least,
-  check_regex,
-  one_of,
-  require,
-)
+from gemma_jax.config.checks import Freezable, at_least, check_regex, one_of, require
 from gemma_jax.config.lora import LoraConfig
 
 
@@ -65,11 +59,7 @@ class BaseConfig(Freezable):
         'float16 overflows in Gemma.' if value == 'float16' else '',
       )
     one_of('model.remat', self.remat, ('auto', 'full', 'dots', 'none'))
-    one_of(
-      'model.attention',
-      self.attention,
-      ('auto', 'einsum', 'blocks', 'splash', 'cudnn'),
-    )
+    one_of('model.attention', self.attention, ('auto', 'einsum', 'blocks', 'splash', 'cudnn'))
 
 
 @dataclasses.dataclass
@@ -107,9 +97,7 @@ class OptimizerConfig(Freezable):
       self.learning_rate,
       'a number > 0',
     )
-    one_of(
-      'optimizer.schedule', self.schedule, ('constant', 'linear', 'cosine')
-    )
+    one_of('optimizer.schedule', self.schedule, ('constant', 'linear', 'cosine'))
     at_least('optimizer.warmup_steps', self.warmup_steps, 0)
     for name in ('weight_decay', 'clip_norm'):
       value = getattr(self, name)
@@ -232,9 +220,7 @@ class TrainConfig(Freezable):
   compilation_cache: str = ''
   model: BaseConfig = dataclasses.field(default_factory=BaseConfig)
   lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-  optimizer: OptimizerConfig = dataclasses.field(
-    default_factory=OptimizerConfig
-  )
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
@@ -244,8 +230,14 @@ class TrainConfig(Freezable):
     Call it once, after the last override. Nothing downstream checks again.
     """
     config = copy.deepcopy(self)
-    for name in ('seed', 'steps', 'eval_every_steps', 'checkpoint_every_steps',
-                 'early_stopping_evals', 'max_skipped_batches'):  # fmt: skip
+    for name in (
+      'seed',
+      'steps',
+      'eval_every_steps',
+      'checkpoint_every_steps',
+      'early_stopping_evals',
+      'max_skipped_batches',
+    ):
       at_least(name, getattr(config, name), 0)
     # Beyond 32 bits another seed would give the same random numbers.
     require(config.seed < 2**32, 'seed', config.seed, 'an integer < 2^32')
@@ -271,9 +263,7 @@ class TrainConfig(Freezable):
     )
     for pattern in config.trainable:
       check_regex('trainable', pattern)
-    parts = (
-        config.model, config.lora, config.optimizer, config.mesh, config.data
-    )  # fmt: skip
+    parts = (config.model, config.lora, config.optimizer, config.mesh, config.data)
     for part in parts:
       part.check()
     divisor = config.optimizer.accumulate_steps
@@ -332,10 +322,7 @@ def from_dict(tree: Any, into: Any = None, where: str = '') -> Any:
     value = tuple(value) if isinstance(value, list) else value
     value = float(value) if type(value) is int and type(old) is float else value
     require(
-      type(value) is type(old),
-      f'{where}{name}',
-      value,
-      f'a value of type {type(old).__name__}',
+      type(value) is type(old), f'{where}{name}', value, f'a value of type {type(old).__name__}'
     )
     setattr(config, name, value)
   return config

@@ -49,20 +49,14 @@ class Audit:
       (
         self.leaked,
         self.num_heldout,
-        'held-out records also stand in training, word for word; their loss '
-        'measures memory',
+        'held-out records also stand in training, word for word; their loss measures memory',
       ),
       (
         self.alike,
         self.num_heldout,
-        'further held-out records also stand in training but for case, space '
-        'and punctuation',
+        'further held-out records also stand in training but for case, space and punctuation',
       ),
-      (
-        self.asked,
-        self.num_heldout,
-        'further held-out records ask what a training record asks',
-      ),
+      (self.asked, self.num_heldout, 'further held-out records ask what a training record asks'),
     ):
       if ids:
         more = ', ...' if len(ids) > _MOST_SHOWN else ''
@@ -82,18 +76,10 @@ def audit(train: Sequence[Record], heldout: Sequence[Record]) -> Audit:
     normal.add(_normalize(text))
   measured = [_texts(record) for record in heldout]
   leaked = [i for i, text in enumerate(measured) if text in exact]
-  alike = [
-    i
-    for i, text in enumerate(measured)
-    if text not in exact and _normalize(text) in normal
-  ]
+  alike = [i for i, text in enumerate(measured) if text not in exact and _normalize(text) in normal]
   questions = {_question(text) for text in texts} - {None}
   known = {*leaked, *alike}
-  asked = [
-    i
-    for i, text in enumerate(measured)
-    if _question(text) in questions and i not in known
-  ]
+  asked = [i for i, text in enumerate(measured) if _question(text) in questions and i not in known]
   empty = [i for i, text in enumerate(texts) if _asks_nothing(text)]
   return Audit(
     tuple(empty),
@@ -125,9 +111,7 @@ def _asks_nothing(texts: tuple) -> bool:
 
 
 def _normalize(texts: tuple) -> tuple:
-  return tuple(
-    _letters(text) if isinstance(text, str) else text for text in texts
-  )
+  return tuple(_letters(text) if isinstance(text, str) else text for text in texts)
 
 
 def _letters(text: str) -> str:

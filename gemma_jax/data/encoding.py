@@ -64,17 +64,14 @@ class Document(NamedTuple):
     }[loss_on]
     tokens = list(itertools.chain.from_iterable(p.ids for p in self.pieces))
     mask = np.repeat(
-      np.array([counts(p.span) for p in self.pieces], np.int32),
-      [len(p.ids) for p in self.pieces],
+      np.array([counts(p.span) for p in self.pieces], np.int32), [len(p.ids) for p in self.pieces]
     )
     mask[0] = 0
     return np.array(tokens, np.int32), mask
 
 
 def encode(
-  rendered: Sequence[Sequence[Span]],
-  tokenizer: Tokenizer,
-  parse_controls: bool = False,
+  rendered: Sequence[Sequence[Span]], tokenizer: Tokenizer, parse_controls: bool = False
 ) -> list[Document]:
   """Tokenizes documents, each span by itself.
 
@@ -86,14 +83,11 @@ def encode(
   """
   controls = tokenizer.controls
   spelled = [
-    any(_spells(s.text, controls) for s in spans if not s.is_control)
-    for spans in rendered
+    any(_spells(s.text, controls) for s in spans if not s.is_control) for spans in rendered
   ]
   if parse_controls:
     rendered = [
-      [part for span in spans for part in _parsed(span, controls)]
-      if is_spelled
-      else spans
+      [part for span in spans for part in _parsed(span, controls)] if is_spelled else spans
       for spans, is_spelled in zip(rendered, spelled, strict=True)
     ]
   texts = [s.text for spans in rendered for s in spans if not s.is_control]
@@ -147,9 +141,7 @@ def _parsed(span: Span, controls: Mapping[str, int]) -> Iterator[Span]:
       continue
     if match.start() > start:
       yield _part(span, (start, match.start()))
-    yield dataclasses.replace(
-      span, text=match[0], is_control=True, spare=(), last_spare=()
-    )
+    yield dataclasses.replace(span, text=match[0], is_control=True, spare=(), last_spare=())
     start = match.end()
   if start < len(span.text):
     yield _part(span, (start, len(span.text)))
@@ -165,8 +157,5 @@ def _part(span: Span, part: Range) -> Span:
     return tuple((a - first, max(b, a) - first) for a, b in cut)
 
   return dataclasses.replace(
-    span,
-    text=span.text[first:last],
-    spare=within(span.spare),
-    last_spare=within(span.last_spare),
+    span, text=span.text[first:last], spare=within(span.spare), last_spare=within(span.last_spare)
   )

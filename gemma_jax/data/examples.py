@@ -115,8 +115,7 @@ class ExampleStats:
     ):
       if count > most * self.records:
         lines.append(
-          f'{count:,} of {self.records:,} records {fate} '
-          f'seq_len={self.seq_len}. {_RAISE}'
+          f'{count:,} of {self.records:,} records {fate} seq_len={self.seq_len}. {_RAISE}'
         )
     if self.unlearnable:
       lines.append(
@@ -149,19 +148,12 @@ class Examples(Sequence[Example]):
     stats: an `ExampleStats`.
   """
 
-  def __init__(
-    self,
-    examples: Sequence[Example],
-    record_ids: Sequence[int],
-    stats: ExampleStats,
-  ):
+  def __init__(self, examples: Sequence[Example], record_ids: Sequence[int], stats: ExampleStats):
     empty = np.zeros(0, np.int32)
     lengths = [len(example.tokens) for example in examples]
     self.offsets = np.cumsum([0, *lengths], dtype=np.int64)
     self.tokens = np.concatenate([empty, *(e.tokens for e in examples)])
-    self.loss_mask = np.concatenate(
-      [empty, *(e.loss_mask for e in examples)]
-    ).astype(np.int8)
+    self.loss_mask = np.concatenate([empty, *(e.loss_mask for e in examples)]).astype(np.int8)
     self.record_ids = np.asarray(record_ids, np.int32)
     self.stats = stats
 
@@ -226,13 +218,7 @@ def make_examples(
     0,
   )
   whole_documents = _documents(
-    records,
-    tokenizer,
-    template,
-    loss_on,
-    seq_len,
-    vocab_size,
-    parse_control_tokens,
+    records, tokenizer, template, loss_on, seq_len, vocab_size, parse_control_tokens
   )
   for record_id, made in enumerate(whole_documents):
     example = made.example
@@ -268,10 +254,7 @@ def make_examples(
 
 
 def prompt_tokens(
-  tokenizer: Tokenizer,
-  template: str,
-  prompt: str,
-  parse_control_tokens: bool = False,
+  tokenizer: Tokenizer, template: str, prompt: str, parse_control_tokens: bool = False
 ) -> list[int]:
   """BOS and the ids before the response: what generation starts from."""
   spans = templates.render_prompt(template, prompt)
@@ -289,15 +272,12 @@ def prompt_tokens(
 def empty_row(seq_len: int) -> Batch:
   """A row of padding: the arrays of `make_row`, all zero."""
   row = {
-    name: np.zeros(seq_len, np.int32)
-    for name in ('tokens', 'targets', 'segment_ids', 'positions')
+    name: np.zeros(seq_len, np.int32) for name in ('tokens', 'targets', 'segment_ids', 'positions')
   }
   return {**row, 'weights': np.zeros(seq_len, np.float32)}
 
 
-def make_row(
-  examples: Examples, example_ids: Sequence[int], seq_len: int
-) -> Batch:
+def make_row(examples: Examples, example_ids: Sequence[int], seq_len: int) -> Batch:
   """Lays documents side by side; the module's docstring shows a row.
 
   Args:
@@ -331,9 +311,7 @@ def make_row(
   return row
 
 
-def make_batch(
-  examples: Examples, rows: Iterable[Sequence[int]], seq_len: int
-) -> Batch:
+def make_batch(examples: Examples, rows: Iterable[Sequence[int]], seq_len: int) -> Batch:
   """Stacks `make_row` of each row: the same names, [B, T]."""
   made = [make_row(examples, row, seq_len) for row in rows]
   return {name: np.stack([row[name] for row in made]) for name in made[0]}
@@ -373,9 +351,7 @@ def _documents(
     return encoding.encode(rendered, tokenizer, parse_controls)
 
   def make(record: Record, document: encoding.Document) -> _Made:
-    fitted = truncation.fit(
-      record, document, seq_len, lambda r: encode(r)[0], tokenizer
-    )
+    fitted = truncation.fit(record, document, seq_len, lambda r: encode(r)[0], tokenizer)
     whole = Example(*document.arrays(loss_on))
     example, kept = None, 0
     if fitted.document is document:
@@ -407,9 +383,7 @@ def _documents(
         yield _cut(_token_example(record, i, vocab_size), seq_len)
 
 
-def _token_example(
-  record: Record, record_id: int, vocab_size: int | None
-) -> Example:
+def _token_example(record: Record, record_id: int, vocab_size: int | None) -> Example:
   """A token record; its first token never counts."""
   tokens = np.array(record.tokens, np.int32)
   if vocab_size is not None and tokens.max() >= vocab_size:

@@ -36,9 +36,7 @@ _SEPARATED = {'\t': 'TSV', ',': 'CSV', ';': 'CSV'}
 _COLUMN = re.compile(r'"?[\w .()-]{1,40}"?')
 
 
-def other_than_json_lines(
-  first_line: bytes, suffixes: Sequence[str] = ()
-) -> str:
+def other_than_json_lines(first_line: bytes, suffixes: Sequence[str] = ()) -> str:
   """What a file is that begins so; '' for JSON Lines.
 
       instruction,response      'CSV, ...'
@@ -78,10 +76,7 @@ def _other_json(text: str, is_whole: bool) -> str:
   if text.startswith('['):
     if isinstance(value, list) and not all(isinstance(x, dict) for x in value):
       return 'lines of JSON lists; write an object for each'
-    return (
-      'a JSON array; write a line for each element '
-      "(jq -c '.[]' FILE > FILE.jsonl)"
-    )
+    return "a JSON array; write a line for each element (jq -c '.[]' FILE > FILE.jsonl)"
   if value is not None or not is_whole or not text.endswith((',', '{', '[')):
     return ''
   if _parse(text.removesuffix(',')) is not None:
@@ -90,17 +85,12 @@ def _other_json(text: str, is_whole: bool) -> str:
 
 
 def _table(name: str, header: str) -> str:
-  return (
-    f'{name}, with the header {header[:80]!r}; write its rows as JSON Lines'
-  )
+  return f'{name}, with the header {header[:80]!r}; write its rows as JSON Lines'
 
 
 def _recode(name: str) -> str:
   codec = name.lower()
-  return (
-    f'{name} text; save it as UTF-8 (iconv -f {codec} -t utf-8 FILE > '
-    'FILE.jsonl)'
-  )
+  return f'{name} text; save it as UTF-8 (iconv -f {codec} -t utf-8 FILE > FILE.jsonl)'
 
 
 def _parse(text: str) -> Any:

@@ -106,9 +106,7 @@ def parse(row: Any, template: str) -> Record:
   begun = [f for f in _FORMS if any(map(fields.has, (*f.lead, *f.needs[0])))]
   form = next(iter(complete or begun), None)
   if form is None:
-    raise fields.missing(
-      'instruction' if fields.has('response') else 'response'
-    )
+    raise fields.missing('instruction' if fields.has('response') else 'response')
   record = form.read(fields, template)
   if record.is_text:
     fields.refuse(_UNSAYABLE)
@@ -117,8 +115,7 @@ def parse(row: Any, template: str) -> Record:
   if weight not in (None, 1):
     raise BadRecord(
       'field "weight" is not 1',
-      f' (found: {kind(weight)}); records are not weighted: take it out, or '
-      'give it another name',
+      f' (found: {kind(weight)}); records are not weighted: take it out, or give it another name',
     )
   category = fields.take('category')
   return dataclasses.replace(
@@ -150,8 +147,7 @@ class _Fields:
       name = spelled.lower() if spelled.lower() in _KNOWN else spelled
       if name in self._values and self._values[name] != value:
         raise BadRecord(
-          f'fields "{prefix}{self._spelled[name]}" and "{prefix}{spelled}" '
-          'differ',
+          f'fields "{prefix}{self._spelled[name]}" and "{prefix}{spelled}" differ',
           '; take one of them out',
         )
       self._values[name] = value
@@ -181,15 +177,12 @@ class _Fields:
       raise self.missing(names[0])
     name = self._quoted(next(filter(self.has, names)))
     if not isinstance(value, str):
-      raise BadRecord(
-        f'field {name} is not a string', f' (found: {kind(value)})'
-      )
+      raise BadRecord(f'field {name} is not a string', f' (found: {kind(value)})')
     try:
       value.encode()
     except UnicodeEncodeError as e:
       raise BadRecord(
-        f'field {name} is not valid Unicode',
-        f' (lone surrogate at character {e.start})',
+        f'field {name} is not valid Unicode', f' (lone surrogate at character {e.start})'
       ) from None
     return value
 
@@ -247,18 +240,13 @@ def _read_tokens(fields: _Fields, template: str) -> Record:
     or not tokens
     or not all(type(t) is int and 0 <= t < 2**31 for t in tokens)
   ):
-    raise BadRecord(
-      'field "tokens" is not a list of token ids', f' (found: {kind(tokens)})'
-    )
+    raise BadRecord('field "tokens" is not a list of token ids', f' (found: {kind(tokens)})')
   if mask is not None:
     if not isinstance(mask, list) or not all(m in (0, 1) for m in mask):
-      raise BadRecord(
-        'field "loss_mask" is not a list of 0 and 1', f' (found: {kind(mask)})'
-      )
+      raise BadRecord('field "loss_mask" is not a list of 0 and 1', f' (found: {kind(mask)})')
     if len(mask) != len(tokens):
       raise BadRecord(
-        'field "loss_mask" is not as long as "tokens"',
-        f' (found: {len(mask)} and {len(tokens)})',
+        'field "loss_mask" is not as long as "tokens"', f' (found: {len(mask)} and {len(tokens)})'
       )
   return Record(
     tokens=tuple(tokens),
@@ -271,18 +259,14 @@ def _read_messages(fields: _Fields, template: str) -> Record:
   del template
   messages = fields.take('messages')
   if not isinstance(messages, list) or not messages:
-    raise BadRecord(
-      'field "messages" is not a list of messages',
-      f' (found: {kind(messages)})',
-    )
+    raise BadRecord('field "messages" is not a list of messages', f' (found: {kind(messages)})')
   turns: list[Turn] = []
   parts: list[Any] = []  # of the key
   unread: dict[str, None] = {}
   for i, message in enumerate(messages):
     if not isinstance(message, dict):
       raise BadRecord(
-        'field "messages" is not a list of messages',
-        f' (found: {kind(message)} at {i})',
+        'field "messages" is not a list of messages', f' (found: {kind(message)} at {i})'
       )
     inner = _Fields(message, f'messages[{i}].')
     role = inner.text('role')
@@ -293,9 +277,7 @@ def _read_messages(fields: _Fields, template: str) -> Record:
   parts.pop()
   if system := fields.optional_text('system'):
     if turns[0].role == SYSTEM:
-      raise BadRecord(
-        'field "system" beside a system message', '; take one of them out'
-      )
+      raise BadRecord('field "system" beside a system message', '; take one of them out')
     turns.insert(0, Turn(SYSTEM, system))
     parts.insert(0, [SYSTEM, system])
   first_user = int(turns[0].role == SYSTEM)
@@ -318,9 +300,7 @@ def _message(fields: _Fields, role: str) -> Turn:
   fields.refuse(_UNSAYABLE)
   weight = fields.take('weight')
   if weight not in (None, 0, 1):
-    raise BadRecord(
-      'a message has a weight other than 0 and 1', f' (found: {kind(weight)})'
-    )
+    raise BadRecord('a message has a weight other than 0 and 1', f' (found: {kind(weight)})')
   if role != MODEL and weight:
     raise BadRecord(
       f'a message of the role {role} has the weight 1',
@@ -355,9 +335,7 @@ def _read_pair(fields: _Fields, template: str) -> Record:
   return dataclasses.replace(record, key=make_key(list(texts.values())))
 
 
-def _single(
-  fields: _Fields, question: str, answer: str, is_instruction: bool = False
-) -> Record:
+def _single(fields: _Fields, question: str, answer: str, is_instruction: bool = False) -> Record:
   """One question and its answer, after what comes before them."""
   before = []
   if system := fields.optional_text('system'):
@@ -366,11 +344,7 @@ def _single(
   context = fields.optional_text(*_CONTEXT)
   parts = [question, context, *([turn.role, turn.text] for turn in before)]
   return Record(
-    turns=(
-      *before,
-      Turn(USER, question, context),
-      Turn(MODEL, answer, is_target=True),
-    ),
+    turns=(*before, Turn(USER, question, context), Turn(MODEL, answer, is_target=True)),
     is_instruction=is_instruction,
     key=make_key(parts),
   )
@@ -382,21 +356,16 @@ def _history(fields: _Fields) -> list[Turn]:
   if history in (None, ''):
     return []
   is_pairs = isinstance(history, list) and all(
-    isinstance(pair, list)
-    and len(pair) == 2
-    and all(isinstance(text, str) for text in pair)
+    isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
     for pair in history
   )
   if not is_pairs:
     raise BadRecord(
-      'field "history" is not a list of [question, answer] pairs',
-      f' (found: {kind(history)})',
+      'field "history" is not a list of [question, answer] pairs', f' (found: {kind(history)})'
     )
   turns = []
   for i, pair in enumerate(history):
-    inner = _Fields(
-      dict(zip(('prompt', 'response'), pair, strict=True)), f'history[{i}].'
-    )
+    inner = _Fields(dict(zip(('prompt', 'response'), pair, strict=True)), f'history[{i}].')
     turns.append(Turn(USER, inner.text('prompt')))
     turns.append(Turn(MODEL, inner.answer('response'), is_target=True))
   return turns

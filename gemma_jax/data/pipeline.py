@@ -59,11 +59,7 @@ def train_batches(
 
 
 def eval_batches(
-  examples: Examples,
-  seq_len: int,
-  batch_size: int,
-  packing: bool = True,
-  rows_multiple: int = 1,
+  examples: Examples, seq_len: int, batch_size: int, packing: bool = True, rows_multiple: int = 1
 ) -> Iterator[tuple[Batch, np.ndarray]]:
   """Batches that hold every example exactly once, longest first.
 
@@ -116,8 +112,6 @@ def _read_ahead(start: int, stop: int, load) -> Iterator:
 
   if start >= stop:
     return iter(())
-  options = grain.ReadOptions(
-    num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD
-  )
+  options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
   numbers = grain.MapDataset.range(start, stop)
   return iter(numbers.map(load).to_iter_dataset(options))

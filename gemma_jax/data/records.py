@@ -44,12 +44,8 @@ class Reading(NamedTuple):
   def lines(self) -> list[str]:
     """'unread fields: id × 5,000, lang × 377', and the same of skipped rows."""
     return [
-      f'{name}: '
-      + ', '.join(f'{key} × {n:,}' for key, n in counts.most_common())
-      for name, counts in (
-        ('skipped records', self.skipped),
-        ('unread fields', self.unread),
-      )
+      f'{name}: ' + ', '.join(f'{key} × {n:,}' for key, n in counts.most_common())
+      for name, counts in (('skipped records', self.skipped), ('unread fields', self.unread))
       if counts
     ]
 

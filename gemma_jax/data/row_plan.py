@@ -61,8 +61,7 @@ class RowPlan:
       raise ValueError('data: got 0 examples, expected at least 1.')
     if self._slots.max() > seq_len:
       raise ValueError(
-        f'data.seq_len: got {seq_len}, expected at least '
-        f'{self._slots.max()}, the longest example.'
+        f'data.seq_len: got {seq_len}, expected at least {self._slots.max()}, the longest example.'
       )
     self.seq_len = seq_len
     self.global_batch_size = global_batch_size
@@ -76,17 +75,11 @@ class RowPlan:
     """The global_batch_size rows that step 0, 1, 2, ... sees."""
     first = step * self.global_batch_size
     with self._lock:
-      return [
-        self._row(i) for i in range(first, first + self.global_batch_size)
-      ]
+      return [self._row(i) for i in range(first, first + self.global_batch_size)]
 
   def length(self, rows: Sequence[Row]) -> int:
     """Places that a batch of these rows is given; see `batch_length`."""
-    return (
-      self.seq_len
-      if self._packing
-      else batch_length(rows, self._slots, self.seq_len)
-    )
+    return self.seq_len if self._packing else batch_length(rows, self._slots, self.seq_len)
 
   def epoch_rows(self, epoch: int) -> list[Row]:
     """All rows of an epoch, before they are cut into steps."""
@@ -106,9 +99,7 @@ class RowPlan:
     """
     whole = math.floor(epochs)
     part = self.rows_per_epoch(whole) * (epochs - whole)
-    return max(
-      1, math.ceil((self._ends[whole] + part) / self.global_batch_size)
-    )
+    return max(1, math.ceil((self._ends[whole] + part) / self.global_batch_size))
 
   def _row(self, index: int) -> Row:
     """Row `index` of all epochs."""
@@ -140,9 +131,7 @@ class RowPlan:
     return -slots if slots >= LONG * self.seq_len else 0
 
 
-def eval_rows(
-  slots: Sequence[int], seq_len: int, packing: bool = True
-) -> dict[int, list[Row]]:
+def eval_rows(slots: Sequence[int], seq_len: int, packing: bool = True) -> dict[int, list[Row]]:
   """Rows that hold each example exactly once, by their length; longest first.
 
   Examples longer than seq_len go into rows of twice, four times, ... that.
@@ -164,9 +153,7 @@ def eval_rows(
   }
 
 
-def batch_length(
-  rows: Sequence[Row], slots: Sequence[int], seq_len: int
-) -> int:
+def batch_length(rows: Sequence[Row], slots: Sequence[int], seq_len: int) -> int:
   """The shortest of seq_len, a half, a quarter and an eighth that holds rows.
 
   Rows of one example each would otherwise be padding for the most part; a few

@@ -53,9 +53,7 @@ def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
   Raises:
     ValueError: a missing source or a bad record, with its place.
   """
-  train, skipped, unread = _load(
-    config.path, 'data.path', 'train', config, tfds_dir
-  )
+  train, skipped, unread = _load(config.path, 'data.path', 'train', config, tfds_dir)
   if config.eval_path or _own_heldout(config.path):
     name = 'data.eval_path' if config.eval_path else 'data.path'
     path = config.eval_path or config.path
@@ -95,9 +93,7 @@ def load_heldout(
 
 
 def split(
-  records: list[Record],
-  fraction: float = HELDOUT_FRACTION,
-  source: str = 'records',
+  records: list[Record], fraction: float = HELDOUT_FRACTION, source: str = 'records'
 ) -> tuple[list[Record], list[Record]]:
   """Holds out the records whose prompt hashes below `fraction`.
 
@@ -179,9 +175,7 @@ def _load(
   return reading._replace(records=without)
 
 
-def _rows(
-  path: str, name: str, part: str, tfds_dir: str
-) -> Iterator[tuple[str, Any]]:
+def _rows(path: str, name: str, part: str, tfds_dir: str) -> Iterator[tuple[str, Any]]:
   kind, _, rest = path.partition(':')
   if kind == 'sample':
     suffix = '_heldout' if part == 'heldout' else ''

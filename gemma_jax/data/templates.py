@@ -124,9 +124,7 @@ def _chat(record: Record) -> list[Span]:
     if turn.role == MODEL:
       is_target = turn.is_target
       spans += _answers([dataclasses.replace(turn, text=turn.text.strip())])
-      spans.append(
-        dataclasses.replace(end, is_answer=True, is_target=is_target)
-      )
+      spans.append(dataclasses.replace(end, is_answer=True, is_target=is_target))
       continue
     if i:
       spans.append(Span('\n'))
@@ -183,15 +181,11 @@ class _Text:
     return [(first, last)] if first < last else []
 
   def span(self) -> Span:
-    return Span(
-      self._text, spare=tuple(self._spare), last_spare=tuple(self._last_spare)
-    )
+    return Span(self._text, spare=tuple(self._spare), last_spare=tuple(self._last_spare))
 
 
 def _answers(turns: list[Turn]) -> list[Span]:
-  return [
-    Span(turn.text, is_answer=True, is_target=turn.is_target) for turn in turns
-  ]
+  return [Span(turn.text, is_answer=True, is_target=turn.is_target) for turn in turns]
 
 
 _TEMPLATES: dict[str, Callable[[Record], list[Span]]] = {
@@ -203,15 +197,9 @@ _TEMPLATES: dict[str, Callable[[Record], list[Span]]] = {
     after='\n\nResponse:\n',
   ),
   'chat': _chat,
-  'plain': functools.partial(
-    _single, name='plain', before='', context=None, after=''
-  ),
+  'plain': functools.partial(_single, name='plain', before='', context=None, after=''),
   'korean': functools.partial(
-    _single,
-    name='korean',
-    before='질문:\n',
-    context='\n\n맥락:\n',
-    after='\n\n답변:\n',
+    _single, name='korean', before='질문:\n', context='\n\n맥락:\n', after='\n\n답변:\n'
   ),
   'en_ko': functools.partial(
     _single,
@@ -232,7 +220,5 @@ _TEMPLATES: dict[str, Callable[[Record], list[Span]]] = {
 
 def _template(name: str) -> Callable[[Record], list[Span]]:
   if name not in _TEMPLATES:
-    raise ValueError(
-      f'data.template: got {name!r}, expected one of {", ".join(_TEMPLATES)}.'
-    )
+    raise ValueError(f'data.template: got {name!r}, expected one of {", ".join(_TEMPLATES)}.')
   return _TEMPLATES[name]

@@ -150,10 +150,7 @@ class SentencePieceTokenizer(Tokenizer):
   """Gemma's tokenizer, from the bytes of a `tokenizer.model`."""
 
   def __init__(
-    self,
-    model_proto: bytes,
-    source: str = 'tokenizer',
-    added: Sequence[AddedToken] = (),
+    self, model_proto: bytes, source: str = 'tokenizer', added: Sequence[AddedToken] = ()
   ):
     """Parses the model.
 
@@ -188,16 +185,11 @@ class SentencePieceTokenizer(Tokenizer):
     ]
     try:
       self._pieces = sentencepiece.SentencePieceProcessor(
-        model_proto=(
-          proto.SerializeToString() if self._retyped or by_name else model_proto
-        )
+        model_proto=(proto.SerializeToString() if self._retyped or by_name else model_proto)
       )
     except Exception as e:  # SentencePiece too
       raise _not_a_model(source, model_proto, e) from None
-    got = tuple(
-      getattr(self._pieces, f'{name}_id')()
-      for name in ('pad', 'eos', 'bos', 'unk')
-    )
+    got = tuple(getattr(self._pieces, f'{name}_id')() for name in ('pad', 'eos', 'bos', 'unk'))
     if got != (self.pad_id, self.eos_id, self.bos_id, self.unk_id):
       raise ValueError(
         f'{source}: got PAD, EOS, BOS, UNK = {got}, expected (0, 1, 2, 3) as '
@@ -208,9 +200,7 @@ class SentencePieceTokenizer(Tokenizer):
     self._bytes: dict[int, bytes] = {}  # of the tokens asked for so far
 
   @classmethod
-  def from_file(
-    cls, path: str, added: Sequence[AddedToken] = ()
-  ) -> 'SentencePieceTokenizer':
+  def from_file(cls, path: str, added: Sequence[AddedToken] = ()) -> 'SentencePieceTokenizer':
     """Reads a `tokenizer.model`; ValueError names a missing or broken file."""
     file = files.path(path)
     if not file.is_file():
@@ -253,9 +243,7 @@ class SentencePieceTokenizer(Tokenizer):
   @functools.cached_property
   def controls(self) -> Mapping[str, int]:
     return {
-      self._pieces.id_to_piece(i): i
-      for i in range(self.vocab_size)
-      if self._pieces.is_control(i)
+      self._pieces.id_to_piece(i): i for i in range(self.vocab_size) if self._pieces.is_control(i)
     }
 
   def fingerprint(self) -> str:
@@ -351,9 +339,7 @@ def build_model_proto(
   normalizer.escape_whitespaces = True
 
   taken = set(pieces)
-  for token_id, (piece, score, kind) in enumerate(
-    zip(pieces, scores, types, strict=True)
-  ):
+  for token_id, (piece, score, kind) in enumerate(zip(pieces, scores, types, strict=True)):
     if ' ' in piece and kind != CONTROL:
       spelled = piece.replace(' ', SPACE)
       if spelled not in taken:
@@ -380,14 +366,9 @@ def _add(pieces: Any, added: Sequence[AddedToken], source: str) -> set[int]:
     Ids of the tokens that it spelled or appended: of these the flag alone says
     whether they are control tokens, not the name.
   """
+  new = [token._replace(content=token.content.replace(' ', SPACE)) for token in sorted(added)]
   new = [
-    token._replace(content=token.content.replace(' ', SPACE))
-    for token in sorted(added)
-  ]
-  new = [
-    token
-    for token in new
-    if token.id >= len(pieces) or pieces[token.id].piece != token.content
+    token for token in new if token.id >= len(pieces) or pieces[token.id].piece != token.content
   ]
   if not new:
     return set()
@@ -428,9 +409,7 @@ def _make_control(pieces: Any, but: set[int]) -> bool:
   named = [
     piece
     for i, piece in enumerate(pieces)
-    if piece.type in (NORMAL, USER_DEFINED)
-    and is_control_name(piece.piece)
-    and i not in but
+    if piece.type in (NORMAL, USER_DEFINED) and is_control_name(piece.piece) and i not in but
   ]
   for piece in named:
     piece.type = CONTROL

@@ -80,9 +80,7 @@ def fit(
       encoded[gone] = encode(_without_oldest(record, gone))
     return encoded[gone].num_tokens
 
-  gone = bisect.bisect_left(
-    range(pairs - 1), -seq_len, key=lambda gone: -tokens_without(gone)
-  )
+  gone = bisect.bisect_left(range(pairs - 1), -seq_len, key=lambda gone: -tokens_without(gone))
   if tokens_without(gone) <= seq_len:
     return Fitted(encoded[gone], lost_prompt=gone > 0)
   pieces, lost = _share(encoded[gone].pieces, seq_len, tokenizer)
@@ -102,9 +100,7 @@ def _share(
   """
   prompt, response = _split(pieces)
   P, R = _count(prompt), _count(response)
-  spare, last = (
-    _spare_tokens(prompt, name, tokenizer) for name in ('spare', 'last_spare')
-  )
+  spare, last = (_spare_tokens(prompt, name, tokenizer) for name in ('spare', 'last_spare'))
   fixed = P - sum(map(len, spare))
   most = seq_len - math.ceil(RESPONSE_SHARE * seq_len)
   least = min(P, max(fixed, math.ceil(PROMPT_SHARE * seq_len)), most)
@@ -144,9 +140,7 @@ def _split(pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
   return list(pieces[:start]), list(pieces[start:])
 
 
-def _spare_tokens(
-  pieces: Sequence[Piece], name: str, tokenizer: Tokenizer
-) -> list[list[_Place]]:
+def _spare_tokens(pieces: Sequence[Piece], name: str, tokenizer: Tokenizer) -> list[list[_Place]]:
   """The tokens that lie within the ranges of that name, by priority.
 
   Pieces of one text, which was parsed, have parts of the same ranges.
@@ -164,9 +158,7 @@ def _spare_tokens(
       if priority == len(groups):
         groups.append([])
       groups[priority] += [
-        (index, i)
-        for i in range(len(ids))
-        if low <= ends[i] and ends[i + 1] <= high
+        (index, i) for i in range(len(ids)) if low <= ends[i] and ends[i + 1] <= high
       ]
   return groups
 
@@ -177,19 +169,14 @@ def _num_bytes(text: str) -> int:
 
 
 def _shortened(
-  pieces: Sequence[Piece],
-  spare: Sequence[list[_Place]],
-  excess: int,
-  tokenizer: Tokenizer,
+  pieces: Sequence[Piece], spare: Sequence[list[_Place]], excess: int, tokenizer: Tokenizer
 ) -> list[Piece]:
   """Takes tokens out of the middle of each spare part, in their order.
 
   At least `excess` of them, or all.
   """
   gone: set[_Place] = set()
-  starts = lambda place: _starts_character(
-    pieces[place[0]], place[1], tokenizer
-  )
+  starts = lambda place: _starts_character(pieces[place[0]], place[1], tokenizer)
   for places in spare:
     taken = min(excess, len(places))
     if not taken:
@@ -209,9 +196,7 @@ def _shortened(
   ]
 
 
-def _beginning(
-  pieces: Sequence[Piece], room: int, tokenizer: Tokenizer
-) -> list[Piece]:
+def _beginning(pieces: Sequence[Piece], room: int, tokenizer: Tokenizer) -> list[Piece]:
   """The first `room` tokens, without a last character that is cut."""
   kept = []
   for piece in pieces:

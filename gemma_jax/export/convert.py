@@ -66,10 +66,7 @@ class Adapter:
   @classmethod
   def read(cls, path: str | Path, config: ModelConfig) -> 'Adapter':
     """Of a PEFT folder or a .lora.h5 file."""
-    return cls(
-      *adapter_lib.read_adapter(path, config),
-      adapter_lib.read_trained_with(path),
-    )
+    return cls(*adapter_lib.read_adapter(path, config), adapter_lib.read_trained_with(path))
 
 
 def convert(
@@ -130,12 +127,7 @@ def convert(
 
     def write(new: Path) -> dict[str, Any]:
       peft.write_adapter(
-        new,
-        loaded.factors,
-        loaded.config,
-        model,
-        loaded.trained_base,
-        loaded.trained_with,
+        new, loaded.factors, loaded.config, model, loaded.trained_base, loaded.trained_with
       )
       return {'parameters': pytree.num_params(loaded.factors)}
 
@@ -143,14 +135,10 @@ def convert(
     result, trained_on = source, None
     if loaded is not None:
       trained_on = loaded.trained_with and loaded.trained_with.template
-      result = merged.merge(
-        source, loaded.config, loaded.factors, loaded.trained_base
-      )
+      result = merged.merge(source, loaded.config, loaded.factors, loaded.trained_base)
 
     def write(new: Path) -> dict[str, Any]:
-      return _write_model(
-        new, result, to, dtype, max_shard_bytes, nested, trained_on
-      )
+      return _write_model(new, result, to, dtype, max_shard_bytes, nested, trained_on)
 
   tokens = _batch(source)
   want = _logits(source, tokens, loaded) if verify else None
@@ -168,9 +156,7 @@ def convert(
     measured = None
     if verify:
       logging.info('Reading it again, comparing logits')
-      measured = _verify_logits(
-        new, source, loaded, to, tokens, want, of_base, record
-      )
+      measured = _verify_logits(new, source, loaded, to, tokens, want, of_base, record)
     record['largest_logit_difference'] = measured
     _warn_of_rounding(record)
     text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + '\n'
@@ -198,25 +184,19 @@ def _check_arguments(folder: epath.Path, to: str, adapter: str, dtype: str):
   if to == 'peft' and not adapter:
     raise ValueError('adapter: missing; --to=peft writes an adapter, give one.')
   if to == 'peft' and dtype != 'auto':
-    raise ValueError(
-      f'dtype: got {dtype!r}, expected auto; factors are written as float32.'
-    )
+    raise ValueError(f'dtype: got {dtype!r}, expected auto; factors are written as float32.')
   _check_free(folder)
 
 
 def _check_free(folder: epath.Path):
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(
-      f'output: {folder} is there already, expected a new or empty folder.'
-    )
+    raise ValueError(f'output: {folder} is there already, expected a new or empty folder.')
 
 
 def _effects(loaded: Adapter) -> list[np.ndarray]:
   """Leaves of which one must be other than zero if the adapter does a thing."""
   leaves = [
-    x
-    for name, x in pytree.items(loaded.factors)
-    if name.endswith(('lora_b', 'lora_magnitude'))
+    x for name, x in pytree.items(loaded.factors) if name.endswith(('lora_b', 'lora_magnitude'))
   ]
   return leaves + [x for _, x in pytree.items(loaded.trained_base)]
 
@@ -248,10 +228,7 @@ def _write_model(
 
 
 def _verify_weights(
-  source: BaseSource,
-  result: BaseSource,
-  loaded: Adapter | None,
-  record: dict[str, Any],
+  source: BaseSource, result: BaseSource, loaded: Adapter | None, record: dict[str, Any]
 ) -> dict[str, Any]:
   """What the weights show; raises ValueError unless they are those meant."""
   dtype = np.dtype(jnp.dtype(record['dtype']))
@@ -315,20 +292,14 @@ def _verify_logits(
   if of_base is not None:
     way = np.linalg.norm(want - of_base[..., :rows])
     if way > 0:
-      record['logit_update_kept'] = max(
-        0.0, 1 - float(np.linalg.norm(got - want) / way)
-      )
+      record['logit_update_kept'] = max(0.0, 1 - float(np.linalg.norm(got - want) / way))
   return float(difference.max())
 
 
 def _warn_of_rounding(record: dict[str, Any]):
   """Says how much of a merged adapter is left; warns if that is too little."""
   names = {'update_kept': 'weights', 'logit_update_kept': "check's logits"}
-  kept = {
-    where: record[name]
-    for name, where in names.items()
-    if record.get(name) is not None
-  }
+  kept = {where: record[name] for name, where in names.items() if record.get(name) is not None}
   if not kept:
     return
   shares = ', '.join(f'{x:.1%} in the {where}' for where, x in kept.items())
@@ -360,15 +331,11 @@ def _batch(source: BaseSource) -> np.ndarray:
   return tokens.astype(np.int32)
 
 
-def _logits(
-  source: BaseSource, tokens: np.ndarray, loaded: Adapter | None
-) -> np.ndarray:
+def _logits(source: BaseSource, tokens: np.ndarray, loaded: Adapter | None) -> np.ndarray:
   """float32 [B, T, V] of the base, with the adapter beside it if given."""
   if loaded is None:
     return streamed.logits(source, tokens)
   if loaded.trained_base:
     source = merged.merge(source, loaded.config, {}, loaded.trained_base)
   scale = np.float32(loaded.config.scale)
-  return streamed.logits(
-    source, tokens, factors_lib.effective(loaded.factors, scale)
-  )
+  return streamed.logits(source, tokens, factors_lib.effective(loaded.factors, scale))

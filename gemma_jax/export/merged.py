@@ -68,9 +68,7 @@ def merge(
     module, _, factor = path.rpartition('/')
     if factor != 'lora_a':
       continue
-    a, b = matrices.matrices(
-      module.split('/', 1)[1], a, factors[f'{module}/lora_b'], lora_config
-    )
+    a, b = matrices.matrices(module.split('/', 1)[1], a, factors[f'{module}/lora_b'], lora_config)
     old = tensors.get(f'{module}/w')
     if old is None or old.shape != (len(b), a.shape[1]):
       found = None if old is None else list(old.shape)

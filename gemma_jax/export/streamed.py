@@ -20,9 +20,7 @@ from gemma_jax.model.layers import RMSNorm, softcap
 from gemma_jax.model.transformer import Layer, Transformer
 
 
-def logits(
-  source: BaseSource, tokens: np.ndarray, lora: pytree.Tree | None = None
-) -> np.ndarray:
+def logits(source: BaseSource, tokens: np.ndarray, lora: pytree.Tree | None = None) -> np.ndarray:
   """Logits of a base, with or without an adapter, computed in float32.
 
   Args:
@@ -55,10 +53,7 @@ def logits(
     products = jnp.einsum('BTD,VD->BTV', x, rows.astype(jnp.float32))
     return softcap(products, config.final_softcap)
 
-  with (
-    futures.ThreadPoolExecutor(2) as pool,
-    jax.default_matmul_precision('highest'),
-  ):
+  with futures.ThreadPoolExecutor(2) as pool, jax.default_matmul_precision('highest'):
     x = np.stack([embedding.read(i, i + 1)[0] for i in tokens.ravel()])
     x = x.astype(np.float32).reshape(*tokens.shape, -1)
     x *= np.sqrt(np.float32(config.embed_dim))
@@ -78,9 +73,7 @@ def logits(
   return np.concatenate(chunks, axis=-1)
 
 
-def _read(
-  source: BaseSource, prefix: str, pool: futures.Executor
-) -> pytree.Tree:
+def _read(source: BaseSource, prefix: str, pool: futures.Executor) -> pytree.Tree:
   """The leaves under a path, in float32."""
   abstract = layout.abstract_params(source.config, np.float32, False)
   leaves = {}

@@ -94,9 +94,7 @@ def compare(
     flat = dict(pytree.items(merged.unrolled(factors)))
   else:
     source_with, flat = source, {}
-  shapes = dict(
-    pytree.items(layout.abstract_params(source.config, scan_layers=False))
-  )
+  shapes = dict(pytree.items(layout.abstract_params(source.config, scan_layers=False)))
   largest, num_changed, update = 0.0, 0, _Update()
   with (
     futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
@@ -106,18 +104,11 @@ def compare(
       module = path.removesuffix('/w')
       if f'{module}/lora_a' in flat:
         own = {n: x for n, x in flat.items() if n.startswith(f'{module}/')}
-        old, got = (
-          _read(x, path, shapes[path].shape, pool)
-          for x in (source_with, written)
-        )
+        old, got = (_read(x, path, shapes[path].shape, pool) for x in (source_with, written))
         want = _merge(path, old, own, lora_config.scale)
-        difference, changed = _compare_merged(
-          path, want, got, old, dtype, update
-        )
+        difference, changed = _compare_merged(path, want, got, old, dtype, update)
       else:
-        difference, changed = _compare_kept(
-          path, source, source_with, written, dtype, update
-        )
+        difference, changed = _compare_kept(path, source, source_with, written, dtype, update)
       largest = max(largest, difference)
       num_changed += changed
   return Comparison(largest, num_changed, update.kept)
@@ -136,19 +127,12 @@ def _merge(
   path: str, kernel: np.ndarray, factors: dict[str, np.ndarray], scale: float
 ) -> np.ndarray:
   """One kernel with its adapter, by `factors.merge`."""
-  tree = factors_lib.merge(
-    pytree.unflatten({path: kernel}), pytree.unflatten(factors), scale
-  )
+  tree = factors_lib.merge(pytree.unflatten({path: kernel}), pytree.unflatten(factors), scale)
   return np.asarray(dict(pytree.items(tree))[path])
 
 
 def _compare_merged(
-  path: str,
-  want: np.ndarray,
-  got: np.ndarray,
-  old: np.ndarray,
-  dtype: np.dtype,
-  update: _Update,
+  path: str, want: np.ndarray, got: np.ndarray, old: np.ndarray, dtype: np.dtype, update: _Update
 ) -> tuple[float, bool]:
   """Largest difference from float32's sum; whether the kernel changed."""
   slack = _SUM_ERROR * np.abs(want).max()

@@ -69,9 +69,7 @@ def _only_writer(folder: Path) -> Iterator[temporary.Folder]:
         yield new
         return
     time.sleep(random.uniform(0, _PAUSE_SECS))
-  raise BlockingIOError(
-    errno.EWOULDBLOCK, 'another process is writing it', str(folder)
-  )
+  raise BlockingIOError(errno.EWOULDBLOCK, 'another process is writing it', str(folder))
 
 
 def _recover(folder: Path) -> None:

@@ -119,10 +119,7 @@ class BaseSource:
     return digest.hexdigest()
 
   def load_params(
-    self,
-    dtype: Any = 'auto',
-    scan_layers: bool = True,
-    shardings: pytree.Tree | None = None,
+    self, dtype: Any = 'auto', scan_layers: bool = True, shardings: pytree.Tree | None = None
   ) -> pytree.Tree:
     """Reads the weights, leaf by leaf.
 
@@ -152,9 +149,7 @@ class BaseSource:
     leaves = {}
     with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
       for path, leaf in pytree.items(abstract):
-        leaves[path] = self._load_leaf(
-          path, leaf.shape, dtype, placed.get(path, default), pool
-        )
+        leaves[path] = self._load_leaf(path, leaf.shape, dtype, placed.get(path, default), pool)
     return pytree.unflatten(leaves)
 
   def _load_leaf(
@@ -189,9 +184,7 @@ class BaseSource:
     """
     _run(self.jobs(path, out.shape, [Part.whole(out)]), pool)
 
-  def jobs(
-    self, path: str, shape: tuple[int, ...], parts: list[Part]
-  ) -> list[Callable[[], None]]:
+  def jobs(self, path: str, shape: tuple[int, ...], parts: list[Part]) -> list[Callable[[], None]]:
     """Calls that together fill parts of one leaf of one layer.
 
     Args:
@@ -229,8 +222,7 @@ def weight_dtype(source: BaseSource, dtype: Any) -> np.dtype:
   dtype = source.stored_dtype if dtype == 'auto' else jnp.dtype(dtype)
   if dtype not in (np.float32, jnp.bfloat16):
     raise ValueError(
-      f'dtype: got {dtype.name}, expected auto, float32 or bfloat16 (float16 '
-      'overflows in Gemma).'
+      f'dtype: got {dtype.name}, expected auto, float32 or bfloat16 (float16 overflows in Gemma).'
     )
   return dtype
 
@@ -284,10 +276,7 @@ def _stored_order(path: str, num_axes: int) -> list[int]:
 
 
 def match_tensors(
-  names: Mapping[str, str],
-  config: ModelConfig,
-  found: Mapping[str, StoredTensor],
-  where: str,
+  names: Mapping[str, str], config: ModelConfig, found: Mapping[str, StoredTensor], where: str
 ) -> dict[str, StoredTensor]:
   """The tensors of a file by leaf: exactly those that the config asks for.
 
@@ -314,9 +303,7 @@ def match_tensors(
       f'{where}: tensor {unexpected[0]} is unexpected ({len(unexpected)} '
       'such), expected only the weights of a Gemma language model.'
     )
-  tensors = {
-    path: finite.checked(found[name], where) for path, name in names.items()
-  }
+  tensors = {path: finite.checked(found[name], where) for path, name in names.items()}
   for path, shape in stored_shapes(config).items():
     got = tensors[path].shape
     if got != shape:

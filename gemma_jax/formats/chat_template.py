@@ -101,9 +101,7 @@ def jinja(template: str) -> str:
   return _TEXT + _SYSTEM + no_system + single
 
 
-def of_export(
-  trained_on: str | None, own: str | None, tokenizer: Tokenizer | None
-) -> str | None:
+def of_export(trained_on: str | None, own: str | None, tokenizer: Tokenizer | None) -> str | None:
   """The chat template that an exported model should carry.
 
   Args:

@@ -14,10 +14,7 @@ if TYPE_CHECKING:
   from gemma_jax.formats.base_source import StoredTensor
 
 # Exponent bits, all set in infinities and NaN, of what NumPy tests slowly.
-_EXPONENTS = {
-  np.dtype(np.float16): 0x7C00,
-  np.dtype(ml_dtypes.bfloat16): 0x7F80,
-}
+_EXPONENTS = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
 
 
 def checked(tensor: 'StoredTensor', where: str) -> 'StoredTensor':
@@ -56,9 +53,7 @@ def problem(values: np.ndarray, name: str, first_row: int = 0) -> str | None:
   )
 
 
-def _read(
-  tensor: 'StoredTensor', where: str, start: int, stop: int
-) -> np.ndarray:
+def _read(tensor: 'StoredTensor', where: str, start: int, stop: int) -> np.ndarray:
   values = tensor.read(start, stop)
   check(values, tensor.name, where, start)
   return values

@@ -71,8 +71,7 @@ def find(folder: Path) -> Path | None:
   inner = sorted(p for p in folder.iterdir() if p.is_dir() and _is_orbax(p))
   if len(inner) > 1:
     names = ', '.join(p.name for p in inner)
-    raise ValueError(f'{folder}: there are several models in it ({names}); '
-                     'give the path of one.')  # fmt: skip
+    raise ValueError(f'{folder}: there are several models in it ({names}); give the path of one.')
   return inner[0] if inner else None
 
 
@@ -107,9 +106,7 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
   tensors = {
     path: finite.checked(
       StoredTensor(
-        places[path].name,
-        shape,
-        functools.partial(cache.read, path, places[path], shape),
+        places[path].name, shape, functools.partial(cache.read, path, places[path], shape)
       ),
       str(folder),
     )
@@ -119,23 +116,17 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
     reference=reference,
     config=config,
     stored_dtype=np.dtype(
-      ml_dtypes.bfloat16
-      if dtypes == {np.dtype(ml_dtypes.bfloat16)}
-      else np.float32
+      ml_dtypes.bfloat16 if dtypes == {np.dtype(ml_dtypes.bfloat16)} else np.float32
     ),
     tensors=tensors,
     files=tuple(
-      p
-      for p in sorted(root.rglob('*'))
-      if p.is_file() and p.name != '_CHECKPOINT_METADATA'
+      p for p in sorted(root.rglob('*')) if p.is_file() and p.name != '_CHECKPOINT_METADATA'
     ),
     make_tokenizer=functools.partial(_tokenizer, tokenizer),
   )
 
 
-def make_places(
-  config: ModelConfig, fused: bool, swapped: bool
-) -> dict[str, Place]:
+def make_places(config: ModelConfig, fused: bool, swapped: bool) -> dict[str, Place]:
   """Where each leaf of the unrolled tree lies.
 
   Args:
@@ -156,13 +147,9 @@ def make_places(
         swapped,
       )
     elif fused and name in _IN_QKV:
-      places[path] = Place(
-        f'{layer}/attn/qkv_einsum/w', (3, *shape), _IN_QKV.index(name)
-      )
+      places[path] = Place(f'{layer}/attn/qkv_einsum/w', (3, *shape), _IN_QKV.index(name))
     elif name in _IN_KV:
-      places[path] = Place(
-        f'{layer}/attn/kv_einsum/w', (2, *shape), _IN_KV.index(name)
-      )
+      places[path] = Place(f'{layer}/attn/kv_einsum/w', (2, *shape), _IN_KV.index(name))
     else:
       places[path] = Place(f'{layer}/{_NAMES.get(name, name)}', shape)
   return places
@@ -208,9 +195,7 @@ def _open_arrays(root: Path) -> dict[str, Any]:
     kvstore = {'driver': 'ocdbt', 'base': f'file://{root.absolute()}/'}
   arrays = {}
   try:
-    keys = [
-      k.decode() for k in ts.KvStore.open(kvstore).result().list().result()
-    ]
+    keys = [k.decode() for k in ts.KvStore.open(kvstore).result().list().result()]
     drivers = {
       stem: driver
       for stem, _, last in (key.rpartition('/') for key in keys)
@@ -231,23 +216,16 @@ def _open_arrays(root: Path) -> dict[str, Any]:
       block = array.chunk_layout.write_chunk.shape
       wanted = math.prod(map(_ceil_div, array.shape, block))
       if num_blocks[stem] != wanted:
-        raise ValueError(
-          f'array {path} has {num_blocks[stem]} of the {wanted} blocks of its '
-          'shape'
-        )
+        raise ValueError(f'array {path} has {num_blocks[stem]} of the {wanted} blocks of its shape')
       arrays[path] = array
   except ValueError as e:
-    raise ValueError(
-      f'{root}: this is no whole Orbax checkpoint ({e}).'
-    ) from None
+    raise ValueError(f'{root}: this is no whole Orbax checkpoint ({e}).') from None
   if not arrays:
     raise ValueError(f'{root}: this Orbax checkpoint holds no arrays.')
   return arrays
 
 
-def _count_blocks(
-  stems: Collection[str], keys: Iterable[str]
-) -> collections.Counter[str]:
+def _count_blocks(stems: Collection[str], keys: Iterable[str]) -> collections.Counter[str]:
   """How many keys, beside the metadata, lie below each array's stem."""
   counts = collections.Counter()
   for key in keys:
@@ -277,8 +255,7 @@ def _check(places: Mapping[str, Place], arrays: Mapping[str, Any], root: Path):
     kind = arrays[name].dtype.name
     if kind not in _DTYPES:
       raise ValueError(
-        f'{root}: array {name} has dtype {kind}, expected one of '
-        f'{", ".join(_DTYPES)}.'
+        f'{root}: array {name} has dtype {kind}, expected one of {", ".join(_DTYPES)}.'
       )
   unexpected = sorted(arrays.keys() - shapes.keys())
   if unexpected:

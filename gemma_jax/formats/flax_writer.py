@@ -26,9 +26,7 @@ _BLOCK_BYTES = 64 << 20
 _DATA_FILE_BYTES = 256 << 20
 
 
-def write_folder(
-  folder: Path, source: BaseSource, dtype: Any = 'auto', nested: bool = False
-):
+def write_folder(folder: Path, source: BaseSource, dtype: Any = 'auto', nested: bool = False):
   """Fills an empty folder with `params/` (Orbax) and tokenizer.model.
 
   One array is in memory at a time. An embedding of 256000 rows gets the 128
@@ -56,9 +54,7 @@ def write_folder(
   with futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
     leaves = {
       f'transformer/{name}': _Leaf(
-        own[next(iter(own))].shape,
-        np.dtype(dtype),
-        functools.partial(_fill, source, own, pool),
+        own[next(iter(own))].shape, np.dtype(dtype), functools.partial(_fill, source, own, pool)
       )
       for name, own in parts.items()
     }
@@ -93,10 +89,7 @@ class _Leaf:
 
 
 def _fill(
-  source: BaseSource,
-  places: Mapping[str, Place],
-  pool: futures.Executor,
-  array: np.ndarray,
+  source: BaseSource, places: Mapping[str, Place], pool: futures.Executor, array: np.ndarray
 ) -> None:
   """Reads what lies in one array of the release, by path of our tree."""
   for path, place in places.items():
@@ -132,23 +125,18 @@ def _save(folder: Path, leaves: Mapping[str, _Leaf], nested: bool) -> None:
       module, _, last = name.rpartition('/')
       tree.setdefault(module, {})[last] = leaf
   registry = ocp.type_handlers.create_type_handler_registry(
-    (_Leaf, InTurn(deepcopy_host_arrays=False)),
-    (jax.Array, ocp.type_handlers.ArrayHandler()),
+    (_Leaf, InTurn(deepcopy_host_arrays=False)), (jax.Array, ocp.type_handlers.ArrayHandler())
   )
   handler = ocp.PyTreeCheckpointHandler(
     use_compression=False,  # trained weights hardly shrink
     type_handler_registry=registry,
   )
-  save_args = jax.tree.map(
-    lambda _: ocp.SaveArgs(chunk_byte_size=_BLOCK_BYTES), tree
-  )
+  save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_BLOCK_BYTES), tree)
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(
       folder,
       args=ocp.args.PyTreeSave(
-        tree,
-        save_args=save_args,
-        ocdbt_target_data_file_size=_DATA_FILE_BYTES,
+        tree, save_args=save_args, ocdbt_target_data_file_size=_DATA_FILE_BYTES
       ),
     )
 

@@ -58,21 +58,14 @@ def open_gguf(path: Path, reference: str) -> BaseSource:
   if _EMBED not in infos:
     raise ValueError(f'{path}: tensor {_EMBED} is missing.')
   config = _model_config(metadata, infos, str(path))
-  names = {
-    'embedder/input_embedding': _EMBED,
-    'final_norm/scale': 'output_norm.weight',
-  }
+  names = {'embedder/input_embedding': _EMBED, 'final_norm/scale': 'output_norm.weight'}
   for i in range(config.num_layers):
     for name in layout.layer_axes(config):
       names[f'layer_{i}/{name}'] = f'blk.{i}.{_LAYER_NAMES[name]}.weight'
   for name, info in infos.items():
     _check_type(info.type, name, path)
   found = {
-    name: StoredTensor(
-      name,
-      info.shape,
-      functools.partial(_read_rows, path, info, name),
-    )
+    name: StoredTensor(name, info.shape, functools.partial(_read_rows, path, info, name))
     for name, info in infos.items()
   }
   return BaseSource(
@@ -87,33 +80,26 @@ def open_gguf(path: Path, reference: str) -> BaseSource:
 
 
 def _model_config(
-  metadata: dict[str, Any],
-  infos: dict[str, gguf_file.TensorInfo],
-  where: str,
+  metadata: dict[str, Any], infos: dict[str, gguf_file.TensorInfo], where: str
 ) -> ModelConfig:
   """The architecture that the metadata describes."""
   arch = metadata.get('general.architecture')
   if arch not in ('gemma', 'gemma2', 'gemma3'):
     raise ValueError(
-      f'{where}: general.architecture is {arch!r}, expected gemma, gemma2 or '
-      'gemma3.'
+      f'{where}: general.architecture is {arch!r}, expected gemma, gemma2 or gemma3.'
     )
 
   def get(key: str, default: Any = None) -> Any:
     value = metadata.get(f'{arch}.{key}', default)
     if not isinstance(value, int | float) or isinstance(value, bool):
-      raise ValueError(
-        f'{where}: {arch}.{key} is {value!r}, expected a number.'
-      )
+      raise ValueError(f'{where}: {arch}.{key} is {value!r}, expected a number.')
     return value
 
   num_layers = get('block_count')
   base_source.check_layer_count(num_layers, len(infos), where)
   head_dim = get('attention.key_length')
   if get('attention.value_length', head_dim) != head_dim:
-    raise ValueError(
-      f'{where}: {arch}.attention.value_length is not key_length={head_dim}.'
-    )
+    raise ValueError(f'{where}: {arch}.attention.value_length is not key_length={head_dim}.')
   fields = {
     'vocab_size': infos[_EMBED].shape[0],
     'embed_dim': get('embedding_length'),
@@ -133,9 +119,7 @@ def _model_config(
     fields['layer_is_local'] = variants.alternating(num_layers, local)
     fields['use_post_norms'] = True
     if num_layers == _LAYERS_27B[arch]:
-      fields['query_scale'] = (
-        fields['embed_dim'] / fields['num_heads']
-      ) ** -0.5
+      fields['query_scale'] = (fields['embed_dim'] / fields['num_heads']) ** -0.5
   if arch == 'gemma2':
     # The first converters left these out; llama.cpp takes the same values.
     fields['window_size'] = get('attention.sliding_window', 4096)
@@ -205,9 +189,9 @@ def _read_rows(
     offset=info.offset + first // block * block_bytes,
   )
   # As one row, which `dequantize` takes at once, not sixteen rows at a time.
-  values = quants.dequantize(
-    stored.reshape(1, -1), GGMLQuantizationType(info.type)
-  ).reshape(stop - start, *info.shape[1:])
+  values = quants.dequantize(stored.reshape(1, -1), GGMLQuantizationType(info.type)).reshape(
+    stop - start, *info.shape[1:]
+  )
   return values - np.float32(1) if name.endswith('norm.weight') else values
 
 

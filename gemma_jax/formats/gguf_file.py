@@ -25,9 +25,18 @@ MAGIC = b'GGUF'
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
-    0: '<u1', 1: '<i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4',
-    7: '?', 10: '<u8', 11: '<i8', 12: '<f8',
-}  # fmt: skip
+  0: '<u1',
+  1: '<i1',
+  2: '<u2',
+  3: '<i2',
+  4: '<u4',
+  5: '<i4',
+  6: '<f4',
+  7: '?',
+  10: '<u8',
+  11: '<i8',
+  12: '<f8',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +96,7 @@ class _Cursor:
     return self.scalars(item_kind, count)
 
 
-def read_header(
-  path: Path,
-) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
   """Metadata by key, and tensors by name.
 
       {'general.architecture': 'gemma3', 'gemma3.block_count': 18, ...}
@@ -101,10 +108,7 @@ def read_header(
   """
   if not path.stat().st_size:  # which cannot be mapped
     raise ValueError(f'{path}: the file is empty; it is truncated.')
-  with (
-    path.open('rb') as f,
-    mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data,
-  ):
+  with path.open('rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
     try:
       return _parse(_Cursor(data), len(data))
     except _Truncated:

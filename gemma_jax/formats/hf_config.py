@@ -114,9 +114,7 @@ def model_config(raw: Any, num_tensors: int, where: str) -> ModelConfig:
     raise ValueError(f'{where}: {e}') from None
 
 
-def _check_switches(
-  config: dict[str, Any], outer: dict[str, Any], kind: str, where: str
-):
+def _check_switches(config: dict[str, Any], outer: dict[str, Any], kind: str, where: str):
   """Refuses what a Gemma checkpoint never has and this model cannot do."""
   # Gemma 1 was released with hidden_act 'gelu' and trained with tanh GELU;
   # hidden_activation, where it stands, means what it says.
@@ -146,16 +144,12 @@ def _pattern(config: dict[str, Any], kind: str, where: str) -> tuple[bool, ...]:
       period = config.get('sliding_window_pattern')
       period = period or config.get('_sliding_window_pattern') or 6
     if not isinstance(period, int) or period < 1:
-      raise ValueError(
-        f'{where}: sliding_window_pattern is {period!r}, expected an integer '
-        '>= 1.'
-      )
+      raise ValueError(f'{where}: sliding_window_pattern is {period!r}, expected an integer >= 1.')
     return variants.alternating(num_layers, period - 1)
   names = ('full_attention', 'sliding_attention')
   if not isinstance(listed, list) or any(name not in names for name in listed):
     raise ValueError(
-      f'{where}: layer_types is {listed!r}, expected a list of '
-      f'{" and ".join(names)}.'
+      f'{where}: layer_types is {listed!r}, expected a list of {" and ".join(names)}.'
     )
   return tuple(name == 'sliding_attention' for name in listed)
 
@@ -172,9 +166,7 @@ def _rope(config: dict[str, Any], kind: str, where: str) -> dict[str, float]:
   elif is_gemma3:
     entries = _object(parameters, 'rope_parameters', where)
     full = _object(entries.get('full_attention'), 'full_attention', where)
-    local = _object(
-      entries.get('sliding_attention'), 'sliding_attention', where
-    )
+    local = _object(entries.get('sliding_attention'), 'sliding_attention', where)
   else:
     full, local = _object(parameters, 'rope_parameters', where), {}
   rope = {
@@ -187,8 +179,7 @@ def _rope(config: dict[str, Any], kind: str, where: str) -> dict[str, float]:
   scaled = local if is_gemma3 else full if kind == 'gemma2' else {}
   if _linear_factor(scaled, where) != 1.0:
     raise ValueError(
-      f'{where}: RoPE of local layers is scaled ({scaled!r}), expected rope '
-      'type default.'
+      f'{where}: RoPE of local layers is scaled ({scaled!r}), expected rope type default.'
     )
   return rope
 
@@ -198,9 +189,7 @@ def _linear_factor(rope: dict[str, Any], where: str) -> float:
   if kind == 'default':
     return 1.0
   if kind != 'linear':
-    raise ValueError(
-      f'{where}: rope_type is {kind!r}, expected default or linear.'
-    )
+    raise ValueError(f'{where}: rope_type is {kind!r}, expected default or linear.')
   return _positive(rope, 'factor', where)
 
 
@@ -255,10 +244,7 @@ def to_json(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
   scaling = None
   if config.rope_scale != 1.0:
     scaling = {'rope_type': 'linear', 'factor': config.rope_scale}
-  full = {
-    'rope_theta': config.rope_theta,
-    **(scaling or {'rope_type': 'default'}),
-  }
+  full = {'rope_theta': config.rope_theta, **(scaling or {'rope_type': 'default'})}
   raw |= {'rope_theta': config.rope_theta, 'rope_scaling': scaling}
   raw['rope_parameters'] = full
   if kind == 'gemma':
@@ -272,9 +258,7 @@ def to_json(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     raw |= {
       'attn_logit_softcapping': config.attention_softcap,
       'final_logit_softcapping': config.final_softcap,
-      'layer_types': [
-        'sliding_attention' if local else 'full_attention' for local in pattern
-      ],
+      'layer_types': ['sliding_attention' if local else 'full_attention' for local in pattern],
       'query_pre_attn_scalar': scalar,
       'sliding_window': config.window_size,
     }
@@ -302,12 +286,7 @@ def _check_says(raw: dict[str, Any], config: ModelConfig):
     fields['local rope_scale'] = 1.0 if c.rope_local_theta else c.rope_scale
     if not any(c.layer_is_local or ()):  # then none of these is looked at
       fields |= dict.fromkeys(
-        (
-          'layer_is_local',
-          'window_size',
-          'rope_local_theta',
-          'local rope_scale',
-        )
+        ('layer_is_local', 'window_size', 'rope_local_theta', 'local rope_scale')
       )
     return fields
 

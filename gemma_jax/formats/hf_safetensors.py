@@ -54,17 +54,11 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
   for path in files:
     for name, entry in safetensors_file.read_header(path).items():
       if name in entries:
-        raise ValueError(
-          f'{path}: tensor {name} is in {entries[name].path.name} too.'
-        )
+        raise ValueError(f'{path}: tensor {name} is in {entries[name].path.name} too.')
       entries[name] = entry
   config_path = folder / 'config.json'
-  config = hf_config.model_config(
-    read_json(config_path), len(entries), str(config_path)
-  )
-  prefix = next(
-    (p for p in _PREFIXES if f'{p}embed_tokens.weight' in entries), 'model.'
-  )
+  config = hf_config.model_config(read_json(config_path), len(entries), str(config_path))
+  prefix = next((p for p in _PREFIXES if f'{p}embed_tokens.weight' in entries), 'model.')
   if prefix != 'model.':
     entries = {n: e for n, e in entries.items() if not _VISION.match(n)}
   heads = [entries.pop(name) for name in list(entries) if _HEAD.fullmatch(name)]
@@ -147,30 +141,22 @@ def _index_files(index: Path) -> list[Path]:
   files = []
   for name in sorted({str(entry) for entry in weight_map.values()}):
     if not re.fullmatch(r'[^/\\]+\.safetensors', name):
-      raise ValueError(
-        f'{index}: {name!r} is no name of a .safetensors file in the folder.'
-      )
+      raise ValueError(f'{index}: {name!r} is no name of a .safetensors file in the folder.')
     path = index.parent / name
     if not path.is_file():
       of = next(t for t, entry in weight_map.items() if entry == name)
-      raise ValueError(
-        f'{path}: this shard is missing; {INDEX_NAME} says that it holds {of}.'
-      )
+      raise ValueError(f'{path}: this shard is missing; {INDEX_NAME} says that it holds {of}.')
     files.append(path)
   return files
 
 
-def _check_tied(
-  head: safetensors_file.Entry, embedding: safetensors_file.Entry
-):
+def _check_tied(head: safetensors_file.Entry, embedding: safetensors_file.Entry):
   """Raises ValueError unless an output layer equals the embedding."""
   equal = head.shape == embedding.shape
   step = max(1, base_source.CHUNK_ELEMENTS // embedding.shape[1])
   for start in range(0, embedding.shape[0] if equal else 0, step):
     stop = min(start + step, embedding.shape[0])
-    equal = equal and np.array_equal(
-      head.read(start, stop), embedding.read(start, stop)
-    )
+    equal = equal and np.array_equal(head.read(start, stop), embedding.read(start, stop))
   if not equal:
     raise ValueError(
       f'{head.path}: tensor {head.name} differs from {embedding.name}, but '

@@ -39,9 +39,7 @@ def read(folder: Path, num_rows: int) -> SentencePieceTokenizer | None:
   path = folder / 'tokenizer.model'
   if not path.is_file():
     return None
-  return SentencePieceTokenizer.from_file(
-    str(path), added_tokens(folder, num_rows)
-  )
+  return SentencePieceTokenizer.from_file(str(path), added_tokens(folder, num_rows))
 
 
 def added_tokens(folder: Path, num_rows: int) -> list[AddedToken]:
@@ -122,9 +120,7 @@ def _parse(where: str, entry: Any, special: set[str]) -> AddedToken:
   # No more rows than an int32 can count, whatever a file says.
   is_id = type(token_id) is int and 0 <= token_id < 2**31
   if not is_id or not _is_text(content):
-    raise ValueError(
-      f'{where}: got added token {entry!r:.80}, expected an id and a content.'
-    )
+    raise ValueError(f'{where}: got added token {entry!r:.80}, expected an id and a content.')
   is_special = fields.get('special') is True or content in special
   odd = next((name for name in _MATCHING if fields.get(name)), None)
   if odd and not (is_special or tokenizer_lib.is_control_name(content)):
@@ -158,9 +154,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return {}
   raw = hf_safetensors.read_json(path)
   if not isinstance(raw, dict):
-    raise ValueError(
-      f'{path}: got a {type(raw).__name__}, expected a JSON object.'
-    )
+    raise ValueError(f'{path}: got a {type(raw).__name__}, expected a JSON object.')
   return raw
 
 

@@ -101,9 +101,7 @@ def write_folder(
   }
   _write_weights(folder, tensors, dtype, max_shard_bytes)
   write_tokenizer(folder, source, trained_on)
-  _write_generation_config(
-    folder / 'generation_config.json', source, trained_on
-  )
+  _write_generation_config(folder / 'generation_config.json', source, trained_on)
 
 
 def exported_config(config: ModelConfig) -> ModelConfig:
@@ -112,9 +110,7 @@ def exported_config(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, vocab_size=rows)
 
 
-def write_tokenizer(
-  folder: Path, source: BaseSource, trained_on: str | None = None
-):
+def write_tokenizer(folder: Path, source: BaseSource, trained_on: str | None = None):
   """Writes tokenizer.model, and beside it what its readers want.
 
   Other tokenizer files of the base's own folder are copied, unless another
@@ -135,9 +131,7 @@ def write_tokenizer(
   given = hf_tokenizer.read_object(path)
   config = dict(given or _TOKENIZER_CONFIG)
   config.setdefault('added_tokens_decoder', _decoder(tokenizer))
-  template = chat_template.of_export(
-    trained_on, source.read_chat_template(), tokenizer
-  )
+  template = chat_template.of_export(trained_on, source.read_chat_template(), tokenizer)
   if template is not None and template != hf_tokenizer.chat_template(folder):
     (folder / 'chat_template.json').unlink(missing_ok=True)
     (folder / 'chat_template.jinja').write_text(template, 'utf-8')
@@ -161,9 +155,7 @@ def _decoder(tokenizer: Tokenizer) -> dict[str, Any]:
   }
 
 
-def _write_generation_config(
-  path: Path, source: BaseSource, trained_on: str | None
-):
+def _write_generation_config(path: Path, source: BaseSource, trained_on: str | None):
   """Where sampling stops: as the base's folder says, and as was trained.
 
   Every template ends an answer with EOS, and chat with <end_of_turn> before it.
@@ -198,17 +190,12 @@ def _origin(source: BaseSource) -> Path | None:
   if folder is None or not (folder / 'config.json').is_file():
     return None
   own = hf_tokenizer.read(folder, source.config.vocab_size)
-  fingerprints = [
-    None if t is None else t.fingerprint() for t in (own, source.tokenizer())
-  ]
+  fingerprints = [None if t is None else t.fingerprint() for t in (own, source.tokenizer())]
   return folder if fingerprints[0] == fingerprints[1] else None
 
 
 def _write_weights(
-  folder: Path,
-  tensors: Mapping[str, StoredTensor],
-  dtype: np.dtype,
-  max_shard_bytes: int,
+  folder: Path, tensors: Mapping[str, StoredTensor], dtype: np.dtype, max_shard_bytes: int
 ):
   shards: list[dict[str, StoredTensor]] = [{}]
   shard_bytes = total_bytes = 0

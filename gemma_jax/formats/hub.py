@@ -35,13 +35,10 @@ def fetch(reference: str) -> Path:
       such model or revision, its licence was not accepted, or it is neither in
       the cache nor can the Hub be reached.
   """
-  match = re.fullmatch(
-    r'hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?', reference
-  )
+  match = re.fullmatch(r'hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?', reference)
   if not match:
     raise ValueError(
-      f'model.path: got {reference!r}, expected hf:OWNER/NAME or '
-      'hf:OWNER/NAME@REVISION.'
+      f'model.path: got {reference!r}, expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION.'
     )
   name, revision = match['name'], match['revision']
   try:
@@ -57,9 +54,7 @@ def fetch(reference: str) -> Path:
     return ValueError(f'model.path: got {reference!r}, {reason}')
 
   try:
-    folder = huggingface_hub.snapshot_download(
-      name, revision=revision, allow_patterns=list(_FILES)
-    )
+    folder = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(_FILES))
   except errors.GatedRepoError:
     raise refuse(
       f'whose licence was not accepted yet: accept it at '
@@ -68,9 +63,7 @@ def fetch(reference: str) -> Path:
   except errors.RevisionNotFoundError:
     raise refuse(f'but the model has no revision {revision!r}.') from None
   except errors.RepositoryNotFoundError:
-    raise refuse(
-      'which the Hub does not have, or shows to others only (hf auth login).'
-    ) from None
+    raise refuse('which the Hub does not have, or shows to others only (hf auth login).') from None
   except errors.LocalEntryNotFoundError:
     raise refuse(
       'which is not in the cache, and the Hub cannot be reached; check the '
@@ -79,7 +72,6 @@ def fetch(reference: str) -> Path:
   except Exception as e:  # of the hub, of the network's and Xet's libraries
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     raise refuse(
-      f'which could not be fetched whole ({reason}); the same command goes on '
-      'where it ended.'
+      f'which could not be fetched whole ({reason}); the same command goes on where it ended.'
     ) from None
   return Path(folder)

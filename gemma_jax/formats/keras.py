@@ -64,16 +64,14 @@ def read_lora(
     import h5py
   except ImportError:
     raise ValueError(
-      f'{path}: reading it takes h5py, which is not installed; '
-      "pip install -e '.[keras]'."
+      f"{path}: reading it takes h5py, which is not installed; pip install -e '.[keras]'."
     ) from None
   try:
     with h5py.File(path, 'r') as file:
       rank, unrolled = _read(file, model_config, path.stat().st_size)
   except _DAMAGE as e:
     raise ValueError(
-      f'{path}: it is damaged or holds no LoRA weights of a KerasHub backbone '
-      f'({e}).'
+      f'{path}: it is damaged or holds no LoRA weights of a KerasHub backbone ({e}).'
     ) from None
   except ValueError as e:
     raise ValueError(f'{path}: {e}') from None
@@ -81,9 +79,8 @@ def read_lora(
   targets = [
     target
     for target in layout.PROJECTION_EQUATIONS
-    if any(f'layer_{i}/{target}/lora_a' in unrolled
-           for i in range(model_config.num_layers))
-  ]  # fmt: skip
+    if any(f'layer_{i}/{target}/lora_a' in unrolled for i in range(model_config.num_layers))
+  ]
   for i in range(model_config.num_layers):
     for target in targets:
       if f'layer_{i}/{target}/lora_a' not in unrolled:
@@ -145,8 +142,7 @@ def _read(
   total = sum(dataset.nbytes for _, dataset in datasets.values())
   if total > num_bytes:
     raise ValueError(
-      f"its factors are {total} bytes, expected at most the file's "
-      f'{num_bytes}; it is damaged.'
+      f"its factors are {total} bytes, expected at most the file's {num_bytes}; it is damaged."
     )
   unrolled = {}
   for path, (name, dataset) in datasets.items():
@@ -193,9 +189,7 @@ def _naming(name: str):
     raise ValueError(f'{name} is damaged ({e}).') from None
 
 
-def _dataset(
-  file: Any, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]
-) -> Any:
+def _dataset(file: Any, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Any:
   """A dataset that is what Keras writes: in this file, plain and whole.
 
   Links to elsewhere, chunks, filters and blocks that were never written are
@@ -219,8 +213,7 @@ def _dataset(
     raise ValueError(f'{name} is {got}, expected {" or ".join(dtypes)}.')
   if found.shape != shape:
     raise ValueError(
-      f'{name} has shape {found.shape}, expected {shape}; the file is for '
-      'another architecture.'
+      f'{name} has shape {found.shape}, expected {shape}; the file is for another architecture.'
     )
   kind = found.id.get_create_plist().get_layout()
   if kind not in (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS) or found.external:
@@ -230,9 +223,7 @@ def _dataset(
     )
   stored = found.id.get_storage_size()
   if stored != found.nbytes:
-    raise ValueError(
-      f'{name} stores {stored} bytes, expected all of its {found.nbytes}.'
-    )
+    raise ValueError(f'{name} stores {stored} bytes, expected all of its {found.nbytes}.')
   return found
 
 
@@ -247,9 +238,7 @@ def _dtype(dataset: Any) -> np.dtype | None:
   return dtype
 
 
-def _shapes(
-  target: str, config: ModelConfig, rank: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shapes(target: str, config: ModelConfig, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Shapes of A and B of a projection, e.g. [N, D, r] and [r, H]."""
   sizes = layout.axis_sizes(config) | {'R': rank}
   axes = factors.factor_axes(layout.PROJECTION_EQUATIONS[target], 'keras')

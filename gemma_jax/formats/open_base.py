@@ -12,14 +12,7 @@ import zlib
 import numpy as np
 
 from gemma_jax import files, temporary
-from gemma_jax.formats import (
-  base_source,
-  flax_release,
-  gguf,
-  gguf_file,
-  hf_safetensors,
-  hub,
-)
+from gemma_jax.formats import base_source, flax_release, gguf, gguf_file, hf_safetensors, hub
 from gemma_jax.formats.base_source import BaseSource, StoredTensor
 from gemma_jax.model import variants
 
@@ -88,9 +81,7 @@ def _find(reference: str) -> BaseSource:
       found = 'a lone .safetensors file (give the folder with its config.json)'
   else:
     found = 'neither a file nor a folder'
-  raise ValueError(
-    f'model.path: got {reference!r}, which is {found}; expected {_FORMS}.'
-  )
+  raise ValueError(f'model.path: got {reference!r}, which is {found}; expected {_FORMS}.')
 
 
 def _assemble_270m() -> Path:
@@ -126,9 +117,7 @@ def _random(reference: str) -> BaseSource:
 
   config = variants.get(reference.removeprefix('random:'))
   tensors = {
-    path: StoredTensor(
-      path, shape, functools.partial(_random_rows, path, shape)
-    )
+    path: StoredTensor(path, shape, functools.partial(_random_rows, path, shape))
     for path, shape in base_source.stored_shapes(config).items()
   }
   return BaseSource(
@@ -141,9 +130,7 @@ def _random(reference: str) -> BaseSource:
   )
 
 
-def _random_rows(
-  path: str, shape: tuple[int, ...], start: int, stop: int
-) -> np.ndarray:
+def _random_rows(path: str, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
   """Rows [start, stop), drawn in blocks that begin where they always do."""
   if len(shape) == 1:
     return np.zeros(stop - start, np.float32)

@@ -92,9 +92,7 @@ def make_parts(
   by_device = {}
   indices = sharding.addressable_devices_indices_map(shape)
   for device, slices in indices.items():
-    index = tuple(
-      s.indices(size)[:2] for s, size in zip(slices, shape, strict=True)
-    )
+    index = tuple(s.indices(size)[:2] for s, size in zip(slices, shape, strict=True))
     if index not in parts:
       sizes = tuple(stop - start for start, stop in index)
       parts[index] = Part(index, _aligned_empty(sizes, dtype))
@@ -103,9 +101,7 @@ def make_parts(
 
 
 def to_devices(
-  parts: dict[jax.Device, Part],
-  shape: tuple[int, ...],
-  sharding: jax.sharding.Sharding,
+  parts: dict[jax.Device, Part], shape: tuple[int, ...], sharding: jax.sharding.Sharding
 ) -> jax.Array:
   """The leaf, from its parts; waits, so that their memory can go."""
   arrays = [jax.device_put(part.out, device) for device, part in parts.items()]

@@ -98,9 +98,7 @@ def read_adapter(
   """
   folder = Path(folder)
   where = folder / CONFIG_NAME
-  options = peft_config.Options.parse(
-    hf_safetensors.read_json(where), str(where)
-  )
+  options = peft_config.Options.parse(hf_safetensors.read_json(where), str(where))
   factors = _read_factors(folder / WEIGHTS_NAME, model_config)
   names = _check_targets(factors, options, model_config.num_layers)
   options.check_patterns([found.module for found in factors.values()])
@@ -189,13 +187,10 @@ def write_adapter(
   """
   folder = files.path(folder)
   is_adapter = (folder / CONFIG_NAME).is_file()
-  is_free = not folder.exists() or (
-    folder.is_dir() and not any(folder.iterdir())
-  )
+  is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
   if not (is_adapter or is_free):
     raise ValueError(
-      f'{folder}: there is something else than an adapter, expected a new or '
-      'empty folder.'
+      f'{folder}: there is something else than an adapter, expected a new or empty folder.'
     )
   lora = jax.device_get(lora)
   if 'layers' in lora:
@@ -247,9 +242,7 @@ def _read_all(entry: safetensors_file.Entry) -> np.ndarray:
   return values
 
 
-def _read_factors(
-  path: Path, config: ModelConfig
-) -> dict[tuple[int, str], Factors]:
+def _read_factors(path: Path, config: ModelConfig) -> dict[tuple[int, str], Factors]:
   """The factors of each (layer, projection) in the file, in float32."""
   if not path.is_file():
     raise ValueError(
@@ -263,8 +256,7 @@ def _read_factors(
     match = _TENSOR.fullmatch(tensor)
     if not match or match['name'] not in _PATHS:
       raise ValueError(
-        f'{path}: tensor {tensor} is unexpected, expected lora_A and lora_B '
-        f'of {", ".join(_PATHS)}.'
+        f'{path}: tensor {tensor} is unexpected, expected lora_A and lora_B of {", ".join(_PATHS)}.'
       )
     name, layer = _PATHS[match['name']], int(match['layer'])
     if layer >= config.num_layers:
@@ -308,9 +300,7 @@ def _read_factors(
   return factors
 
 
-def _check_module(
-  found: Factors, module: peft_config.Module, options: peft_config.Options
-):
+def _check_module(found: Factors, module: peft_config.Module, options: peft_config.Options):
   """ValueError unless a module's tensors are what the options say."""
   if len(found.a) != module.rank:
     raise ValueError(
@@ -325,9 +315,7 @@ def _check_module(
 
 
 def _check_targets(
-  factors: dict[tuple[int, str], Factors],
-  options: peft_config.Options,
-  num_layers: int,
+  factors: dict[tuple[int, str], Factors], options: peft_config.Options, num_layers: int
 ) -> list[str]:
   """The projections that carry factors; the options must select just these.
 
@@ -380,8 +368,7 @@ def _export(
     rank, a, b = lora_config.rank_of(path), parts['lora_a'], parts['lora_b']
     if a[..., rank:].any() or b[rank:].any():
       raise ValueError(
-        f'adapter: {path} has rank {rank} but factors beyond it, expected '
-        'zeros there.'
+        f'adapter: {path} has rank {rank} but factors beyond it, expected zeros there.'
       )
     if path in unused:
       continue

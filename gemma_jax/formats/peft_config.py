@@ -9,7 +9,8 @@ from gemma_jax.config.lora import PROJECTIONS, TARGET_PRESETS, LoraConfig
 from gemma_jax.formats import hub, open_base
 
 # Options that decide nothing about a finished adapter.
-_IGNORED = frozenset({
+_IGNORED = frozenset(
+  {
     'auto_mapping',
     'base_model_name_or_path',
     'corda_config',
@@ -26,8 +27,10 @@ _IGNORED = frozenset({
     'revision',
     'runtime_config',
     'task_type',
-})  # fmt: skip
-_HONOURED = frozenset({
+  }
+)
+_HONOURED = frozenset(
+  {
     'alpha_pattern',
     'bias',
     'exclude_modules',
@@ -41,7 +44,8 @@ _HONOURED = frozenset({
     'target_modules',
     'use_dora',
     'use_rslora',
-})  # fmt: skip
+  }
+)
 
 _MAX_RANK = 1 << 20
 _MAX_NUMBER = 1e38  # scales are applied in float32
@@ -87,15 +91,11 @@ class Options:
         the wrong type; names the file and the option.
     """
     if not isinstance(raw, dict) or raw.get('peft_type') != 'LORA':
-      raise ValueError(
-        f'{where}: peft_type is not LORA, other kinds of adapter are not read.'
-      )
+      raise ValueError(f'{where}: peft_type is not LORA, other kinds of adapter are not read.')
 
     def check(name: str, ok: bool, expected: str):
       if not ok:
-        raise ValueError(
-          f'{where}: option {name} is {raw.get(name)!r}, expected {expected}.'
-        )
+        raise ValueError(f'{where}: option {name} is {raw.get(name)!r}, expected {expected}.')
 
     for name in sorted(raw.keys() - _IGNORED - _HONOURED):
       check(name, not raw[name], 'it unset; this option is not supported')
@@ -123,18 +123,12 @@ class Options:
       check(name, isinstance(raw.get(name), bool | None), 'true or false')
     check('r', _is_rank(raw.get('r')), f'an integer from 1 to {_MAX_RANK}')
     check(
-      'lora_alpha',
-      _is_number(raw.get('lora_alpha')),
-      f'a number of size {_MAX_NUMBER} at most',
+      'lora_alpha', _is_number(raw.get('lora_alpha')), f'a number of size {_MAX_NUMBER} at most'
     )
     check('lora_dropout', _is_number(raw.get('lora_dropout', 0.0)), 'a number')
     for name in ('target_modules', 'exclude_modules'):
       value = raw.get(name)
-      check(
-        name,
-        value is None or _is_selection(value),
-        'a list of names or a regex',
-      )
+      check(name, value is None or _is_selection(value), 'a list of names or a regex')
     for name, is_valid, largest in (
       ('rank_pattern', _is_rank, _MAX_RANK),
       ('alpha_pattern', _is_number, _MAX_NUMBER),
@@ -142,8 +136,7 @@ class Options:
       value = {} if raw.get(name) is None else raw[name]
       check(
         name,
-        isinstance(value, dict)
-        and all(_is_ending(k) and is_valid(v) for k, v in value.items()),
+        isinstance(value, dict) and all(_is_ending(k) and is_valid(v) for k, v in value.items()),
         f'an object of regexes and numbers, of size {largest} at most',
       )
     return cls(
@@ -166,9 +159,7 @@ class Options:
     `layers_to_transform` decides on names that are given by their end alone.
     """
     targets, layers = self.target_modules, self.layers_to_transform
-    if not _selected(targets, module) or _selected(
-      self.exclude_modules, module
-    ):
+    if not _selected(targets, module) or _selected(self.exclude_modules, module):
       return False
     if not layers or isinstance(targets, str) or module in targets:
       return True
@@ -226,10 +217,7 @@ class Options:
 
 
 def to_json(
-  ranks: dict[str, int],
-  targets: Collection[str],
-  lora_config: LoraConfig,
-  base_name: str,
+  ranks: dict[str, int], targets: Collection[str], lora_config: LoraConfig, base_name: str
 ) -> dict[str, Any]:
   """The adapter_config.json of factors with `lora_config.scale`.
 

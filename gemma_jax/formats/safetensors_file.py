@@ -24,10 +24,22 @@ from gemma_jax.formats import base_source
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 _ITEM_BYTES = {
-    'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2, 'I64': 8, 'I32': 4, 'I16': 2,
-    'I8': 1, 'U64': 8, 'U32': 4, 'U16': 2, 'U8': 1, 'BOOL': 1, 'F8_E4M3': 1,
-    'F8_E5M2': 1,
-}  # fmt: skip
+  'F64': 8,
+  'F32': 4,
+  'F16': 2,
+  'BF16': 2,
+  'I64': 8,
+  'I32': 4,
+  'I16': 2,
+  'I8': 1,
+  'U64': 8,
+  'U32': 4,
+  'U16': 2,
+  'U8': 1,
+  'BOOL': 1,
+  'F8_E4M3': 1,
+  'F8_E5M2': 1,
+}
 _WEIGHT_DTYPES = {
   'F32': np.dtype(np.float32),
   'F16': np.dtype(np.float16),
@@ -99,10 +111,7 @@ def read_header(path: Path) -> dict[str, Entry]:
       header = json.loads(f.read(header_bytes))
       header.pop('__metadata__', None)
       spans = sorted(_span(name, entry) for name, entry in header.items())
-    except (
-        ValueError, TypeError, KeyError, AttributeError, OverflowError,
-        RecursionError,
-    ):  # fmt: skip
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
       raise ValueError(
         f'{path}: the header is not the JSON object of a safetensors file.'
       ) from None
@@ -121,9 +130,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         f'{path}: tensor {name} lies at bytes {begin:,} to {end:,}, expected '
         f'{num_bytes:,} bytes from {position:,} on; the header is damaged.'
       )
-    entries[name] = Entry(
-      path, name, dtype_name, shape, 8 + header_bytes + begin
-    )
+    entries[name] = Entry(path, name, dtype_name, shape, 8 + header_bytes + begin)
     position = end
   if position != data_bytes:
     raise ValueError(
@@ -138,9 +145,7 @@ def _span(name: str, entry: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
   return begin, end, name, str(entry['dtype']), tuple(map(int, entry['shape']))
 
 
-def write(
-  path: Path, tensors: Mapping[str, 'base_source.StoredTensor'], dtype: np.dtype
-):
+def write(path: Path, tensors: Mapping[str, 'base_source.StoredTensor'], dtype: np.dtype):
   """Writes a file, each tensor read in ranges of rows, cast and put in place.
 
   Args:
@@ -173,15 +178,9 @@ def write(
         begin = 8 + len(text) + offsets[name]
 
         def copy(start, tensor=tensor, row_bytes=row_bytes, begin=begin):
-          stop = min(
-            start + base_source.chunk_rows(tensor.shape), tensor.shape[0]
-          )
+          stop = min(start + base_source.chunk_rows(tensor.shape), tensor.shape[0])
           rows = np.ascontiguousarray(tensor.read(start, stop), dtype)
-          _write_at(
-            descriptor,
-            rows.reshape(-1).view(np.uint8),
-            begin + start * row_bytes,
-          )
+          _write_at(descriptor, rows.reshape(-1).view(np.uint8), begin + start * row_bytes)
 
         step = base_source.chunk_rows(tensor.shape)
         for _ in pool.map(copy, range(0, tensor.shape[0], step)):

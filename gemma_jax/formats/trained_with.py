@@ -80,9 +80,7 @@ class TrainedWith:
 _REMEDY = 'Remove the file to go on without it.'
 
 
-def choose(
-  by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]
-) -> TrainedWith:
+def choose(by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]) -> TrainedWith:
   """What adapters are measured with together, on the same tokens.
 
   Args:
@@ -119,9 +117,7 @@ def choose(
 
 
 def asked_with(
-  names: Sequence[str],
-  by_adapter: Mapping[str, TrainedWith | None],
-  told: Mapping[str, Any],
+  names: Sequence[str], by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]
 ) -> dict[str, TrainedWith]:
   """How each name is asked: as it was trained, unless told otherwise.
 
@@ -136,18 +132,14 @@ def asked_with(
     _warn_unless_trained(trained, field, value)
   own = {name: by_adapter[name] or TrainedWith() for name in by_adapter}
   of_base = next((own[n] for n in names if n in own), TrainedWith())
-  return {
-    name: dataclasses.replace(own.get(name, of_base), **told) for name in names
-  }
+  return {name: dataclasses.replace(own.get(name, of_base), **told) for name in names}
 
 
 def _warn_unless_trained(values: Mapping[str, Any], field: str, value: Any):
   """Says which adapters were trained with another value of a field."""
   for name, trained in values.items():
     if trained != value:
-      logging.warning(
-        '--%s=%s: %s was trained with %s', field, value, name, trained
-      )
+      logging.warning('--%s=%s: %s was trained with %s', field, value, name, trained)
 
 
 def _refused(path: Path, got: str, expected: str) -> ValueError:

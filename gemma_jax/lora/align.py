@@ -42,10 +42,7 @@ class Adapter(NamedTuple):
   def variables(self, params: Any) -> dict[str, Any]:
     """{'params', 'lora'} for the model: the base with this adapter."""
     params = replace_leaves(params, self.trained_base)
-    return {
-      'params': params,
-      'lora': factors_lib.with_gains(self.effective, params),
-    }
+    return {'params': params, 'lora': factors_lib.with_gains(self.effective, params)}
 
 
 def load_adapters(
@@ -75,10 +72,7 @@ def load_adapters(
     trained.append(trained_base)
     trained_with.append(adapter.read_trained_with(folder))
   names = [BASE, *folders]
-  return [
-    Adapter(*parts)
-    for parts in zip(names, align(trees), trained, trained_with, strict=True)
-  ]
+  return [Adapter(*parts) for parts in zip(names, align(trees), trained, trained_with, strict=True)]
 
 
 def start_from(config: TrainConfig, source: Any) -> tuple[TrainConfig, Any]:
@@ -103,9 +97,7 @@ def start_from(config: TrainConfig, source: Any) -> tuple[TrainConfig, Any]:
       f'lora.path: {path} was trained together with leaves of its base, '
       'expected factors alone; merge it (launch.convert) and train on that.'
     )
-  lora_config = dataclasses.replace(
-    lora_config, path=path, dropout=config.lora.dropout
-  )
+  lora_config = dataclasses.replace(lora_config, path=path, dropout=config.lora.dropout)
   logging.info('Starts from the adapter %s: %s', path, lora_config)
   trained_with = adapter.read_trained_with(path)
   if trained_with and trained_with.template != config.data.template:
@@ -145,8 +137,7 @@ def align(trees: Sequence[Any]) -> list[Any]:
     return jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, shape, strict=True)])
 
   return [
-    pytree.unflatten({n: fit(leaves.get(n), s) for n, s in shapes.items()})
-    for leaves in flat
+    pytree.unflatten({n: fit(leaves.get(n), s) for n, s in shapes.items()}) for leaves in flat
   ]
 
 

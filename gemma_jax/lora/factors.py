@@ -59,9 +59,7 @@ def factor_axes(equation: str, factorization: str) -> tuple[str, str]:
   return _inputs(equation) + 'R', 'R' + _outputs(equation)
 
 
-def leaf_axes(
-  config: ModelConfig, lora: LoraConfig, scan_layers: bool = True
-) -> dict[str, str]:
+def leaf_axes(config: ModelConfig, lora: LoraConfig, scan_layers: bool = True) -> dict[str, str]:
   """Axis letters of every leaf, by path; as `layout.param_axes`."""
   axes = {}
   for path, equation in target_paths(lora).items():
@@ -72,9 +70,7 @@ def leaf_axes(
   return layout.in_layers(axes, config, scan_layers)
 
 
-def apply(
-  equation: str, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array
-) -> jax.Array:
+def apply(equation: str, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
   """x A B, by two products through the rank; the scale is already in B.
 
   Args:
@@ -126,10 +122,7 @@ _widen.defvjp(_widen_forward, _widen_backward)
 
 
 def init(
-  key: jax.Array,
-  config: ModelConfig,
-  lora: LoraConfig,
-  scan_layers: bool = True,
+  key: jax.Array, config: ModelConfig, lora: LoraConfig, scan_layers: bool = True
 ) -> pytree.Tree:
   """Factors at the start: A uniform within the rule's limit, B zero; float32.
 
@@ -171,14 +164,10 @@ def init(
     lora_a = jax.vmap(columns, (0, 0, None))(layers, jnp.array(ranks), j)
     b_shape = (max(ranks), *(sizes[c] for c in b[1:]))
     tree[f'layers/{path}/lora_a'] = lora_a
-    tree[f'layers/{path}/lora_b'] = jnp.zeros(
-      (config.num_layers, *b_shape), jnp.float32
-    )
+    tree[f'layers/{path}/lora_b'] = jnp.zeros((config.num_layers, *b_shape), jnp.float32)
     if lora.dora:
       outputs = (sizes[c] for c in _outputs(equation))
-      tree[f'layers/{path}/lora_magnitude'] = jnp.zeros(
-        (config.num_layers, *outputs), jnp.float32
-      )
+      tree[f'layers/{path}/lora_magnitude'] = jnp.zeros((config.num_layers, *outputs), jnp.float32)
   tree = pytree.unflatten(tree)
   return tree if scan_layers else layout.unstack_layers(tree)
 
@@ -193,9 +182,7 @@ def check_rank(config: ModelConfig, lora: LoraConfig) -> None:
   modules = []
   for path, equation in target_paths(lora).items():
     a, b = factor_axes(equation, lora.factorization)
-    side = min(
-      math.prod(sizes[c] for c in a[:-1]), math.prod(sizes[c] for c in b[1:])
-    )
+    side = min(math.prod(sizes[c] for c in a[:-1]), math.prod(sizes[c] for c in b[1:]))
     rank = max(_ranks(config, lora, path))
     if rank > side and not lora.path:
       raise ValueError(
@@ -221,9 +208,7 @@ def effective(factors: pytree.Tree, scale: float | jax.Array) -> pytree.Tree:
 
   If there are magnitudes, `with_gains` has to follow.
   """
-  return pytree.map_with_name(
-    lambda name, x: x * scale if name.endswith('lora_b') else x, factors
-  )
+  return pytree.map_with_name(lambda name, x: x * scale if name.endswith('lora_b') else x, factors)
 
 
 def with_magnitudes(factors: pytree.Tree, params: pytree.Tree) -> pytree.Tree:
@@ -255,9 +240,7 @@ def with_gains(effective: pytree.Tree, params: pytree.Tree) -> pytree.Tree:
   return pytree.unflatten(flat)
 
 
-def merge(
-  params: pytree.Tree, factors: pytree.Tree, scale: float
-) -> pytree.Tree:
+def merge(params: pytree.Tree, factors: pytree.Tree, scale: float) -> pytree.Tree:
   """W' = W + scale * B A, in float32, cast once to W's dtype.
 
   With magnitudes it is DoRA's W', which has their lengths.
@@ -303,9 +286,7 @@ def deltas(factors: pytree.Tree, scale: float) -> pytree.Tree:
   Of DoRA it is the update of the direction, before it is brought to length.
   """
   flat = dict(pytree.items(factors))
-  return pytree.unflatten(
-    {f'{module}/w': _delta(module, flat, scale) for module in _modules(flat)}
-  )
+  return pytree.unflatten({f'{module}/w': _delta(module, flat, scale) for module in _modules(flat)})
 
 
 def _modules(flat: dict[str, jax.Array], leaf: str = 'lora_a') -> list[str]:
@@ -320,9 +301,7 @@ def _equation(module: str) -> tuple[str, str]:
   return equation, 'L' if layer == ['layers'] else ''
 
 
-def _norms(
-  module: str, flat: dict[str, jax.Array], base: dict[str, jax.Array]
-) -> jax.Array:
+def _norms(module: str, flat: dict[str, jax.Array], base: dict[str, jax.Array]) -> jax.Array:
   """||W + B A|| of each output of one projection, e.g. [N, H]; float32.
 
   ||W||² + 2 W·BA + ||BA||² go through the rank, one layer after the other, so
@@ -336,15 +315,12 @@ def _norms(
     w, lora_a, lora_b = (x.astype(jnp.float32) for x in leaves)
     a, b = _axes_of(equation, lora_a.ndim)
     inputs = [i for i, c in enumerate(w_axes) if c in _inputs(equation)]
-    products = lambda equation, *x: jnp.einsum(
-      f'{equation}->{outputs}', *x, precision='highest'
-    )
+    products = lambda equation, *x: jnp.einsum(f'{equation}->{outputs}', *x, precision='highest')
     square = jnp.sum(w * w, axis=inputs)
     square += 2.0 * products(f'{w_axes},{a},{b}', w, lora_a, lora_b)
     square += products(
-      f'{a},{a.replace("R", "S")},{b},{b.replace("R", "S")}',
-      lora_a, lora_a, lora_b, lora_b,
-    )  # fmt: skip
+      f'{a},{a.replace("R", "S")},{b},{b.replace("R", "S")}', lora_a, lora_a, lora_b, lora_b
+    )
     return jnp.sqrt(jnp.maximum(square, 0.0))
 
   leaves = jax.lax.stop_gradient(

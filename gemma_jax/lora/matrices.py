@@ -23,10 +23,7 @@ def factor_shapes(
   """
   outputs, inputs = base_source.projection_axes(f'layers/{name}/w')
   sizes = layout.axis_sizes(config)
-  return (
-    (*(sizes[c] for c in inputs), rank),
-    (rank, *(sizes[c] for c in outputs)),
-  )
+  return ((*(sizes[c] for c in inputs), rank), (rank, *(sizes[c] for c in outputs)))
 
 
 def matrices(
@@ -68,15 +65,11 @@ def as_matrix(
     ]
     a_shape, b_shape = factor_shapes(name, model_config, len(pairs[0][0]))
     leaves[path] = np.stack([a.T.reshape(a_shape) for a, _ in pairs])
-    leaves[f'{module}/lora_b'] = np.stack(
-      [b.T.reshape(b_shape) for _, b in pairs]
-    )
+    leaves[f'{module}/lora_b'] = np.stack([b.T.reshape(b_shape) for _, b in pairs])
   return pytree.unflatten(leaves)
 
 
-def _keras_matrices(
-  a: np.ndarray, b: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _keras_matrices(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Keras's factors as matrices with the same product.
 
       A [N, D, r], B [r, H] → [N r, D], [N H, N r]

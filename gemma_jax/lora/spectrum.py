@@ -77,9 +77,7 @@ def truncate(
     axes = factors_lib.factor_axes(layout.PROJECTION_EQUATIONS[path], 'matrix')
     a_shape, b_shape = ([sizes.get(c, rank) for c in x] for x in axes)
     for name, x, shape in (('lora_a', a, a_shape), ('lora_b', b, b_shape)):
-      tree[f'layers/{path}/{name}'] = x.reshape(len(x), *shape).astype(
-        np.float32
-      )
+      tree[f'layers/{path}/{name}'] = x.reshape(len(x), *shape).astype(np.float32)
   return pytree.unflatten(tree)
 
 

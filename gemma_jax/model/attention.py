@@ -34,14 +34,9 @@ class Cache:
   index: jax.Array
 
 
-def init_cache(
-  config: ModelConfig, batch_size: int, length: int, dtype
-) -> Cache:
+def init_cache(config: ModelConfig, batch_size: int, length: int, dtype) -> Cache:
   """An empty cache for `length` tokens a row."""
-  shape = (
-      config.num_layers, batch_size, length, config.num_kv_heads,
-      config.head_dim,
-  )  # fmt: skip
+  shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
   slots = jnp.zeros((batch_size, length), jnp.int32)
   return Cache(
     k=jnp.zeros(shape, dtype),
@@ -90,11 +85,7 @@ def visible(context: Context, window: int | jax.Array | None) -> jax.Array:
 
 
 def einsum_attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  mask: jax.Array,
-  cap: float | None,
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, cap: float | None
 ) -> jax.Array:
   """softmax(q k) v, with all scores in memory.
 
@@ -113,9 +104,7 @@ def einsum_attention(
   # Heads are grouped by the kv head they share. Scores stand as a CPU's product
   # leaves them, the groups behind the queries, or all of them would be moved.
   q = q.reshape(B, T, K, N // K, H)
-  scores = jnp.einsum(
-    'BTKGH,BSKH->BKTGS', q, k, preferred_element_type=jnp.float32
-  )
+  scores = jnp.einsum('BTKGH,BSKH->BKTGS', q, k, preferred_element_type=jnp.float32)
   seen = mask[:, None, :, None]  # [B, 1, T, 1, S]
   scores = jnp.where(seen, softcap(scores, cap), MASK_VALUE)
   probs = jax.nn.softmax(scores, axis=-1)
@@ -188,9 +177,7 @@ class Attention(nn.Module):
       k = RMSNorm(config.norm_eps, name='k_norm')(k)
 
     sin, cos = jax.tree.map(
-      lambda a, b: _choose(is_local, a, b),
-      context.local_rotation,
-      context.global_rotation,
+      lambda a, b: _choose(is_local, a, b), context.local_rotation, context.global_rotation
     )
     query_scale = config.query_scale or H**-0.5
     q = rope.apply(q, sin, cos) * query_scale
@@ -202,9 +189,7 @@ class Attention(nn.Module):
         jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
         for old, new in zip(kv, (k, v), strict=True)
       )
-      k, v = (
-        jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in kv
-      )
+      k, v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in kv)
 
     # Kernels are for whole rows; a cache is read by a few queries.
     kernel = self.attend if kv is None else attend_by_einsum
@@ -219,9 +204,7 @@ class Attention(nn.Module):
     elif kv is not None:  # the whole cache is read; only the mask differs
       y = attend(jnp.where(is_local, config.window_size, config.max_positions))
     else:  # one compiled layer serves both kinds; only one branch runs
-      y = jax.lax.cond(
-        is_local, lambda: attend(config.window_size), lambda: attend(None)
-      )
+      y = jax.lax.cond(is_local, lambda: attend(config.window_size), lambda: attend(None))
     return project('o', (N, H, D))(y), kv
 
 

@@ -40,12 +40,7 @@ _LONG_ROW = 1024
 
 
 def attend(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  context: Context,
-  window: int | None,
-  cap: float | None,
+  q: jax.Array, k: jax.Array, v: jax.Array, context: Context, window: int | None, cap: float | None
 ) -> jax.Array:
   """An `attention.Attend`: q [B, T, N, H], k and v [B, T, K, H]."""
   T = q.shape[1]
@@ -57,9 +52,7 @@ def attend(
     firsts = [first]
     if T >= _LONG_ROW:
       firsts += _later_firsts(first, start, size)
-    programs = [
-      functools.partial(_attend, start, stop, f, window, cap) for f in firsts
-    ]
+    programs = [functools.partial(_attend, start, stop, f, window, cap) for f in firsts]
     if len(programs) == 1:
       outs.append(programs[0](q, k, v, context))
       continue
@@ -101,6 +94,4 @@ def _attend(start, stop, first, window, cap, q, k, v, context):
     k_positions=context.k_positions[:, keys],
     k_segment_ids=context.k_segment_ids[:, keys],
   )
-  return attend_by_einsum(
-    q[:, queries], k[:, keys], v[:, keys], part, window, cap
-  )
+  return attend_by_einsum(q[:, queries], k[:, keys], v[:, keys], part, window, cap)

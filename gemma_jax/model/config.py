@@ -54,13 +54,17 @@ class ModelConfig:
 
   def __post_init__(self):
     for field in (
-        'vocab_size', 'embed_dim', 'hidden_dim', 'num_layers', 'num_heads',
-        'num_kv_heads', 'head_dim', 'max_positions',
-    ):  # fmt: skip
+      'vocab_size',
+      'embed_dim',
+      'hidden_dim',
+      'num_layers',
+      'num_heads',
+      'num_kv_heads',
+      'head_dim',
+      'max_positions',
+    ):
       value = getattr(self, field)
-      require(
-        isinstance(value, int) and value > 0, field, value, 'an integer > 0'
-      )
+      require(isinstance(value, int) and value > 0, field, value, 'an integer > 0')
     require(
       self.num_heads % self.num_kv_heads == 0,
       'num_kv_heads',

@@ -63,7 +63,6 @@ def refusal(config: ModelConfig, dtype: Any, device: Any) -> str | None:
   largest = _MAX_HEAD_DIM_HOPPER if capability >= 9 else _MAX_HEAD_DIM
   if config.head_dim > largest or config.head_dim % 8:
     return (
-      f'it takes head_dim up to {largest} in eights on {device.device_kind}, '
-      f'not {config.head_dim}'
+      f'it takes head_dim up to {largest} in eights on {device.device_kind}, not {config.head_dim}'
     )
   return None

@@ -39,15 +39,10 @@ class Einsum(nn.Module):
         idle = not self.has_rng('dropout')
         x = nn.Dropout(self.dropout)(x, deterministic=idle)
       y = y + factors.apply(
-        self.equation,
-        x,
-        self.get_variable('lora', 'lora_a'),
-        self.get_variable('lora', 'lora_b'),
+        self.equation, x, self.get_variable('lora', 'lora_a'), self.get_variable('lora', 'lora_b')
       )
       if self.has_variable('lora', 'lora_magnitude'):
-        raise ValueError(
-          'lora: got magnitudes, expected gains; call lora.with_gains first.'
-        )
+        raise ValueError('lora: got magnitudes, expected gains; call lora.with_gains first.')
       if self.has_variable('lora', 'lora_gain'):
         gain = self.get_variable('lora', 'lora_gain')  # y has B, T before
         gain = jnp.expand_dims(gain, (0, 1))
@@ -81,11 +76,7 @@ class Embedder(nn.Module):
       self.rows = self.get_variable('rows', 'input_embedding')
       return
     self.rows = rows.Rows(
-      self.param(
-        'input_embedding',
-        nn.initializers.normal(0.02),
-        (self.vocab_size, self.embed_dim),
-      )
+      self.param('input_embedding', nn.initializers.normal(0.02), (self.vocab_size, self.embed_dim))
     )
 
   def encode(self, tokens: jax.Array) -> jax.Array:

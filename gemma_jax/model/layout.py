@@ -69,16 +69,12 @@ def param_axes(config: ModelConfig, scan_layers: bool = True) -> dict[str, str]:
   return top | in_layers(layer_axes(config), config, scan_layers)
 
 
-def in_layers(
-  axes: dict[str, str], config: ModelConfig, scan_layers: bool
-) -> dict[str, str]:
+def in_layers(axes: dict[str, str], config: ModelConfig, scan_layers: bool) -> dict[str, str]:
   """Axis letters of one layer's leaves → of those of all layers."""
   if scan_layers:
     return {f'layers/{name}': 'L' + letters for name, letters in axes.items()}
   return {
-    f'layer_{i}/{name}': letters
-    for name, letters in axes.items()
-    for i in range(config.num_layers)
+    f'layer_{i}/{name}': letters for name, letters in axes.items() for i in range(config.num_layers)
   }
 
 
@@ -97,9 +93,7 @@ def abstract_params(
 
 def stack_layers(tree: pytree.Tree) -> pytree.Tree:
   """layer_0 ... layer_{L-1} → layers, stacked along a new first axis."""
-  numbered = {
-    int(m[1]): key for key in tree if (m := re.fullmatch(r'layer_(\d+)', key))
-  }
+  numbered = {int(m[1]): key for key in tree if (m := re.fullmatch(r'layer_(\d+)', key))}
   rest = {k: v for k, v in tree.items() if k not in numbered.values()}
   layers = [tree[numbered[i]] for i in range(len(numbered))]
   xp = np if isinstance(jax.tree.leaves(layers)[0], np.ndarray) else jnp

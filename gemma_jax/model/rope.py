@@ -40,7 +40,5 @@ def apply(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
   """
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   sin, cos = sin[:, :, None], cos[:, :, None]
-  rotated = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return rotated.astype(x.dtype)

@@ -39,9 +39,7 @@ def axes(equation: str) -> str:
   return ''.join(sorted(w, key=lambda c: c in x))
 
 
-def take(
-  rows: Rows, index: jax.Array, dtype: jax.typing.DTypeLike
-) -> jax.Array:
+def take(rows: Rows, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
   """Rows [V, D] at index [B, T] → [B, T, D] in a dtype."""
   x = jnp.take(rows.values, index, axis=0).astype(dtype)
   if rows.scale is None:
@@ -50,10 +48,7 @@ def take(
 
 
 def product(
-  equation: str,
-  x: jax.Array,
-  rows: Rows,
-  dtype: jax.typing.DTypeLike | None = None,
+  equation: str, x: jax.Array, rows: Rows, dtype: jax.typing.DTypeLike | None = None
 ) -> jax.Array:
   """What einsum(equation, x, kernel) is.
 
@@ -82,9 +77,7 @@ def product(
   if x.shape[1] > 1 or x.shape[0] > MAX_SUMMED_BATCH:
     y = matrix_product(x, rows.values)
   else:
-    y = jax.lax.platform_dependent(
-      x, rows.values, cpu=sum_of_products, default=matrix_product
-    )
+    y = jax.lax.platform_dependent(x, rows.values, cpu=sum_of_products, default=matrix_product)
   if rows.scale is not None:
     y *= rows.scale[None, None].astype(dtype)
   return y

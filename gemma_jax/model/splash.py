@@ -64,12 +64,7 @@ class Splash:
       return PartitionSpec(self.batch_axes, None, heads)
 
     attend = jax.shard_map(
-      functools.partial(
-        _attend_locally,
-        window=window,
-        cap=cap,
-        interpret=self.interpret,
-      ),
+      functools.partial(_attend_locally, window=window, cap=cap, interpret=self.interpret),
       mesh=self.mesh,
       in_specs=(spec(q), spec(k), spec(v), PartitionSpec(self.batch_axes)),
       out_specs=spec(q),
@@ -91,10 +86,7 @@ def refusal(dtype: Any, device: Any) -> str | None:
   if device.platform == 'gpu':
     return 'it runs on a TPU (and, interpreted, on a CPU)'
   if device.device_kind in _FLOAT32_ONLY and jnp.dtype(dtype) != jnp.float32:
-    return (
-      f'it takes float32 activations on {device.device_kind}, not '
-      f'{jnp.dtype(dtype).name}'
-    )
+    return f'it takes float32 activations on {device.device_kind}, not {jnp.dtype(dtype).name}'
   return None
 
 
@@ -102,9 +94,7 @@ def _attend_locally(q, k, v, segment_ids, *, window, cap, interpret):
   """One device's rows and heads, padded to whole blocks."""
   T, N = q.shape[1:3]
   length = T + -T % _LANES
-  block = max(
-    b for b in range(_LANES, _MAX_BLOCK + 1, _LANES) if length % b == 0
-  )
+  block = max(b for b in range(_LANES, _MAX_BLOCK + 1, _LANES) if length % b == 0)
   shape = (length, length)
   if window is None:
     mask = pallas_splash.CausalMask(shape)

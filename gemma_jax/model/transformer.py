@@ -13,13 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax.model import rope
-from gemma_jax.model.attention import (
-  Attend,
-  Attention,
-  Cache,
-  Context,
-  attend_by_einsum,
-)
+from gemma_jax.model.attention import Attend, Attention, Cache, Context, attend_by_einsum
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.layers import Einsum, Embedder, RMSNorm, softcap
 from gemma_jax.model.layout import PROJECTION_EQUATIONS
@@ -117,12 +111,7 @@ class Transformer(nn.Module):
       layer = self._rematerialized(prevent_cse=False)
       self.layers = nn.scan(
         layer,
-        variable_axes={
-          'params': 0,
-          'rows': 0,
-          'lora': 0,
-          'intermediates': 0,
-        },
+        variable_axes={'params': 0, 'rows': 0, 'lora': 0, 'intermediates': 0},
         split_rngs={'params': True, 'dropout': True},
         in_axes=(0, 0, nn.broadcast),
         length=config.num_layers,
@@ -220,12 +209,8 @@ class Transformer(nn.Module):
 
 def _write(slots: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
   """slots [B, S] with new [B, T] from slot `index` on."""
-  return jax.lax.dynamic_update_slice(
-    slots, new.astype(slots.dtype), (0, index)
-  )
+  return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (0, index))
 
 
 def _constrain(x: jax.Array, sharding) -> jax.Array:
-  return (
-    x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
-  )
+  return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

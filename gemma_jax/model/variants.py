@@ -30,12 +30,7 @@ GEMMA_2B = ModelConfig(
 )
 
 GEMMA_7B = dataclasses.replace(
-  GEMMA_2B,
-  embed_dim=3072,
-  hidden_dim=24_576,
-  num_layers=28,
-  num_heads=16,
-  num_kv_heads=16,
+  GEMMA_2B, embed_dim=3072, hidden_dim=24_576, num_layers=28, num_heads=16, num_kv_heads=16
 )
 
 GEMMA2_2B = ModelConfig(
@@ -71,11 +66,7 @@ GEMMA3_270M = ModelConfig(
 )
 
 GEMMA3_1B = dataclasses.replace(
-  GEMMA3_270M,
-  embed_dim=1152,
-  hidden_dim=6912,
-  num_layers=26,
-  layer_is_local=alternating(26, 5),
+  GEMMA3_270M, embed_dim=1152, hidden_dim=6912, num_layers=26, layer_is_local=alternating(26, 5)
 )
 
 # Small enough to compile in seconds; the byte tokenizer's 260 pieces fit.
@@ -128,7 +119,5 @@ VARIANTS = {
 def get(name: str) -> ModelConfig:
   """The architecture of that name; ValueError lists the names there are."""
   if name not in VARIANTS:
-    raise ValueError(
-      f'variant: got {name!r}, expected one of {", ".join(VARIANTS)}.'
-    )
+    raise ValueError(f'variant: got {name!r}, expected one of {", ".join(VARIANTS)}.')
   return VARIANTS[name]

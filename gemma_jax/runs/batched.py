@@ -37,9 +37,13 @@ from gemma_jax.training.state import TrainState
 
 # In these fields the members of a gang may differ.
 MEMBER_FIELDS = (
-    'seed', 'lora.rank', 'lora.alpha', 'lora.scale_rule', 'lora.init',
-    'optimizer.learning_rate',
-)  # fmt: skip
+  'seed',
+  'lora.rank',
+  'lora.alpha',
+  'lora.scale_rule',
+  'lora.init',
+  'optimizer.learning_rate',
+)
 
 # Positions that a CPU has enough to do with: two rows of 512 mapped took as
 # long as one after the other, and more memory.
@@ -75,9 +79,7 @@ class Gang:
     run: what they share, prepared for the largest rank.
   """
 
-  def __init__(
-    self, configs: Sequence[TrainConfig], run: run_lib.Program | None = None
-  ):
+  def __init__(self, configs: Sequence[TrainConfig], run: run_lib.Program | None = None):
     """Prepares the run that the members share.
 
     Args:
@@ -136,9 +138,7 @@ class Gang:
     configs = self.configs
     return Members(
       scale=column((c.lora.scale for c in configs), jnp.float32),
-      learning_rate=column(
-        (c.optimizer.learning_rate for c in configs), jnp.float32
-      ),
+      learning_rate=column((c.optimizer.learning_rate for c in configs), jnp.float32),
       seed=column((c.seed for c in configs), jnp.int32),
     )
 
@@ -158,17 +158,12 @@ class Gang:
     state, frozen = self.run.abstract
     everywhere = sharding.replicated(self.run.mesh)
     stacked = jax.eval_shape(
-      lambda leaves: init_state(stack([leaves] * len(self)), self.run.tx),
-      state.trainable,
+      lambda leaves: init_state(stack([leaves] * len(self)), self.run.tx), state.trainable
     )
-    place = lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=everywhere
-    )
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
     return jax.tree.map(place, stacked), frozen
 
-  def compile_train_step(
-    self, length: int | None = None
-  ) -> jax.stages.Compiled:
+  def compile_train_step(self, length: int | None = None) -> jax.stages.Compiled:
     """step(state, members, frozen, batch) -> (state, metrics [K])."""
     run = self.run
     return compiler.with_remat(
@@ -178,9 +173,7 @@ class Gang:
       lambda model: self._compile_train_step(model, length),
     )
 
-  def _compile_train_step(
-    self, model, length: int | None
-  ) -> jax.stages.Compiled:
+  def _compile_train_step(self, model, length: int | None) -> jax.stages.Compiled:
     run = self.run
     batch = run.abstract_batch(length)
     step = make_train_step(
@@ -188,19 +181,14 @@ class Gang:
       run.config,
       run.steps,
       num_pieces=run.num_pieces,
-      at_once=self._at_once(
-        batch['weights'].size // run.config.optimizer.accumulate_steps
-      ),
+      at_once=self._at_once(batch['weights'].size // run.config.optimizer.accumulate_steps),
     )
     state, frozen = self.abstract
     everywhere = sharding.replicated(run.mesh)
     return run_lib.compile_step(
       f'training step of a gang of {len(self)}',
       jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=everywhere,
-        compiler_options=run.compiler_options,
+        step, donate_argnums=0, out_shardings=everywhere, compiler_options=run.compiler_options
       ),
       state,
       jax.eval_shape(lambda: self.members),
@@ -213,17 +201,13 @@ class Gang:
     run = self.run
     batch = run.abstract_batch(length)
     step = make_eval_step(
-      run.model,
-      num_pieces=run.num_pieces,
-      at_once=self._at_once(batch['weights'].size),
+      run.model, num_pieces=run.num_pieces, at_once=self._at_once(batch['weights'].size)
     )
     state, frozen = self.abstract
     return run_lib.compile_step(
       f'evaluation step of a gang of {len(self)}',
       jax.jit(
-        step,
-        out_shardings=sharding.replicated(run.mesh),
-        compiler_options=run.compiler_options,
+        step, out_shardings=sharding.replicated(run.mesh), compiler_options=run.compiler_options
       ),
       state.trainable,
       jax.eval_shape(lambda: self.members),
@@ -245,12 +229,7 @@ def init_state(trainable: Any, tx: optax.GradientTransformation) -> TrainState:
 
 
 def make_train_step(
-  model,
-  config: TrainConfig,
-  steps: int,
-  *,
-  num_pieces: int | None,
-  at_once: int | None = None,
+  model, config: TrainConfig, steps: int, *, num_pieces: int | None, at_once: int | None = None
 ):
   """Makes step(state, members, frozen, batch) -> (state, metrics).
 
@@ -268,9 +247,7 @@ def make_train_step(
 
   def step(state, members, frozen, batch):
     def one(leaves, member):
-      settings = dataclasses.replace(
-        config.optimizer, learning_rate=member.learning_rate
-      )
+      settings = dataclasses.replace(config.optimizer, learning_rate=member.learning_rate)
       update = step_lib.make_train_step(
         model,
         optimizer.make_optimizer(settings, steps, config.trainable),
@@ -283,17 +260,13 @@ def make_train_step(
       new, metrics = update(TrainState(state.step, *leaves), frozen, batch)
       return (new.trainable, new.opt_state), metrics
 
-    leaves, metrics = _map(
-      one, ((state.trainable, state.opt_state), members), at_once
-    )
+    leaves, metrics = _map(one, ((state.trainable, state.opt_state), members), at_once)
     return TrainState(state.step + 1, *leaves), metrics
 
   return step
 
 
-def make_eval_step(
-  model, *, num_pieces: int | None, at_once: int | None = None
-):
+def make_eval_step(model, *, num_pieces: int | None, at_once: int | None = None):
   """Makes eval_step(trainable, members, frozen, batch) -> losses [K, B, T].
 
   `at_once` as in `make_train_step`; losses in nats, weighted.
@@ -301,9 +274,7 @@ def make_eval_step(
 
   def eval_step(trainable, members, frozen, batch):
     def one(trainable, member):
-      step = step_lib.make_eval_step(
-        model, scale=member.scale, num_pieces=num_pieces
-      )
+      step = step_lib.make_eval_step(model, scale=member.scale, num_pieces=num_pieces)
       return step(state_lib.join(trainable, frozen), batch)
 
     return _map(one, (trainable, members), at_once)

@@ -37,12 +37,7 @@ class Checkpoints:
     folder: that one.
   """
 
-  def __init__(
-    self,
-    workdir: str,
-    read_only: bool = False,
-    place: Place | None = None,
-  ):
+  def __init__(self, workdir: str, read_only: bool = False, place: Place | None = None):
     """Opens the folder and checks its newest step.
 
     Args:
@@ -98,8 +93,7 @@ class Checkpoints:
     self._manager.save(
       self._saving,
       args=self._ocp.args.Composite(
-        state=self._ocp.args.StandardSave(arrays),
-        notes=self._ocp.args.JsonSave(notes),
+        state=self._ocp.args.StandardSave(arrays), notes=self._ocp.args.JsonSave(notes)
       ),
     )
 
@@ -130,8 +124,7 @@ class Checkpoints:
     """All arrays of a step by path, whole, in the memory of this host."""
     on_host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     tree = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_host),
-      self._read_tree(step),
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_host), self._read_tree(step)
     )
     return dict(pytree.items(jax.device_get(self._read_state(step, tree))))
 
@@ -165,9 +158,7 @@ class Checkpoints:
           aside = checksums.set_aside(self._root, step)
           what += f'; renamed to {aside.name}'
         logging.warning(
-          '%s. Going on from %s.',
-          what,
-          'the start' if good is None else f'step {good}',
+          '%s. Going on from %s.', what, 'the start' if good is None else f'step {good}'
         )
       bad.pop(good, None)
     if jax.process_count() > 1:  # the others look when it is done
@@ -191,10 +182,7 @@ class Checkpoints:
   def _read_state(self, step, tree):
     with self._reading(step):
       restored = self._manager.restore(
-        step,
-        args=self._ocp.args.Composite(
-          state=self._ocp.args.StandardRestore(tree)
-        ),
+        step, args=self._ocp.args.Composite(state=self._ocp.args.StandardRestore(tree))
       )
       return restored['state']
 

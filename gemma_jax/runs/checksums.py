@@ -142,10 +142,7 @@ def _read(folder: epath.Path) -> dict[str, Any]:
   """{name: (bytes, SHA-256)}; ValueError if it is not in that form."""
   sums = json.loads((folder / CHECKSUMS).read_bytes())
   is_table = isinstance(sums, dict) and all(
-    isinstance(row, list)
-    and len(row) == 2
-    and isinstance(row[0], int)
-    and isinstance(row[1], str)
+    isinstance(row, list) and len(row) == 2 and isinstance(row[0], int) and isinstance(row[1], str)
     for row in sums.values()
   )
   if not is_table:

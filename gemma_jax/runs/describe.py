@@ -9,8 +9,7 @@ def describe(run: run_lib.Run) -> str:
   """Base, adapter, optimizer, data and mesh, a line or two each."""
   lora, tx, data = run.config.lora, run.config.optimizer, run.config.data
   lines = [
-    f'base: {run.source.reference}, {run.dtype} weights, '
-    f'{np.dtype(run.model.dtype)} activations',
+    f'base: {run.source.reference}, {run.dtype} weights, {np.dtype(run.model.dtype)} activations',
     f'adapter: {"DoRA" if lora.dora else "LoRA"}, rank {lora.rank} on '
     f'{" ".join(lora.target_names)}, scale {lora.scale:g}, dropout '
     f'{lora.dropout:g}',

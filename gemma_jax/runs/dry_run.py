@@ -69,11 +69,10 @@ def _start(run: run_lib.Run, workdir: str, facts: resume.Facts) -> int:
 def _memory_lines(run: run_lib.Run) -> str:
   analysis = run.compile_train_step().memory_analysis()
   rows = (
-      ('arguments (base, state, batch)', analysis.argument_size_in_bytes),
-      ('temporaries (activations, gradients)', analysis.temp_size_in_bytes),
-      ('outputs that are not donated',
-       analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
-  )  # fmt: skip
+    ('arguments (base, state, batch)', analysis.argument_size_in_bytes),
+    ('temporaries (activations, gradients)', analysis.temp_size_in_bytes),
+    ('outputs that are not donated', analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
+  )
   total = sum(size for _, size in rows)
   lines = ['memory of the training step, per device']
   for name, size in (*rows, ('peak, at most', total)):
@@ -87,13 +86,11 @@ def _first_batch(run: run_lib.Run, step: int) -> str:
   batch = examples_lib.make_batch(run.train, rows, run.config.data.seq_len)
   filled = (batch['segment_ids'] > 0).sum(axis=1)
   lines = [
-    f'batch of step {step}; targets of the loss in [[ ]], control tokens in '
-    f'{_OPEN} {_CLOSE}'
+    f'batch of step {step}; targets of the loss in [[ ]], control tokens in {_OPEN} {_CLOSE}'
   ]
   for i, row in enumerate(rows):
     lines.append(
-      f'=== row {i}: {len(row)} records, {filled[i]} of '
-      f'{run.config.data.seq_len} positions'
+      f'=== row {i}: {len(row)} records, {filled[i]} of {run.config.data.seq_len} positions'
     )
     for example_id in row:
       lines.append(f'--- record {run.train.record_ids[example_id]}')
@@ -105,9 +102,7 @@ def _marked_text(run, tokens, loss_mask) -> str:
   """'⟨bos⟩Instruction: ... [[answer⟨eos⟩]]', or ids without a tokenizer."""
   texts = []
   edges = np.flatnonzero(np.diff(loss_mask)) + 1
-  for ids, counts in zip(
-    np.split(tokens, edges), np.split(loss_mask, edges), strict=True
-  ):
+  for ids, counts in zip(np.split(tokens, edges), np.split(loss_mask, edges), strict=True):
     text = _visible(ids.tolist(), run.tokenizer)
     texts.append(f'[[{text}]]' if counts[0] else text)
   return ''.join(texts)

@@ -75,9 +75,7 @@ def evaluate(
   """
   nll = np.zeros((*members, num_examples), np.float64)
   tokens = np.zeros(num_examples, np.int64)
-  with hosts.progress_bar(
-    total=num_examples, desc='evaluation', unit='record', leave=False
-  ) as bar:
+  with hosts.progress_bar(total=num_examples, desc='evaluation', unit='record', leave=False) as bar:
     for batch, ids in batches:
       if should_stop():
         raise Stopped

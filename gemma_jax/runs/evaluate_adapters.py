@@ -44,10 +44,7 @@ def evaluate_adapters(
   seq_len = run_lib.with_length(config, source).data.seq_len
   tokenizer = source.tokenizer()
   reading = sources.load_heldout(
-    data.path,
-    data.template,
-    'data',
-    skip_bad_records=data.skip_bad_records,
+    data.path, data.template, 'data', skip_bad_records=data.skip_bad_records
   )
   examples = examples_lib.make_examples(
     reading.records[: data.max_eval_records or None],
@@ -78,16 +75,10 @@ def evaluate_adapters(
   for name in names:
     variables = by_name[name].variables(params)
     batches = pipeline.eval_batches(
-      examples,
-      seq_len,
-      data.global_batch_size,
-      data.packing,
-      sharding.batch_parts(mesh),
+      examples, seq_len, data.global_batch_size, data.packing, sharding.batch_parts(mesh)
     )
     measured = evaluate.evaluate(
-      lambda batch, variables=variables: step(
-        variables, sharding.put_batch(batch, mesh)
-      ),
+      lambda batch, variables=variables: step(variables, sharding.put_batch(batch, mesh)),
       batches,
       len(examples),
     )
@@ -95,9 +86,7 @@ def evaluate_adapters(
     yield name, examples, measured
 
 
-def _check_finite(
-  name: str, examples: examples_lib.Examples, measured: evaluate.Evaluation
-):
+def _check_finite(name: str, examples: examples_lib.Examples, measured: evaluate.Evaluation):
   """FloatingPointError that names the first record whose loss is not."""
   bad = np.flatnonzero(~np.isfinite(measured.nll))
   if bad.size:

@@ -31,12 +31,7 @@ class Guard:
       what a checkpoint keeps.
   """
 
-  def __init__(
-    self,
-    max_skipped: int,
-    skipped: list[int],
-    record_ids: Callable[[int], list[int]],
-  ):
+  def __init__(self, max_skipped: int, skipped: list[int], record_ids: Callable[[int], list[int]]):
     """Starts to look.
 
     Args:
@@ -93,8 +88,7 @@ class Guard:
     spread = statistics.median(abs(x - middle) for x in before)
     if loss - middle > max(_JUMP * spread, _LEAST_JUMP_NATS):
       logging.warning(
-        'Step %d: the loss jumped to %.3f nats/token from a median of %.3f '
-        '(%s).',
+        'Step %d: the loss jumped to %.3f nats/token from a median of %.3f (%s).',
         step,
         loss,
         middle,

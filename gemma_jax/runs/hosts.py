@@ -58,11 +58,7 @@ def check_agreement(what: str, value: Mapping[str, Any]) -> None:
   texts = _gather(text.encode())
   names = [name.decode() for name in _gather(socket.gethostname().encode())]
   first, second = (config_lib.flatten(json.loads(texts[i])) for i in (0, other))
-  name = next(
-    n
-    for n in sorted(first.keys() | second.keys())
-    if first.get(n) != second.get(n)
-  )
+  name = next(n for n in sorted(first.keys() | second.keys()) if first.get(n) != second.get(n))
   raise ValueError(
     f'{what}: {name} is {first.get(name)!r} on process 0 ({names[0]}, '
     f'fingerprint {digests[0][:16].decode()}) and {second.get(name)!r} on '

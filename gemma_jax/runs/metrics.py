@@ -43,15 +43,11 @@ class MetricsWriter:
     rows = read(files.path(workdir) / 'metrics.jsonl')
     path = self.folder / 'metrics.jsonl'
     # A run that begins anew evaluates the base again.
-    files.write_json_lines(
-      path, [row for row in rows if row['step'] <= finished_steps > 0]
-    )
+    files.write_json_lines(path, [row for row in rows if row['step'] <= finished_steps > 0])
     # Of what was just written: no link is followed.
     flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
     self._file = os.fdopen(os.open(path, flags), 'a', encoding='utf-8')
-    self._board = _Board(
-      self.folder / 'tensorboard', finished_steps + 1 if finished_steps else 0
-    )
+    self._board = _Board(self.folder / 'tensorboard', finished_steps + 1 if finished_steps else 0)
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     """Writes one line; values are numbers, `step` the finished updates."""
@@ -126,9 +122,7 @@ class _Board:
     self.flush()
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    values = [
-      self._summary.Value(tag=tag, simple_value=x) for tag, x in values.items()
-    ]
+    values = [self._summary.Value(tag=tag, simple_value=x) for tag, x in values.items()]
     self._put(step=step, summary=self._summary(value=values))
     if time.monotonic() - self._flushed > _FLUSH_EVERY_SECS:
       self.flush()

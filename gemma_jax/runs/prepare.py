@@ -82,38 +82,26 @@ class Program:
   @functools.cached_property
   def tx(self):
     """The optimizer, frozen where `trainable` says nothing."""
-    return optimizer.make_optimizer(
-      self.config.optimizer, self.steps, self.config.trainable
-    )
+    return optimizer.make_optimizer(self.config.optimizer, self.steps, self.config.trainable)
 
   @functools.cached_property
   def abstract(self) -> tuple[state_lib.TrainState, Any]:
     """(state, frozen) as `jax.ShapeDtypeStruct`s with their shardings."""
-    variables = state_lib.abstract_variables(
-      self.config, self.source.config, self.dtype
-    )
+    variables = state_lib.abstract_variables(self.config, self.source.config, self.dtype)
     trainable, frozen = state_lib.split(variables, self.config.trainable)
-    state = jax.eval_shape(
-      lambda t: state_lib.init_state(t, self.tx), trainable
-    )
+    state = jax.eval_shape(lambda t: state_lib.init_state(t, self.tx), trainable)
     return self._placed(state), self._placed(frozen)
 
-  def abstract_batch(
-    self, length: int | None = None
-  ) -> dict[str, jax.ShapeDtypeStruct]:
+  def abstract_batch(self, length: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch [B, length], by default [B, T]; rows over the mesh."""
     length = length or self.config.data.seq_len
     shape = (self.config.data.global_batch_size, length)
     return {
-      name: jax.ShapeDtypeStruct(
-        shape, x.dtype, sharding=sharding.batch_sharding(self.mesh)
-      )
+      name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding.batch_sharding(self.mesh))
       for name, x in examples_lib.empty_row(shape[1]).items()
     }
 
-  def compile_train_step(
-    self, length: int | None = None
-  ) -> jax.stages.Compiled:
+  def compile_train_step(self, length: int | None = None) -> jax.stages.Compiled:
     """step(state, frozen, batch) -> (state, metrics), state donated.
 
     Args:
@@ -126,9 +114,7 @@ class Program:
       lambda model: self._compile_train_step(model, length),
     )
 
-  def _compile_train_step(
-    self, model: Transformer, length: int | None
-  ) -> jax.stages.Compiled:
+  def _compile_train_step(self, model: Transformer, length: int | None) -> jax.stages.Compiled:
     step = step_lib.make_train_step(
       model,
       self.tx,
@@ -140,18 +126,10 @@ class Program:
       skip_nonfinite=self.config.max_skipped_batches > 0,
     )
     state, frozen = self.abstract
-    out = (
-      jax.tree.map(lambda x: x.sharding, state),
-      sharding.replicated(self.mesh),
-    )
+    out = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(self.mesh))
     return compile_step(
       'training step',
-      jax.jit(
-        step,
-        donate_argnums=0,
-        out_shardings=out,
-        compiler_options=self.compiler_options,
-      ),
+      jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=self.compiler_options),
       state,
       frozen,
       self.abstract_batch(length),
@@ -166,9 +144,7 @@ class Program:
     return compile_step(
       'evaluation step',
       jax.jit(
-        lambda trainable, frozen, batch: step(
-          state_lib.join(trainable, frozen), batch
-        ),
+        lambda trainable, frozen, batch: step(state_lib.join(trainable, frozen), batch),
         out_shardings=sharding.replicated(self.mesh),
         compiler_options=self.compiler_options,
       ),
@@ -190,20 +166,12 @@ class Program:
   def load(self) -> tuple[Any, Any]:
     """(trainable, frozen) before the first update: the base, a new adapter."""
     state, frozen = self.abstract
-    placed = jax.tree.map(
-      lambda x: x.sharding, state_lib.join(state.trainable, frozen)
-    )
+    placed = jax.tree.map(lambda x: x.sharding, state_lib.join(state.trainable, frozen))
     started = time.perf_counter()
-    params = self.source.load_params(
-      self.dtype, self.config.model.scan_layers, placed['params']
-    )
+    params = self.source.load_params(self.dtype, self.config.model.scan_layers, placed['params'])
     logging.info('Loaded the base in %.1f s', time.perf_counter() - started)
-    adapter = sharding.put(
-      hosts.to_numpy(self.init_adapter(params)), placed['lora']
-    )
-    return state_lib.split(
-      {'params': params, 'lora': adapter}, self.config.trainable
-    )
+    adapter = sharding.put(hosts.to_numpy(self.init_adapter(params)), placed['lora'])
+    return state_lib.split({'params': params, 'lora': adapter}, self.config.trainable)
 
   def check(self) -> None:
     """ValueError if the trainable leaves or the mesh do not fit the base."""
@@ -216,15 +184,10 @@ class Program:
   def _placed(self, tree):
     config = self.config
     placed = sharding.tree_shardings(
-      tree,
-      self.source.config,
-      self.mesh,
-      config.lora if config.mesh.shard_adapter else None,
+      tree, self.source.config, self.mesh, config.lora if config.mesh.shard_adapter else None
     )
     return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      tree,
-      placed,
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed
     )
 
 
@@ -272,9 +235,7 @@ class Run(Program):
     }
 
 
-def prepare_program(
-  config: TrainConfig, devices: Sequence[Any] | None = None
-) -> Program:
+def prepare_program(config: TrainConfig, devices: Sequence[Any] | None = None) -> Program:
   """Opens the base and checks it against the mesh; reads no record.
 
   Args:
@@ -344,17 +305,9 @@ def prepare(config: TrainConfig) -> Run:
     data.packing,
   )
   logging.info('Read the records in %.1f s', time.perf_counter() - started)
-  found = {
-    f.name: getattr(program, f.name) for f in dataclasses.fields(program)
-  }
+  found = {f.name: getattr(program, f.name) for f in dataclasses.fields(program)}
   found['steps'] = config.steps or plan.steps_for_epochs(config.epochs)
-  return Run(
-    **found,
-    train=train,
-    heldout=heldout,
-    record_notes=tuple(records.lines()),
-    plan=plan,
-  )
+  return Run(**found, train=train, heldout=heldout, record_notes=tuple(records.lines()), plan=plan)
 
 
 def with_length(config: TrainConfig, source: BaseSource) -> TrainConfig:
@@ -366,15 +319,13 @@ def with_length(config: TrainConfig, source: BaseSource) -> TrainConfig:
   seq_len, most = config.data.seq_len, source.config.max_positions
   if seq_len > most:
     raise ValueError(
-      f'data.seq_len: got {seq_len}, expected at most {most}, the positions of '
-      f'{source.reference}.'
+      f'data.seq_len: got {seq_len}, expected at most {most}, the positions of {source.reference}.'
     )
   if seq_len:
     return config
   if most < DEFAULT_SEQ_LEN:
     logging.warning(
-      'Rows have %d positions, as many as %s has (data.seq_len=0 is %d '
-      'elsewhere)',
+      'Rows have %d positions, as many as %s has (data.seq_len=0 is %d elsewhere)',
       most,
       source.reference,
       DEFAULT_SEQ_LEN,
@@ -393,12 +344,7 @@ def make_model(config: TrainConfig, model_config, mesh: Mesh) -> Transformer:
     dropout=config.lora.dropout,
     hidden_sharding=sharding.batch_sharding(mesh),
     attend=kernels.choose(
-      config.model.attention,
-      model_config,
-      dtype,
-      mesh,
-      sharding.BATCH,
-      sharding.RULES.axis('N'),
+      config.model.attention, model_config, dtype, mesh, sharding.BATCH, sharding.RULES.axis('N')
     ),
   )
 
@@ -411,9 +357,7 @@ def activation_dtype(name: str, mesh: Mesh) -> np.dtype:
   return np.dtype(jax.numpy.dtype(name))
 
 
-def compile_step(
-  name: str, function: Any, *abstract: Any
-) -> jax.stages.Compiled:
+def compile_step(name: str, function: Any, *abstract: Any) -> jax.stages.Compiled:
   """Compiles a jitted function for abstract arguments and logs how long."""
   started = time.perf_counter()
   compiled = function.lower(*abstract).compile()

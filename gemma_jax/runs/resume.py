@@ -27,15 +27,18 @@ Facts = Mapping[str, Any]
 # kept; where and in which pieces the same sums are computed; and what happens
 # at the first batch that is not finite, before which nothing differs.
 FREE_FIELDS = (
-    'log_every_steps', 'profile_steps', 'compilation_cache', 'mesh',
-    'checkpoint_every_steps', 'model.remat', 'model.attention',
-    'max_skipped_batches',
-)  # fmt: skip
+  'log_every_steps',
+  'profile_steps',
+  'compilation_cache',
+  'mesh',
+  'checkpoint_every_steps',
+  'model.remat',
+  'model.attention',
+  'max_skipped_batches',
+)
 
 # Where bytes lie; the fingerprints say whether they are the same.
-PATH_FIELDS = (
-    'data.path', 'data.eval_path', 'model.path', 'model.tokenizer', 'lora.path',
-)  # fmt: skip
+PATH_FIELDS = ('data.path', 'data.eval_path', 'model.path', 'model.tokenizer', 'lora.path')
 
 # Where a run ends; `_check_steps` compares what they amount to. The evaluation
 # at an earlier end stays among the others, and may be that of the best adapter.
@@ -73,8 +76,7 @@ def finished(workdir: str, now: Facts) -> dict[str, Any] | None:
   for name in _RESULT:
     if not isinstance(result.get(name), int | float):
       raise ValueError(
-        f'{workdir}/result.json: {name} is {result.get(name)!r}, expected a '
-        f'number. {remedy}'
+        f'{workdir}/result.json: {name} is {result.get(name)!r}, expected a number. {remedy}'
       )
   saved = result.pop('run', None)
   if saved is None:  # of an earlier version
@@ -128,9 +130,7 @@ def check(workdir: str, saved: Facts, now: Facts, done: int) -> None:
     now: facts of the run that was asked for.
     done: finished updates.
   """
-  missing = [
-    name for name in now if type(saved.get(name)) is not type(now[name])
-  ]
+  missing = [name for name in now if type(saved.get(name)) is not type(now[name])]
   if missing:
     raise ValueError(
       f'workdir {workdir}: does not say the {missing[0]} of its run, which '
@@ -184,9 +184,7 @@ def differing(
   ]
 
 
-def check_fingerprints(
-  workdir: str, before: Mapping[str, str], now: Mapping[str, str]
-) -> None:
+def check_fingerprints(workdir: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
   """ValueError if base, tokenizer, data or start are not those of before."""
   for name, was in before.items():
     if was != now.get(name):
@@ -207,10 +205,7 @@ def advice(workdir: str, same: str = '') -> str:
   text = 'Use another workdir'
   for name in ('adapter', 'adapter_best'):
     if (files.path(workdir) / name / 'adapter_config.json').exists():
-      text += (
-        f' (there --config.lora.path={workdir}/{name} starts from what was '
-        'learnt here)'
-      )
+      text += f' (there --config.lora.path={workdir}/{name} starts from what was learnt here)'
       break
   return f'{text}, or the same {same}.' if same else f'{text}.'
 

@@ -43,8 +43,7 @@ class Summary:
       lines.append(f'{header} {"parameters":>15}  trained')
       for path, shape, dtype, count, trained in self.rows:
         lines.append(
-          f'{path:<{width}}  {shape!s:<24} {dtype:<8} {count:>15,}  '
-          f'{"yes" if trained else "-"}'
+          f'{path:<{width}}  {shape!s:<24} {dtype:<8} {count:>15,}  {"yes" if trained else "-"}'
         )
       lines.append('')
     for name, count in self.counts.items():
@@ -53,9 +52,7 @@ class Summary:
     return '\n'.join(lines)
 
 
-def summarize(
-  config: TrainConfig, model_config: ModelConfig, dtype: Any = jnp.float32
-) -> Summary:
+def summarize(config: TrainConfig, model_config: ModelConfig, dtype: Any = jnp.float32) -> Summary:
   """Counts a run's parameters without making any.
 
   Args:

@@ -136,9 +136,7 @@ class Trainer:
     self.state, self.frozen, self.found = self._start(newest)
     self.stop_if_asked()
     self.guard = guards.Guard(
-      run.config.max_skipped_batches,
-      self.found.setdefault('skipped', []),
-      run.record_ids,
+      run.config.max_skipped_batches, self.found.setdefault('skipped', []), run.record_ids
     )
     self.train_step, self.eval_step = (
       compiler.ByLength(compile_step, run.config.data.seq_len)
@@ -174,9 +172,7 @@ class Trainer:
         sharding.local_rows(run.mesh, config.data.global_batch_size),
         self.put,
       )
-      with hosts.progress_bar(
-        total=run.steps, initial=step, unit='step'
-      ) as bar:
+      with hosts.progress_bar(total=run.steps, initial=step, unit='step') as bar:
         for wait_secs, step, batch in metrics_lib.timed(batches):
           if self.stops_early():
             logging.info('No better held-out loss: stopping early.')
@@ -203,9 +199,7 @@ class Trainer:
       logging.warning('Stopped at step %d of %d.', self.step, self.run.steps)
       raise Stopped
 
-  def update(
-    self, step: int, batch: Any, wait_secs: float, bar: tqdm.tqdm
-  ) -> None:
+  def update(self, step: int, batch: Any, wait_secs: float, bar: tqdm.tqdm) -> None:
     """One update, its metrics line and its place on the progress bar."""
     started = time.perf_counter()
     self.state, values = self.train_step(self.state, self.frozen, batch)
@@ -227,17 +221,19 @@ class Trainer:
       line['first_step_secs'] = time.perf_counter() - self.started
       logging.info('Time to first step %.1f s', line['first_step_secs'])
     self.metrics.write(step + 1, self.guard.check(step + 1, line))
-    bar.set_postfix_str(
-      f'loss {values["loss"]:.3f} nats/token, {tokens / seconds:.0f} tokens/s'
-    )
+    bar.set_postfix_str(f'loss {values["loss"]:.3f} nats/token, {tokens / seconds:.0f} tokens/s')
     bar.update()
     if (step + 1) % self.run.config.log_every_steps == 0:
       logging.info(
-          'Step %d/%d: loss %.4f nats/token, grad norm %.3f, lr %.2e, '
-          '%.0f tokens/s, %s left',
-          step + 1, self.run.steps, values['loss'], values['grad_norm'],
-          values['learning_rate'], tokens / seconds, self.time_left(step + 1),
-      )  # fmt: skip
+        'Step %d/%d: loss %.4f nats/token, grad norm %.3f, lr %.2e, %.0f tokens/s, %s left',
+        step + 1,
+        self.run.steps,
+        values['loss'],
+        values['grad_norm'],
+        values['learning_rate'],
+        tokens / seconds,
+        self.time_left(step + 1),
+      )
 
   def time_left(self, step: int) -> str:
     """'1:02:03' at the pace since the loop began, evaluations included."""
@@ -262,15 +258,8 @@ class Trainer:
     run, started = self.run, time.perf_counter()
     data = run.config.data
     found = evaluate_lib.evaluate(
-      lambda batch: self.eval_step(
-        self.state.trainable, self.frozen, self.put(batch)
-      ),
-      pipeline.eval_batches(
-        run.heldout,
-        data.seq_len,
-        data.global_batch_size,
-        data.packing,
-      ),
+      lambda batch: self.eval_step(self.state.trainable, self.frozen, self.put(batch)),
+      pipeline.eval_batches(run.heldout, data.seq_len, data.global_batch_size, data.packing),
       len(run.heldout),
       self.should_stop,
     )
@@ -293,10 +282,13 @@ class Trainer:
       },
     )
     logging.info(
-        'Step %d: held-out loss %.4f nats/token over %d tokens of %d records '
-        '(%.1f s)',
-        step, loss, found.tokens.sum(), len(found.nll), seconds,
-    )  # fmt: skip
+      'Step %d: held-out loss %.4f nats/token over %d tokens of %d records (%.1f s)',
+      step,
+      loss,
+      found.tokens.sum(),
+      len(found.nll),
+      seconds,
+    )
     return found
 
   def stops_early(self) -> bool:
@@ -360,9 +352,7 @@ class Trainer:
     }
     self.place.check()
     if hosts.is_lead():
-      workdir_lib.write_json(
-        self.place.root, 'result.json', {**result, 'run': self.facts}
-      )
+      workdir_lib.write_json(self.place.root, 'result.json', {**result, 'run': self.facts})
     return {**result, 'adapter': folder}
 
   def profile(self, step: int) -> None:

@@ -91,9 +91,7 @@ def replay(workdir: str) -> Finding:
   return Finding(last, f'{what}every bit is equal', True)
 
 
-def _check_step(
-  checkpoints: Checkpoints, step: int, facts: dict[str, Any]
-) -> Finding:
+def _check_step(checkpoints: Checkpoints, step: int, facts: dict[str, Any]) -> Finding:
   defects = _defects(checkpoints, step)
   if defects:
     return Finding(step, '; '.join(defects[:3]), False)
@@ -122,9 +120,7 @@ def _check_step(
   )
 
 
-def _train(
-  run: run_lib.Run, state: TrainState, first: int, last: int
-) -> TrainState:
+def _train(run: run_lib.Run, state: TrainState, first: int, last: int) -> TrainState:
   """The state after step `last`, from the one after step `first`."""
   _, frozen = run.load()
   train_step = run.compile_train_step()
@@ -162,9 +158,7 @@ def _defects(checkpoints: Checkpoints, step: int) -> list[str]:
 def _steps(checkpoints: Checkpoints) -> list[int]:
   steps = checksums.steps(checkpoints.folder)
   if not steps:
-    raise ValueError(
-      f'{checkpoints.folder}: got no checkpoint, expected at least one.'
-    )
+    raise ValueError(f'{checkpoints.folder}: got no checkpoint, expected at least one.')
   return steps
 
 
@@ -172,7 +166,6 @@ def _facts(workdir: str) -> dict[str, Any]:
   facts = workdir_lib.read_json(workdir, 'run.json')
   if facts is None:
     raise ValueError(
-      f'workdir: got {workdir}, which has no run.json; expected the folder of '
-      'a run.'
+      f'workdir: got {workdir}, which has no run.json; expected the folder of a run.'
     )
   return facts

@@ -27,15 +27,20 @@ from gemma_jax.runs import checksums, hosts
 
 # What may befall a disk, as the system names it.
 _DISK_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
-    errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE,
-)  # fmt: skip
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EROFS,
+  errno.EACCES,
+  errno.EPERM,
+  errno.ENOENT,
+  errno.ENOTDIR,
+  errno.EIO,
+  errno.ESTALE,
+)
 
 
 def read_json(
-  workdir: str,
-  name: str,
-  remedy: str = 'Put it back as it was, or use another workdir.',
+  workdir: str, name: str, remedy: str = 'Put it back as it was, or use another workdir.'
 ) -> dict[str, Any] | None:
   """A JSON object in a file of the workdir, or None if it is not there.
 
@@ -50,9 +55,7 @@ def read_json(
   except ValueError as e:
     raise ValueError(f'{path}: cut or damaged ({e}). {remedy}') from None
   if not isinstance(value, dict):
-    raise ValueError(
-      f'{path}: got {type(value).__name__}, expected an object. {remedy}'
-    )
+    raise ValueError(f'{path}: got {type(value).__name__}, expected an object. {remedy}')
   return value
 
 
@@ -217,11 +220,7 @@ def _system_words(workdir: str, e: Exception) -> str | None:
     return os.strerror(errno.ENOENT)
   for number in _DISK_ERRORS:
     words = os.strerror(number)
-    is_named = (
-      workdir in str(e)
-      or _DESCRIPTORS in str(e)
-      or number in (errno.ENOSPC, errno.EDQUOT)
-    )
+    is_named = workdir in str(e) or _DESCRIPTORS in str(e) or number in (errno.ENOSPC, errno.EDQUOT)
     if is_named and (getattr(e, 'errno', None) == number or words in str(e)):
       return words
   return None

@@ -43,9 +43,7 @@ class SamplingConfig:
       ('seed', 0 <= self.seed < 2**32, 'an integer in [0, 2^32)'),
     ):
       if not ok:
-        raise ValueError(
-          f'{name}: got {getattr(self, name)}, expected {expected}.'
-        )
+        raise ValueError(f'{name}: got {getattr(self, name)}, expected {expected}.')
 
 
 class Settings(NamedTuple):
@@ -77,9 +75,7 @@ class Settings(NamedTuple):
     )
 
 
-def choose_tokens(
-  logits: jax.Array, settings: Settings, step: jax.Array
-) -> jax.Array:
+def choose_tokens(logits: jax.Array, settings: Settings, step: jax.Array) -> jax.Array:
   """Draws a token for every row.
 
   A row draws with the key (seed, row id, step): neither the other rows nor

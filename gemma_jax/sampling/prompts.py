@@ -46,9 +46,7 @@ def check(
       )
 
 
-def pad(
-  prompts: Sequence[Sequence[int]],
-) -> tuple[np.ndarray, np.ndarray]:
+def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
   """Rows of one length, padded on the left so that all end together.
 
       prompts      [[2, 10, 11], [2, 12]]

@@ -26,11 +26,7 @@ from gemma_jax.model.attention import Cache, init_cache
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.sampling import prompts as prompts_lib
-from gemma_jax.sampling.next_token import (
-  SamplingConfig,
-  Settings,
-  choose_tokens,
-)
+from gemma_jax.sampling.next_token import SamplingConfig, Settings, choose_tokens
 
 # Tokens a row that one call of `decode` can return, and that it returns while
 # somebody watches.
@@ -45,8 +41,7 @@ STREAM_TOKENS = 1
 #   (the expander would remove the barrier against that).
 _CPU_OPTIONS = {
   'xla_disable_hlo_passes': (
-    'while-loop-invariant-code-motion,tree_reduction_rewriter,'
-    'cse_barrier_expander'
+    'while-loop-invariant-code-motion,tree_reduction_rewriter,cse_barrier_expander'
   ),
   'xla_cpu_experimental_ynn_fusion_type': '',
 }
@@ -103,23 +98,15 @@ class Sampler:
       end_of_turn = None if tokenizer is None else tokenizer.end_of_turn_id
       stop_ids = {Tokenizer.eos_id, end_of_turn} - {None}
     self.config = config
-    self.num_pieces = (
-      config.vocab_size if tokenizer is None else tokenizer.vocab_size
-    )
+    self.num_pieces = config.vocab_size if tokenizer is None else tokenizer.vocab_size
     self.stop_ids = frozenset(stop_ids)
     self.dtype = dtype
     self.model = Transformer(config, dtype, scan_layers, remat='none')
     options = _CPU_OPTIONS if on_cpu else None
     self.prefill = jax.jit(
-      self._prefill,
-      static_argnames=('cache_length', 'num_samples'),
-      compiler_options=options,
+      self._prefill, static_argnames=('cache_length', 'num_samples'), compiler_options=options
     )
-    self.decode = jax.jit(
-      self._decode,
-      donate_argnames='state',
-      compiler_options=options,
-    )
+    self.decode = jax.jit(self._decode, donate_argnames='state', compiler_options=options)
 
   def generate(
     self,
@@ -150,9 +137,7 @@ class Sampler:
       FloatingPointError: logits that are not finite.
     """
     sampling.check()
-    prompts_lib.check(
-      prompts, sampling.max_new_tokens, self.config, self.num_pieces
-    )
+    prompts_lib.check(prompts, sampling.max_new_tokens, self.config, self.num_pieces)
     if row_ids is None:
       row_ids = range(len(prompts) * num_samples)
     settings = Settings.of(sampling, row_ids)
@@ -171,9 +156,7 @@ class Sampler:
       tokens,
       segment_ids,
       settings,
-      cache_length=prompts_lib.round_up(
-        tokens.shape[1] + sampling.max_new_tokens
-      ),
+      cache_length=prompts_lib.round_up(tokens.shape[1] + sampling.max_new_tokens),
       num_samples=num_samples,
     )
     _check_finite(state, num_samples)
@@ -187,9 +170,7 @@ class Sampler:
     started = time.perf_counter()
     while remaining > 0:
       limit = min(remaining, at_a_time)
-      state, tokens, count = self.decode(
-        variables, state, settings, np.int32(limit)
-      )
+      state, tokens, count = self.decode(variables, state, settings, np.int32(limit))
       count = int(count)
       _check_finite(state, num_samples)
       take(np.asarray(tokens)[:, :count])
@@ -207,15 +188,7 @@ class Sampler:
     ends = [i for i, token in enumerate(new) if token in self.stop_ids]
     return new[: ends[0] + 1] if ends else new
 
-  def _prefill(
-    self,
-    variables,
-    tokens,
-    segment_ids,
-    settings,
-    cache_length,
-    num_samples=1,
-  ):
+  def _prefill(self, variables, tokens, segment_ids, settings, cache_length, num_samples=1):
     """Prompts [B, P], padded on the left → `State` with the first tokens."""
     B, P = tokens.shape
     positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
@@ -226,8 +199,7 @@ class Sampler:
       return cache, hidden[:, -1]
 
     parts = [
-      jnp.moveaxis(x.reshape(B, P // width, width), 1, 0)
-      for x in (tokens, segment_ids, positions)
+      jnp.moveaxis(x.reshape(B, P // width, width), 1, 0) for x in (tokens, segment_ids, positions)
     ]
     cache = init_cache(self.config, B, cache_length, self.dtype)
     cache, hidden = jax.lax.scan(read, cache, parts)  # [P / width, B, D]
@@ -279,20 +251,12 @@ class Sampler:
         state.position[:, None],
         state.cache,
       )
-      state = self._choose(
-        variables, hidden[:, 0], settings, state.replace(cache=cache)
-      )
-      tokens = jax.lax.dynamic_update_slice(
-        tokens, state.token[:, None], (jnp.int32(0), i)
-      )
+      state = self._choose(variables, hidden[:, 0], settings, state.replace(cache=cache))
+      tokens = jax.lax.dynamic_update_slice(tokens, state.token[:, None], (jnp.int32(0), i))
       return i + 1, state, tokens
 
-    tokens = jnp.full(
-      (state.token.shape[0], DECODE_TOKENS), prompts_lib.PAD_ID, jnp.int32
-    )
-    count, state, tokens = jax.lax.while_loop(
-      unfinished, one_token, (jnp.int32(0), state, tokens)
-    )
+    tokens = jnp.full((state.token.shape[0], DECODE_TOKENS), prompts_lib.PAD_ID, jnp.int32)
+    count, state, tokens = jax.lax.while_loop(unfinished, one_token, (jnp.int32(0), state, tokens))
     return state, tokens, count
 
   def _choose(self, variables, hidden, settings, state):

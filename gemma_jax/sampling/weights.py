@@ -69,9 +69,7 @@ def prepare(variables: Any, weights: str = 'auto') -> dict[str, Any]:
     ValueError: weights of another name.
   """
   if weights not in WEIGHTS:
-    raise ValueError(
-      f'weights: got {weights!r}, expected one of {", ".join(WEIGHTS)}.'
-    )
+    raise ValueError(f'weights: got {weights!r}, expected one of {", ".join(WEIGHTS)}.')
   params, rows = {}, {}
   for name, leaf in pytree.items(variables['params']):
     num_summed = 0
@@ -89,11 +87,7 @@ def prepare(variables: Any, weights: str = 'auto') -> dict[str, Any]:
       rows[name] = quantize(leaf, num_summed)
     else:
       rows[name] = Rows(leaf)
-  return {
-    **variables,
-    'params': pytree.unflatten(params),
-    'rows': pytree.unflatten(rows),
-  }
+  return {**variables, 'params': pytree.unflatten(params), 'rows': pytree.unflatten(rows)}
 
 
 @functools.partial(jax.jit, static_argnames='num_summed')

@@ -28,10 +28,7 @@ def load_base(run: Run) -> Any:
 
 
 def evaluate_members(
-  eval_step: Callable[[Any], jax.Array],
-  run: Run,
-  size: int,
-  should_stop: Stop = lambda: False,
+  eval_step: Callable[[Any], jax.Array], run: Run, size: int, should_stop: Stop = lambda: False
 ) -> list[Evaluation]:
   """Sums every member's losses by record.
 
@@ -47,9 +44,7 @@ def evaluate_members(
   data = run.config.data
   found = evaluate.evaluate(
     lambda batch: eval_step(sharding.put_batch(batch, run.mesh)),
-    pipeline.eval_batches(
-      run.heldout, data.seq_len, data.global_batch_size, data.packing
-    ),
+    pipeline.eval_batches(run.heldout, data.seq_len, data.global_batch_size, data.packing),
     len(run.heldout),
     should_stop,
     members=(size,),
@@ -58,10 +53,7 @@ def evaluate_members(
 
 
 def evaluate_adapters(
-  members: batched.Gang,
-  params: Any,
-  adapters: pytree.Tree,
-  should_stop: Stop = lambda: False,
+  members: batched.Gang, params: Any, adapters: pytree.Tree, should_stop: Stop = lambda: False
 ) -> list[Evaluation]:
   """Evaluates adapters that no training is at work on.
 
@@ -75,9 +67,7 @@ def evaluate_adapters(
     {'params': params, 'lora': adapters}, members.run.config.trainable
   )
   trainable = jax.device_put(trainable, sharding.replicated(members.run.mesh))
-  step = compiler.ByLength(
-    members.compile_eval_step, members.run.config.data.seq_len
-  )
+  step = compiler.ByLength(members.compile_eval_step, members.run.config.data.seq_len)
   return evaluate_members(
     lambda batch: step(trainable, members.members, frozen, batch),
     members.run,
@@ -104,17 +94,13 @@ def evaluate_base(
   check_inputs(members.run.fingerprints())
   os.makedirs(folder, exist_ok=True)
   params = load_base(members.run)
-  (found,) = evaluate_adapters(
-    members, params, members.init_adapters(params), should_stop
-  )
+  (found,) = evaluate_adapters(members, params, members.init_adapters(params), should_stop)
   write_cell(folder, 0, members.run, found)
 
 
 def write_cell(folder: str, step: int, run: Run, found: Evaluation) -> None:
   """Writes a cell that was evaluated and not trained."""
   os.makedirs(folder, exist_ok=True)
-  workdir_lib.write_heldout(
-    folder, step, run.heldout.record_ids, found.nll, found.tokens
-  )
+  workdir_lib.write_heldout(folder, step, run.heldout.record_ids, found.nll, found.tokens)
   result = {'steps': step, 'loss_adapted': found.nll_per_token}
   workdir_lib.write_json(folder, 'result.json', result)

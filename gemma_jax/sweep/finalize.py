@@ -57,8 +57,7 @@ def close(
   params = evaluation.load_base(run)
   if grid.truncate and not run.config.lora.dora:
     for cell, ranks in _largest(sweep):
-      _truncate(run, params, configs[cell.name], cell, ranks, workdir,
-                should_stop)  # fmt: skip
+      _truncate(run, params, configs[cell.name], cell, ranks, workdir, should_stop)
   if grid.sample_prompts and run.tokenizer is not None:
     _sample(run, params, sweep, grid, workdir)
 
@@ -82,12 +81,8 @@ def _truncate(run, params, config, cell, ranks, workdir, should_stop) -> None:
   if manifest.has_ended(workdir, names):
     return
   model_config = run.source.config
-  lora_config, factors = peft.read_adapter(
-    cell.folder / 'adapter', model_config
-  )
-  cut = [
-    spectrum.truncate(factors, lora_config, model_config, r) for r in ranks
-  ]
+  lora_config, factors = peft.read_adapter(cell.folder / 'adapter', model_config)
+  cut = [spectrum.truncate(factors, lora_config, model_config, r) for r in ranks]
   members = batched.Gang(
     [
       dataclasses.replace(
@@ -146,20 +141,14 @@ def _sample(run, params, sweep: Sweep, grid: GridConfig, workdir: str) -> None:
   names = ['base', *(cell.name for cell in cells)]
   decode = run.tokenizer.decode
   rows = []
-  answers = [
-    sampler.generate(each.variables(params), prompts, sampling).tokens
-    for each in loaded
-  ]
+  answers = [sampler.generate(each.variables(params), prompts, sampling).tokens for each in loaded]
   for i, index in enumerate(indices):
     rows.append(
       {
         'index': int(run.heldout.record_ids[index]),
         'prompt': decode(prompts[i]),
         'reference': decode(references[i]),
-        'answers': {
-          name: decode(made[i])
-          for name, made in zip(names, answers, strict=True)
-        },
+        'answers': {name: decode(made[i]) for name, made in zip(names, answers, strict=True)},
       }
     )
   files.write_json_lines(path, rows)

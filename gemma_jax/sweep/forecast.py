@@ -80,17 +80,13 @@ def forecast(config: SweepConfig, topology: Topology) -> list[GangForecast]:
   for same in alike.values():
     configs = [adapters[name] for name in same[0]]
     largest = max(configs, key=lambda c: c.lora.rank)
-    step = functools.cache(
-      functools.partial(forecast_lib.forecast, largest, topology)
-    )
+    step = functools.cache(functools.partial(forecast_lib.forecast, largest, topology))
     alone = step(1)
     parts = plan.divide(
       len(configs),
       lambda size, step=step: step(size).needed_bytes,
       max_size=grid.max_gang,
-      limit_bytes=int(
-        grid.memory_gib * 2**30 or plan.SHARE * topology.chip.hbm_bytes
-      ),
+      limit_bytes=int(grid.memory_gib * 2**30 or plan.SHARE * topology.chip.hbm_bytes),
       base_bytes=alone.part_bytes['base'],
     )
     first = max(parts, key=len)

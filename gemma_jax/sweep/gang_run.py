@@ -83,9 +83,7 @@ class _Trainer:
       for compile_step in (gang.compile_train_step, gang.compile_eval_step)
     )
     place.check()
-    self.metrics = [
-      metrics_lib.MetricsWriter(folder, self.step) for folder in self.folders
-    ]
+    self.metrics = [metrics_lib.MetricsWriter(folder, self.step) for folder in self.folders]
 
   @property
   def step(self) -> int:
@@ -100,12 +98,8 @@ class _Trainer:
   def train(self) -> None:
     config, run = self.run.config, self.run
     try:
-      batches = pipeline.train_batches(
-        run.train, run.plan, self.step, run.steps
-      )
-      with tqdm.tqdm(
-        total=run.steps, initial=self.step, unit='step', disable=None
-      ) as bar:
+      batches = pipeline.train_batches(run.train, run.plan, self.step, run.steps)
+      with tqdm.tqdm(total=run.steps, initial=self.step, unit='step', disable=None) as bar:
         self._evaluate_if_due(self.step)  # one that a stop cut short
         for step, batch in batches:
           self._update(step, batch)
@@ -135,9 +129,8 @@ class _Trainer:
     started = time.perf_counter()
     tokens = int((batch['segment_ids'] > 0).sum())
     self.state, values = self.train_step(
-      self.state, self.members, self.frozen,
-      sharding.put_batch(batch, self.run.mesh),
-    )  # fmt: skip
+      self.state, self.members, self.frozen, sharding.put_batch(batch, self.run.mesh)
+    )
     values = jax.device_get(values)
     seconds = time.perf_counter() - started
     self.found['tokens'] += tokens
@@ -156,11 +149,16 @@ class _Trainer:
     if (step + 1) % self.run.config.log_every_steps == 0:
       losses = values['loss'][self.alive]
       logging.info(
-          'Step %d/%d of a gang of %d: losses %.4f to %.4f nats/token, '
-          '%.0f tokens/s for each, %.2f s',
-          step + 1, self.run.steps, len(self.gang), losses.min(initial=np.inf),
-          losses.max(initial=0), tokens / seconds, seconds,
-      )  # fmt: skip
+        'Step %d/%d of a gang of %d: losses %.4f to %.4f nats/token, '
+        '%.0f tokens/s for each, %.2f s',
+        step + 1,
+        self.run.steps,
+        len(self.gang),
+        losses.min(initial=np.inf),
+        losses.max(initial=0),
+        tokens / seconds,
+        seconds,
+      )
 
   def _is_finite(self, i: int, step: int, line: dict[str, Any]) -> bool:
     try:
@@ -178,9 +176,7 @@ class _Trainer:
       return
     started = time.perf_counter()
     found = evaluation.evaluate_members(
-      lambda batch: self.eval_step(
-        self.state.trainable, self.members, self.frozen, batch
-      ),
+      lambda batch: self.eval_step(self.state.trainable, self.members, self.frozen, batch),
       self.run,
       len(self.gang),
       self.should_stop,
@@ -200,15 +196,16 @@ class _Trainer:
       losses[str(i)] = loss
       self.metrics[i].write(step, line)
       workdir_lib.write_heldout(
-        self.folders[i], step, self.run.heldout.record_ids, found[i].nll,
-        found[i].tokens,
-      )  # fmt: skip
+        self.folders[i], step, self.run.heldout.record_ids, found[i].nll, found[i].tokens
+      )
       self._write_spectrum(i, step)
     self.found['evals'][str(step)] = losses
     logging.info(
-        'Step %d: held-out losses %s nats/token (%.1f s)', step,
-        ' '.join(f'{x:.4f}' for x in losses.values()), seconds,
-    )  # fmt: skip
+      'Step %d: held-out losses %s nats/token (%.1f s)',
+      step,
+      ' '.join(f'{x:.4f}' for x in losses.values()),
+      seconds,
+    )
 
   def _factors(self, i: int) -> Any:
     config = self.gang.configs[i]
@@ -222,9 +219,8 @@ class _Trainer:
     folder = Path(self.folders[i]) / 'spectrum'
     folder.mkdir(exist_ok=True)
     workdir_lib.write_json(
-      str(folder), f'step_{step}.json',
-      {name: x.tolist() for name, x in values.items()},
-    )  # fmt: skip
+      str(folder), f'step_{step}.json', {name: x.tolist() for name, x in values.items()}
+    )
 
   def _save(self) -> None:
     if self.checkpoints.latest_step() == self.step:
@@ -264,16 +260,14 @@ class _Trainer:
     abstract_state, _ = self.gang.abstract
     params = evaluation.load_base(self.run)
     trainable, frozen = state_lib.split(
-      {'params': params, 'lora': self.gang.init_adapters(params)},
-      self.run.config.trainable,
+      {'params': params, 'lora': self.gang.init_adapters(params)}, self.run.config.trainable
     )
     if newest is not None:
       step, found = newest[0], newest[1]['found']
       logging.info('Resumed a gang from step %d of %s', step, self.workdir)
       return self.checkpoints.restore(step, abstract_state), frozen, found
     state = jax.device_put(
-      batched.init_state(trainable, self.run.tx),
-      jax.tree.map(lambda x: x.sharding, abstract_state),
+      batched.init_state(trainable, self.run.tx), jax.tree.map(lambda x: x.sharding, abstract_state)
     )
     found = {'tokens': 0, 'seconds': 0.0, 'evals': {}, 'failed': {}}
     return state, frozen, found

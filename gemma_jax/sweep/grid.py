@@ -78,19 +78,8 @@ class GridConfig:
   def check(self):
     axes = [getattr(self, name) for name in AXES]
     for name, values in zip(AXES, axes, strict=True):
-      require(
-        isinstance(values, tuple | list),
-        f'grid.{name}',
-        values,
-        'a tuple of values',
-      )
-    require(
-      any(axes),
-      'grid',
-      (),
-      'an axis with values',
-      'Set e.g. --config.grid.ranks="(1,2,4)".',
-    )
+      require(isinstance(values, tuple | list), f'grid.{name}', values, 'a tuple of values')
+    require(any(axes), 'grid', (), 'an axis with values', 'Set e.g. --config.grid.ranks="(1,2,4)".')
     for name, choices in (('rate_rules', RATE_RULES), ('baselines', BASELINES)):
       for value in getattr(self, name):
         expected = 'values of ' + ', '.join(choices)
@@ -175,9 +164,7 @@ def make_cells(config: SweepConfig, model_config: ModelConfig) -> list[Cell]:
     axes = dict(combination)
     if grid.equal_parameters:
       axes['rank'] = _equal_rank(config, axes, model_config)
-    cells.append(
-      Cell(_name(axes, values), 'lora', _lora_config(config, axes), axes)
-    )
+    cells.append(Cell(_name(axes, values), 'lora', _lora_config(config, axes), axes))
   seen = set()
   for cell in cells:
     if cell.name in seen:
@@ -224,19 +211,13 @@ def _equal_rank(config, axes, model_config) -> int:
 
   def per_rank(targets, factorization):
     return parameters_per_rank(
-      model_config,
-      dataclasses.replace(
-        config.lora, targets=targets, factorization=factorization
-      ),
+      model_config, dataclasses.replace(config.lora, targets=targets, factorization=factorization)
     )
 
   first = per_rank(
     *(
       (getattr(grid, name) or (getattr(config.lora, single),))[0]
-      for name, single in (
-        ('targets', 'targets'),
-        ('factorizations', 'factorization'),
-      )
+      for name, single in (('targets', 'targets'), ('factorizations', 'factorization'))
     )
   )
   mine = per_rank(axes['targets'], axes['factorization'])
@@ -270,9 +251,7 @@ def _full_cells(config: SweepConfig) -> list[Cell]:
       made.lora.rank = 1  # stays at its initial B = 0
       names = '|'.join(made.lora.target_names)
       made.trainable = (rf'params/layer(s|_\d+)/\w+/({names})/w',)
-      axes = {
-        'targets': made.lora.targets, 'seed': seed, 'learning_rate': rate
-      }  # fmt: skip
+      axes = {'targets': made.lora.targets, 'seed': seed, 'learning_rate': rate}
       cells.append(Cell(f'full-s{seed}-lr{rate:g}', 'full', made, axes))
   return cells
 
@@ -293,7 +272,5 @@ def _name(axes: dict[str, Any], values: dict[str, tuple[Any, ...]]) -> str:
   for name in AXES[:5]:
     if len(values[name]) > 1:
       parts.append(axes['targets' if name == 'targets' else name[:-1]])
-  parts += [
-    f'r{axes["rank"]}', f's{axes["seed"]}', f'lr{axes["learning_rate"]:g}'
-  ]  # fmt: skip
+  parts += [f'r{axes["rank"]}', f's{axes["seed"]}', f'lr{axes["learning_rate"]:g}']
   return re.sub(r'[^\w.+-]+', '_', '-'.join(parts))

@@ -30,9 +30,7 @@ class Lease:
   def __init__(self, path: Path, expiry_secs: float):
     self.path = path
     self._done = threading.Event()
-    self._thread = threading.Thread(
-      target=self._touch, args=(expiry_secs / 4,), daemon=True
-    )
+    self._thread = threading.Thread(target=self._touch, args=(expiry_secs / 4,), daemon=True)
     self._thread.start()
 
   def is_held(self) -> bool:
@@ -57,9 +55,7 @@ class Lease:
         os.utime(self.path)
 
 
-def take(
-  folder: str | os.PathLike, name: str, expiry_secs: float = EXPIRY_SECS
-) -> Lease | None:
+def take(folder: str | os.PathLike, name: str, expiry_secs: float = EXPIRY_SECS) -> Lease | None:
   """Takes a job if nobody holds it; None if somebody does.
 
   Args:
@@ -69,9 +65,7 @@ def take(
   """
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  numbers = [
-    int(p.suffix[1:]) for p in folder.glob(f'{name}.*') if _is_lease(p, name)
-  ]
+  numbers = [int(p.suffix[1:]) for p in folder.glob(f'{name}.*') if _is_lease(p, name)]
   last = max(numbers, default=-1)
   if last >= 0 and not _expired(_path(folder, name, last), expiry_secs):
     return None
@@ -93,9 +87,9 @@ def _expired(path: Path, expiry_secs: float) -> bool:
     holder = json.loads(files.read_text(path))
   except ValueError:  # made a moment ago, or its maker died there
     holder = {}
-  if holder.get('host') == socket.gethostname() and holder.get(
-    'started'
-  ) != _started(holder['pid']):
+  if holder.get('host') == socket.gethostname() and holder.get('started') != _started(
+    holder['pid']
+  ):
     return True
   return _now(path.parent) - touched > expiry_secs
 

@@ -205,17 +205,9 @@ def _jobs(config: SweepConfig, checked: Checked) -> list[dict[str, Any]]:
     configs = [resolved[name] for name in names]
     key = plan.shape_key(configs)
     if key not in sizes:
-      sizes[key] = plan.split(
-        configs, config.grid.max_gang, int(config.grid.memory_gib * 2**30)
-      )
+      sizes[key] = plan.split(configs, config.grid.max_gang, int(config.grid.memory_gib * 2**30))
     for part in sizes[key]:
-      jobs.append(
-        {
-          'name': f'gang-{len(jobs)}',
-          'kind': 'gang',
-          'cells': [names[i] for i in part],
-        }
-      )
+      jobs.append({'name': f'gang-{len(jobs)}', 'kind': 'gang', 'cells': [names[i] for i in part]})
   return jobs
 
 
@@ -223,9 +215,7 @@ def _heldout(config: SweepConfig, run: run_lib.Run) -> list[dict[str, Any]]:
   """What is known of each held-out record, beside the sweep's results."""
   records = sources.load_records(config.data).heldout
   rows = []
-  for index, example in zip(
-    run.heldout.record_ids.tolist(), run.heldout, strict=True
-  ):
+  for index, example in zip(run.heldout.record_ids.tolist(), run.heldout, strict=True):
     record = records[index]
     rows.append(
       {

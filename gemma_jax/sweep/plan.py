@@ -54,14 +54,10 @@ def split(
   # The steps of all cells have the largest rank's shapes, at most.
   largest = max(configs, key=lambda config: config.lora.rank)
   shared = run_lib.prepare_program(largest)
-  limit_bytes = limit_bytes or int(
-    SHARE * compiler.memory_limit_bytes(shared.mesh)
-  )
+  limit_bytes = limit_bytes or int(SHARE * compiler.memory_limit_bytes(shared.mesh))
   return divide(
     len(configs),
-    lambda size: peak_bytes(
-      batched.Gang([largest] * size, shared), limit_bytes
-    ),
+    lambda size: peak_bytes(batched.Gang([largest] * size, shared), limit_bytes),
     max_size=max_size,
     limit_bytes=limit_bytes,
     base_bytes=pytree.num_bytes(shared.abstract[1]),
@@ -69,12 +65,7 @@ def split(
 
 
 def divide(
-  count: int,
-  peak: Callable[[int], int],
-  *,
-  max_size: int,
-  limit_bytes: int,
-  base_bytes: int,
+  count: int, peak: Callable[[int], int], *, max_size: int, limit_bytes: int, base_bytes: int
 ) -> list[list[int]]:
   """Searches the largest gangs that fit.
 
@@ -93,9 +84,11 @@ def divide(
     size = math.ceil(count / parts)
     needed = peak(size)
     logging.info(
-      'A gang of %d needs %s of %s', size, summary.format_bytes(needed),
+      'A gang of %d needs %s of %s',
+      size,
+      summary.format_bytes(needed),
       summary.format_bytes(limit_bytes),
-    )  # fmt: skip
+    )
     if needed <= limit_bytes or size == 1:
       break
     each = (needed - base_bytes) / size
@@ -104,8 +97,9 @@ def divide(
   if needed > limit_bytes:
     logging.warning(
       'A training step needs %s and %s are there: it may fail.',
-      summary.format_bytes(needed), summary.format_bytes(limit_bytes),
-    )  # fmt: skip
+      summary.format_bytes(needed),
+      summary.format_bytes(limit_bytes),
+    )
   if parts > 1:
     logging.info('%d cells are trained as %d gangs', count, parts)
   ends = [round(count * i / parts) for i in range(parts + 1)]

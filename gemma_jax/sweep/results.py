@@ -61,9 +61,7 @@ class Outcome:
     for path in self.folder.glob('heldout/step_*.jsonl'):
       step = int(path.stem.removeprefix('step_'))
       rows = workdir_lib.read_heldout(str(self.folder), step)
-      found[step] = tuple(
-        np.array([row[name] for row in rows]) for name in ('nll', 'tokens')
-      )
+      found[step] = tuple(np.array([row[name] for row in rows]) for name in ('nll', 'tokens'))
     return dict(sorted(found.items()))
 
   @property
@@ -91,9 +89,7 @@ class Outcome:
     """Path → singular values [L, R] of the update after a step (the last)."""
     if step is None:
       step = max(self.losses)
-    saved = workdir_lib.read_json(
-      str(self.folder / 'spectrum'), f'step_{step}.json'
-    )
+    saved = workdir_lib.read_json(str(self.folder / 'spectrum'), f'step_{step}.json')
     return {name: np.array(x) for name, x in (saved or {}).items()}
 
 
@@ -123,11 +119,7 @@ class Sweep:
 
   def has_ended(self, arm: Arm) -> bool:
     """Whether every cell that trains an arm has."""
-    return all(
-      cell.has_ended
-      for cell in self.cells
-      if cell.kind == 'lora' and cell.arm == arm
-    )
+    return all(cell.has_ended for cell in self.cells if cell.kind == 'lora' and cell.arm == arm)
 
   def chosen(self, kind: str = 'lora') -> dict[Arm, list[Outcome]]:
     """Arm → its cells at the rate that validation chose, by seed.
@@ -157,8 +149,7 @@ def read(workdir: str) -> Sweep:
   manifest = workdir_lib.read_json(workdir, manifest_lib.NAME)
   if manifest is None:
     raise ValueError(
-      f'{workdir}: holds no {manifest_lib.NAME}, expected the workdir of '
-      'launch.sweep.'
+      f'{workdir}: holds no {manifest_lib.NAME}, expected the workdir of launch.sweep.'
     )
   entries = list(manifest['cells'])
   for path in sorted(folder.glob('cells/*/truncated.json')):
@@ -189,8 +180,7 @@ def table(sweep: Sweep) -> str:
     elif cell.error is not None:
       state = f'failed: {cell.error}'
     scale, rate = (
-      f'{cell.entry[name]:.4g}' if name in cell.entry else '-'
-      for name in ('scale', 'rate')
+      f'{cell.entry[name]:.4g}' if name in cell.entry else '-' for name in ('scale', 'rate')
     )
     lines.append(
       f'{cell.name:<34}{cell.entry["trainable_parameters"]:>12,}{scale:>9}'

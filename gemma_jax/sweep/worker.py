@@ -18,23 +18,14 @@ from gemma_jax.runs import prepare as run_lib
 from gemma_jax.runs import resume, train
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.runs.evaluate import Stopped
-from gemma_jax.sweep import (
-  evaluation,
-  finalize,
-  gang_run,
-  leases,
-  manifest,
-  results,
-)
+from gemma_jax.sweep import evaluation, finalize, gang_run, leases, manifest, results
 from gemma_jax.sweep.grid import SweepConfig, make_cells
 
 POLL_SECS = 2.0
 
 
 def run(
-  config: SweepConfig,
-  workdir: str,
-  should_stop: Callable[[], bool] = lambda: False,
+  config: SweepConfig, workdir: str, should_stop: Callable[[], bool] = lambda: False
 ) -> results.Sweep:
   """Works until every cell has ended, here or elsewhere.
 
@@ -105,14 +96,10 @@ class _Worker:
     self.workdir = workdir
     self.should_stop = should_stop
     self.leases = f'{workdir}/leases'
-    self.cells = {
-      cell.name: cell.config for cell in make_cells(config, source.config)
-    }
+    self.cells = {cell.name: cell.config for cell in make_cells(config, source.config)}
     # Every job asks it, of the run that it has prepared: files may change
     # while a sweep is under way.
-    self.check_inputs = functools.partial(
-      resume.check_fingerprints, workdir, fingerprints
-    )
+    self.check_inputs = functools.partial(resume.check_fingerprints, workdir, fingerprints)
 
   def work(self, jobs: list[dict[str, Any]]) -> None:
     """Does the jobs that are free until all of them have ended."""
@@ -150,19 +137,13 @@ class _Worker:
       if job['kind'] == 'closing':
         self._close(should_stop)
       elif job['kind'] == 'base':
-        evaluation.evaluate_base(
-          configs[0], folders[0], should_stop, self.check_inputs
-        )
+        evaluation.evaluate_base(configs[0], folders[0], should_stop, self.check_inputs)
       elif job['kind'] == 'full':
         train.train(configs[0], folders[0], should_stop, self.check_inputs)
         shutil.rmtree(f'{folders[0]}/checkpoints', ignore_errors=True)
       else:
         gang_run.train_gang(
-          configs,
-          folders,
-          f'{self.workdir}/jobs/{job["name"]}',
-          should_stop,
-          self.check_inputs,
+          configs, folders, f'{self.workdir}/jobs/{job["name"]}', should_stop, self.check_inputs
         )
     # Numbers are the cell's own, and would be the same again. Whatever else is
     # raised ends this attempt; who comes next tries again.
@@ -182,9 +163,7 @@ class _Worker:
     configs = {}
     for cell in results.read(self.workdir).finished('lora'):
       configs[cell.name] = self.cells[cell.name].resolve()
-    finalize.close(
-      configs, self.config.grid, self.workdir, should_stop, self.check_inputs
-    )
+    finalize.close(configs, self.config.grid, self.workdir, should_stop, self.check_inputs)
     shutil.rmtree(f'{self.workdir}/jobs', ignore_errors=True)
     workdir_lib.write_json(self.workdir, 'closed.json', {})
 

@@ -116,8 +116,7 @@ class Forecast:
     lines.append(f'  {"peak":<36}{total:>12} of {hbm}')
     if self.bound is None:
       return '\n'.join([*lines, '', f'does not fit: needs {total} of {hbm}'])
-    lines += ['', f'{"collectives, per device and step":<38}'
-              f'{"times":>8}{"result":>12}{"sent":>12}']  # fmt: skip
+    lines += ['', f'{"collectives, per device and step":<38}{"times":>8}{"result":>12}{"sent":>12}']
     for kind, count, size, sent in self._by_kind():
       lines.append(
         f'  {kind:<36}{count:>8}{summary.format_bytes(size):>12}'
@@ -151,9 +150,7 @@ class Forecast:
     return rows
 
 
-def forecast(
-  config: TrainConfig, topology: Topology, members: int = 1
-) -> Forecast:
+def forecast(config: TrainConfig, topology: Topology, members: int = 1) -> Forecast:
   """Compiles a run's step for a slice and reads the program.
 
   A batch that does not divide over the slice is made larger until it does, and
@@ -176,17 +173,15 @@ def forecast(
     logging.warning(
       'Compiling for %d rows an update, not %d, which do not divide over this '
       'mesh; a run on it needs --config.data.global_batch_size=%d.',
-      rows, config.data.global_batch_size, rows,
-    )  # fmt: skip
+      rows,
+      config.data.global_batch_size,
+      rows,
+    )
     config = _with_rows(config, rows)
   program = run_lib.prepare_program(config, devices)
   config = program.given
   work = roofline.training_step(
-    config,
-    program.source.config,
-    mesh,
-    np.dtype(program.model.dtype),
-    members,
+    config, program.source.config, mesh, np.dtype(program.model.dtype), members
   )
   is_gang = members > 1
   step = batched.Gang([config] * members, program) if is_gang else program
@@ -242,10 +237,11 @@ def largest_fit(config: TrainConfig, topology: Topology) -> Forecast:
     found = forecast(_with_rows(config, unit * guess), topology)
     known[guess] = found
     logging.info(
-      '%d rows a device: %s of %s', guess,
+      '%d rows a device: %s of %s',
+      guess,
       summary.format_bytes(found.needed_bytes),
       summary.format_bytes(topology.chip.hbm_bytes),
-    )  # fmt: skip
+    )
     low, high = (guess, high) if found.fits else (low, guess)
     guess = _next_guess(known, low, high, topology.chip.hbm_bytes)
   return known[max(low, 1)]
@@ -289,8 +285,7 @@ def _with_rows(config: TrainConfig, rows: int) -> TrainConfig:
 def _device_bytes(tree: Any) -> int:
   """Bytes of one device's shards of abstract arrays."""
   return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for _, x in pytree.items(tree)
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for _, x in pytree.items(tree)
   )
 
 
@@ -298,8 +293,5 @@ def _needed_bytes(message: str) -> int | None:
   """'... (19.02G) exceeds available HBM (15.75G)' → 19.02 GiB in bytes."""
   if 'RESOURCE_EXHAUSTED' not in message:
     return None
-  match = re.search(
-    r'([\d.]+)([KMGT])\)? (?:exceeds available HBM|of [\d.]+[KMGT] hbm)',
-    message,
-  )
+  match = re.search(r'([\d.]+)([KMGT])\)? (?:exceeds available HBM|of [\d.]+[KMGT] hbm)', message)
   return int(float(match[1]) * _UNITS[match[2]]) if match else None

@@ -24,15 +24,18 @@ import re
 import numpy as np
 
 KINDS = (
-    'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all',
-    'collective-permute', 'collective-broadcast', 'send',
-)  # fmt: skip
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+  'collective-broadcast',
+  'send',
+)
 
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 # name = type kind(operands), attributes. A type has no word before a bracket.
-_INSTRUCTION = re.compile(
-  r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ?\b([a-z][a-z0-9\-]*)\((.*)$'
-)
+_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ?\b([a-z][a-z0-9\-]*)\((.*)$')
 _ARRAY = re.compile(r'\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]')
 _CALLED = re.compile(r'(?:calls|to_apply|called_computations)=%?([\w.\-]+)')
 
@@ -96,8 +99,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     for instruction, result, kind, rest in computations[name]:
       if kind == 'while':
         condition, body = (
-          re.search(rf'{part}=%?([\w.\-]+)', rest)[1]
-          for part in ('condition', 'body')
+          re.search(rf'{part}=%?([\w.\-]+)', rest)[1] for part in ('condition', 'body')
         )
         found |= visit(body, times * _trip_count(rest, computations[condition]))
       elif kind == 'conditional':
@@ -122,10 +124,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
 
 def arrays(text: str) -> set[tuple[int, ...]]:
   """The shapes of all arrays that a program's text names."""
-  return {
-    tuple(map(int, sizes.split(','))) if sizes else ()
-    for _, sizes in _ARRAY.findall(text)
-  }
+  return {tuple(map(int, sizes.split(','))) if sizes else () for _, sizes in _ARRAY.findall(text)}
 
 
 def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
@@ -136,9 +135,7 @@ def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
   replica_groups=mesh['a'=2,'b'=4] {'b'}  # along named axes
   source_target_pairs={{0,1},{1,0}}
   """
-  match = re.search(
-    r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}', attributes
-  )
+  match = re.search(r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}', attributes)
   if match:
     rows = re.findall(r'\{([\d,]+)\}', match[1])
     return np.array([[int(i) for i in row.split(',')] for row in rows])
@@ -146,8 +143,7 @@ def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
   if match:
     return _iota(match[1])
   match = re.search(
-    r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}',
-    attributes,
+    r'replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}', attributes
   )
   if match:
     return _along_axes(*match.groups())
@@ -158,8 +154,7 @@ def _iota(text: str) -> np.ndarray:
   """'[2,4]<=[4,2]T(1,0)', or without its shape, → the array it stands for."""
   match = re.match(r'(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
   shape, dims, order = (
-    tuple(map(int, part.split(','))) if part else None
-    for part in match.groups()
+    tuple(map(int, part.split(','))) if part else None for part in match.groups()
   )
   ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
   return ids if shape is None else ids.reshape(shape)

@@ -93,11 +93,7 @@ class Bound:
 
 
 def training_step(
-  config: TrainConfig,
-  model_config: ModelConfig,
-  mesh: Mesh,
-  dtype: Any,
-  members: int = 1,
+  config: TrainConfig, model_config: ModelConfig, mesh: Mesh, dtype: Any, members: int = 1
 ) -> Work:
   """The work of one update.
 
@@ -128,18 +124,13 @@ def training_step(
     * model_config.head_dim
     * rows
     * sum(
-      visible_pairs(
-        config.data.seq_len, model_config.window_size if is_local else None
-      )
+      visible_pairs(config.data.seq_len, model_config.window_size if is_local else None)
       for is_local in model_config.layer_is_local or (False,) * layers
     )
   )
   loss = 2 * model_config.embed_dim * model_config.vocab_size
   forward = tokens * (kernels + factors) + attention
-  model_flops = (
-    tokens * (2 * kernels + 3 * factors + 2 * loss + 2 * trained)
-    + 3 * attention
-  )
+  model_flops = tokens * (2 * kernels + 3 * factors + 2 * loss + 2 * trained) + 3 * attention
   again = forward if _recomputes(config) else 0
   # A flash kernel keeps no scores: its backward pass makes them again, once for
   # the queries' gradient and once for the keys', with the products that feed
@@ -163,11 +154,7 @@ def visible_pairs(length: int, window: int | None) -> int:
 
 
 def bound(
-  work: Work,
-  collectives: Sequence[Collective],
-  chip: Chip,
-  mesh: Mesh,
-  tokens: int,
+  work: Work, collectives: Sequence[Collective], chip: Chip, mesh: Mesh, tokens: int
 ) -> Bound:
   """Least times on a chip.
 
@@ -184,9 +171,7 @@ def bound(
   # Both networks work at the same time.
   interconnect_secs = _sent(within) / chip.ici_bytes_per_sec
   if crossing:
-    interconnect_secs = max(
-      interconnect_secs, _sent(crossing) / chip.dcn_bytes_per_sec
-    )
+    interconnect_secs = max(interconnect_secs, _sent(crossing) / chip.dcn_bytes_per_sec)
   compute_secs = work.executed_flops / (mesh.size * chip.peak_flops)
   hbm_secs = work.hbm_bytes / chip.hbm_bytes_per_sec
   secs = max(compute_secs, hbm_secs, interconnect_secs)
@@ -219,10 +204,7 @@ def _factor_flops(equation: str, form: str, sizes: dict[str, int]) -> int:
   x, out = equation.split(',')[0], equation.split('->')[1]
   mid = {c for c in out if c in x + a} | {'R'}
   first, second = ({*x, *a}, {*mid, *b})
-  return sum(
-    _product_flops(''.join(letters - {'B', 'T'}), sizes)
-    for letters in (first, second)
-  )
+  return sum(_product_flops(''.join(letters - {'B', 'T'}), sizes) for letters in (first, second))
 
 
 def _trained_params(config: TrainConfig, model_config: ModelConfig) -> int:

@@ -87,8 +87,7 @@ class Topology:
       )
     except (jax.errors.JaxRuntimeError, NotImplementedError) as e:
       raise ValueError(
-        f'topology: got {self}, which libtpu refuses ({_first_line(e)}); '
-        f'expected {known()}.'
+        f'topology: got {self}, which libtpu refuses ({_first_line(e)}); expected {known()}.'
       ) from None
     if len(found.devices) != self.num_devices:
       raise ValueError(
@@ -120,27 +119,20 @@ def parse(name: str) -> Topology:
     raise ValueError(f'topology: got {name!r}, expected {known()}.')
   num_slices = int(match[1] or 1)
   shape = tuple(map(int, match[3].split('x')))
-  if (
-    len(shape) != chip.dimensions
-    or not 0 < math.prod(shape) <= _MAX_CHIPS[chip.dimensions]
-  ):
+  if len(shape) != chip.dimensions or not 0 < math.prod(shape) <= _MAX_CHIPS[chip.dimensions]:
     raise ValueError(
       f'topology: got {name!r}, expected {chip.dimensions} sizes and at most '
       f'{_MAX_CHIPS[chip.dimensions]} chips for {chip.name}, such as '
       f'{chip.name}:{CLOUD_SHAPES[chip.name][2]}.'
     )
   if num_slices < 1 or (num_slices > 1 and chip.dcn_bytes_per_sec is None):
-    raise ValueError(
-      f'topology: got {num_slices} slices of {chip.name}, expected one.'
-    )
+    raise ValueError(f'topology: got {num_slices} slices of {chip.name}, expected one.')
   return Topology(chip, shape, num_slices)
 
 
 def known() -> str:
   """The names there are, for messages."""
-  names = '; '.join(
-    f'{name}:{"|".join(shapes)}' for name, shapes in CLOUD_SHAPES.items()
-  )
+  names = '; '.join(f'{name}:{"|".join(shapes)}' for name, shapes in CLOUD_SHAPES.items())
   return f'one of {names}; in front Nx for several slices, as in 2xv5e:4x4'
 
 

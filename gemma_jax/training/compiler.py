@@ -37,9 +37,7 @@ class ByLength:
   That for rows of seq_len is compiled at once, the others when they are met.
   """
 
-  def __init__(
-    self, compile_for: Callable[[int], jax.stages.Compiled], seq_len: int
-  ):
+  def __init__(self, compile_for: Callable[[int], jax.stages.Compiled], seq_len: int):
     self._program = functools.cache(compile_for)
     self._program(seq_len)
 

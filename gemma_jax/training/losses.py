@@ -135,9 +135,7 @@ def _loss_sum_forward(options, hidden, embedding, targets, weights):
 
 def _loss_sum_backward(options, gradients, cotangent):
   del options
-  scaled = jax.tree.map(
-    lambda g: (cotangent * g.astype(jnp.float32)).astype(g.dtype), gradients
-  )
+  scaled = jax.tree.map(lambda g: (cotangent * g.astype(jnp.float32)).astype(g.dtype), gradients)
   return *scaled, None, None
 
 
@@ -405,9 +403,7 @@ def _part(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
 
 def _dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   """Product in y's dtype, summed in float32."""
-  return jnp.einsum(
-    equation, x.astype(y.dtype), y, preferred_element_type=jnp.float32
-  )
+  return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=jnp.float32)
 
 
 def _chunk_sizes(options: _Options, num_positions: int) -> Chunk:

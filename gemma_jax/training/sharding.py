@@ -90,9 +90,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     known = math.prod(s for s in sizes if s != -1)
     sizes[sizes.index(-1)] = max(len(devices) // known, 1)
   count = math.prod(sizes)
-  fewer = count < len(devices) and -1 not in (
-    config.data, config.fsdp, config.tensor
-  )  # fmt: skip
+  fewer = count < len(devices) and -1 not in (config.data, config.fsdp, config.tensor)
   if count != len(devices) and not (fewer and jax.process_count() == 1):
     raise ValueError(
       f'mesh: got data={config.data} fsdp={config.fsdp} '
@@ -105,9 +103,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
   axis_types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(d, 'slice_index', 0) for d in devices})
   if slices == 1:
-    return jax.make_mesh(
-      tuple(sizes), AXES, axis_types=axis_types, devices=devices
-    )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types, devices=devices)
   if sizes[0] % slices:
     raise ValueError(
       f'mesh.data: got {sizes[0]}, expected a multiple of {slices}, the number '
@@ -141,8 +137,7 @@ def check_batch(mesh: Mesh, rows: int, name: str) -> None:
   parts = batch_parts(mesh)
   if rows % parts:
     raise ValueError(
-      f'{name}: got {rows} rows at a time, expected a multiple of '
-      f'data x fsdp = {parts}.'
+      f'{name}: got {rows} rows at a time, expected a multiple of data x fsdp = {parts}.'
     )
 
 
@@ -170,10 +165,7 @@ def param_spec(letters: str, sizes: dict[str, int], mesh: Mesh):
 
 
 def tree_shardings(
-  tree: Any,
-  config: ModelConfig,
-  mesh: Mesh,
-  split_lora: LoraConfig | None = None,
+  tree: Any, config: ModelConfig, mesh: Mesh, split_lora: LoraConfig | None = None
 ) -> Any:
   """A NamedSharding for every leaf of variables, state or optimizer state.
 
@@ -235,9 +227,7 @@ def put_batch(
     rows = np.arange(count)
     have = rows if len(x) == count else local_rows(mesh, count)
     return jax.make_array_from_callback(
-      (count, *x.shape[1:]),
-      sharding,
-      lambda index: x[np.isin(have, rows[index[0]])],
+      (count, *x.shape[1:]), sharding, lambda index: x[np.isin(have, rows[index[0]])]
     )
 
   return {name: place(x) for name, x in batch.items()}

@@ -58,9 +58,7 @@ def split(variables: Any, patterns) -> tuple[Any, Any]:
 
 def init_state(trainable: Any, tx: optax.GradientTransformation) -> TrainState:
   """The state before the first update."""
-  return TrainState(
-    step=jnp.int32(0), trainable=trainable, opt_state=tx.init(trainable)
-  )
+  return TrainState(step=jnp.int32(0), trainable=trainable, opt_state=tx.init(trainable))
 
 
 def _float32(x):
@@ -81,15 +79,11 @@ def abstract_variables(
   """
   scan = config.model.scan_layers
   params = layout.abstract_params(model_config, dtype, scan)
-  adapter = jax.eval_shape(
-    lambda params: init_adapter(config, model_config, params), params
-  )
+  adapter = jax.eval_shape(lambda params: init_adapter(config, model_config, params), params)
   return {'params': params, 'lora': adapter}
 
 
-def init_adapter(
-  config: TrainConfig, model_config: ModelConfig, params: Any = None
-) -> Any:
+def init_adapter(config: TrainConfig, model_config: ModelConfig, params: Any = None) -> Any:
   """The adapter before the first update; a function of the seed.
 
   Args:

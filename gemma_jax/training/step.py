@@ -88,9 +88,7 @@ def make_train_step(
 
   def loss_sum(trainable, frozen, batch, key):
     variables = state_lib.join(trainable, frozen)
-    hidden = hidden_states(
-      model, variables, scale, batch, key if model.dropout > 0 else None
-    )
+    hidden = hidden_states(model, variables, scale, batch, key if model.dropout > 0 else None)
     return losses.linear_cross_entropy(
       hidden,
       variables['params']['embedder']['input_embedding'],
@@ -108,9 +106,7 @@ def make_train_step(
 
     def part(carry, xs):
       index, batch = xs
-      new = grad_fn(
-        state.trainable, frozen, batch, jax.random.fold_in(key, index)
-      )
+      new = grad_fn(state.trainable, frozen, batch, jax.random.fold_in(key, index))
       return jax.tree.map(jnp.add, carry, new), None
 
     parts = jax.tree.map(lambda x: _split_rows(x, accumulate_steps), batch)
@@ -140,11 +136,7 @@ def make_train_step(
     if skip_nonfinite:
       is_finite = jnp.isfinite(metrics['loss'] + metrics['grad_norm'])
       new = jax.tree.map(
-        lambda x, old: (
-          jnp.where(is_finite, x, old)
-          if jnp.issubdtype(x.dtype, jnp.inexact)
-          else x
-        ),
+        lambda x, old: jnp.where(is_finite, x, old) if jnp.issubdtype(x.dtype, jnp.inexact) else x,
         new,
         state,
       )
@@ -154,10 +146,7 @@ def make_train_step(
 
 
 def make_eval_step(
-  model: Transformer,
-  *,
-  scale: float | jax.Array,
-  num_pieces: int | None,
+  model: Transformer, *, scale: float | jax.Array, num_pieces: int | None
 ) -> Callable[[Any, Batch], jax.Array]:
   """Makes eval_step(variables, batch) -> weighted losses, float32 [B, T].
 
@@ -185,8 +174,7 @@ def make_eval_step(
 def _check_form(variables: Any) -> None:
   """ValueError for an adapter that the model would not find."""
   base, adapter = (
-    'scanned' if 'layers' in variables[name] else 'unrolled'
-    for name in ('params', 'lora')
+    'scanned' if 'layers' in variables[name] else 'unrolled' for name in ('params', 'lora')
   )
   if base != adapter:
     raise ValueError(

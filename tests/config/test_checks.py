@@ -10,18 +10,22 @@ from gemma_jax.config import checks
 @pytest.mark.parametrize(
   ('check', 'arguments', 'message'),
   [
-    (checks.require, (False, 'a.b', 3, 'a dog', 'Buy one.'),
-     'a.b: got 3, expected a dog. Buy one.'),
+    (
+      checks.require,
+      (False, 'a.b', 3, 'a dog', 'Buy one.'),
+      'a.b: got 3, expected a dog. Buy one.',
+    ),
     (checks.at_least, ('a', 1, 2), 'a: got 1, expected an integer >= 2.'),
     (checks.at_least, ('a', True, 0), 'a: got True, expected an integer >= 0.'),
-    (checks.one_of, ('a', 'z', ('x', 'y')),
-     "a: got 'z', expected one of x, y."),
+    (checks.one_of, ('a', 'z', ('x', 'y')), "a: got 'z', expected one of x, y."),
     (checks.check_regex, ('a', 3), 'a: got 3, expected a regex.'),
-    (checks.check_regex, ('a', '('),
-     "a: '(' is not a regular expression (missing ), unterminated subpattern "
-     'at position 0).'),
+    (
+      checks.check_regex,
+      ('a', '('),
+      "a: '(' is not a regular expression (missing ), unterminated subpattern at position 0).",
+    ),
   ],
-)  # fmt: skip
+)
 def test_messages(check, arguments, message):
   with pytest.raises(ValueError) as caught:
     check(*arguments)

@@ -16,11 +16,7 @@ def audit(train, heldout):
 
 
 def test_exact_and_normalised_leaks_are_told_apart():
-  train = [
-    pair('Where is it?', 'There.'),
-    pair('서울은 어디?', '한국'),
-    {'tokens': [2, 5, 7]},
-  ]
+  train = [pair('Where is it?', 'There.'), pair('서울은 어디?', '한국'), {'tokens': [2, 5, 7]}]
   heldout = [
     pair('Where is it?', 'There.'),
     pair('  where  IS it', 'there!'),
@@ -36,10 +32,7 @@ def test_exact_and_normalised_leaks_are_told_apart():
 
 def test_a_question_with_another_answer_is_said():
   """Two forms of a question may fall on both sides of a split."""
-  turns = [
-    {'role': 'user', 'content': 'Q'},
-    {'role': 'model', 'content': 'B'},
-  ]
+  turns = [{'role': 'user', 'content': 'Q'}, {'role': 'model', 'content': 'B'}]
   heldout = [pair('Q', 'B'), pair('R', 'A'), {'messages': turns}, pair('', 'C')]
   found = audit([pair('Q', 'A'), pair('', 'A'), {'tokens': [2, 5]}], heldout)
   assert found.asked == (0, 2)
@@ -52,13 +45,9 @@ def test_texts_of_punctuation_are_not_all_alike():
 
 
 def test_forms_of_one_record_are_the_same_record():
-  turns = [
-    {'role': 'user', 'content': 'Hi'},
-    {'role': 'model', 'content': 'Hello'},
-  ]
+  turns = [{'role': 'user', 'content': 'Hi'}, {'role': 'model', 'content': 'Hello'}]
   found = audit(
-    [{'messages': turns}],
-    [pair('Hi', 'Hello'), {'instruction': 'Hi', 'response': 'Hello'}],
+    [{'messages': turns}], [pair('Hi', 'Hello'), {'instruction': 'Hi', 'response': 'Hello'}]
   )
   assert found.leaked == (0, 1)
 
@@ -82,8 +71,7 @@ def test_each_kind_is_one_warning_with_its_records(caplog):
     audit(train, [pair('a', 'b')]).log()
   assert [r.getMessage() for r in caplog.records] == [
     '11 of 12 training records repeat another one: 1, 2, 3, 4, 5, 6, 7, 8, ...',
-    '1 of 1 held-out records also stand in training, word for word; their loss '
-    'measures memory: 0',
+    '1 of 1 held-out records also stand in training, word for word; their loss measures memory: 0',
   ]
 
 

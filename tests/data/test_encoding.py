@@ -59,10 +59,7 @@ def test_spelled_ends_are_not_doubled(blank):
 
 def test_a_parsed_conversation_is_shortened_as_one_text():
   turn = '<start_of_turn>user\n{}<end_of_turn>\n'
-  row = {
-    'prompt': turn.format('b' * 20) + turn.format('a' * 20),
-    'response': 'ab<end_of_turn>',
-  }
+  row = {'prompt': turn.format('b' * 20) + turn.format('a' * 20), 'response': 'ab<end_of_turn>'}
   made = make(row, parse_control_tokens=True, seq_len=40)
   text = TOKENIZER.decode(made[0].tokens.tolist())
   assert text.startswith('user\nbbb')

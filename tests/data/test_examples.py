@@ -21,9 +21,7 @@ LEARNED = st.text(st.characters(exclude_categories=['Cs'])).filter(str.strip)
 def only(record, tokenizer=BYTES, **kwargs):
   """The one example of one record, as two lists."""
   (example,) = examples_lib.make_examples(
-    data_toy.records([record], kwargs.get('template', 'dolly')),
-    tokenizer,
-    **kwargs,
+    data_toy.records([record], kwargs.get('template', 'dolly')), tokenizer, **kwargs
   )
   return example.tokens.tolist(), example.loss_mask.tolist()
 
@@ -38,9 +36,7 @@ def token_records(*lengths):
 
 
 @settings(deadline=None)
-@given(
-  prompt=st.text(st.characters(exclude_categories=['Cs'])), response=LEARNED
-)
+@given(prompt=st.text(st.characters(exclude_categories=['Cs'])), response=LEARNED)
 def test_prompt_and_response_are_tokenized_apart(prompt, response):
   record = {'prompt': prompt, 'response': response}
   for tokenizer in (BYTES, SENTENCEPIECE):
@@ -48,9 +44,7 @@ def test_prompt_and_response_are_tokenized_apart(prompt, response):
     tokens, mask = only(record, tokenizer, template='plain', seq_len=997)
     assert tokens == [2, *before, *after, 1]
     assert mask == [0] * (1 + len(before)) + [1] * (len(after) + 1)
-    again, all_mask = only(
-      record, tokenizer, template='plain', loss_on='all', seq_len=997
-    )
+    again, all_mask = only(record, tokenizer, template='plain', loss_on='all', seq_len=997)
     assert again == tokens
     assert all_mask == [0] + [1] * (len(tokens) - 1)
 
@@ -67,17 +61,13 @@ def test_chat_learns_model_turns_and_eos():
   tokens, mask = only(record, SENTENCEPIECE, template='chat')
   end = SENTENCEPIECE.end_of_turn_id
   learned = [t for t, m in zip(tokens, mask, strict=True) if m]
-  assert learned == [
-    *SENTENCEPIECE.encode('b'), end, *SENTENCEPIECE.encode('Hi'), end, 1,
-  ]  # fmt: skip
+  assert learned == [*SENTENCEPIECE.encode('b'), end, *SENTENCEPIECE.encode('Hi'), end, 1]
   assert tokens[0] == 2
   assert tokens.count(2) == tokens.count(1) == 1
   assert tokens.count(end) == 4
 
 
-@pytest.mark.parametrize(
-  'template', ['dolly', 'chat', 'plain', 'korean', 'en_ko', 'ko_en']
-)
+@pytest.mark.parametrize('template', ['dolly', 'chat', 'plain', 'korean', 'en_ko', 'ko_en'])
 def test_generation_starts_with_the_tokens_of_training(template):
   record = {'prompt': 'Hi user', 'response': 'ab'}
   tokens, mask = only(record, SENTENCEPIECE, template=template)
@@ -98,16 +88,12 @@ def test_token_records_are_taken_as_they_are():
 def test_token_ids_must_be_tokens():
   records = data_toy.records([{'tokens': [2, 262]}, {'tokens': [2, 263]}])
   examples_lib.make_examples(records, None, vocab_size=264)
-  with pytest.raises(
-    ValueError, match=r'record 1: got token id 263.*below 263'
-  ):
+  with pytest.raises(ValueError, match=r'record 1: got token id 263.*below 263'):
     examples_lib.make_examples(records, None, vocab_size=263)
 
 
 def test_text_needs_a_tokenizer():
-  records = data_toy.records(
-    [{'tokens': [2, 5]}, {'prompt': 'a', 'response': 'b'}]
-  )
+  records = data_toy.records([{'tokens': [2, 5]}, {'prompt': 'a', 'response': 'b'}])
   with pytest.raises(ValueError, match=r'config\.model\.tokenizer=PATH'):
     examples_lib.make_examples(records, None)
 
@@ -144,18 +130,25 @@ def test_stats_count_what_became_of_the_records():
   )
   assert made.record_ids.tolist() == [0, 3, 4, 5, 6, 8]
   assert made.slots.tolist() == [4, 2, 2, 2, 4, 4]
-  with pytest.raises(
-    ValueError, match=r'none of 3 records.*seq_len=5 \(1 are too long.* 2 have'
-  ):
+  with pytest.raises(ValueError, match=r'none of 3 records.*seq_len=5 \(1 are too long.* 2 have'):
     examples_lib.make_examples([*records[1:3], records[7]], None, seq_len=5)
 
 
 def test_stats_as_a_line_and_as_warnings():
   stats = examples_lib.ExampleStats(
-    1000, 970, 12_345, 300, truncated=60, lost_prompts=11,
-    lost_supervised_tokens=100, unlearnable=27, too_long=3, duplicates=1,
-    spelling_controls=8, seq_len=128,
-  )  # fmt: skip
+    1000,
+    970,
+    12_345,
+    300,
+    truncated=60,
+    lost_prompts=11,
+    lost_supervised_tokens=100,
+    unlearnable=27,
+    too_long=3,
+    duplicates=1,
+    spelling_controls=8,
+    seq_len=128,
+  )
   assert stats.line('training') == (
     'training: 970 records, 12,345 tokens, 300 supervised, 60 truncated to '
     'seq_len (11 lost part of their prompt), 30 left out (27 without a target, '
@@ -169,12 +162,7 @@ def test_stats_as_a_line_and_as_warnings():
   assert '8 records spell control tokens' in spelled
   assert '--config.data.parse_control_tokens=True' in spelled
   few = dataclasses.replace(
-    stats,
-    truncated=50,
-    lost_prompts=10,
-    unlearnable=0,
-    too_long=0,
-    parsed_controls=True,
+    stats, truncated=50, lost_prompts=10, unlearnable=0, too_long=0, parsed_controls=True
   )
   assert few.warnings('training') == []
 
@@ -193,9 +181,7 @@ def test_a_long_file_is_tokenized_in_order(monkeypatch):
   monkeypatch.setattr(examples_lib, '_CHUNK', 3)
   rows = [{'prompt': str(i), 'response': 'a' * i} for i in range(1, 11)]
   rows[4:4] = [{'tokens': [2, 11, 12, 13, 14]}]
-  made = examples_lib.make_examples(
-    data_toy.records(rows), BYTES, template='plain'
-  )
+  made = examples_lib.make_examples(data_toy.records(rows), BYTES, template='plain')
   alone = [only(row, template='plain')[0] for row in rows]
   assert [e.tokens.tolist() for e in made] == alone
 
@@ -273,9 +259,7 @@ def test_dolly_becomes_the_token_records_made_elsewhere():
   with open(reference, encoding='utf-8') as f:
     expected = [json.loads(line) for line in f]
   tokenizer = open_base.open_base('gemma3_270m').tokenizer()
-  made = examples_lib.make_examples(
-    data_toy.records(rows), tokenizer, 'dolly', seq_len=512
-  )
+  made = examples_lib.make_examples(data_toy.records(rows), tokenizer, 'dolly', seq_len=512)
   counts = collections.Counter()
   for row, example, wanted in zip(rows, made, expected, strict=True):
     if len(example.tokens) == 512:
@@ -288,9 +272,9 @@ def test_dolly_becomes_the_token_records_made_elsewhere():
       counts['equal text'] += 1
       for mask in (0, 1):
         of_mask = np.array(wanted['loss_mask']) == mask
-        assert tokenizer.decode(
-          example.tokens[example.loss_mask == mask]
-        ) == tokenizer.decode(np.array(wanted['tokens'])[of_mask])
+        assert tokenizer.decode(example.tokens[example.loss_mask == mask]) == tokenizer.decode(
+          np.array(wanted['tokens'])[of_mask]
+        )
     else:
       counts['equal'] += 1
       np.testing.assert_array_equal(example.tokens, wanted['tokens'])

@@ -38,9 +38,7 @@ def test_another_kind_is_named_and_loses_no_row(tmp_path, content, kind, skip):
   path = tmp_path / 'a.jsonl'
   path.write_bytes(content if isinstance(content, bytes) else content.encode())
   with pytest.raises(ValueError) as error:
-    records.usable(
-      records.read_jsonl(str(path)), 'plain', skip_bad_records=skip
-    )
+    records.usable(records.read_jsonl(str(path)), 'plain', skip_bad_records=skip)
   assert f'{path} is {kind}' in str(error.value)
   assert 'skip_bad_records' not in str(error.value)
 
@@ -60,9 +58,7 @@ def test_another_kind_is_named_and_loses_no_row(tmp_path, content, kind, skip):
 def test_a_bad_first_line_is_a_bad_line(tmp_path, first):
   path = tmp_path / 'a.jsonl'
   path.write_text(f'{first}\n{LINES}', encoding='utf-8')
-  reading = records.usable(
-    records.read_jsonl(str(path)), 'plain', skip_bad_records=True
-  )
+  reading = records.usable(records.read_jsonl(str(path)), 'plain', skip_bad_records=True)
   assert len(reading.records) == 3
   assert reading.skipped.total() == 1
 
@@ -70,7 +66,5 @@ def test_a_bad_first_line_is_a_bad_line(tmp_path, first):
 def test_a_csv_of_one_column_is_known_by_its_name(tmp_path):
   path = tmp_path / 'a.csv'
   path.write_text('text\nhello\n', encoding='utf-8')
-  with pytest.raises(
-    ValueError, match=r"a\.csv is CSV, with the header 'text'"
-  ):
+  with pytest.raises(ValueError, match=r"a\.csv is CSV, with the header 'text'"):
     list(records.read_jsonl(str(path)))

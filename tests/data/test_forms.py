@@ -44,20 +44,11 @@ def key(*parts):
     ),
     (
       chat(message('user', 'Q'), message('assistant', 'A', name='n'), id=7),
-      Record(
-        (ASKED, ANSWERED),
-        key=key(['user', 'Q']),
-        unread=('messages[].name', 'id'),
-      ),
+      Record((ASKED, ANSWERED), key=key(['user', 'Q']), unread=('messages[].name', 'id')),
     ),
     (
       {'tokens': [2, 5], 'loss_mask': [0, 1], 'text': 'a'},
-      Record(
-        tokens=(2, 5),
-        loss_mask=(0, 1),
-        key=key([2, 5], [0, 1]),
-        unread=('text',),
-      ),
+      Record(tokens=(2, 5), loss_mask=(0, 1), key=key([2, 5], [0, 1]), unread=('text',)),
     ),
   ],
 )
@@ -87,10 +78,7 @@ def test_a_context_is_honoured_under_each_of_its_names(name, question):
 def test_a_null_is_a_missing_field(missing):
   row = {'Instruction': 'Q', 'context': missing, 'input': 'C', 'response': 'A'}
   assert parse(row).dialogue == (Turn('user', 'Q', 'C'), ANSWERED)
-  assert parse(QA | {'messages': None, 'more': missing}).turns == (
-    ASKED,
-    ANSWERED,
-  )
+  assert parse(QA | {'messages': None, 'more': missing}).turns == (ASKED, ANSWERED)
 
 
 def test_system_and_history_are_turns():
@@ -121,13 +109,7 @@ def test_an_answer_of_weight_0_is_shown_and_not_learned():
       message('assistant', 'A', weight=1),
     )
   )
-  assert record.turns == (
-    Turn('system', ''),
-    ASKED,
-    Turn('model', ''),
-    ASKED,
-    ANSWERED,
-  )
+  assert record.turns == (Turn('system', ''), ASKED, Turn('model', ''), ASKED, ANSWERED)
   assert record.unread == ()
 
 
@@ -152,12 +134,7 @@ def test_an_answer_of_weight_0_is_shown_and_not_learned():
       'field "tools" cannot be rendered',
     ),
     (
-      chat(
-        message('system', 'S'),
-        message('user', 'Q'),
-        message('model', 'A'),
-        system='S',
-      ),
+      chat(message('system', 'S'), message('user', 'Q'), message('model', 'A'), system='S'),
       'field "system" beside a system message',
     ),
     (
@@ -175,11 +152,7 @@ def test_an_answer_of_weight_0_is_shown_and_not_learned():
       'field "messages[0].context" is not read in a message',
     ),
     (
-      chat(
-        message('system', 'S', weight=1),
-        message('user', 'Q'),
-        message('model', 'A'),
-      ),
+      chat(message('system', 'S', weight=1), message('user', 'Q'), message('model', 'A')),
       'a message of the role system has the weight 1',
     ),
     (QA | {'weight': 0}, 'field "weight" is not 1'),
@@ -198,10 +171,7 @@ def test_an_answer_of_weight_0_is_shown_and_not_learned():
       chat(message('user', 'Q'), message('model', 'A'), **QA),
       'two forms at once: messages and prompt+response',
     ),
-    (
-      QA | {'instruction': 'Q'},
-      'two forms at once: instruction+response and prompt+response',
-    ),
+    (QA | {'instruction': 'Q'}, 'two forms at once: instruction+response and prompt+response'),
   ],
 )
 def test_what_cannot_be_read_is_refused(row, expected):
@@ -251,7 +221,5 @@ def test_a_context_beside_messages_belongs_to_the_first_question():
 
 def test_an_unfinished_second_form_is_an_unread_field():
   """As data sets have it: the first question beside the conversation."""
-  row = chat(
-    message('user', 'Q'), message('model', 'A'), prompt='Q', ID=1, id=2
-  )
+  row = chat(message('user', 'Q'), message('model', 'A'), prompt='Q', ID=1, id=2)
   assert parse(row).unread == ('prompt', 'ID', 'id')

@@ -27,9 +27,7 @@ def make_plan(global_batch_size=6, packing=True):
 
 
 def train(start_step=0, count=29, **kwargs):
-  batches = pipeline.train_batches(
-    EXAMPLES, make_plan(), start_step=start_step, **kwargs
-  )
+  batches = pipeline.train_batches(EXAMPLES, make_plan(), start_step=start_step, **kwargs)
   return list(itertools.islice(batches, count))
 
 
@@ -57,18 +55,14 @@ def test_batches_are_the_rows_of_the_plan(packing):
 def test_a_resumed_run_sees_what_an_uninterrupted_one_does(start_step):
   whole = train()
   resumed = train(start_step, 29 - start_step)
-  for (step, batch), (again, same) in zip(
-    whole[start_step:], resumed, strict=True
-  ):
+  for (step, batch), (again, same) in zip(whole[start_step:], resumed, strict=True):
     assert step == again
     assert_equal(batch, same)
 
 
 @pytest.mark.parametrize('rows', [(0, 1, 2), (3, 4, 5), (1, 4), (5,)])
 def test_a_host_gets_its_rows_of_the_global_batch(rows):
-  for (step, batch), (part_step, part) in zip(
-    train(5, 7), train(5, 7, rows=rows), strict=True
-  ):
+  for (step, batch), (part_step, part) in zip(train(5, 7), train(5, 7, rows=rows), strict=True):
     assert part_step == step
     assert_equal(part, {name: x[list(rows)] for name, x in batch.items()})
 
@@ -102,22 +96,14 @@ def test_evaluation_sees_every_example_once(packing):
 
 def test_the_last_evaluation_batch_is_filled_with_empty_rows():
   """As the docstring shows it."""
-  made = make_examples(
-    data_toy.records({'tokens': list(range(2, 2 + n))} for n in (5, 4, 3)),
-    None,
-  )
+  made = make_examples(data_toy.records({'tokens': list(range(2, 2 + n))} for n in (5, 4, 3)), None)
   found = list(pipeline.eval_batches(made, 8, 2, packing=False))
-  assert [ids.tolist() for _, ids in found] == [
-    [[0, 0, 0, 0], [1, 1, 1, -1]],
-    [[2, 2], [-1, -1]],
-  ]
+  assert [ids.tolist() for _, ids in found] == [[[0, 0, 0, 0], [1, 1, 1, -1]], [[2, 2], [-1, -1]]]
   assert not any(array[1].any() for array in found[1][0].values())
 
 
 def test_evaluation_is_repeatable():
-  first, second = (
-    list(pipeline.eval_batches(EXAMPLES, SEQ_LEN, 4)) for _ in range(2)
-  )
+  first, second = (list(pipeline.eval_batches(EXAMPLES, SEQ_LEN, 4)) for _ in range(2))
   for (batch, ids), (same, same_ids) in zip(first, second, strict=True):
     assert_equal(batch, same)
     np.testing.assert_array_equal(ids, same_ids)

@@ -84,15 +84,9 @@ BAD = [
   ({}, 'field "response" is missing (found: no field)'),
   ({'prompt': 'a', 'response': ''}, 'field "response" is empty'),
   ({'prompt': 'a', 'response': ' \n'}, 'field "response" is empty'),
-  (
-    {'prompt': 'a', 'response': None},
-    'field "response" is null (found: prompt, response)',
-  ),
+  ({'prompt': 'a', 'response': None}, 'field "response" is null (found: prompt, response)'),
   ('{"prompt": "a", "response": NaN}', 'field "response" is null'),
-  (
-    {'prompt': ['a'], 'response': 'b'},
-    'field "prompt" is not a string (found: ',
-  ),
+  ({'prompt': ['a'], 'response': 'b'}, 'field "prompt" is not a string (found: '),
   (
     {'instruction': 'a', 'context': 3, 'response': 'b'},
     'field "context" is not a string (found: int 3)',
@@ -112,29 +106,20 @@ BAD = [
   (messages(('model', 'a')), '(found: model)'),
   (messages(('user', 'a'), ('user', 'b'), ('model', 'c')), 'in turns'),
   (messages(('user', 'a'), ('tool', 'b')), '(found: user, tool)'),
-  (
-    messages(('user', 'a'), ('model', '')),
-    'field "messages[1].content" is empty',
-  ),
+  (messages(('user', 'a'), ('model', '')), 'field "messages[1].content" is empty'),
   (messages(('user', 'a'), ('model', 'b'), ('system', 'c')), 'in turns'),
-  (
-    {'tokens': []},
-    'field "tokens" is not a list of token ids (found: list [])',
-  ),
+  ({'tokens': []}, 'field "tokens" is not a list of token ids (found: list [])'),
   ({'tokens': 'ab'}, 'field "tokens" is not a list of token ids'),
   ({'tokens': [2, 3.0]}, 'field "tokens" is not a list of token ids'),
   ({'tokens': [2, -1]}, 'field "tokens" is not a list of token ids'),
   ({'tokens': [2, True]}, 'field "tokens" is not a list of token ids'),
   ({'tokens': [2, 2**31]}, 'field "tokens" is not a list of token ids'),
-  (
-    {'tokens': [2, 3], 'loss_mask': [0, 2]},
-    'field "loss_mask" is not a list of 0 and 1',
-  ),
+  ({'tokens': [2, 3], 'loss_mask': [0, 2]}, 'field "loss_mask" is not a list of 0 and 1'),
   (
     {'tokens': [2, 3], 'loss_mask': [1]},
     'field "loss_mask" is not as long as "tokens" (found: 1 and 2)',
   ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize('row, expected', BAD, ids=range(len(BAD)))
@@ -169,24 +154,22 @@ def test_the_message_is_the_documented_one(tmp_path, monkeypatch):
 
 def test_skipped_rows_are_counted_by_reason(tmp_path):
   rows = [
-    {'prompt': 'a'}, {'prompt': 'b', 'extra': 1}, '{', GOOD[0], 'x',
+    {'prompt': 'a'},
+    {'prompt': 'b', 'extra': 1},
+    '{',
+    GOOD[0],
+    'x',
     {'prompt': 'c', 'response': ''},
-  ]  # fmt: skip
+  ]
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
   assert read(path, skip_bad_records=True) == (
     parsed(GOOD[0]),
-    {
-      'field "response" is missing': 2,
-      'invalid JSON': 2,
-      'field "response" is empty': 1,
-    },
+    {'field "response" is missing': 2, 'invalid JSON': 2, 'field "response" is empty': 1},
   )
 
 
 def test_a_row_that_the_template_cannot_hold_is_named(tmp_path):
-  turns = messages(
-    ('user', 'a'), ('model', 'b'), ('user', 'c'), ('assistant', 'd')
-  )
+  turns = messages(('user', 'a'), ('model', 'b'), ('user', 'c'), ('assistant', 'd'))
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', [GOOD[0], turns])
   with pytest.raises(ValueError, match=r'a\.jsonl line 2: .*expected chat'):
     read(path)
@@ -215,16 +198,12 @@ def test_nothing_usable_is_an_error(tmp_path, rows, skip, found):
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
   with pytest.raises(ValueError) as error:
     read(path, skip_bad_records=skip)
-  assert f'data.path: {path} holds no usable record ({found}' in str(
-    error.value
-  )
+  assert f'data.path: {path} holds no usable record ({found}' in str(error.value)
 
 
 def test_no_file(tmp_path):
   for path in (tmp_path, tmp_path / 'nope.jsonl'):
-    with pytest.raises(
-      ValueError, match=r'data\.path: got .* which is not a file'
-    ):
+    with pytest.raises(ValueError, match=r'data\.path: got .* which is not a file'):
       read(str(path))
 
 
@@ -242,18 +221,38 @@ def test_an_unknown_template_is_found_before_reading(tmp_path):
 
 json_values = st.recursive(
   st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-  lambda inner: st.lists(inner, max_size=3)
-  | st.dictionaries(
-    st.sampled_from(
-      ['instruction', 'context', 'Context', 'input', 'response', 'output',
-       'prompt', 'messages', 'role', 'content', 'weight', 'system', 'history',
-       'tools', 'tokens', 'loss_mask', 'en', 'ko', 'id']
-    ),
-    inner,
-    max_size=3,
+  lambda inner: (
+    st.lists(inner, max_size=3)
+    | st.dictionaries(
+      st.sampled_from(
+        [
+          'instruction',
+          'context',
+          'Context',
+          'input',
+          'response',
+          'output',
+          'prompt',
+          'messages',
+          'role',
+          'content',
+          'weight',
+          'system',
+          'history',
+          'tools',
+          'tokens',
+          'loss_mask',
+          'en',
+          'ko',
+          'id',
+        ]
+      ),
+      inner,
+      max_size=3,
+    )
   ),
   max_leaves=11,
-)  # fmt: skip
+)
 
 
 @settings(deadline=None)
@@ -273,9 +272,7 @@ def test_any_value_is_a_record_or_a_bad_one(value):
 
 
 @pytest.mark.parametrize('suffix, opener', [('gz', gzip), ('xz', lzma)])
-def test_a_line_that_expands_without_end_is_refused_in_little_memory(
-  tmp_path, suffix, opener
-):
+def test_a_line_that_expands_without_end_is_refused_in_little_memory(tmp_path, suffix, opener):
   """64 MiB of one line, from some kilobytes."""
   path = tmp_path / f'bomb.jsonl.{suffix}'
   with opener.open(path, 'wb') as f:

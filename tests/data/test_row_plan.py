@@ -32,16 +32,12 @@ def test_an_epoch_holds_every_example_once(slots, seed, packing):
 
 
 @settings(deadline=None)
-@given(
-  slots=some_slots, batch=st.integers(1, 11), steps=st.permutations(range(7))
-)
+@given(slots=some_slots, batch=st.integers(1, 11), steps=st.permutations(range(7)))
 def test_steps_cut_the_concatenated_epochs(slots, batch, steps):
   """In whichever order the steps are asked for."""
   plan = make_plan(slots, batch)
   epochs = make_plan(slots, 1)
-  endless = itertools.chain.from_iterable(
-    epochs.epoch_rows(e) for e in itertools.count()
-  )
+  endless = itertools.chain.from_iterable(epochs.epoch_rows(e) for e in itertools.count())
   expected = list(itertools.islice(endless, 7 * batch))
   for step in steps:
     assert plan.rows(step) == expected[step * batch : (step + 1) * batch]
@@ -139,9 +135,7 @@ def test_long_examples_are_evaluated_in_longer_rows():
   assert row_plan.eval_rows((5, 3, 20, 2), 8) == {32: [(2,)], 8: [(0, 1), (3,)]}
   lengths = row_plan.eval_rows((1, 8, 9, 16, 17, 32, 33), 8, packing=False)
   assert list(lengths) == [64, 32, 16, 8]
-  assert lengths == {
-    8: [(1,), (0,)], 16: [(3,), (2,)], 32: [(5,), (4,)], 64: [(6,)],
-  }  # fmt: skip
+  assert lengths == {8: [(1,), (0,)], 16: [(3,), (2,)], 32: [(5,), (4,)], 64: [(6,)]}
 
 
 @settings(deadline=None)
@@ -201,9 +195,7 @@ def test_real_dolly_fills_its_rows():
 
   path = data_toy.shared_file('dolly-15k/databricks-dolly-15k.jsonl')
   rows = [row for _, row in records.read_jsonl(path)]
-  made = make_examples(
-    data_toy.records(rows), tokenizer.ByteTokenizer(), seq_len=2048
-  )
+  made = make_examples(data_toy.records(rows), tokenizer.ByteTokenizer(), seq_len=2048)
   slots = -(-made.slots // 4)
   plan = row_plan.RowPlan(slots, 512, 4, seed=0)
   for epoch in range(2):

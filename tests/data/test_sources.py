@@ -27,19 +27,12 @@ some_records = st.one_of(
     st.sampled_from(['', 'C', None]),
     st.sampled_from('ab'),
   ),
-  st.builds(
-    lambda i, r: {'prompt': f'Q{i}', 'response': r},
-    prompts,
-    st.sampled_from('ab'),
-  ),
+  st.builds(lambda i, r: {'prompt': f'Q{i}', 'response': r}, prompts, st.sampled_from('ab')),
   st.builds(lambda i: {'tokens': [2, i + 4, 1]}, prompts),
   st.builds(lambda i: {'en': f'E{i}', 'ko': f'K{i}'}, prompts),
   st.builds(
     lambda i, r: {
-      'messages': [
-        {'role': 'user', 'content': f'Q{i}'},
-        {'role': 'model', 'content': r},
-      ]
+      'messages': [{'role': 'user', 'content': f'Q{i}'}, {'role': 'model', 'content': r}]
     },
     prompts,
     st.sampled_from('ab'),
@@ -57,9 +50,7 @@ def question(record):
 def test_a_question_is_on_one_side(rows, random):
   rows = data_toy.records(rows, 'en_ko')
   if len({question(row) for row in rows}) < 2:
-    with pytest.raises(
-      ValueError, match=r'expected at least 2.*data\.eval_path'
-    ):
+    with pytest.raises(ValueError, match=r'expected at least 2.*data\.eval_path'):
       sources.split(rows)
     return
   train, heldout = sources.split(rows)
@@ -93,15 +84,7 @@ def test_a_growing_file_keeps_its_held_out_records():
 
 def test_the_split_is_the_same_on_every_machine():
   _, heldout = sources.split(records(range(101)))
-  assert [r.question for r in heldout] == [
-    'Q14',
-    'Q17',
-    'Q21',
-    'Q33',
-    'Q34',
-    'Q47',
-    'Q65',
-  ]
+  assert [r.question for r in heldout] == ['Q14', 'Q17', 'Q21', 'Q33', 'Q34', 'Q47', 'Q65']
 
 
 def test_a_file_is_split_unless_there_is_another(tmp_path):
@@ -195,9 +178,7 @@ def test_leaving_contexts_out_looks_where_rendering_does(tmp_path, name):
 
 
 def test_unread_fields_of_both_sides_are_counted_by_name(tmp_path):
-  rows = [
-    record(i, id=i, **({'lang': 'en'} if i % 2 else {})) for i in range(9)
-  ]
+  rows = [record(i, id=i, **({'lang': 'en'} if i % 2 else {})) for i in range(9)]
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
   config = DataConfig(path=path, eval_path=path, skip_bad_records=True)
   found = sources.load_records(config)

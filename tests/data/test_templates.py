@@ -15,9 +15,7 @@ from tests import data_toy
 SINGLE = ('dolly', 'plain', 'korean', 'en_ko', 'ko_en')
 START = Span('<start_of_turn>', is_control=True)
 END = Span('<end_of_turn>', is_control=True)
-LEARNED_END = Span(
-  '<end_of_turn>', is_control=True, is_answer=True, is_target=True
-)
+LEARNED_END = Span('<end_of_turn>', is_control=True, is_answer=True, is_target=True)
 GOLDEN = Path(__file__).parents[1] / 'golden'
 
 
@@ -32,10 +30,7 @@ def render(template, row):
 
 def messages(*contents, system=None):
   roles = ('user', 'assistant')
-  turns = [
-    {'role': roles[i % 2], 'content': content}
-    for i, content in enumerate(contents)
-  ]
+  turns = [{'role': roles[i % 2], 'content': content} for i, content in enumerate(contents)]
   first = [{'role': 'system', 'content': system}] if system else []
   return {'messages': first + turns}
 
@@ -51,10 +46,7 @@ def test_dolly():
 
 def test_plain_is_the_texts_as_they_are():
   record = {'prompt': ' 1 + 1 =', 'response': ' 2\n'}
-  assert render('plain', record) == [
-    Span(' 1 + 1 ='),
-    answer(' 2\n'),
-  ]
+  assert render('plain', record) == [Span(' 1 + 1 ='), answer(' 2\n')]
 
 
 def test_korean():
@@ -80,11 +72,24 @@ def test_a_pair_is_translated_in_the_direction_of_the_template():
 def test_chat_learns_every_model_turn_and_its_end():
   record = messages('Q1', 'A1', ' Q2 ', 'A2\n', system='Be brief.')
   assert render('chat', record) == [
-    START, Span('user\nBe brief.\n\nQ1'), END, Span('\n'),
-    START, Span('model\n'), answer('A1'), LEARNED_END, Span('\n'),
-    START, Span('user\nQ2'), END, Span('\n'),
-    START, Span('model\n'), answer('A2'), LEARNED_END,
-  ]  # fmt: skip
+    START,
+    Span('user\nBe brief.\n\nQ1'),
+    END,
+    Span('\n'),
+    START,
+    Span('model\n'),
+    answer('A1'),
+    LEARNED_END,
+    Span('\n'),
+    START,
+    Span('user\nQ2'),
+    END,
+    Span('\n'),
+    START,
+    Span('model\n'),
+    answer('A2'),
+    LEARNED_END,
+  ]
 
 
 def test_chat_is_what_the_released_template_says():
@@ -93,9 +98,7 @@ def test_chat_is_what_the_released_template_says():
   cases = json.loads(path.read_text('utf-8'))['cases']
   roles = {'system': 'system', 'user': 'user', 'assistant': 'model'}
   for case in cases:
-    turns = tuple(
-      Turn(roles[m['role']], m['content']) for m in case['messages']
-    )
+    turns = tuple(Turn(roles[m['role']], m['content']) for m in case['messages'])
     spans = templates.render('chat', Record(turns))
     text = '<bos>' + ''.join(span.text for span in spans)
     # A finished conversation ends with EOS here, with a new line there.
@@ -115,12 +118,7 @@ def test_an_answer_of_weight_0_is_no_target():
   row['messages'][1]['weight'] = 0
   spans = render('chat', row)
   assert [s.text for s in spans if s.is_target] == ['A2', '<end_of_turn>']
-  assert [s.text for s in spans if s.is_answer] == [
-    'A1',
-    '<end_of_turn>',
-    'A2',
-    '<end_of_turn>',
-  ]
+  assert [s.text for s in spans if s.is_answer] == ['A1', '<end_of_turn>', 'A2', '<end_of_turn>']
 
 
 @pytest.mark.parametrize('template', (*SINGLE, 'chat'))
@@ -138,9 +136,7 @@ def test_forms_of_one_question_render_alike(template):
 @pytest.mark.parametrize('template', (*SINGLE, 'chat'))
 @settings(deadline=None)
 @given(prompt=st.text(), response=st.text())
-def test_generation_starts_from_what_training_showed(
-  template, prompt, response
-):
+def test_generation_starts_from_what_training_showed(template, prompt, response):
   """The spans before the first target are those of `render_prompt`."""
   record = Record((Turn('user', prompt), Turn('model', response, '', True)))
   spans = templates.render(template, record)
@@ -183,9 +179,7 @@ def test_an_unknown_template_lists_those_there_are():
     lambda: templates.render('dollly', Record((Turn('user', ''),))),
     lambda: templates.render_prompt('dollly', 'a'),
   ):
-    with pytest.raises(
-      ValueError, match="'dollly', expected one of dolly, chat"
-    ):
+    with pytest.raises(ValueError, match="'dollly', expected one of dolly, chat"):
       call()
 
 

@@ -12,9 +12,7 @@ from tests import data_toy
 
 SENTENCEPIECE = data_toy.make_tokenizer()
 BYTES = tokenizer_lib.ByteTokenizer()
-both = pytest.mark.parametrize(
-  'tokenizer', [SENTENCEPIECE, BYTES], ids=['sentencepiece', 'bytes']
-)
+both = pytest.mark.parametrize('tokenizer', [SENTENCEPIECE, BYTES], ids=['sentencepiece', 'bytes'])
 
 # U+2581 is SentencePiece's own space, so that it comes back as one.
 texts = st.text(
@@ -63,8 +61,7 @@ def test_encoding_many_is_encoding_each(tokenizer, batch):
 
 
 @pytest.mark.parametrize(
-  'turn_type',
-  [tokenizer_lib.CONTROL, tokenizer_lib.USER_DEFINED, tokenizer_lib.NORMAL],
+  'turn_type', [tokenizer_lib.CONTROL, tokenizer_lib.USER_DEFINED, tokenizer_lib.NORMAL]
 )
 def test_control_tokens_are_never_parsed_from_text(turn_type):
   tokenizer = data_toy.make_tokenizer(turn_type=turn_type)
@@ -80,15 +77,24 @@ def test_control_tokens_are_never_parsed_from_text(turn_type):
   assert tokenizer.end_of_turn_id == names.index('<end_of_turn>')
 
 
-@pytest.mark.parametrize(
-  'kind', [tokenizer_lib.USER_DEFINED, tokenizer_lib.NORMAL]
-)
+@pytest.mark.parametrize('kind', [tokenizer_lib.USER_DEFINED, tokenizer_lib.NORMAL])
 def test_special_pieces_of_every_release_stay_text(kind):
   special = (
-    '<2mass>', '[@BOS@]', '[toxicity=0]', '[multimodal]', '<start_of_image>',
-    '<end_of_image>', '<image_soft_token>', '<start_of_audio>', '<|turn>',
-    '<turn|>', '<|"|>', '<|tool_call>', '<tool_call|>', '<unused6241>',
-  )  # fmt: skip
+    '<2mass>',
+    '[@BOS@]',
+    '[toxicity=0]',
+    '[multimodal]',
+    '<start_of_image>',
+    '<end_of_image>',
+    '<image_soft_token>',
+    '<start_of_audio>',
+    '<|turn>',
+    '<turn|>',
+    '<|"|>',
+    '<|tool_call>',
+    '<tool_call|>',
+    '<unused6241>',
+  )
   text = ('<b>', '</b>', '<table>', '\n\n\n', '\t\t', '[]', '<=>', '<|>')
   pieces, scores, types = data_toy.vocabulary()
   first = len(pieces)
@@ -97,11 +103,7 @@ def test_special_pieces_of_every_release_stay_text(kind):
     tokenizer_lib.build_model_proto(
       [*pieces, *added],
       [*scores, *(-float(first + i) for i in range(len(added)))],
-      [
-        *types,
-        *[kind] * len(special),
-        *[tokenizer_lib.USER_DEFINED] * len(text),
-      ],
+      [*types, *[kind] * len(special), *[tokenizer_lib.USER_DEFINED] * len(text)],
     )
   )
   for token_id, piece in enumerate(special, first):
@@ -114,16 +116,13 @@ def test_special_pieces_of_every_release_stay_text(kind):
 
 def with_added(*added):
   return tokenizer_lib.SentencePieceTokenizer(
-    SENTENCEPIECE.model_proto,
-    'a.model',
-    [tokenizer_lib.AddedToken(*token) for token in added],
+    SENTENCEPIECE.model_proto, 'a.model', [tokenizer_lib.AddedToken(*token) for token in added]
   )
 
 
 def test_added_tokens_are_text_or_control_by_their_flag():
   n, b = SENTENCEPIECE.vocab_size, SENTENCEPIECE.encode('b')
-  tokenizer = with_added((n, '<tool>', False), (n + 2, 'my word', False),
-                         (n + 1, '</think>', True))  # fmt: skip
+  tokenizer = with_added((n, '<tool>', False), (n + 2, 'my word', False), (n + 1, '</think>', True))
   assert tokenizer.vocab_size == n + 3
   assert tokenizer.encode('b<tool>b') == [*b, n, *b]
   assert tokenizer.encode('my word') == [n + 2]
@@ -142,8 +141,9 @@ def test_added_tokens_are_text_or_control_by_their_flag():
 def test_added_tokens_may_name_pieces_again():
   pieces, _, _ = data_toy.vocabulary()
   unused, word = pieces.index('<unused0>'), pieces.index('Hi')
-  same = with_added((unused, '<unused0>', False), (2, '<bos>', True),
-                    (pieces.index('  '), '▁▁', False))  # fmt: skip
+  same = with_added(
+    (unused, '<unused0>', False), (2, '<bos>', True), (pieces.index('  '), '▁▁', False)
+  )
   assert same.model_proto == SENTENCEPIECE.model_proto
   assert same.fingerprint() == SENTENCEPIECE.fingerprint()
   assert unused not in same.encode('<unused0>')
@@ -222,12 +222,7 @@ def test_byte_tokenizer_counts_from_four():
 
 @both
 def test_special_ids_are_gemmas(tokenizer):
-  assert (
-    tokenizer.pad_id,
-    tokenizer.eos_id,
-    tokenizer.bos_id,
-    tokenizer.unk_id,
-  ) == (0, 1, 2, 3)
+  assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.unk_id) == (0, 1, 2, 3)
 
 
 @both
@@ -277,15 +272,10 @@ def test_another_models_layout_is_refused(tmp_path):
   corpus = tmp_path / 'corpus.txt'
   corpus.write_text('\n'.join(f'a sentence {i}' for i in range(97)))
   sentencepiece.SentencePieceTrainer.train(
-    input=str(corpus),
-    model_prefix=str(tmp_path / 'other'),
-    vocab_size=29,
-    minloglevel=2,
+    input=str(corpus), model_prefix=str(tmp_path / 'other'), vocab_size=29, minloglevel=2
   )
   with pytest.raises(ValueError, match=r'got PAD, EOS, BOS, UNK = \(-1, 2, 1'):
-    tokenizer_lib.SentencePieceTokenizer.from_file(
-      str(tmp_path / 'other.model')
-    )
+    tokenizer_lib.SentencePieceTokenizer.from_file(str(tmp_path / 'other.model'))
 
 
 @pytest.mark.parametrize(
@@ -320,7 +310,5 @@ from gemma_jax.data import templates, tfds, tokenizer
 heavy = {'jax', 'sentencepiece', 'grain', 'tensorflow_datasets', 'tensorflow'}
 print(sorted(heavy & set(sys.modules)))
 """
-  out = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True, check=True
-  )
+  out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert out.stdout.strip() == '[]'

@@ -55,14 +55,8 @@ def test_a_prompt_keeps_a_quarter_of_the_row_and_loses_its_middle():
     (60, '', 'So it is, and so it'),
   ],
 )
-def test_the_context_goes_first_and_the_instruction_stays(
-  seq_len, context, response
-):
-  row = {
-    'instruction': 'Why?',
-    'context': '0123456789',
-    'response': 'So it is, and so it was.',
-  }
+def test_the_context_goes_first_and_the_instruction_stays(seq_len, context, response):
+  row = {'instruction': 'Why?', 'context': '0123456789', 'response': 'So it is, and so it was.'}
   fitted, whole = fit(row, seq_len)
   assert parts(fitted.document) == [
     f'Instruction:\nWhy?\n\nContext:\n{context}\n\nResponse:\n',
@@ -100,17 +94,14 @@ def turns(*contents, system=None):
   first = [{'role': 'system', 'content': system}] if system else []
   roles = ('user', 'model')
   return {
-    'messages': first
-    + [{'role': roles[i % 2], 'content': c} for i, c in enumerate(contents)]
+    'messages': first + [{'role': roles[i % 2], 'content': c} for i, c in enumerate(contents)]
   }
 
 
 def test_a_chat_loses_whole_oldest_turns_and_keeps_its_system():
   row = turns('aaa', 'b', 'abab', 'Hi', 'us', 'ab', system='Hi')
   _, whole = fit(row, 999, 'chat', TURNS)
-  newer, _ = fit(
-    turns('abab', 'Hi', 'us', 'ab', system='Hi'), 999, 'chat', TURNS
-  )
+  newer, _ = fit(turns('abab', 'Hi', 'us', 'ab', system='Hi'), 999, 'chat', TURNS)
   newest, _ = fit(turns('us', 'ab', system='Hi'), 999, 'chat', TURNS)
   for seq_len in range(newest.document.num_tokens, whole.num_tokens):
     fitted, _ = fit(row, seq_len, 'chat', TURNS)
@@ -133,9 +124,7 @@ def test_a_long_turn_of_a_chat_keeps_its_frame():
   assert response == 'ab$'
 
 
-texts = st.text(
-  st.characters(exclude_categories=['Cs'], exclude_characters='▁')
-)
+texts = st.text(st.characters(exclude_categories=['Cs'], exclude_characters='▁'))
 
 
 @settings(deadline=None)
@@ -163,9 +152,7 @@ def test_shares_of_the_row(question, context, response, seq_len, name):
     if '\ufffd' not in tokenizer.decode(full):
       assert '\ufffd' not in tokenizer.decode(tokens)
     # A response keeps its beginning.
-    np.testing.assert_array_equal(
-      tokens[mask == 1], full[full_mask == 1][:learned]
-    )
+    np.testing.assert_array_equal(tokens[mask == 1], full[full_mask == 1][:learned])
 
 
 def test_spelled_blanks_do_not_move_the_cut():
@@ -213,8 +200,6 @@ def test_loss_on_all_leaves_out_answers_of_weight_0():
       {'role': 'model', 'content': 'Hi'},
     ]
   }
-  (example,) = examples.make_examples(
-    data_toy.records([row]), TURNS, 'chat', loss_on='all'
-  )
+  (example,) = examples.make_examples(data_toy.records([row]), TURNS, 'chat', loss_on='all')
   not_counted = example.tokens[example.loss_mask == 0].tolist()
   assert not_counted == [2, *TURNS.encode('b'), TURNS.end_of_turn_id]

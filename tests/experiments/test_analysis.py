@@ -35,9 +35,7 @@ def made_contrasts(sims, seeds, records, of_seeds=0.0, of_cells=0.5, tail=0):
   return noise * tokens, tokens
 
 
-@pytest.mark.parametrize(
-  ('seeds', 'records'), [(3, 30), (5, 50), (5, 380)], ids=str
-)
+@pytest.mark.parametrize(('seeds', 'records'), [(3, 30), (5, 50), (5, 380)], ids=str)
 @pytest.mark.parametrize('of_seeds', [0.0, 1.0, 4.0])
 @pytest.mark.parametrize('tail', [0, 4])
 def test_level_and_coverage(seeds, records, of_seeds, tail):
@@ -197,30 +195,20 @@ def test_level_of_the_whole_procedure():
 
 def test_nor_do_arms_of_other_axes():
   alone, _ = answer_of(made_sweep.make(LEVELS))
-  sweep = made_sweep.make(
-    LEVELS | {('all', rank): level - 0.2 for rank, level in LEVELS.items()}
-  )
+  sweep = made_sweep.make(LEVELS | {('all', rank): level - 0.2 for rank, level in LEVELS.items()})
   table = arms.rows(sweep)
   mine, others = verdict.answers(sweep, table)
   assert (mine.reference, others.reference) == ('qv, rank 32', 'all, rank 32')
-  assert [test.excess for test in mine.tests] == [
-    test.excess for test in alone.tests
-  ]
+  assert [test.excess for test in mine.tests] == [test.excess for test in alone.tests]
   assert states(mine) == states(alone)
 
 
 def test_a_noisy_arm_is_never_enough():
   """Its mean is the best of all, and its bound is far above the margin."""
   levels = {1: 0.0, 2: -0.05, 4: 0.0, 8: 0.0}
-  answer, text = answer_of(
-    made_sweep.make(levels, noise={1: 0.02, 2: 5.0, 4: 0.02, 8: 0.02})
-  )
+  answer, text = answer_of(made_sweep.make(levels, noise={1: 0.02, 2: 5.0, 4: 0.02, 8: 0.02}))
   assert answer.tests[1].excess.upper() > 0
-  assert states(answer) == [
-    (4, 'holds'),
-    (2, 'does not hold'),
-    (1, 'not reached'),
-  ]
+  assert states(answer) == [(4, 'holds'), (2, 'does not hold'), (1, 'not reached')]
   assert answer.enough.label == 'rank 4'
   assert 'even if rank 2 lost nothing' in text
 
@@ -243,9 +231,7 @@ def test_undecided_is_an_answer():
 
 
 def test_no_common_seed_is_not_comparable():
-  sweep = made_sweep.make(
-    {2: 0.0, 4: 0.0, 8: 0.0}, seeds={2: range(5), 4: (7, 8, 9), 8: range(5)}
-  )
+  sweep = made_sweep.make({2: 0.0, 4: 0.0, 8: 0.0}, seeds={2: range(5), 4: (7, 8, 9), 8: range(5)})
   answer, text = answer_of(sweep)
   assert states(answer) == [(4, 'not comparable'), (2, 'not reached')]
   assert answer.tests[0].deficit is None
@@ -330,11 +316,9 @@ def test_caveats_stand_before_numbers():
   sweep = made_sweep.make({4: 0.0, 8: 0.0}, seeds=3, rates=(1e-3, 2e-3))
   _, text = answer_of(sweep)
   for said in (
-    'Measured on 120 test records, which count as 99 (long ones weigh more), '
-    'and 3 seeds an arm.',
+    'Measured on 120 test records, which count as 99 (long ones weigh more), and 3 seeds an arm.',
     'A claim asks for 5 seeds',
-    'Rate at the edge of the grid, so a better one may lie beyond: rank 4; '
-    'rank 8.',
+    'Rate at the edge of the grid, so a better one may lie beyond: rank 4; rank 8.',
   ):
     assert text.index(said) < text.index('Rank 4 is enough')
 
@@ -350,9 +334,7 @@ def test_caveats_name_the_arms_with_fewer_seeds():
 def test_an_arm_without_a_result_has_its_full_name():
   sweep = made_sweep.make({('qv', 4): 0.0, ('qv', 8): 0.0, ('all', 8): 0.0})
   cells = [
-    dataclasses.replace(cell, result=None)
-    if cell.axes.get('targets') == 'all'
-    else cell
+    dataclasses.replace(cell, result=None) if cell.axes.get('targets') == 'all' else cell
     for cell in sweep.cells
   ]
   assert set(arms.labels(dataclasses.replace(sweep, cells=cells)).values()) == {
@@ -371,9 +353,7 @@ def test_clipped_updates_are_said_by_arm(tmp_path):
     folder.mkdir()
     norms = (0.5, 1.5, 2.0, 0.9) if cell.axes.get('rank') == 4 else (0.5, 0.7)
     (folder / 'metrics.jsonl').write_text(
-      ''.join(
-        f'{{"step": {j}, "grad_norm": {n}}}\n' for j, n in enumerate(norms)
-      )
+      ''.join(f'{{"step": {j}, "grad_norm": {n}}}\n' for j, n in enumerate(norms))
       + '{"step": 4, "eval_loss_nats_per_token": 2.0}\n'
     )
     cells.append(dataclasses.replace(cell, folder=folder))
@@ -399,9 +379,7 @@ def test_pairs_of_other_axes_have_one_correction_and_no_verdict():
     {'all, rank 4', 'qv, rank 21'},
   ]
   plain = [pair.difference.p for pair in pairs]
-  np.testing.assert_array_equal(
-    [pair.p for pair in pairs], intervals.holm(plain)
-  )
+  np.testing.assert_array_equal([pair.p for pair in pairs], intervals.holm(plain))
   text = words.paragraphs(sweep, table, [], pairs)[-1]
   assert "After Holm's correction for 2, 1 can be told apart" in text
   assert 'does not show that arms are equal' in text
@@ -456,9 +434,7 @@ def test_bars_are_the_intervals_and_the_hollow_one_is_the_reference():
     drawn = [bar[:, 1] for bar in bars.get_segments() if len(bar)]
     assert len(drawn) == 2  # ranks 2 and 4
     assert np.ptp(drawn[1]) == pytest.approx(high - low)
-    assert axes.lines[-1].get_xydata() == pytest.approx(
-      np.array([[8, table[2].test]])
-    )
+    assert axes.lines[-1].get_xydata() == pytest.approx(np.array([[8, table[2].test]]))
     plt.close(figure)
 
 
@@ -467,9 +443,7 @@ def test_truncation_goes_from_the_smallest_rank_to_the_largest():
   sweep = made_sweep.make({1: 0.5, 2: 0.2, 16: 0.0, 32: 0.0})
   for cell in sweep.finished('lora'):
     if cell.axes['learning_rate'] == 2e-3 and cell.axes['rank'] < 32:
-      cut = dataclasses.replace(
-        cell, kind='truncated', axes={**cell.axes, 'from_rank': 32}
-      )
+      cut = dataclasses.replace(cell, kind='truncated', axes={**cell.axes, 'from_rank': 32})
       vars(cut)['losses'] = cell.losses
       sweep.cells.append(cut)
   lines = compare.truncation(sweep, arms.rows(sweep))

@@ -64,15 +64,11 @@ def test_a_missing_flag_is_one_line():
     check=False,
   )
   assert done.returncode == 1
-  assert (
-    done.stderr == 'error: --model: missing, expected a value; see --help\n'
-  )
+  assert done.stderr == 'error: --model: missing, expected a value; see --help\n'
 
 
 def test_cases_have_the_same_work_for_all(tmp_path):
-  inputs = jobs.Inputs(
-    model='M', gguf='G', records='', folder=str(tmp_path), vocab_size=101
-  )
+  inputs = jobs.Inputs(model='M', gguf='G', records='', folder=str(tmp_path), vocab_size=101)
   for suite in ('train', 'memory', 'decode', 'large'):
     for case in jobs.SUITES[suite](inputs):
       programs = [program for _, program, _ in case.jobs]
@@ -87,9 +83,7 @@ def test_cases_have_the_same_work_for_all(tmp_path):
 def test_batches_are_padded_to_their_longest(tmp_path):
   path = tmp_path / 'records.jsonl'
   path.write_text(
-    '{"tokens": [2, 5, 6], "loss_mask": [1, 0, 1]}\n'
-    '{"tokens": [2, 7]}\n'
-    '{"tokens": [2, 8, 9, 1]}\n'
+    '{"tokens": [2, 5, 6], "loss_mask": [1, 0, 1]}\n{"tokens": [2, 7]}\n{"tokens": [2, 8, 9, 1]}\n'
   )
   job = {'records': str(path), 'batch_size': 2, 'steps': 0}
   (ids, is_real, mask), last = protocol.batches(job)
@@ -110,12 +104,7 @@ def test_speed_leaves_out_the_first_update(tmp_path):
   assert summed['records_per_second'] == pytest.approx(6 / 6)
   assert summed['tokens_per_second'] == pytest.approx(90 / 6)
   fixed = protocol.summarize_training(
-    {**job, 'steps': 4},
-    [90.0, 1.0, 2.0, 4.0],
-    [12, 12, 12, 12],
-    7,
-    [3.0, 2.5, 2.0, 1.5],
-    95.0,
+    {**job, 'steps': 4}, [90.0, 1.0, 2.0, 4.0], [12, 12, 12, 12], 7, [3.0, 2.5, 2.0, 1.5], 95.0
   )
   assert fixed['step_seconds'] == 2.0
   assert fixed['tokens_per_second'] == pytest.approx(6.0)
@@ -125,9 +114,7 @@ def test_ratios_say_how_much_better():
   labels = (jobs.OURS, jobs.HF, jobs.KERAS_HUB)
   results = {
     label: [{'x': value, 'peak_gib': 1.0} for value in values]
-    for label, values in zip(
-      labels, ([5.0, 6.0, 9.0], [2.0, 3.0, 7.0], []), strict=True
-    )
+    for label, values in zip(labels, ([5.0, 6.0, 9.0], [2.0, 3.0, 7.0], []), strict=True)
   }
   case = jobs.Case('c', 'x', True, tuple((n, 'p', {}) for n in labels))
   ours, peer = table.rows(case, results)
@@ -135,9 +122,7 @@ def test_ratios_say_how_much_better():
   assert (ours['ratio'], peer['ratio']) == (2.0, 1.0)
   smaller = dataclasses.replace(case, larger_is_better=False)
   assert table.rows(smaller, results)[0]['ratio'] == 0.5
-  assert '| gemma_jax | 6 | 5 to 9 | 3 | 2.00 |' in table.markdown(
-    case, results
-  )
+  assert '| gemma_jax | 6 | 5 to 9 | 3 | 2.00 |' in table.markdown(case, results)
 
 
 def test_flops_of_a_step():

@@ -15,9 +15,7 @@ from gemma_jax.training import state
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(
-  path.stem
-  for path in (ROOT / 'experiments').glob('*.py')
-  if 'def get_config(' in path.read_text()
+  path.stem for path in (ROOT / 'experiments').glob('*.py') if 'def get_config(' in path.read_text()
 )
 
 
@@ -48,11 +46,7 @@ SWEEPS = [name for name in NAMES if name.endswith('_ablation')]
 def test_no_cell_of_a_sweep_is_refused(name):
   config = importlib.import_module(f'experiments.{name}').get_config().resolve()
   model_config = variant_of(config)
-  cells = [
-    cell
-    for cell in grid.make_cells(config, model_config)
-    if cell.kind == 'lora'
-  ]
+  cells = [cell for cell in grid.make_cells(config, model_config) if cell.kind == 'lora']
   arms = {}
   for cell in cells:
     resolved = cell.config.resolve()

@@ -61,9 +61,16 @@ def test_the_page_needs_nothing_else_and_has_every_part(written):
   assert page.stack == []
   assert page.headings[0] == 'Answer'
   assert set(page.headings) == {
-    'Answer', 'Arms', 'Figures', 'Truncated or trained', 'By category',
-    'Sample answers', 'Failed cells', 'Cells', 'Configuration and fingerprints',
-  }  # fmt: skip
+    'Answer',
+    'Arms',
+    'Figures',
+    'Truncated or trained',
+    'By category',
+    'Sample answers',
+    'Failed cells',
+    'Cells',
+    'Configuration and fingerprints',
+  }
   links = [a for a in page.attributes if a[1] in ('src', 'href')]
   assert len(links) >= 2 * 9
   assert all(a[2].startswith('data:image/svg+xml;base64,') for a in links)
@@ -80,9 +87,7 @@ def test_csv_has_a_line_for_every_cell(written):
   assert float(rows['r5-s0-lr0.01']['scale']) == 1.0
   assert 1 < float(rows['base']['test_loss']) < 9
   assert {row['rate_at_edge'] for row in done if row['chosen'] == '1'} == {'1'}
-  assert all(
-    0 <= float(row['clipped_share']) <= 1 for row in done if not row['error']
-  )
+  assert all(0 <= float(row['clipped_share']) <= 1 for row in done if not row['error'])
   # Rank 99 was refused before the start, so the reference is rank 5.
   assert {r['rank']: r['state'] for r in done if r['chosen'] == '1'} == {
     '1': 'no verdict',
@@ -103,9 +108,7 @@ def test_losses_by_record_are_kept_and_give_the_losses_again(written):
     tokens = sum(int(record['tokens']) for record in mine)
     for cell in cells:
       nll = sum(float(record[f'nll {cell["cell"]}']) for record in mine)
-      assert nll / tokens == pytest.approx(
-        float(cell[f'{part}_loss']), rel=1e-8
-      )
+      assert nll / tokens == pytest.approx(float(cell[f'{part}_loss']), rel=1e-8)
 
 
 def page_of(sweep, folder) -> tuple[str, list[dict[str, str]]]:
@@ -124,9 +127,7 @@ def page_of(sweep, folder) -> tuple[str, list[dict[str, str]]]:
 def test_two_arms_and_six_get_the_same_answer(tmp_path):
   levels = {1: 0.3, 2: 0.1, 4: 0.02, 8: 0.0, 16: 0.0, 32: 0.0}
   six, rows = page_of(made_sweep.make(levels), tmp_path / 'six')
-  two, _ = page_of(
-    made_sweep.make({r: levels[r] for r in (16, 32)}), tmp_path / 'two'
-  )
+  two, _ = page_of(made_sweep.make({r: levels[r] for r in (16, 32)}), tmp_path / 'two')
   # The whole line of the table: deficit, bound, power, verdict.
   (line,) = re.findall(r'<tr><td>rank 16</td>.*?</tr>', two)
   assert 'holds' in line
@@ -146,14 +147,11 @@ def test_two_arms_and_six_get_the_same_answer(tmp_path):
 
 def test_a_noisy_arm_and_one_without_a_common_seed(tmp_path):
   levels = {2: 0.0, 4: -0.05, 8: 0.0}
-  noisy, _ = page_of(
-    made_sweep.make(levels, noise={2: 0.02, 4: 9.0, 8: 0.02}), tmp_path / 'a'
-  )
+  noisy, _ = page_of(made_sweep.make(levels, noise={2: 0.02, 4: 9.0, 8: 0.02}), tmp_path / 'a')
   assert 'Undecided' in noisy
   assert 'is enough' not in noisy
   apart, _ = page_of(
-    made_sweep.make(levels, seeds={2: range(5), 4: (7, 8, 9), 8: range(5)}),
-    tmp_path / 'b',
+    made_sweep.make(levels, seeds={2: range(5), 4: (7, 8, 9), 8: range(5)}), tmp_path / 'b'
   )
   assert 'Rank 4 cannot be compared: it has no seed in common' in apart
   (line,) = re.findall(r'<tr><td>rank 4</td>.*?</tr>', apart)
@@ -173,9 +171,17 @@ def test_one_seed_and_a_category_of_one_record(tmp_path):
 
 def test_figures_are_written_as_svg_and_png(written):
   names = {path.name for path in written[1][3:]}
-  for name in ('loss_by_rank', 'loss_by_parameters', 'loss_by_seconds',
-               'learning_curves', 'truncation', 'spectrum_attn_q',
-               'effective_rank', 'energy', 'similarity'):  # fmt: skip
+  for name in (
+    'loss_by_rank',
+    'loss_by_parameters',
+    'loss_by_seconds',
+    'learning_curves',
+    'truncation',
+    'spectrum_attn_q',
+    'effective_rank',
+    'energy',
+    'similarity',
+  ):
     assert {f'{name}.svg', f'{name}.png'} <= names
 
 
@@ -188,8 +194,12 @@ def test_the_same_sweep_gives_the_same_page(written):
 def call(*arguments):
   return subprocess.run(
     [sys.executable, '-m', 'experiments.report', *arguments],
-    cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
-  )  # fmt: skip
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=120,
+  )
 
 
 def test_a_folder_that_is_no_sweep_is_one_line(tmp_path):
@@ -237,19 +247,33 @@ def test_in_a_browser(written, tmp_path, width, theme):
   )
   done = subprocess.run(
     [
-      CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--disable-quic',
-      '--no-first-run', '--disable-background-networking',
-      '--disable-component-update', '--disable-sync',
-      '--allow-file-access-from-files', '--virtual-time-budget=4000',
+      CHROMIUM,
+      '--headless',
+      '--no-sandbox',
+      '--disable-gpu',
+      '--disable-quic',
+      '--no-first-run',
+      '--disable-background-networking',
+      '--disable-component-update',
+      '--disable-sync',
+      '--allow-file-access-from-files',
+      '--virtual-time-budget=4000',
       f'--user-data-dir={tmp_path}/profile',
-      *(['--blink-settings=preferredColorScheme=0'] if theme == 'dark' else
-        ['--blink-settings=preferredColorScheme=1']),
+      *(
+        ['--blink-settings=preferredColorScheme=0']
+        if theme == 'dark'
+        else ['--blink-settings=preferredColorScheme=1']
+      ),
       f'--window-size={width},6000',
-      f'--screenshot={tmp_path}/{theme}-{width}.png', '--dump-dom',
+      f'--screenshot={tmp_path}/{theme}-{width}.png',
+      '--dump-dom',
       outer.as_uri(),
     ],
-    capture_output=True, text=True, check=False, timeout=120,
-  )  # fmt: skip
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=120,
+  )
   (title,) = re.findall(r'<title>(\{.*?\})</title>', done.stdout) or [None]
   assert title, done.stderr[-2000:]
   found = json.loads(html.unescape(title))

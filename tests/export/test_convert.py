@@ -28,9 +28,7 @@ TOKENS = np.random.default_rng(1).integers(4, 250, (2, 13))
 def write_adapter(path, model, size=0.2, **kwargs):
   base = open_base.open_base(model)
   config = LoraConfig(rank=3, alpha=6.0, **kwargs)
-  factors = jax.tree.map(
-    lambda x: x * np.float32(size), peft_toy.make_lora(base.config, config)
-  )
+  factors = jax.tree.map(lambda x: x * np.float32(size), peft_toy.make_lora(base.config, config))
   peft.write_adapter(path, factors, config, model)
   return config, factors
 
@@ -51,9 +49,7 @@ def test_converted_base_is_bit_equal(to, variant, tmp_path):
   hf_toy.assert_trees_equal(again.load_params(), base.load_params())
   assert result['largest_logit_difference'] == 0.0
   assert result['parameters'] == pytree.num_params(base.load_params())
-  assert result['files'] == sorted(
-    p.name + '/' * p.is_dir() for p in (tmp_path / 'out').iterdir()
-  )
+  assert result['files'] == sorted(p.name + '/' * p.is_dir() for p in (tmp_path / 'out').iterdir())
   assert [p.name for p in tmp_path.iterdir()] == ['out']
 
 
@@ -87,9 +83,7 @@ def test_there_and_back_through_both_formats(family, tmp_path):
   start = hf_toy.PARITY / family
   convert.convert(str(start), str(tmp_path / 'flax'), 'flax')
   convert.convert(str(tmp_path / 'flax'), str(tmp_path / 'hf'), 'hf')
-  first, last = open_base.open_base(str(start)), open_base.open_base(
-    str(tmp_path / 'hf')
-  )  # fmt: skip
+  first, last = open_base.open_base(str(start)), open_base.open_base(str(tmp_path / 'hf'))
   assert first.config == last.config
   hf_toy.assert_trees_equal(last.load_params(), first.load_params())
 
@@ -98,9 +92,7 @@ def test_there_and_back_through_both_formats(family, tmp_path):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_merged_model_computes_what_the_adapter_does(to, dtype, tmp_path):
   config, factors = write_adapter(tmp_path / 'a', 'random:tiny3', targets='all')
-  result = convert.convert(
-    'random:tiny3', str(tmp_path / 'm'), to, str(tmp_path / 'a'), dtype
-  )
+  result = convert.convert('random:tiny3', str(tmp_path / 'm'), to, str(tmp_path / 'a'), dtype)
   lora = factors_lib.effective(factors, np.float32(config.scale))
   want = model_logits('random:tiny3', lora)
   got = model_logits(tmp_path / 'm')
@@ -109,24 +101,18 @@ def test_merged_model_computes_what_the_adapter_does(to, dtype, tmp_path):
   assert np.abs(want - base).max() > 1
   assert 0 < result['largest_logit_difference'] < 0.1
   record = json.loads((tmp_path / 'm' / 'conversion.json').read_text())
-  assert (
-    record['largest_logit_difference'] == (result['largest_logit_difference'])
-  )
+  assert record['largest_logit_difference'] == (result['largest_logit_difference'])
   assert record['adapter'] == str(tmp_path / 'a')
   assert record['dtype'] == dtype
   assert record['changed_tensors'] == 3 * 7
   rounding = 1e-6 if dtype == 'float32' else 2**-8
   assert 0 <= record['largest_weight_difference'] < 4 * rounding
-  assert record['base_fingerprint'] == (
-    open_base.open_base('random:tiny3').fingerprint()
-  )
+  assert record['base_fingerprint'] == (open_base.open_base('random:tiny3').fingerprint())
 
 
 @pytest.mark.parametrize('to', ['hf', 'peft'])
 def test_magnitudes_are_converted(to, tmp_path):
-  config, factors = write_adapter(
-    tmp_path / 'a', 'random:tiny3', targets='q|down', dora=True
-  )
+  config, factors = write_adapter(tmp_path / 'a', 'random:tiny3', targets='q|down', dora=True)
   convert.convert('random:tiny3', str(tmp_path / 'm'), to, str(tmp_path / 'a'))
   params = open_base.open_base('random:tiny3').load_params()
   if to == 'hf':
@@ -145,9 +131,8 @@ def test_trained_base_leaves_are_merged(tmp_path):
   shape = base.load_params()['layers']['attn']['v']['w'].shape
   trained = np.random.default_rng(5).standard_normal(shape, np.float32)
   peft.write_adapter(
-    tmp_path / 'a', factors, config, 'b',
-    {'layers': {'attn': {'v': {'w': trained}}}},
-  )  # fmt: skip
+    tmp_path / 'a', factors, config, 'b', {'layers': {'attn': {'v': {'w': trained}}}}
+  )
   convert.convert('random:tiny', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'))
   got = open_base.open_base(str(tmp_path / 'm')).load_params()
   np.testing.assert_array_equal(got['layers']['attn']['v']['w'], trained)
@@ -156,9 +141,7 @@ def test_trained_base_leaves_are_merged(tmp_path):
 def test_keras_factors_become_a_peft_folder(tmp_path):
   """Also without a PEFT folder to begin with; here from one of ranks N r."""
   write_adapter(tmp_path / 'a', 'random:tiny2', factorization='keras')
-  result = convert.convert(
-    'random:tiny2', str(tmp_path / 'b'), 'peft', str(tmp_path / 'a')
-  )
+  result = convert.convert('random:tiny2', str(tmp_path / 'b'), 'peft', str(tmp_path / 'a'))
   config = open_base.open_base('random:tiny2').config
   _, want, _ = adapter_lib.read_adapter(tmp_path / 'a', config)
   _, got, _ = adapter_lib.read_adapter(tmp_path / 'b', config)
@@ -174,9 +157,7 @@ def test_adapter_that_changes_nothing_is_refused(tmp_path):
   factors = factors_lib.init(jax.random.key(0), base.config, config)
   peft.write_adapter(tmp_path / 'a', factors, config, 'b')
   with pytest.raises(ValueError, match='changes nothing'):
-    convert.convert(
-      'random:tiny', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a')
-    )
+    convert.convert('random:tiny', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'))
   assert not (tmp_path / 'm').exists()
 
 
@@ -190,9 +171,7 @@ def test_untrained_magnitudes_are_refused(dtype, tmp_path):
   )
   peft.write_adapter(tmp_path / 'a', factors, config, 'b')
   with pytest.raises(ValueError, match=f'equal the base in {dtype}'):
-    convert.convert(
-      'random:tiny3', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'), dtype
-    )
+    convert.convert('random:tiny3', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'), dtype)
   assert not (tmp_path / 'm').exists()
 
 
@@ -203,9 +182,8 @@ def test_update_that_is_lost_in_rounding_is_refused(verify, tmp_path):
   write_adapter(tmp_path / 'a', 'random:tiny', size=1e-7)
   with pytest.raises(ValueError, match='equal the base in bfloat16'):
     convert.convert(
-      str(tmp_path / 'b'), str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'),
-      verify=verify,
-    )  # fmt: skip
+      str(tmp_path / 'b'), str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'), verify=verify
+    )
   assert sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b']
 
 
@@ -227,9 +205,7 @@ def test_what_rounding_leaves_of_an_update_is_said(dtype, tmp_path, caplog):
   else:
     assert 0 < kept[0] < 0.9
     assert kept[1] < 0.9
-    assert (
-      f'{kept[0]:.1%} in the weights, {kept[1]:.1%} in the ch' in caplog.text
-    )
+    assert f'{kept[0]:.1%} in the weights, {kept[1]:.1%} in the ch' in caplog.text
     assert 'Use --dtype=float32' in caplog.text
 
 
@@ -271,9 +247,7 @@ def test_output_of_other_weights_is_refused(to, dtype, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('verify', [True, False])
-def test_adapter_that_was_merged_in_part_is_refused(
-  verify, tmp_path, monkeypatch
-):
+def test_adapter_that_was_merged_in_part_is_refused(verify, tmp_path, monkeypatch):
   """In bfloat16, too little for the logits to tell; nothing is left behind."""
   write_adapter(tmp_path / 'a', 'random:tiny', size=0.002, targets='all')
   merge = merged.merge
@@ -286,9 +260,8 @@ def test_adapter_that_was_merged_in_part_is_refused(
   monkeypatch.setattr(merged, 'merge', in_part)
   with pytest.raises(ValueError, match='tensor layer_1/mlp/up/w differs'):
     convert.convert(
-      'random:tiny', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'),
-      'bfloat16', verify=verify,
-    )  # fmt: skip
+      'random:tiny', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'), 'bfloat16', verify=verify
+    )
   assert [p.name for p in tmp_path.iterdir()] == ['a']
 
 
@@ -306,9 +279,7 @@ def test_output_that_computes_something_else_is_refused(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
-def test_output_that_another_conversion_wrote_meanwhile_is_kept(
-  tmp_path, monkeypatch
-):
+def test_output_that_another_conversion_wrote_meanwhile_is_kept(tmp_path, monkeypatch):
   writer = convert._write_model
 
   def slow(new, *rest):
@@ -324,26 +295,17 @@ def test_output_that_another_conversion_wrote_meanwhile_is_kept(
 
 def test_nan_is_not_taken_for_equal(tmp_path, monkeypatch):
   base = logits_toy.source_of(open_base.open_base('random:tiny').config)
-  bad = StoredTensor(
-    'x', (34,), lambda i, j: np.full(j - i, np.nan, np.float32)
-  )
-  broken = dataclasses.replace(
-    base, tensors={**base.tensors, 'final_norm/scale': bad}
-  )
+  bad = StoredTensor('x', (34,), lambda i, j: np.full(j - i, np.nan, np.float32))
+  broken = dataclasses.replace(base, tensors={**base.tensors, 'final_norm/scale': bad})
   real = open_base.open_base
-  monkeypatch.setattr(
-    open_base, 'open_base', lambda r, t='': broken if r == 'toy' else real(r, t)
-  )
+  monkeypatch.setattr(open_base, 'open_base', lambda r, t='': broken if r == 'toy' else real(r, t))
   with pytest.raises(ValueError, match=r'model.norm.weight is nan at \[0\]'):
     convert.convert('toy', str(tmp_path / 'm'), 'hf')
 
 
 def test_rows_of_the_flax_release(tmp_path):
   config = dataclasses.replace(
-    open_base.open_base('random:tiny').config,
-    vocab_size=256_000,
-    embed_dim=6,
-    num_layers=1,
+    open_base.open_base('random:tiny').config, vocab_size=256_000, embed_dim=6, num_layers=1
   )
   hf = tmp_path / 'hf'
   hf.mkdir()
@@ -418,9 +380,15 @@ def test_what_is_there_is_not_replaced(tmp_path):
 
 def test_command(tmp_path):
   command = [
-    sys.executable, '-m', 'launch.convert', '--model=random:tiny', '--to=hf',
-    f'--output={tmp_path / "m"}', '--dtype=bfloat16', '--max_shard_bytes=30000',
-  ]  # fmt: skip
+    sys.executable,
+    '-m',
+    'launch.convert',
+    '--model=random:tiny',
+    '--to=hf',
+    f'--output={tmp_path / "m"}',
+    '--dtype=bfloat16',
+    '--max_shard_bytes=30000',
+  ]
   done = subprocess.run(
     command,
     capture_output=True,
@@ -455,10 +423,7 @@ def test_a_merged_model_is_asked_as_its_adapter_was_trained(tmp_path):
   hf_writer.write_folder(
     model,
     dataclasses.replace(
-      base,
-      make_tokenizer=lambda: logits_toy.make_tokenizer(
-        logits_toy.tokenizer_proto()
-      ),
+      base, make_tokenizer=lambda: logits_toy.make_tokenizer(logits_toy.tokenizer_proto())
     ),
   )
   write_adapter(tmp_path / 'a', str(model))

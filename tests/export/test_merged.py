@@ -24,13 +24,7 @@ def base():
 @pytest.mark.parametrize('scan_layers', [True, False])
 @pytest.mark.parametrize('dora', [False, True])
 def test_merged_is_lora_merge(base, factorization, targets, scan_layers, dora):
-  config = LoraConfig(
-    rank=5,
-    alpha=7.0,
-    targets=targets,
-    factorization=factorization,
-    dora=dora,
-  )
+  config = LoraConfig(rank=5, alpha=7.0, targets=targets, factorization=factorization, dora=dora)
   factors = peft_toy.make_lora(peft_toy.MODEL, config)
   got = merged.merge(base, config, factors).load_params(scan_layers=scan_layers)
   want = factors_lib.merge(base.load_params(), factors, config.scale)
@@ -51,12 +45,8 @@ def test_only_the_targets_change(base):
   factors = peft_toy.make_lora(peft_toy.MODEL, config)
   got = merged.merge(base, config, factors).load_params(scan_layers=False)
   before = dict(pytree.items(base.load_params(scan_layers=False)))
-  changed = {
-    name for name, x in pytree.items(got) if not np.array_equal(x, before[name])
-  }
-  assert changed == {
-    f'layer_{i}/{name}/w' for i in range(3) for name in ('attn/k', 'mlp/down')
-  }
+  changed = {name for name, x in pytree.items(got) if not np.array_equal(x, before[name])}
+  assert changed == {f'layer_{i}/{name}/w' for i in range(3) for name in ('attn/k', 'mlp/down')}
 
 
 def test_bfloat16_base_is_rounded_once(base):
@@ -73,9 +63,7 @@ def test_bfloat16_base_is_rounded_once(base):
   np.testing.assert_allclose(got, want, 1e-5, 1e-6)
   hf_toy.assert_trees_equal(
     result.load_params('bfloat16'),
-    jax.tree.map(
-      lambda x: x.astype(ml_dtypes.bfloat16), result.load_params('float32')
-    ),
+    jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), result.load_params('float32')),
   )
 
 
@@ -85,10 +73,7 @@ def test_trained_base_leaves_replace_those_of_the_base(base):
   rng = np.random.default_rng(3)
   v = rng.standard_normal((3, 2, 11, 14), np.float32)
   scale = rng.standard_normal(11, np.float32)
-  trained = {
-    'layers': {'attn': {'v': {'w': v}}},
-    'final_norm': {'scale': scale},
-  }
+  trained = {'layers': {'attn': {'v': {'w': v}}}, 'final_norm': {'scale': scale}}
   got = merged.merge(base, config, factors, trained).load_params()
   np.testing.assert_array_equal(got['layers']['attn']['v']['w'], v)
   np.testing.assert_array_equal(got['final_norm']['scale'], scale)
@@ -112,10 +97,7 @@ def test_row_of_zeros_with_a_magnitude_stays_zero(base):
   factors = peft_toy.make_lora(peft_toy.MODEL, config)
   name = 'layer_0/attn/q/w'
   zeros = dataclasses.replace(
-    base.tensors[name],
-    read=lambda i, j: np.zeros(
-      (j - i, base.tensors[name].shape[1]), np.float32
-    ),
+    base.tensors[name], read=lambda i, j: np.zeros((j - i, base.tensors[name].shape[1]), np.float32)
   )
   empty = dataclasses.replace(base, tensors={**base.tensors, name: zeros})
   factors['layers']['attn']['q']['lora_b'][0] = 0

@@ -19,16 +19,13 @@ TOKENS = np.random.default_rng(0).integers(4, 250, (2, 13)).astype(np.int32)
 
 @pytest.mark.parametrize('family', hf_toy.FAMILIES)
 @pytest.mark.parametrize(
-  ('factorization', 'dora'),
-  [('matrix', False), ('keras', False), ('matrix', True), (None, False)],
+  ('factorization', 'dora'), [('matrix', False), ('keras', False), ('matrix', True), (None, False)]
 )
 def test_equals_the_loaded_model(family, factorization, dora):
   base = open_base.open_base(str(hf_toy.PARITY / family))
   lora = None
   if factorization:
-    config = LoraConfig(
-      rank=3, alpha=6.0, targets='all', factorization=factorization, dora=dora
-    )
+    config = LoraConfig(rank=3, alpha=6.0, targets='all', factorization=factorization, dora=dora)
     factors = peft_toy.make_lora(base.config, config)
     factors = jax.tree.map(lambda x: x * np.float32(0.1), factors)
     lora = factors_lib.effective(factors, np.float32(config.scale))
@@ -39,9 +36,7 @@ def test_equals_the_loaded_model(family, factorization, dora):
 
 
 def test_bfloat16_weights():
-  base = logits_toy.cast(
-    logits_toy.source_of(variants.TINY3), ml_dtypes.bfloat16
-  )
+  base = logits_toy.cast(logits_toy.source_of(variants.TINY3), ml_dtypes.bfloat16)
   want = logits_toy.logits(base.config, base.load_params('bfloat16'), TOKENS)
   toy.assert_close(streamed.logits(base, TOKENS), want, 1e-5)
 
@@ -72,10 +67,6 @@ def test_each_weight_is_read_once_and_in_order():
   streamed.logits(base, TOKENS)
   layers = [p for p in order if p.startswith('layer_')]
   assert len(layers) == len(set(layers))
-  assert [p.split('/')[0] for p in layers] == sorted(
-    p.split('/')[0] for p in layers
-  )
-  names = {
-    name for name, _ in pytree.items(base.load_params(scan_layers=False))
-  }
+  assert [p.split('/')[0] for p in layers] == sorted(p.split('/')[0] for p in layers)
+  names = {name for name, _ in pytree.items(base.load_params(scan_layers=False))}
   assert set(order) == names

@@ -47,15 +47,11 @@ def with_tensor(source, name, change):
 def test_merged_model_is_what_it_should_be(kwargs, base, dtype):
   config = dataclasses.replace(CONFIG, **kwargs)
   factors = make(config)
-  got = weight_check.compare(
-    base, written(base, dtype, config, factors), dtype, config, factors
-  )
+  got = weight_check.compare(base, written(base, dtype, config, factors), dtype, config, factors)
   assert got.num_changed == 3 * len(config.target_names)
   weights = base.load_params('float32')
   largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(weights))
-  assert got.largest_difference <= 2 * largest * (
-    1e-6 if dtype == np.float32 else 2**-8
-  )
+  assert got.largest_difference <= 2 * largest * (1e-6 if dtype == np.float32 else 2**-8)
 
 
 def test_base_alone_is_equal(base, dtype):
@@ -77,9 +73,7 @@ def test_half_the_scale_is_noticed(base, dtype):
   factors = make()
   half = dataclasses.replace(CONFIG, alpha=CONFIG.alpha / 2)
   with pytest.raises(ValueError, match='tensor layer_0/attn/q/w differs'):
-    weight_check.compare(
-      base, written(base, dtype, half, factors), dtype, CONFIG, factors
-    )
+    weight_check.compare(base, written(base, dtype, half, factors), dtype, CONFIG, factors)
 
 
 @pytest.mark.parametrize('name', ['layer_1/attn/v/w', 'layer_2/mlp/down/w'])

@@ -48,9 +48,7 @@ _RUNS = {
   'several': several.several,
 }
 # Two processes take minutes each time.
-_DEFAULT = ','.join(
-  name for name in (*_RUNS, *corpora.CORPORA) if name != 'several'
-)
+_DEFAULT = ','.join(name for name in (*_RUNS, *corpora.CORPORA) if name != 'several')
 
 
 def main() -> int:

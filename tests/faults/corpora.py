@@ -15,14 +15,7 @@ import numpy as np
 from gemma_jax.config import train as config_lib
 from gemma_jax.config.train import LoraConfig, TrainConfig
 from gemma_jax.data import records, tokenizer
-from gemma_jax.formats import (
-  adapter,
-  base_source,
-  hf_safetensors,
-  hf_tokenizer,
-  open_base,
-  peft,
-)
+from gemma_jax.formats import adapter, base_source, hf_safetensors, hf_tokenizer, open_base, peft
 from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.runs import checksums
@@ -61,9 +54,7 @@ class Corpus:
 
   def files(self, folder: Path) -> list[Path]:
     """The files that are mutated, in order."""
-    found = {
-      p for each in self.patterns for p in folder.glob(each) if p.is_file()
-    }
+    found = {p for each in self.patterns for p in folder.glob(each) if p.is_file()}
     return sorted(found)
 
 
@@ -98,11 +89,7 @@ def _write_gguf(folder: Path) -> None:
     config,
     gguf_toy.make_tensors(config),
     {'blk.0.ffn_up.weight': gguf_toy.Q8_0},
-    model=(
-      'tokenizer.ggml.model',
-      'llama',
-      gguf_toy.gguf_package.GGUFValueType.STRING,
-    ),
+    model=('tokenizer.ggml.model', 'llama', gguf_toy.gguf_package.GGUFValueType.STRING),
     tokenizer__ggml__tokens=pieces,
     tokenizer__ggml__scores=scores,
     tokenizer__ggml__token_type=types,
@@ -113,10 +100,7 @@ def _tensors() -> dict[str, np.ndarray]:
   rng = np.random.default_rng(0)
   shapes = base_source.stored_shapes(TINY)
   names = hf_safetensors.tensor_names(TINY)
-  return {
-    names[path]: rng.standard_normal(shape, np.float32)
-    for path, shape in shapes.items()
-  }
+  return {names[path]: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
 
 
 def _write_hf(folder: Path) -> None:
@@ -128,9 +112,7 @@ def _write_hf(folder: Path) -> None:
     file = f'model-{i}.safetensors'
     hf_toy.save_file({n: tensors[n] for n in names}, folder / file)
     weight_map |= dict.fromkeys(names, file)
-  (folder / hf_safetensors.INDEX_NAME).write_text(
-    json.dumps({'weight_map': weight_map})
-  )
+  (folder / hf_safetensors.INDEX_NAME).write_text(json.dumps({'weight_map': weight_map}))
   sizes = {
     'vocab_size': TINY.vocab_size,
     'hidden_size': TINY.embed_dim,
@@ -270,9 +252,7 @@ def _read_records(folder: Path) -> None:
 
 
 def _write_config(folder: Path) -> None:
-  (folder / 'run.json').write_text(
-    json.dumps(config_lib.to_dict(TrainConfig(profile_steps=(3,))))
-  )
+  (folder / 'run.json').write_text(json.dumps(config_lib.to_dict(TrainConfig(profile_steps=(3,)))))
 
 
 def _read_config(folder: Path) -> None:
@@ -283,15 +263,10 @@ def _read_config(folder: Path) -> None:
 CORPORA = {
   'gguf': Corpus(_write_gguf, lambda f: _read_base(f / 'base.gguf')),
   'safetensors': Corpus(_write_hf, _read_base),
-  'adapter': Corpus(
-    _write_adapter,
-    lambda f: _read_adapter(f / 'adapter'),
-  ),
+  'adapter': Corpus(_write_adapter, lambda f: _read_adapter(f / 'adapter')),
   'tokenizer': Corpus(
     _write_tokenizer,
-    lambda f: _use(
-      tokenizer.SentencePieceTokenizer.from_file(str(f / 'tokenizer.model'))
-    ),
+    lambda f: _use(tokenizer.SentencePieceTokenizer.from_file(str(f / 'tokenizer.model'))),
   ),
   'added_tokens': Corpus(_write_added, _read_added),
   'flax': Corpus(_write_flax, lambda f: _read_base(f / 'flax')),

@@ -39,9 +39,7 @@ def damage(runs: runs_lib.Runs, trials: int, rng: np.random.Generator):
       checkpoints.read_notes(step)
     found['damages'] += 1
     found['detected, newest good step used'] += step == older
-    found['damaged step kept aside'] += (
-      workdir / 'checkpoints' / f'{newest}.set_aside'
-    ).exists()
+    found['damaged step kept aside'] += (workdir / 'checkpoints' / f'{newest}.set_aside').exists()
     shutil.rmtree(workdir)
   return found
 

@@ -37,10 +37,7 @@ def remount(disk: Path, option: str) -> None:
 def can_mount() -> bool:
   """Whether this process may make a small disk."""
   return shutil.which('mount') is not None and (
-    subprocess.run(
-      ['unshare', '--mount', 'true'], capture_output=True, check=False
-    ).returncode
-    == 0
+    subprocess.run(['unshare', '--mount', 'true'], capture_output=True, check=False).returncode == 0
   )
 
 
@@ -57,9 +54,7 @@ def full(runs: runs_lib.Runs, trials: int, rng: np.random.Generator):
     What was counted, by name.
   """
   found = collections.Counter()
-  needed = sum(
-    p.stat().st_size + 4096 for p in (runs.folder / 'undisturbed').rglob('*')
-  )
+  needed = sum(p.stat().st_size + 4096 for p in (runs.folder / 'undisturbed').rglob('*'))
   while found['disks'] < trials:
     size = int(rng.uniform(8192, needed))
     with small_disk(runs.folder / f'disk{size}', size) as disk:
@@ -72,9 +67,7 @@ def full(runs: runs_lib.Runs, trials: int, rng: np.random.Generator):
       found['disks'] += 1
       found[f'exits with {code}'] += 1
       errors = [x for x in text.splitlines() if x.startswith('error: ')]
-      found['one line that says so'] += (
-        len(errors) == 1 and 'No space left' in errors[0]
-      )
+      found['one line that says so'] += len(errors) == 1 and 'No space left' in errors[0]
       if 'Traceback' in text:
         found['tracebacks'] += 1
         logging.error('A disk of %d bytes:\n%s', size, text)
@@ -83,9 +76,7 @@ def full(runs: runs_lib.Runs, trials: int, rng: np.random.Generator):
       step = runs_lib.newest_step(workdir)
       resize(disk, 4 * needed)
       code, text = runs.finish(workdir, log)
-      found['previous step used'] += (
-        step == 0 or f'Resumed from step {step} of' in text
-      )
+      found['previous step used'] += step == 0 or f'Resumed from step {step} of' in text
       found['bit-equal adapters'] += code == 0 and runs.is_equal(workdir)
   return found
 

@@ -45,12 +45,17 @@ def main(kind: str, runs: str, seed: str, root: Path) -> None:
   read(b'')  # warms up imports and caches
   atheris.Setup(
     [
-      'guided', f'-runs={runs}', f'-seed={seed}', '-timeout=60',
-      f'-max_len={2 * largest}', '-rss_limit_mb=4096',
-      f'-artifact_prefix={root}/', str(seeds),
+      'guided',
+      f'-runs={runs}',
+      f'-seed={seed}',
+      '-timeout=60',
+      f'-max_len={2 * largest}',
+      '-rss_limit_mb=4096',
+      f'-artifact_prefix={root}/',
+      str(seeds),
     ],
     read,
-  )  # fmt: skip
+  )
   atheris.Fuzz()
 
 

@@ -58,11 +58,7 @@ class Runs:
     }
     with (log or log_path(workdir)).open('wb') as file:
       return subprocess.Popen(
-        self._command(workdir),
-        cwd=ROOT,
-        env=os.environ | cache,
-        stdout=file,
-        stderr=file,
+        self._command(workdir), cwd=ROOT, env=os.environ | cache, stdout=file, stderr=file
       )
 
   def _command(self, workdir: Path) -> list[str]:

@@ -28,10 +28,7 @@ def stop(runs: runs_lib.Runs, trials: int, rng: np.random.Generator):
 
 
 def _disturb(
-  runs: runs_lib.Runs,
-  trials: int,
-  rng: np.random.Generator,
-  number: signal.Signals,
+  runs: runs_lib.Runs, trials: int, rng: np.random.Generator, number: signal.Signals
 ) -> collections.Counter:
   """Sends signals at moments uniform over the time of an undisturbed run.
 

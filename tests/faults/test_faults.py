@@ -110,9 +110,7 @@ def test_a_workdir_that_is_removed(config, tmp_path):
   assert_said(e, workdir, 'No such file or directory')
 
 
-def test_a_damaged_step_costs_updates_and_nothing_else(
-  config, undisturbed, tmp_path, caplog
-):
+def test_a_damaged_step_costs_updates_and_nothing_else(config, undisturbed, tmp_path, caplog):
   workdir = tmp_path / 'run'
   with pytest.raises(train.Stopped):
     train.train(config, str(workdir), stop_at(9))
@@ -160,21 +158,15 @@ def test_a_process_of_its_own_counts_what_was_read(tmp_path):
 
 
 EDITS = st.lists(
-  st.tuples(
-    st.floats(0, 1), st.sampled_from(('put', 'add', 'cut')), st.binary()
-  ),
+  st.tuples(st.floats(0, 1), st.sampled_from(('put', 'add', 'cut')), st.binary()),
   min_size=1,
   max_size=3,
 )
 
 
-@pytest.mark.parametrize(
-  'kind', [k for k in corpora.CORPORA if k not in NATIVE]
-)
+@pytest.mark.parametrize('kind', [k for k in corpora.CORPORA if k not in NATIVE])
 @settings(
-  max_examples=40,
-  deadline=None,
-  suppress_health_check=[HealthCheck.function_scoped_fixture],
+  max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(choice=st.integers(0, 99), edits=EDITS)
 def test_any_edit_is_read_or_refused(made, kind, choice, edits):
@@ -231,13 +223,21 @@ def calls(path):
 
 def test_nothing_unpickles_or_evaluates():
   forbidden = {
-      'pickle', 'dill', 'cloudpickle', 'marshal', 'shelve', 'joblib', 'eval',
-      'exec', 'allow_pickle=True', 'torch.load', 'yaml.load', 'os.system',
-      'shell=True',
-  }  # fmt: skip
-  paths = [
-    p for name in ('gemma_jax', 'launch') for p in (ROOT / name).rglob('*.py')
-  ]
+    'pickle',
+    'dill',
+    'cloudpickle',
+    'marshal',
+    'shelve',
+    'joblib',
+    'eval',
+    'exec',
+    'allow_pickle=True',
+    'torch.load',
+    'yaml.load',
+    'os.system',
+    'shell=True',
+  }
+  paths = [p for name in ('gemma_jax', 'launch') for p in (ROOT / name).rglob('*.py')]
   assert len(paths) > 50
   for path in paths:
     assert not forbidden & set(calls(path)), path
@@ -265,9 +265,7 @@ def test_a_second_signal_ends_at_once_and_keeps_the_last_step(disturbed):
 
 
 @pytest.mark.slow
-def test_a_token_in_the_environment_is_nowhere_in_what_a_run_leaves(
-  disturbed, monkeypatch
-):
+def test_a_token_in_the_environment_is_nowhere_in_what_a_run_leaves(disturbed, monkeypatch):
   monkeypatch.setenv('HF_TOKEN', 'hf_do_not_repeat_me')
   workdir = disturbed.folder / 'secret'
   code, log = disturbed.finish(workdir)
@@ -280,14 +278,12 @@ def test_a_token_in_the_environment_is_nowhere_in_what_a_run_leaves(
 @pytest.mark.slow
 def test_the_command_that_makes_the_table():
   done = subprocess.run(
-    [
-      sys.executable, '-m', 'tests.faults', '--trials=4', '--inputs=60',
-    ],
+    [sys.executable, '-m', 'tests.faults', '--trials=4', '--inputs=60'],
     cwd=ROOT,
     capture_output=True,
     text=True,
     check=False,
-  )  # fmt: skip
+  )
   assert done.returncode == 0, done.stdout + done.stderr
   lines = [json.loads(line) for line in done.stdout.splitlines()]
   assert len(lines) == 4 + len(corpora.CORPORA)

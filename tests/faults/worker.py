@@ -24,9 +24,14 @@ from tests.faults import corpora, mutate
 MORE_MEMORY_BYTES = 256 << 20
 _SECONDS = 60
 _EXECUTES = (
-  'os.exec', 'os.fork', 'os.posix_spawn', 'os.system', 'pickle.find_class',
-  'socket.connect', 'subprocess.Popen',
-)  # fmt: skip
+  'os.exec',
+  'os.fork',
+  'os.posix_spawn',
+  'os.system',
+  'pickle.find_class',
+  'socket.connect',
+  'subprocess.Popen',
+)
 _CHANGES = ('os.mkdir', 'os.remove', 'os.rename', 'os.rmdir', 'os.symlink')
 
 

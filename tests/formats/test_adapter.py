@@ -16,15 +16,11 @@ GEMMA1 = GOLDEN / 'parity' / 'gemma1'
 
 def test_a_peft_folder_reads_as_peft_reads_it():
   config = open_base.open_base(str(GEMMA1)).config
-  lora_config, factors, trained = adapter.read_adapter(
-    GEMMA1 / 'adapter_qv', config
-  )
+  lora_config, factors, trained = adapter.read_adapter(GEMMA1 / 'adapter_qv', config)
   want_config, want = peft.read_adapter(GEMMA1 / 'adapter_qv', config)
   assert lora_config == want_config
   assert trained == {}
-  for (name, got), (_, x) in zip(
-    pytree.items(factors), pytree.items(want), strict=True
-  ):
+  for (name, got), (_, x) in zip(pytree.items(factors), pytree.items(want), strict=True):
     np.testing.assert_array_equal(got, x, err_msg=name)
 
 
@@ -38,8 +34,7 @@ def test_a_keras_file_is_known_by_its_content(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('name', 'found'),
-  [('missing', 'neither a file nor a folder'), ('text.h5', 'no HDF5 file')],
+  ('name', 'found'), [('missing', 'neither a file nor a folder'), ('text.h5', 'no HDF5 file')]
 )
 def test_anything_else_is_refused(tmp_path, name, found):
   (tmp_path / 'text.h5').write_text('nothing')

@@ -73,9 +73,7 @@ def test_folder_is_flushed_before_it_appears(tmp_path, monkeypatch):
   events = []
   flush, rename = os.fsync, os.rename
   monkeypatch.setattr(os, 'fsync', lambda f: (events.append('fsync'), flush(f)))
-  monkeypatch.setattr(
-    os, 'rename', lambda *a: (events.append('rename'), rename(*a))
-  )
+  monkeypatch.setattr(os, 'rename', lambda *a: (events.append('rename'), rename(*a)))
   write(tmp_path / 'adapter', 'first')
   # The file, its folder, then the name, then the folder that holds the name.
   assert events == ['fsync', 'fsync', 'rename', 'fsync']
@@ -120,10 +118,7 @@ def test_kill_9_at_each_rename(tmp_path, number, when):
   """Old aside, new in place, old about to go: one whole folder each time."""
   folder = tmp_path / 'adapter'
   write(folder, 'first')
-  done = subprocess.run(
-    [sys.executable, '-c', KILLED, str(folder), str(number), when],
-    check=False,
-  )
+  done = subprocess.run([sys.executable, '-c', KILLED, str(folder), str(number), when], check=False)
   assert done.returncode == -signal.SIGKILL
   is_second = (number, when) in ((2, 'after'), (3, 'before'), (3, 'after'))
 
@@ -158,9 +153,7 @@ def test_a_planted_link_loses_nothing(tmp_path, kind, token, is_there):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason='only root gives files away')
 @pytest.mark.parametrize('kind', ['new', 'old'])
-def test_a_folder_of_another_user_is_neither_removed_nor_put_back(
-  tmp_path, kind
-):
+def test_a_folder_of_another_user_is_neither_removed_nor_put_back(tmp_path, kind):
   other = tmp_path / f'.adapter.0123456789abcdef.{kind}'
   other.mkdir()
   (other / 'a.txt').write_text('not ours')
@@ -174,8 +167,7 @@ def test_nobody_else_can_write_while_it_is_filled(tmp_path):
   before = os.umask(0)
   try:
     atomic_folder.replace(
-      tmp_path / 'adapter',
-      lambda new: (new / str(new.stat().st_mode & 0o777)).touch(),
+      tmp_path / 'adapter', lambda new: (new / str(new.stat().st_mode & 0o777)).touch()
     )
   finally:
     os.umask(before)

@@ -30,22 +30,15 @@ def test_scanned_is_unrolled_stacked(family):
 
 
 def test_stored_dtype_is_kept_bit_for_bit(tmp_path):
-  tensors = {
-    name: x.astype(ml_dtypes.bfloat16)
-    for name, x in hf_toy.tensors_of('gemma1').items()
-  }
-  base = hf_toy.open_folder(
-    hf_toy.write_folder(tmp_path / 'b', hf_toy.OLD['gemma1'], tensors)
-  )
+  tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in hf_toy.tensors_of('gemma1').items()}
+  base = hf_toy.open_folder(hf_toy.write_folder(tmp_path / 'b', hf_toy.OLD['gemma1'], tensors))
   assert base.stored_dtype == ml_dtypes.bfloat16
   params = base.load_params()
   assert {x.dtype for x in jax.tree.leaves(params)} == {base.stored_dtype}
   embedding = np.asarray(params['embedder']['input_embedding'])
   np.testing.assert_array_equal(embedding, tensors['model.embed_tokens.weight'])
   wide = base.load_params('float32')
-  hf_toy.assert_trees_equal(
-    wide, jax.tree.map(lambda x: x.astype(np.float32), params)
-  )
+  hf_toy.assert_trees_equal(wide, jax.tree.map(lambda x: x.astype(np.float32), params))
   # From float32, as from any other, bfloat16 is rounded to nearest even.
   narrow = hf_toy.open_folder(hf_toy.PARITY / 'gemma1').load_params('bfloat16')
   hf_toy.assert_trees_equal(narrow, params)
@@ -56,9 +49,7 @@ def test_mixed_or_float16_weights_are_read_as_float32(narrow, tmp_path):
   tensors = hf_toy.tensors_of('gemma1')
   name = 'model.layers.1.mlp.up_proj.weight'
   tensors[name] = tensors[name].astype(narrow)
-  base = hf_toy.open_folder(
-    hf_toy.write_folder(tmp_path / 'x', hf_toy.OLD['gemma1'], tensors)
-  )
+  base = hf_toy.open_folder(hf_toy.write_folder(tmp_path / 'x', hf_toy.OLD['gemma1'], tensors))
   assert base.stored_dtype == np.float32
   up = base.load_params()['layers']['mlp']['up']['w']
   np.testing.assert_array_equal(up[1], tensors[name].T.astype(np.float32))
@@ -69,14 +60,10 @@ def test_mixed_or_float16_weights_are_read_as_float32(narrow, tmp_path):
 def test_leaves_go_to_their_shardings(sizes, scan_layers):
   mesh = sharding_lib.make_mesh(MeshConfig(*sizes))
   base = hf_toy.open_folder(hf_toy.PARITY / 'gemma3')
-  abstract = {
-    'params': layout.abstract_params(base.config, scan_layers=scan_layers)
-  }
+  abstract = {'params': layout.abstract_params(base.config, scan_layers=scan_layers)}
   shardings = sharding_lib.tree_shardings(abstract, base.config, mesh)['params']
   params = base.load_params(shardings=shardings, scan_layers=scan_layers)
-  for (name, x), (_, sharding) in zip(
-    pytree.items(params), pytree.items(shardings), strict=True
-  ):
+  for (name, x), (_, sharding) in zip(pytree.items(params), pytree.items(shardings), strict=True):
     assert x.sharding == sharding, name
   hf_toy.assert_trees_equal(params, base.load_params(scan_layers=scan_layers))
 
@@ -93,8 +80,7 @@ def test_rows_that_no_device_here_holds_are_not_read():
 
   path = 'embedder/input_embedding'
   base = dataclasses.replace(
-    hf_toy.open_folder(hf_toy.PARITY / 'gemma1'),
-    tensors={path: StoredTensor(path, (V, D), read)},
+    hf_toy.open_folder(hf_toy.PARITY / 'gemma1'), tensors={path: StoredTensor(path, (V, D), read)}
   )
   out = np.zeros((V // 4, D), np.float32)
   part = Part(((V // 2, V // 2 + V // 4), (0, D)), out)
@@ -111,18 +97,9 @@ Q1 = 'model.layers.1.self_attn.q_proj.weight'
   ('change', 'message'),
   [
     (lambda t: t.pop(Q1), rf'{Q1} is missing'),
-    (
-      lambda t: t.update({'model.extra': t[Q1][:3]}),
-      'model.extra is unexpected',
-    ),
-    (
-      lambda t: t.update({Q1: t[Q1][:, :61]}),
-      rf'{Q1} has shape \[64, 61\], expected \[64, 64\]',
-    ),
-    (
-      lambda t: t.update({Q1: t[Q1].astype(np.int8)}),
-      rf'{Q1} has dtype I8',
-    ),
+    (lambda t: t.update({'model.extra': t[Q1][:3]}), 'model.extra is unexpected'),
+    (lambda t: t.update({Q1: t[Q1][:, :61]}), rf'{Q1} has shape \[64, 61\], expected \[64, 64\]'),
+    (lambda t: t.update({Q1: t[Q1].astype(np.int8)}), rf'{Q1} has dtype I8'),
     (
       lambda t: t.update({'model.layers.2.input_layernorm.weight': t[Q1][0]}),
       r'layers\.2\.input_layernorm\.weight is unexpected',
@@ -144,9 +121,7 @@ def test_chunks_of_rows_join(tmp_path, monkeypatch):
   tensors = gguf_toy.make_tensors(gguf_toy.GEMMA3)
   kinds = {name: gguf_toy.Q8_0 for name, x in tensors.items() if x.ndim == 2}
   base = gguf_toy.open_gguf(
-    gguf_toy.write(
-      tmp_path / 'm.gguf', 'gemma3', gguf_toy.GEMMA3, tensors, kinds
-    )
+    gguf_toy.write(tmp_path / 'm.gguf', 'gemma3', gguf_toy.GEMMA3, tensors, kinds)
   )
   whole = base.load_params()
   monkeypatch.setattr('gemma_jax.formats.base_source.CHUNK_ELEMENTS', 3 * 64)
@@ -165,11 +140,7 @@ def test_fingerprint_knows_the_weights_and_not_the_path(tmp_path):
   changed = open_base.open_base(str(copy)).fingerprint()
   others = [
     open_base.open_base(reference).fingerprint()
-    for reference in (
-      str(hf_toy.PARITY / 'gemma2'),
-      'random:tiny',
-      'random:tiny2',
-    )
+    for reference in (str(hf_toy.PARITY / 'gemma2'), 'random:tiny', 'random:tiny2')
   ]
   assert len({mark, changed, *others}) == 5
   assert open_base.open_base('random:tiny').fingerprint() == others[1]
@@ -191,9 +162,7 @@ def test_fingerprint_samples_large_files_evenly(tmp_path):
   large = dataclasses.replace(base, files=(path,))
   mark = large.fingerprint()
   size = len(content)
-  for start, stop in (
-      (0, 1), (size - 1, size), (size // 3, size // 3 + size // 128)
-  ):  # fmt: skip
+  for start, stop in ((0, 1), (size - 1, size), (size // 3, size // 3 + size // 128)):
     changed = bytearray(content)
     changed[start:stop] = bytes(b ^ 1 for b in changed[start:stop])
     path.write_bytes(changed)

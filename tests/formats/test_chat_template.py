@@ -27,10 +27,7 @@ def render(template, messages, generate=True, trim_blocks=True):
   )
   environment.globals['raise_exception'] = refuse
   return environment.from_string(template).render(
-    messages=messages,
-    add_generation_prompt=generate,
-    bos_token='<bos>',
-    eos_token='<eos>',
+    messages=messages, add_generation_prompt=generate, bos_token='<bos>', eos_token='<eos>'
   )
 
 
@@ -75,11 +72,7 @@ CHAT = (
 def test_turns_as_gemma_says_them():
   """System as it is and an empty line; all other text is trimmed."""
   template = chat_template.jinja('chat')
-  turns = [
-    message('user', ' Hi\n'),
-    message('assistant', '\nHello '),
-    message('user', ''),
-  ]
+  turns = [message('user', ' Hi\n'), message('assistant', '\nHello '), message('user', '')]
   assert render(template, [SYSTEM, *turns]) == CHAT
   assert render(template, turns) == CHAT.replace(' Be brief. \n\n', '')
   empty = [message('system', ''), *turns]

@@ -5,14 +5,7 @@ import numpy as np
 import pytest
 
 from gemma_jax.config.train import LoraConfig
-from gemma_jax.formats import (
-  adapter,
-  finite,
-  flax_writer,
-  hf_writer,
-  open_base,
-  peft,
-)
+from gemma_jax.formats import adapter, finite, flax_writer, hf_writer, open_base, peft
 from gemma_jax.model import variants
 from tests import gguf_toy, logits_toy, peft_toy
 

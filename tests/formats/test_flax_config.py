@@ -10,9 +10,7 @@ from gemma_jax.model import variants
 from tests import logits_toy
 
 
-@pytest.mark.parametrize(
-  'name', ['gemma_2b', 'gemma_7b', 'gemma2_2b', 'gemma3_270m', 'gemma3_1b']
-)
+@pytest.mark.parametrize('name', ['gemma_2b', 'gemma_7b', 'gemma2_2b', 'gemma3_270m', 'gemma3_1b'])
 def test_variant_is_recognised_by_the_shapes(name, tmp_path):
   """From the shapes alone, with the 256128 rows of the release."""
   config = flax_writer.exported_config(variants.get(name))
@@ -36,9 +34,7 @@ def test_variant_is_recognised_by_the_shapes(name, tmp_path):
 
 def test_other_sizes_take_what_their_family_shares(tmp_path):
   def settings(config, num_layers):
-    config = dataclasses.replace(
-      config, num_layers=num_layers, layer_is_local=None
-    )
+    config = dataclasses.replace(config, num_layers=num_layers, layer_is_local=None)
     places = flax_release.make_places(config, False, config.use_qk_norm)
     shapes = {p.name: p.shape for p in places.values()}
     return flax_config.model_config(shapes, tmp_path / 'x')

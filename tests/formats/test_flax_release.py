@@ -49,9 +49,7 @@ def release_tree(config, params):
     if gemma3:
       for n in 'qk':
         norm = 'query' if n == 'q' else 'key'
-        tree[f'{stem}/attn/_{norm}_norm'] = {
-          'scale': get(f'attn/{n}_norm/scale')
-        }
+        tree[f'{stem}/attn/_{norm}_norm'] = {'scale': get(f'attn/{n}_norm/scale')}
     tree[f'{stem}/mlp/gating_einsum'] = {'w': gating}
     tree[f'{stem}/mlp/linear'] = {'w': get('mlp/down/w')}
     norms = ['pre_attention_norm', 'pre_ffw_norm']
@@ -64,11 +62,7 @@ def release_tree(config, params):
 
 def nest(tree):
   return pytree.unflatten(
-    {
-      f'{module}/{n}': x
-      for module, part in tree.items()
-      for n, x in part.items()
-    }
+    {f'{module}/{n}': x for module, part in tree.items() for n, x in part.items()}
   )
 
 
@@ -106,54 +100,37 @@ def test_release_is_read(name, nested, dtype, tmp_path):
   for folder in (tmp_path, tmp_path / '2b'):
     base = open_folder(folder)
     assert base.config == config
-    assert base.stored_dtype == (
-      ml_dtypes.bfloat16 if dtype == 'bfloat16' else np.float32
-    )
+    assert base.stored_dtype == (ml_dtypes.bfloat16 if dtype == 'bfloat16' else np.float32)
     hf_toy.assert_trees_equal(base.load_params(), params_of(config, dtype))
 
 
 @pytest.mark.parametrize(
-  'kwargs',
-  [{'use_ocdbt': False}, {'use_zarr3': True}, {'use_compression': False}],
+  'kwargs', [{'use_ocdbt': False}, {'use_zarr3': True}, {'use_compression': False}]
 )
 def test_all_forms_of_orbax_are_read(kwargs, tmp_path):
-  tree = release_tree(
-    variants.TINY2, params_of(variants.TINY2, scan_layers=False)
-  )
+  tree = release_tree(variants.TINY2, params_of(variants.TINY2, scan_layers=False))
   for nested in (False, True):
     folder = tmp_path / str(nested) / 'x'
     save(folder, nest(tree) if nested else tree, **kwargs)
-    hf_toy.assert_trees_equal(
-      open_folder(folder).load_params(), params_of(variants.TINY2)
-    )
+    hf_toy.assert_trees_equal(open_folder(folder).load_params(), params_of(variants.TINY2))
 
 
 def test_mlp_without_a_w_and_a_params_level_are_read(tmp_path):
   """As the library's own modules name them."""
-  tree = nest(
-    release_tree(variants.TINY, params_of(variants.TINY, scan_layers=False))
-  )
+  tree = nest(release_tree(variants.TINY, params_of(variants.TINY, scan_layers=False)))
   for i in range(variants.TINY.num_layers):
     mlp = tree['transformer'][f'layer_{i}']['mlp']
-    tree['transformer'][f'layer_{i}']['mlp'] = {
-      k: x['w'] for k, x in mlp.items()
-    }
+    tree['transformer'][f'layer_{i}']['mlp'] = {k: x['w'] for k, x in mlp.items()}
   save(tmp_path / 'x', {'params': tree['transformer']})
-  hf_toy.assert_trees_equal(
-    open_folder(tmp_path / 'x').load_params(), params_of(variants.TINY)
-  )
+  hf_toy.assert_trees_equal(open_folder(tmp_path / 'x').load_params(), params_of(variants.TINY))
 
 
 def test_vision_is_passed_over(tmp_path):
-  tree = release_tree(
-    variants.TINY3, params_of(variants.TINY3, scan_layers=False)
-  )
+  tree = release_tree(variants.TINY3, params_of(variants.TINY3, scan_layers=False))
   tree['transformer/embedder']['mm_soft_embedding_norm'] = np.ones(5)
   tree['vision_encoder/siglip'] = {'w': np.ones((5, 7), np.float32)}
   save(tmp_path / 'x', tree)
-  hf_toy.assert_trees_equal(
-    open_folder(tmp_path / 'x').load_params(), params_of(variants.TINY3)
-  )
+  hf_toy.assert_trees_equal(open_folder(tmp_path / 'x').load_params(), params_of(variants.TINY3))
 
 
 @pytest.mark.parametrize('nested', [False, True])
@@ -161,9 +138,7 @@ def test_vision_is_passed_over(tmp_path):
 def test_what_is_written_is_the_release(name, nested, tmp_path):
   """Orbax itself restores the names and bits that the release would have."""
   config = CONFIGS[name]
-  flax_writer.write_folder(
-    tmp_path, logits_toy.source_of(config), 'bfloat16', nested
-  )
+  flax_writer.write_folder(tmp_path, logits_toy.source_of(config), 'bfloat16', nested)
   got = ocp.PyTreeCheckpointer().restore(tmp_path / flax_release.FOLDER_NAME)
   want = release_tree(config, params_of(config, 'bfloat16', scan_layers=False))
   hf_toy.assert_trees_equal(got, nest(want) if nested else want)
@@ -215,9 +190,7 @@ def test_tokenizer_stands_beside_or_within(tmp_path):
   (tmp_path / 'tokenizer.model').write_bytes(proto)
   base = open_base.open_base(str(tmp_path))
   assert base.tokenizer().model_proto == proto
-  assert (
-    open_base.open_base(str(tmp_path / '2b')).tokenizer().model_proto == proto
-  )
+  assert open_base.open_base(str(tmp_path / '2b')).tokenizer().model_proto == proto
   out = tmp_path / 'out'
   out.mkdir()
   flax_writer.write_folder(out, base)
@@ -225,9 +198,7 @@ def test_tokenizer_stands_beside_or_within(tmp_path):
 
 
 def test_one_model_among_several_is_not_guessed(tmp_path):
-  tree = release_tree(
-    variants.TINY, params_of(variants.TINY, scan_layers=False)
-  )
+  tree = release_tree(variants.TINY, params_of(variants.TINY, scan_layers=False))
   save(tmp_path / '2b', tree)
   save(tmp_path / '2b-it', tree)
   with pytest.raises(ValueError, match=r'several models in it \(2b, 2b-it\)'):
@@ -253,10 +224,7 @@ GATE = 'transformer/layer_1/mlp/gating_einsum'
       lambda t: t[GATE].update(w=t[GATE]['w'].astype(np.float16)),
       'gating_einsum/w has dtype float16',
     ),
-    (
-      lambda t: t.pop('transformer/embedder'),
-      'embedder/input_embedding is missing',
-    ),
+    (lambda t: t.pop('transformer/embedder'), 'embedder/input_embedding is missing'),
     (
       lambda t: t.update({'transformer/layer_77777777/x': {'w': np.ones(3)}}),
       'got 77777778 layers',
@@ -264,9 +232,7 @@ GATE = 'transformer/layer_1/mlp/gating_einsum'
   ],
 )
 def test_arrays_are_exactly_those_expected(change, message, tmp_path):
-  tree = release_tree(
-    variants.TINY, params_of(variants.TINY, scan_layers=False)
-  )
+  tree = release_tree(variants.TINY, params_of(variants.TINY, scan_layers=False))
   change(tree)
   save(tmp_path / 'bad', tree)
   with pytest.raises(ValueError, match=message) as e:
@@ -279,15 +245,12 @@ def test_damaged_checkpoint_is_named(tmp_path):
   (tmp_path / 'm').mkdir()
   flax_writer.write_folder(tmp_path / 'm', logits_toy.source_of(variants.TINY))
   data = max(
-    (p for p in (tmp_path / 'm').rglob('*') if p.is_file()),
-    key=lambda p: p.stat().st_size,
+    (p for p in (tmp_path / 'm').rglob('*') if p.is_file()), key=lambda p: p.stat().st_size
   )
   whole = data.read_bytes()
   for content in (whole[: len(whole) // 2], None):
     data.unlink() if content is None else data.write_bytes(content)
-    with pytest.raises(
-      ValueError, match=r'm/params: .*(damaged|no whole)'
-    ) as e:
+    with pytest.raises(ValueError, match=r'm/params: .*(damaged|no whole)') as e:
       open_folder(tmp_path / 'm').load_params()
     assert '\n' not in str(e.value)
 
@@ -298,9 +261,7 @@ def test_block_that_is_missing_is_not_read_as_zeros(use_zarr3, tmp_path):
   tree = release_tree(config, params_of(config, scan_layers=False))
   folder = save(tmp_path / 'm', tree, use_ocdbt=False, use_zarr3=use_zarr3)
   blocks = [
-    p
-    for p in folder.rglob('*')
-    if p.is_file() and 'q_einsum' in str(p) and p.name[0] in '0c'
+    p for p in folder.rglob('*') if p.is_file() and 'q_einsum' in str(p) and p.name[0] in '0c'
   ]
   assert len(blocks) == config.num_layers
   blocks[0].unlink()
@@ -313,12 +274,8 @@ def test_layers_of_the_tree_are_complete():
   """Every leaf has a place, and every place's array is filled by its leaves."""
   for config in CONFIGS.values():
     fused = config.num_heads == config.num_kv_heads
-    places = flax_release.make_places(
-      config, fused, config.use_qk_norm or config == LARGE2
-    )
+    places = flax_release.make_places(config, fused, config.use_qk_norm or config == LARGE2)
     assert places.keys() == layout.param_axes(config, False).keys()
     size = lambda s: int(np.prod(s))
     arrays = {p.name: p.shape for p in places.values()}
-    assert sum(map(size, arrays.values())) == pytree.num_params(
-      layout.abstract_params(config)
-    )
+    assert sum(map(size, arrays.values())) == pytree.num_params(layout.abstract_params(config))

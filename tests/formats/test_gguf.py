@@ -54,22 +54,16 @@ def expected_params(config, stored):
 @pytest.mark.parametrize(
   ('arch', 'config'), [('gemma3', gguf_toy.GEMMA3), ('gemma', gguf_toy.GEMMA1)]
 )
-@pytest.mark.parametrize(
-  'kind', [gguf_toy.F32, gguf_toy.F16, gguf_toy.Q8_0, gguf_toy.Q5_0]
-)
+@pytest.mark.parametrize('kind', [gguf_toy.F32, gguf_toy.F16, gguf_toy.Q8_0, gguf_toy.Q5_0])
 def test_written_weights_are_read(arch, config, kind, tmp_path):
   tensors = gguf_toy.make_tensors(config)
   kinds = {name: kind for name, x in tensors.items() if x.ndim == 2}
-  base = gguf_toy.open_gguf(
-    gguf_toy.write(tmp_path / 'm.gguf', arch, config, tensors, kinds)
-  )
+  base = gguf_toy.open_gguf(gguf_toy.write(tmp_path / 'm.gguf', arch, config, tensors, kinds))
   assert base.config == config
   assert base.stored_dtype == np.float32
   # Matrices lose what their type loses and no more; norms are exact.
   stored = {
-    name: gguf_package.quants.dequantize(
-      gguf_package.quants.quantize(x, kind), kind
-    )
+    name: gguf_package.quants.dequantize(gguf_package.quants.quantize(x, kind), kind)
     if x.ndim == 2
     else x
     for name, x in tensors.items()
@@ -81,9 +75,7 @@ def test_written_weights_are_read(arch, config, kind, tmp_path):
     gguf_toy.Q5_0: 1 / 15,
   }[kind]
   for name, x in tensors.items():
-    np.testing.assert_allclose(
-      stored[name], x, rtol=0, atol=tolerance * np.abs(x).max()
-    )
+    np.testing.assert_allclose(stored[name], x, rtol=0, atol=tolerance * np.abs(x).max())
   params = dict(pytree.items(base.load_params(scan_layers=False)))
   want = expected_params(config, stored)
   assert params.keys() == want.keys()
@@ -104,18 +96,17 @@ def test_gemma2_takes_its_pattern_and_caps(tmp_path):
   u32, f32 = (gguf_package.GGUFValueType[t] for t in ('UINT32', 'FLOAT32'))
   tensors = gguf_toy.make_tensors(config)
   path = gguf_toy.write(
-      tmp_path / 'm.gguf', 'gemma2', config, tensors,
-      a=('gemma2.attn_logit_softcapping', 5.0, f32),
-      b=('gemma2.final_logit_softcapping', 3.0, f32),
-  )  # fmt: skip
-  assert gguf_toy.open_gguf(path).config == config
-  bare = gguf_toy.open_gguf(
-    gguf_toy.write(path, 'gemma2', config, tensors)
-  ).config
-  assert (bare.attention_softcap, bare.final_softcap) == (50.0, 30.0)
-  split = gguf_toy.write(
-    path, 'gemma2', config, tensors, c=('split.count', 3, u32)
+    tmp_path / 'm.gguf',
+    'gemma2',
+    config,
+    tensors,
+    a=('gemma2.attn_logit_softcapping', 5.0, f32),
+    b=('gemma2.final_logit_softcapping', 3.0, f32),
   )
+  assert gguf_toy.open_gguf(path).config == config
+  bare = gguf_toy.open_gguf(gguf_toy.write(path, 'gemma2', config, tensors)).config
+  assert (bare.attention_softcap, bare.final_softcap) == (50.0, 30.0)
+  split = gguf_toy.write(path, 'gemma2', config, tensors, c=('split.count', 3, u32))
   with pytest.raises(ValueError, match='one of 3 parts'):
     gguf_toy.open_gguf(split)
 
@@ -154,9 +145,7 @@ def test_tokenizer_is_rebuilt_from_the_metadata(tmp_path):
   pieces += [f'<0x{byte:02X}>' for byte in range(256)]
   vocabulary = {
     'tokenizer__ggml__tokens': pieces,
-    'tokenizer__ggml__scores': [0.0] * 4
-    + [-5.0, -6.0, -1.0, -2.0, 0.0]
-    + [0.0] * 256,
+    'tokenizer__ggml__scores': [0.0] * 4 + [-5.0, -6.0, -1.0, -2.0, 0.0] + [0.0] * 256,
     'tokenizer__ggml__token_type': kinds,
   }
   string = gguf_package.GGUFValueType.STRING
@@ -164,10 +153,14 @@ def test_tokenizer_is_rebuilt_from_the_metadata(tmp_path):
   tensors['token_embd.weight'] = np.ones((271, 64), np.float32)
   path = tmp_path / 'm.gguf'
   gguf_toy.write(
-      path, 'gemma', gguf_toy.GEMMA1, tensors,
-      model=('tokenizer.ggml.model', 'llama', string),
-      chat=('tokenizer.chat_template', 'jinja', string), **vocabulary,
-  )  # fmt: skip
+    path,
+    'gemma',
+    gguf_toy.GEMMA1,
+    tensors,
+    model=('tokenizer.ggml.model', 'llama', string),
+    chat=('tokenizer.chat_template', 'jinja', string),
+    **vocabulary,
+  )
   assert gguf_toy.open_gguf(path).read_chat_template() == 'jinja'
   tokenizer = gguf_toy.open_gguf(path).tokenizer()
   assert tokenizer.vocab_size == 265
@@ -178,9 +171,13 @@ def test_tokenizer_is_rebuilt_from_the_metadata(tmp_path):
   assert gguf_toy.open_gguf(path).tokenizer() is None
   assert gguf_toy.open_gguf(path).read_chat_template() is None
   gguf_toy.write(
-      path, 'gemma', gguf_toy.GEMMA1, tensors,
-      model=('tokenizer.ggml.model', 'gpt2', string), **vocabulary,
-  )  # fmt: skip
+    path,
+    'gemma',
+    gguf_toy.GEMMA1,
+    tensors,
+    model=('tokenizer.ggml.model', 'gpt2', string),
+    **vocabulary,
+  )
   with pytest.raises(ValueError, match="'gpt2', expected 'llama'"):
     gguf_toy.open_gguf(path).tokenizer()
 
@@ -192,21 +189,13 @@ Q1 = 'blk.1.attn_q.weight'
   ('change', 'kinds', 'message'),
   [
     (lambda t: t.pop(Q1), {}, f'{Q1} is missing'),
-    (
-      lambda t: t.pop('token_embd.weight'),
-      {},
-      r'token_embd\.weight is missing',
-    ),
+    (lambda t: t.pop('token_embd.weight'), {}, r'token_embd\.weight is missing'),
     (
       lambda t: t.update({'output.weight': t['token_embd.weight']}),
       {},
       r'output\.weight is unexpected',
     ),
-    (
-      lambda t: t.update({Q1: t[Q1][:61]}),
-      {},
-      rf'{Q1} has shape \[61, 64\], expected \[96, 64\]',
-    ),
+    (lambda t: t.update({Q1: t[Q1][:61]}), {}, rf'{Q1} has shape \[61, 64\], expected \[96, 64\]'),
     (
       lambda t: t.update({'token_embd.weight': t[Q1].T}),
       {},
@@ -218,9 +207,7 @@ Q1 = 'blk.1.attn_q.weight'
 def test_tensors_are_exactly_those_expected(change, kinds, message, tmp_path):
   tensors = gguf_toy.make_tensors(gguf_toy.GEMMA1)
   change(tensors)
-  path = gguf_toy.write(
-    tmp_path / 'bad.gguf', 'gemma', gguf_toy.GEMMA1, tensors, kinds
-  )
+  path = gguf_toy.write(tmp_path / 'bad.gguf', 'gemma', gguf_toy.GEMMA1, tensors, kinds)
   with pytest.raises(ValueError, match=message) as e:
     gguf_toy.open_gguf(path)
   assert str(path) in str(e.value)
@@ -229,9 +216,7 @@ def test_tensors_are_exactly_those_expected(change, kinds, message, tmp_path):
 
 def test_other_architectures_are_refused(tmp_path):
   path = tmp_path / 'm.gguf'
-  gguf_toy.write(
-    path, 'llama', gguf_toy.GEMMA1, {'token_embd.weight': np.ones((3, 5), 'f')}
-  )
+  gguf_toy.write(path, 'llama', gguf_toy.GEMMA1, {'token_embd.weight': np.ones((3, 5), 'f')})
   with pytest.raises(ValueError, match="'llama', expected gemma"):
     gguf_toy.open_gguf(path)
 
@@ -245,9 +230,7 @@ def test_metadata_that_is_missing_is_named(tmp_path):
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
-  with pytest.raises(
-    ValueError, match=r'gemma3\.attention\.key_length is None'
-  ):
+  with pytest.raises(ValueError, match=r'gemma3\.attention\.key_length is None'):
     gguf_toy.open_gguf(path)
 
 
@@ -294,9 +277,7 @@ def test_no_text_becomes_a_control_token_of_the_real_tokenizer(real):
   special |= {p for p, kind in zip(pieces, types, strict=True) if kind == 3}
   assert len(special) == 6252
   user_defined = [
-    p
-    for p, kind in zip(pieces, types, strict=True)
-    if kind == 4 and p not in special
+    p for p, kind in zip(pieces, types, strict=True) if kind == 4 and p not in special
   ]
   ids = {piece: i for i, piece in enumerate(pieces)}
   control = {ids[piece] for piece in special}

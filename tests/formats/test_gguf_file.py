@@ -11,10 +11,7 @@ from tests import gguf_toy
 
 def test_truncated_file_is_refused_wherever_it_ends(tmp_path):
   path = gguf_toy.write(
-    tmp_path / 't.gguf',
-    'gemma3',
-    gguf_toy.GEMMA3,
-    gguf_toy.make_tensors(gguf_toy.GEMMA3),
+    tmp_path / 't.gguf', 'gemma3', gguf_toy.GEMMA3, gguf_toy.make_tensors(gguf_toy.GEMMA3)
   )
   whole = path.read_bytes()
   for size in (4, 5, 23, 24, 101, 997, len(whole) // 2, len(whole) - 1):
@@ -30,10 +27,7 @@ def test_truncated_file_is_refused_wherever_it_ends(tmp_path):
 
 def test_wrong_magic_or_version_is_refused(tmp_path):
   path = gguf_toy.write(
-    tmp_path / 'v.gguf',
-    'gemma',
-    gguf_toy.GEMMA1,
-    gguf_toy.make_tensors(gguf_toy.GEMMA1),
+    tmp_path / 'v.gguf', 'gemma', gguf_toy.GEMMA1, gguf_toy.make_tensors(gguf_toy.GEMMA1)
   )
   whole = path.read_bytes()
   for head in (b'GGML', b'GGUF' + struct.pack('<I', 1), b'GGUF\0\0\0\3'):
@@ -45,10 +39,7 @@ def test_wrong_magic_or_version_is_refused(tmp_path):
 def test_damaged_header_never_fails_otherwise(tmp_path):
   """Whatever bytes are flipped: it opens, or a ValueError names the file."""
   path = gguf_toy.write(
-    tmp_path / 'd.gguf',
-    'gemma',
-    gguf_toy.GEMMA1,
-    gguf_toy.make_tensors(gguf_toy.GEMMA1),
+    tmp_path / 'd.gguf', 'gemma', gguf_toy.GEMMA1, gguf_toy.make_tensors(gguf_toy.GEMMA1)
   )
   whole = path.read_bytes()
   header = min(info.offset for info in gguf_file.read_header(path)[1].values())

@@ -12,9 +12,7 @@ from tests import hf_toy
 def test_both_dialects_mean_the_same(family, tmp_path):
   new = hf_toy.open_folder(hf_toy.PARITY / family)
   old = hf_toy.open_folder(
-    hf_toy.write_folder(
-      tmp_path / 'old', hf_toy.OLD[family], hf_toy.tensors_of(family)
-    )
+    hf_toy.write_folder(tmp_path / 'old', hf_toy.OLD[family], hf_toy.tensors_of(family))
   )
   assert new.config == hf_toy.CONFIGS[family]
   assert old.config == hf_toy.CONFIGS[family]
@@ -143,11 +141,7 @@ def test_text_config_of_a_multimodal_release():
     ('gemma1', {'rope_theta': 0}, 'rope_theta is 0'),
     ('gemma1', {'rope_scaling': {'rope_type': 'yarn'}}, "'yarn'"),
     ('gemma1', {'rope_parameters': 7}, 'rope_parameters is 7'),
-    (
-      'gemma2',
-      {'rope_scaling': {'type': 'linear', 'factor': 2}},
-      'local layers is scaled',
-    ),
+    ('gemma2', {'rope_scaling': {'type': 'linear', 'factor': 2}}, 'local layers is scaled'),
     ('gemma2', {'layer_types': ['full_attention']}, 'layer_is_local'),
     ('gemma2', {'layer_types': ['chunked'] * 2}, 'layer_types'),
     ('gemma2', {'sliding_window': 0}, 'window_size'),

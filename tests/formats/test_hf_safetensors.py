@@ -56,21 +56,14 @@ def test_each_value_comes_from_its_tensor(family):
   assert pytree.num_params(params) == sizes['params']
 
 
-@pytest.mark.parametrize(
-  'prefix', ['language_model.model.', 'model.language_model.']
-)
+@pytest.mark.parametrize('prefix', ['language_model.model.', 'model.language_model.'])
 def test_language_model_of_a_multimodal_folder(prefix, tmp_path):
   raw = {'model_type': 'gemma3', 'text_config': hf_toy.OLD['gemma3']}
   tensors = {
-    name.replace('model.', prefix, 1): x
-    for name, x in hf_toy.tensors_of('gemma3').items()
+    name.replace('model.', prefix, 1): x for name, x in hf_toy.tensors_of('gemma3').items()
   }
-  tensors['vision_tower.vision_model.post_layernorm.weight'] = np.ones(
-    7, np.float32
-  )
-  tensors['multi_modal_projector.mm_soft_emb_norm.weight'] = np.ones(
-    5, np.float32
-  )
+  tensors['vision_tower.vision_model.post_layernorm.weight'] = np.ones(7, np.float32)
+  tensors['multi_modal_projector.mm_soft_emb_norm.weight'] = np.ones(5, np.float32)
   source = hf_toy.open_folder(hf_toy.write_folder(tmp_path / 'm', raw, tensors))
   want = hf_toy.open_folder(hf_toy.PARITY / 'gemma3')
   assert source.config == want.config
@@ -92,9 +85,7 @@ def write_shards(path, config, tensors, num_shards=3):
 
 
 def test_shards_are_one_model(tmp_path):
-  write_shards(
-    tmp_path / 's', hf_toy.OLD['gemma2'], hf_toy.tensors_of('gemma2')
-  )
+  write_shards(tmp_path / 's', hf_toy.OLD['gemma2'], hf_toy.tensors_of('gemma2'))
   sharded = hf_toy.open_folder(tmp_path / 's')
   assert len(sharded.files) == 3
   single = hf_toy.open_folder(hf_toy.PARITY / 'gemma2')
@@ -113,9 +104,7 @@ def test_tied_head_is_accepted_and_another_is_not(tmp_path):
   want = hf_toy.open_folder(hf_toy.PARITY / 'gemma1').load_params()
   hf_toy.assert_trees_equal(hf_toy.open_folder(folder).load_params(), want)
   head[511, 63] += 1e-3
-  hf_toy.write_folder(
-    folder, hf_toy.OLD['gemma1'], tensors | {'lm_head.weight': head}
-  )
+  hf_toy.write_folder(folder, hf_toy.OLD['gemma1'], tensors | {'lm_head.weight': head})
   with pytest.raises(ValueError, match=r'lm_head\.weight differs'):
     hf_toy.open_folder(folder)
 
@@ -141,9 +130,7 @@ def test_config_and_weights_must_be_there(tmp_path):
 
 def test_shard_or_index_that_is_wrong(tmp_path):
   folder = tmp_path / 's'
-  weight_map = write_shards(
-    folder, hf_toy.OLD['gemma1'], hf_toy.tensors_of('gemma1')
-  )
+  weight_map = write_shards(folder, hf_toy.OLD['gemma1'], hf_toy.tensors_of('gemma1'))
   index = folder / hf_safetensors.INDEX_NAME
   second = folder / 'model-00002-of-00003.safetensors'
   first = folder / 'model-00001-of-00003.safetensors'

@@ -47,13 +47,11 @@ def decoder(*tokens):
     {
       'added_tokens': {'<tool>': N, '</think>': N + 1},
       'tokenizer': {'added_tokens': [TOOL]},
-      'tokenizer_config': {
-        **decoder(TOOL), 'eos_token': {'content': '</think>'}
-      },
+      'tokenizer_config': {**decoder(TOOL), 'eos_token': {'content': '</think>'}},
     },
   ],
   ids=['tokenizer', 'config', 'added', 'all'],
-)  # fmt: skip
+)
 def test_each_way_to_name_them(contents, tmp_path):
   tokenizer = hf_tokenizer.read(write(tmp_path, **contents), N + 9)
   assert tokenizer.vocab_size == N + 2
@@ -166,9 +164,7 @@ def test_rows_of_a_resized_embedding_are_tokens(tmp_path):
   assert 0 < nll.max() < 30
   text, _ = token_losses(base, {'prompt': 'H<tool>', 'response': '</tool>'})
   assert text[0, -3:].tolist() == [N, N + 1, 1]
-  with pytest.raises(
-    ValueError, match=f'got token id {N + 2}, .* below {N + 2}'
-  ):
+  with pytest.raises(ValueError, match=f'got token id {N + 2}, .* below {N + 2}'):
     token_losses(base, {'tokens': [2, N + 2, 1]})
 
 
@@ -180,9 +176,7 @@ def test_the_loss_of_added_tokens_is_transformers(tmp_path):
   base = open_base.open_base(str(resized(tmp_path)))
   rest = {f'<t{i}>': i for i in range(N + 2, 512)}
   (tmp_path / 'tokenizer_config.json').write_text(
-    json.dumps(
-      decoder(*({'id': i, 'content': name} for name, i in rest.items()))
-    )
+    json.dumps(decoder(*({'id': i, 'content': name} for name, i in rest.items())))
   )
   record = {'tokens': [2, 10, N, 11, N + 1, 1]}
   tokens, nll = token_losses(base, record)

@@ -10,13 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from gemma_jax.data import tokenizer as tokenizer_lib
-from gemma_jax.formats import (
-  chat_template,
-  flax_writer,
-  hf_config,
-  hf_writer,
-  open_base,
-)
+from gemma_jax.formats import chat_template, flax_writer, hf_config, hf_writer, open_base
 from gemma_jax.formats.base_source import CHUNK_ELEMENTS, StoredTensor
 from gemma_jax.model import variants
 from tests import data_toy, hf_toy, logits_toy, toy
@@ -58,19 +52,13 @@ def test_shards_hold_at_most_their_bytes_and_the_index_all(tmp_path):
     tensors = load_file(path)
     total += sum(x.nbytes for x in tensors.values())
     assert path.stat().st_size < 50_000 + 5_000
-    assert {n for n, f in index['weight_map'].items() if f == path.name} == (
-      tensors.keys()
-    )
+    assert {n for n, f in index['weight_map'].items() if f == path.name} == (tensors.keys())
   assert index['metadata']['total_size'] == total
-  assert shards[-1].name == f'model-{len(shards):05}-of-{len(shards):05}' + (
-    '.safetensors'
-  )
+  assert shards[-1].name == f'model-{len(shards):05}-of-{len(shards):05}' + ('.safetensors')
 
 
 def test_rows_that_pad_the_flax_release_are_left_out(tmp_path):
-  config = dataclasses.replace(
-    variants.TINY, vocab_size=256_128, embed_dim=6, num_layers=1
-  )
+  config = dataclasses.replace(variants.TINY, vocab_size=256_128, embed_dim=6, num_layers=1)
   toy = logits_toy.source_of(config)
   hf_writer.write_folder(tmp_path, toy, 'bfloat16')
   again = open_base.open_base(str(tmp_path))
@@ -84,13 +72,10 @@ def test_rows_that_pad_the_flax_release_are_left_out(tmp_path):
 def test_files_of_the_tokenizer(tmp_path):
   proto = logits_toy.tokenizer_proto()
   origin = tmp_path / 'origin'
-  base = logits_toy.source_of(
-    dataclasses.replace(variants.TINY, vocab_size=307)
-  )
+  base = logits_toy.source_of(dataclasses.replace(variants.TINY, vocab_size=307))
   origin.mkdir()
   with_tokenizer = dataclasses.replace(
-    base,
-    make_tokenizer=functools.partial(logits_toy.make_tokenizer, proto),
+    base, make_tokenizer=functools.partial(logits_toy.make_tokenizer, proto)
   )
   hf_writer.write_folder(origin, with_tokenizer)
   assert (origin / 'tokenizer.model').read_bytes() == proto
@@ -113,9 +98,7 @@ def test_files_of_the_tokenizer(tmp_path):
   (tmp_path / 'other.model').write_bytes(logits_toy.tokenizer_proto(7))
   other = tmp_path / 'other'
   other.mkdir()
-  hf_writer.write_folder(
-    other, open_base.open_base(str(origin), str(tmp_path / 'other.model'))
-  )
+  hf_writer.write_folder(other, open_base.open_base(str(origin), str(tmp_path / 'other.model')))
   assert 'mine' not in (other / 'tokenizer_config.json').read_text()
   assert 'top_k' not in (other / 'generation_config.json').read_text()
   assert (other / 'tokenizer.model').read_bytes() != proto
@@ -154,9 +137,7 @@ def test_pieces_that_are_not_merged_are_named(tmp_path):
   config, _ = export(tmp_path / 'a', base)
   pieces, _, types = data_toy.vocabulary()
   entries = config['added_tokens_decoder']
-  assert entries.keys() == {
-    str(i) for i, kind in enumerate(types) if kind in (3, 4)
-  }
+  assert entries.keys() == {str(i) for i, kind in enumerate(types) if kind in (3, 4)}
   for i, entry in entries.items():
     assert entry == {
       'content': pieces[int(i)].replace(' ', '▁'),
@@ -188,9 +169,7 @@ def test_templates_and_stops_of_base_and_adapter(tmp_path):
   path = tmp_path / 'base' / 'generation_config.json'
   path.write_text('{"eos_token_id": 5, "top_k": 64}')
   base = open_base.open_base(str(tmp_path / 'base'))
-  for name, trained_on, stops in (
-    ('copy', None, 5), ('chat', 'chat', [5, 1])
-  ):  # fmt: skip
+  for name, trained_on, stops in (('copy', None, 5), ('chat', 'chat', [5, 1])):
     told, got = export(tmp_path / name, base, trained_on=trained_on)
     assert told == own
     assert got == stops
@@ -219,9 +198,7 @@ def test_added_tokens_go_along(tmp_path):
   # A Flax release has no other file: its tokenizer.model holds them.
   (tmp_path / 'flax').mkdir()
   flax_writer.write_folder(tmp_path / 'flax', base)
-  again = tokenizer_lib.SentencePieceTokenizer.from_file(
-    str(tmp_path / 'flax' / 'tokenizer.model')
-  )
+  again = tokenizer_lib.SentencePieceTokenizer.from_file(str(tmp_path / 'flax' / 'tokenizer.model'))
   assert again.encode('<tool>') == [n]
 
 
@@ -232,12 +209,7 @@ def test_config_says_every_variant(name):
   assert hf_config.model_config(raw, 99, 'config.json') == config
   # Either dialect alone says it too.
   new = ('rope_parameters', 'layer_types')
-  old = (
-    'rope_theta',
-    'rope_scaling',
-    'rope_local_base_freq',
-    'sliding_window_pattern',
-  )
+  old = ('rope_theta', 'rope_scaling', 'rope_local_base_freq', 'sliding_window_pattern')
   for keys in (new, old):
     part = {k: v for k, v in raw.items() if k not in keys}
     assert hf_config.model_config(part, 99, 'config.json') == config
@@ -248,10 +220,7 @@ def test_config_says_every_variant(name):
   [
     ({'attention_softcap': 5.0}, 'attention_softcap'),
     ({'query_scale': 0.3}, 'query_scale'),
-    (
-      {'layer_is_local': (True, False), 'window_size': 3},
-      'layer_is_local',
-    ),
+    ({'layer_is_local': (True, False), 'window_size': 3}, 'layer_is_local'),
     ({'use_qk_norm': True}, 'use_post_norms'),
   ],
 )
@@ -278,9 +247,7 @@ def test_tensors_are_written_in_ranges_of_rows(tmp_path):
     return StoredTensor(tensor.name, tensor.shape, read)
 
   tensors = {path: watched(t) for path, t in base.tensors.items()}
-  hf_writer.write_folder(
-    tmp_path, dataclasses.replace(base, tensors=tensors), 'bfloat16'
-  )
+  hf_writer.write_folder(tmp_path, dataclasses.replace(base, tensors=tensors), 'bfloat16')
   assert largest == CHUNK_ELEMENTS < 10_007 * 1_024
 
 
@@ -301,11 +268,9 @@ def test_transformers_computes_the_same_logits(family, dialect, tmp_path):
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
   assert (
     type(model).__name__
-    == {
-      'gemma1': 'GemmaForCausalLM',
-      'gemma2': 'Gemma2ForCausalLM',
-      'gemma3': 'Gemma3ForCausalLM',
-    }[family]
+    == {'gemma1': 'GemmaForCausalLM', 'gemma2': 'Gemma2ForCausalLM', 'gemma3': 'Gemma3ForCausalLM'}[
+      family
+    ]
   )
   tokens = np.random.default_rng(0).integers(4, 512, (2, 13))
   with torch.no_grad():

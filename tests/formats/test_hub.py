@@ -42,9 +42,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       body = {
         'id': NAME,
         'sha': SHA,
-        'siblings': [
-          {'rfilename': n, 'size': len(x)} for n, x in server.files.items()
-        ],
+        'siblings': [{'rfilename': n, 'size': len(x)} for n, x in server.files.items()],
       }
       return self._send(json.dumps(body).encode(), with_body)
     if path.startswith(f'{api}/revision/'):
@@ -105,8 +103,7 @@ def server():
   folder = hf_toy.PARITY / 'gemma3'
   httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), _Handler)
   httpd.files = {
-    name: (folder / name).read_bytes()
-    for name in ('config.json', 'model.safetensors')
+    name: (folder / name).read_bytes() for name in ('config.json', 'model.safetensors')
   }
   httpd.files['pytorch_model.bin'] = b'pickled'
   httpd.files['gemma.gguf'] = b'large'
@@ -131,9 +128,10 @@ except ValueError as e:
 
 def fetch(reference, endpoint, home):
   env = {
-    name: x for name, x in os.environ.items()
+    name: x
+    for name, x in os.environ.items()
     if 'proxy' not in name.lower() and not name.startswith('HF_')
-  }  # fmt: skip
+  }
   env |= {
     'HF_ENDPOINT': endpoint,
     'HF_HOME': str(home),
@@ -174,8 +172,7 @@ def test_needed_files_are_fetched_once(server, tmp_path):
   before = len(server.requests)
   assert fetch(f'hf:{NAME}@{SHA}', endpoint(server), tmp_path) == str(folder)
   assert not any(
-    method == 'GET' and '/resolve/' in path
-    for method, path, _ in server.requests[before:]
+    method == 'GET' and '/resolve/' in path for method, path, _ in server.requests[before:]
   )
   # And without a network, from the cache.
   server.shutdown()
@@ -215,8 +212,7 @@ def test_what_cannot_be_fetched_is_one_clear_line(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'reference',
-  ['hf:', 'hf:gemma', 'hf:a/b/c', 'hf:a/b@', 'hf:../../x', 'hf:a/b c'],
+  'reference', ['hf:', 'hf:gemma', 'hf:a/b/c', 'hf:a/b@', 'hf:../../x', 'hf:a/b c']
 )
 def test_references_that_are_none(reference):
   with pytest.raises(ValueError, match='expected hf:OWNER/NAME'):

@@ -20,13 +20,7 @@ h5py = pytest.importorskip('h5py')
 
 GOLDEN = Path(__file__).parents[1] / 'golden' / 'keras'
 GEMMA1 = ModelConfig(
-  vocab_size=53,
-  embed_dim=22,
-  hidden_dim=13,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=6,
+  vocab_size=53, embed_dim=22, hidden_dim=13, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6
 )
 CONFIGS = {
   'gemma1': GEMMA1,
@@ -47,9 +41,7 @@ NAMES = {
 @pytest.mark.parametrize('family', CONFIGS)
 def test_updates_are_those_of_keras(family):
   """Each kernel's difference in Keras, by the name that Keras has for it."""
-  config, factors = keras.read_lora(
-    GOLDEN / f'{family}.lora.h5', CONFIGS[family]
-  )
+  config, factors = keras.read_lora(GOLDEN / f'{family}.lora.h5', CONFIGS[family])
   assert config == LoraConfig(
     rank=3,
     alpha=3.0,
@@ -67,9 +59,7 @@ def test_updates_are_those_of_keras(family):
     (i, n.split('/')[1]) for i, n in want
   }
   for (i, name), x in want.items():
-    np.testing.assert_allclose(
-      got[f'layers/{name}/w'][i], x, 1e-5, 1e-5, err_msg=f'{i} {name}'
-    )
+    np.testing.assert_allclose(got[f'layers/{name}/w'][i], x, 1e-5, 1e-5, err_msg=f'{i} {name}')
 
 
 def test_unrolled_is_scanned_unstacked():
@@ -82,9 +72,7 @@ def test_unrolled_is_scanned_unstacked():
 def test_layers_are_numbered_as_in_the_2b_model():
   """11 layers with weights a block; the tutorial's files have 8, 10, 19 ..."""
   names = keras.layer_names(dataclasses.replace(GEMMA1, num_layers=18))
-  assert [i for i, n in names.items() if n.endswith('/v')] == [
-    8 + 11 * i for i in range(18)
-  ]
+  assert [i for i, n in names.items() if n.endswith('/v')] == [8 + 11 * i for i in range(18)]
   assert names[10] == 'layer_0/attn/q'
   assert names[197] == 'layer_17/attn/q'
 
@@ -114,9 +102,7 @@ def test_it_becomes_a_peft_folder_and_a_merged_model(tmp_path, monkeypatch):
   assert factors['layers']['attn']['q']['lora_a'].shape == (2, 22, 4 * 3)
   keras_config, keras_factors = keras.read_lora(Path(path), GEMMA1)
   got = dict(pytree.items(factors_lib.deltas(factors, config.scale)))
-  for name, x in pytree.items(
-    factors_lib.deltas(keras_factors, keras_config.scale)
-  ):
+  for name, x in pytree.items(factors_lib.deltas(keras_factors, keras_config.scale)):
     np.testing.assert_allclose(got[name], x, 1e-5, 1e-5, err_msg=name)
   result = convert.convert('toy', str(tmp_path / 'hf'), 'hf', path)
   assert result['largest_logit_difference'] < 1e-3
@@ -154,9 +140,7 @@ def _external(file, values):
   """Raw data in a file of its own, which is there."""
   raw = Path(file.filename).with_name('raw')
   raw.write_bytes(values.tobytes())
-  file.create_dataset(
-    KERNEL, values.shape, 'f4', external=[(str(raw), 0, values.nbytes)]
-  )
+  file.create_dataset(KERNEL, values.shape, 'f4', external=[(str(raw), 0, values.nbytes)])
 
 
 def _time(file, values):
@@ -173,14 +157,8 @@ def _rank(value):
   ('change', 'message'),
   [
     (lambda f: f.move('lora/10', 'lora/9'), 'lora/9/.* has shape'),
-    (
-      lambda f: f.move('lora/10', 'lora/11'),
-      "lora holds '11', which is no proj",
-    ),
-    (
-      lambda f: f.move('lora/21', 'lora/32'),
-      "lora holds '32', which is no proj",
-    ),
+    (lambda f: f.move('lora/10', 'lora/11'), "lora holds '11', which is no proj"),
+    (lambda f: f.move('lora/21', 'lora/32'), "lora holds '32', which is no proj"),
     (lambda f: f.__delitem__('lora/19'), 'layer_1/attn/v has no factors'),
     (lambda f: f.__delitem__('lora/8/vars/lora_kernel_b'), 'kernel_b is miss'),
     (lambda f: f.__delitem__('lora/vars/rank'), 'lora/vars/rank is missing'),
@@ -194,15 +172,10 @@ def _rank(value):
       _replace(lambda f, x: f.create_dataset(KERNEL, data=x.astype('S1'))),
       f'{KERNEL} is of bytes8, expected float16 or',
     ),
-    (
-      _replace(lambda f, x: f.create_group(KERNEL)),
-      f'{KERNEL} is no dataset of numbers',
-    ),
+    (_replace(lambda f, x: f.create_group(KERNEL)), f'{KERNEL} is no dataset of numbers'),
     (_replace(_time), f'{KERNEL} is no dataset of numbers'),
     (
-      _replace(
-        lambda f, x: f.__setitem__(KERNEL, h5py.ExternalLink('/etc/x', 'a'))
-      ),
+      _replace(lambda f, x: f.__setitem__(KERNEL, h5py.ExternalLink('/etc/x', 'a'))),
       f'{KERNEL} is missing or a link',
     ),
     (
@@ -215,9 +188,7 @@ def _rank(value):
       f'{KERNEL} stores 0 bytes, expected all of its 528',
     ),
     (
-      _replace(
-        lambda f, x: f.create_dataset(KERNEL, data=0 * x, compression='gzip')
-      ),
+      _replace(lambda f, x: f.create_dataset(KERNEL, data=0 * x, compression='gzip')),
       f'{KERNEL} lies in chunks',
     ),
     (
@@ -269,9 +240,7 @@ def test_factors_of_another_type(dtype, tmp_path):
 
   _, want = keras.read_lora(GOLDEN / 'gemma1.lora.h5', GEMMA1)
   _, got = keras.read_lora(edit(tmp_path, change), GEMMA1)
-  rounded = jax.tree.map(
-    lambda x: x.astype(jnp.dtype(dtype)).astype(np.float32), want
-  )
+  rounded = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)).astype(np.float32), want)
   hf_toy.assert_trees_equal(got, rounded)
 
 
@@ -279,9 +248,7 @@ def test_adapter_of_another_architecture():
   with pytest.raises(ValueError, match='for another architecture'):
     keras.read_lora(GOLDEN / 'gemma1.lora.h5', CONFIGS['gemma3'])
   with pytest.raises(ValueError, match='for another architecture'):
-    keras.read_lora(
-      GOLDEN / 'gemma1.lora.h5', dataclasses.replace(GEMMA1, num_layers=1)
-    )
+    keras.read_lora(GOLDEN / 'gemma1.lora.h5', dataclasses.replace(GEMMA1, num_layers=1))
 
 
 def test_truncated_file(tmp_path):

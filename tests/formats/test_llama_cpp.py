@@ -24,10 +24,22 @@ pytestmark = pytest.mark.parity
 SPECIAL = ('[multimodal]', '<start_of_image>')
 TAGS = ('<b>', '</b>', '<table>', '\t\t')
 TEXTS = (
-  'a  b', '   a', 'us\n\n\nuser', 'a\n   b', '<b>a</b>', ' <b> a', '<table>Hi',
-  '\t\tb', 'Hi 가 나', '[multimodal]', 'a<start_of_image>b', '<unused0>',
-  '<start_of_turn>user', '<bos>Hi<eos>', '',
-)  # fmt: skip
+  'a  b',
+  '   a',
+  'us\n\n\nuser',
+  'a\n   b',
+  '<b>a</b>',
+  ' <b> a',
+  '<table>Hi',
+  '\t\tb',
+  'Hi 가 나',
+  '[multimodal]',
+  'a<start_of_image>b',
+  '<unused0>',
+  '<start_of_turn>user',
+  '<bos>Hi<eos>',
+  '',
+)
 
 
 def toy_vocabulary():
@@ -43,8 +55,7 @@ def toy_base():
   proto = tokenizer_lib.build_model_proto(*toy_vocabulary())
   base = open_base.open_base(str(hf_toy.PARITY / 'gemma3'))
   return dataclasses.replace(
-    base,
-    make_tokenizer=lambda: tokenizer_lib.SentencePieceTokenizer(proto),
+    base, make_tokenizer=lambda: tokenizer_lib.SentencePieceTokenizer(proto)
   )
 
 
@@ -61,10 +72,11 @@ def converter():
 
 def to_gguf(folder, out, *flags):
   done = subprocess.run(
-    [sys.executable, converter(), '--outtype=f32', f'--outfile={out}', *flags,
-     folder],
-    capture_output=True, text=True, check=False,
-  )  # fmt: skip
+    [sys.executable, converter(), '--outtype=f32', f'--outfile={out}', *flags, folder],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr
 
 

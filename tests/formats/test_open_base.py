@@ -16,8 +16,7 @@ from tests import hf_toy
 
 def leaves_equal(a, b):
   return all(
-    np.array_equal(x, y)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   )
 
 
@@ -42,8 +41,7 @@ def test_random_weights_have_the_shapes_and_a_seed():
   assert leaves_equal(params, open_base.open_base('random:tiny3').load_params())
   other = open_base.open_base('random:tiny').load_params()
   assert not np.array_equal(
-    params['embedder']['input_embedding'],
-    other['embedder']['input_embedding'][:, ::-1],
+    params['embedder']['input_embedding'], other['embedder']['input_embedding'][:, ::-1]
   )
 
 
@@ -56,9 +54,7 @@ def test_random_weights_do_not_depend_on_how_they_are_held(variant):
   first, second = (unrolled[f'layer_{i}']['mlp']['up']['w'] for i in (0, 1))
   assert not np.array_equal(first, second)
   narrow = base.load_params('bfloat16')
-  assert leaves_equal(
-    narrow, jax.tree.map(lambda x: x.astype('bfloat16'), scanned)
-  )
+  assert leaves_equal(narrow, jax.tree.map(lambda x: x.astype('bfloat16'), scanned))
 
 
 def test_random_weights_keep_activations_of_order_one():
@@ -93,9 +89,7 @@ def test_folder_and_its_tokenizer(tmp_path):
 
 
 def test_tokenizer_of_ones_own(tmp_path):
-  assert isinstance(
-    open_base.open_base('random:tiny').tokenizer(), tokenizer_lib.ByteTokenizer
-  )
+  assert isinstance(open_base.open_base('random:tiny').tokenizer(), tokenizer_lib.ByteTokenizer)
   path = write_tokenizer(tmp_path / 'own.model', 261)
   assert open_base.open_base('random:tiny', path).tokenizer().vocab_size == 261
   path = write_tokenizer(tmp_path / 'large.model', 269)
@@ -110,10 +104,7 @@ def test_tokenizer_of_ones_own(tmp_path):
   [
     (lambda path: None, 'neither a file nor a folder'),
     (lambda path: path.mkdir(), 'a folder without config.json'),
-    (
-      lambda path: shutil.copytree(hf_toy.PARITY / 'gemma1/adapter_qv', path),
-      'a PEFT adapter',
-    ),
+    (lambda path: shutil.copytree(hf_toy.PARITY / 'gemma1/adapter_qv', path), 'a PEFT adapter'),
     (lambda path: path.write_bytes(b''), "begins with b''"),
     (lambda path: path.write_bytes(b'PK\3\4xyz'), 'begins with'),
   ],

@@ -26,12 +26,7 @@ def mesh():
 
 @pytest.mark.parametrize(
   ('spec', 'different'),
-  [
-    ((), 1),
-    (('fsdp',), 2),
-    ((None, 'tensor', 'fsdp'), 4),
-    (('tensor', None, ('data', 'fsdp')), 8),
-  ],
+  [((), 1), (('fsdp',), 2), ((None, 'tensor', 'fsdp'), 4), (('tensor', None, ('data', 'fsdp')), 8)],
 )
 @pytest.mark.parametrize('order', [(0, 1, 2), (2, 0, 1)])
 @pytest.mark.parametrize('rows', [1, 5, 12])
@@ -95,11 +90,7 @@ print(metrics.peak_memory_bytes() - before, pytree.num_bytes(params))
 def test_peak_memory_of_a_load_is_its_result():
   """Of 1.07 GB over eight devices; a process of its own, for its peak."""
   out = subprocess.run(
-    [sys.executable, '-c', MEASURE],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=True,
+    [sys.executable, '-c', MEASURE], cwd=ROOT, capture_output=True, text=True, check=True
   ).stdout
   grown, result = map(int, out.split())
   assert grown < 1.05 * result

@@ -30,16 +30,12 @@ def test_adapter_that_peft_wrote(family, targets):
   lora_config, lora = peft.read_adapter(folder, config)
   assert lora_config == LoraConfig(rank=4, alpha=8.0, targets=targets)
   peft_toy.assert_updates_equal(
-    peft_toy.our_updates(lora, lora_config, config),
-    peft_toy.peft_updates(folder),
-    1e-12,
+    peft_toy.our_updates(lora, lora_config, config), peft_toy.peft_updates(folder), 1e-12
   )
   meta = json.loads((hf_toy.PARITY / family / 'meta.json').read_text())
   assert pytree.num_params(lora) == meta[f'{targets}.trainable']
   # One leaf against its tensor: kernel axes as in the base's own kernel.
-  b = load_file(folder / peft.WEIGHTS_NAME)[
-    f'{peft_toy.STEM}.1.self_attn.q_proj.lora_B.weight'
-  ]
+  b = load_file(folder / peft.WEIGHTS_NAME)[f'{peft_toy.STEM}.1.self_attn.q_proj.lora_B.weight']
   got = lora['layers']['attn']['q']['lora_b'][1]
   assert got.shape == (4, config.num_heads, config.head_dim)
   np.testing.assert_array_equal(got[2, 3], b[48:64, 2])
@@ -49,18 +45,13 @@ def test_adapter_that_peft_wrote(family, targets):
 
 @pytest.mark.parametrize(
   ('family', 'tag'),
-  [('gemma1', 'patterns'), ('gemma2', 'qv'), ('gemma3', 'all'),
-   ('gemma3', 'dora')],
-)  # fmt: skip
+  [('gemma1', 'patterns'), ('gemma2', 'qv'), ('gemma3', 'all'), ('gemma3', 'dora')],
+)
 @pytest.mark.parametrize('to', ['hf', 'flax'])
-def test_adapter_that_peft_wrote_is_merged_as_peft_does(
-  family, tag, to, tmp_path
-):
+def test_adapter_that_peft_wrote_is_merged_as_peft_does(family, tag, to, tmp_path):
   """By the command: the output's logits are those of merge_and_unload."""
   folder = hf_toy.PARITY / family
-  convert.convert(
-    str(folder), str(tmp_path / 'm'), to, str(folder / f'adapter_{tag}')
-  )
+  convert.convert(str(folder), str(tmp_path / 'm'), to, str(folder / f'adapter_{tag}'))
   batch = load_file(folder / 'ref_base.safetensors')
   merged = open_base.open_base(str(tmp_path / 'm'))
   got = streamed.logits(merged, batch['input_ids'].astype(np.int32))
@@ -71,9 +62,7 @@ def test_adapter_that_peft_wrote_is_merged_as_peft_does(
 
 @pytest.mark.parametrize('factorization', ['matrix', 'keras'])
 def test_keras_factors_as_matrices_make_the_same_update(factorization):
-  config = LoraConfig(
-    rank=4, alpha=8.0, targets='all', factorization=factorization
-  )
+  config = LoraConfig(rank=4, alpha=8.0, targets='all', factorization=factorization)
   lora = peft_toy.make_lora(peft_toy.MODEL, config, whole_numbers=True)
   got = matrices.as_matrix(lora, config, peft_toy.MODEL)
   matrix = dataclasses.replace(config, factorization='matrix')
@@ -90,9 +79,7 @@ def adapter(tmp_path):
   """An adapter on q and v of peft_toy.MODEL, rank 5, alpha 10."""
   config = LoraConfig(rank=5, alpha=10.0, targets='qv')
   folder = tmp_path / 'adapter'
-  peft.write_adapter(
-    folder, peft_toy.make_lora(peft_toy.MODEL, config), config, 'base'
-  )
+  peft.write_adapter(folder, peft_toy.make_lora(peft_toy.MODEL, config), config, 'base')
   return folder
 
 
@@ -105,20 +92,14 @@ def test_ranks_that_differ_between_layers_are_padded(adapter, use_rslora):
       tensors[name] = np.ascontiguousarray(part)
 
   peft_toy.edit_tensors(adapter, narrow)
-  peft_toy.edit(
-    adapter,
-    use_rslora=use_rslora,
-    rank_pattern={'model.layers.2.self_attn.q_proj': 3},
-  )
+  peft_toy.edit(adapter, use_rslora=use_rslora, rank_pattern={'model.layers.2.self_attn.q_proj': 3})
   config, lora = peft.read_adapter(adapter, peft_toy.MODEL)
   q = lora['layers']['attn']['q']
   assert q['lora_a'].shape == (3, 11, 5)
   assert not q['lora_a'][2, :, 3:].any()
   assert not q['lora_b'][2, 3:].any()
   peft_toy.assert_updates_equal(
-    peft_toy.our_updates(lora, config, peft_toy.MODEL),
-    peft_toy.peft_updates(adapter),
-    1e-6,
+    peft_toy.our_updates(lora, config, peft_toy.MODEL), peft_toy.peft_updates(adapter), 1e-6
   )
 
 
@@ -135,9 +116,7 @@ def test_adapter_of_a_multimodal_checkpoint(adapter):
   peft_toy.edit_tensors(
     adapter,
     lambda tensors: [
-      tensors.update(
-        {name.replace('l.layers', 'l.language_model.layers'): tensors.pop(name)}
-      )
+      tensors.update({name.replace('l.layers', 'l.language_model.layers'): tensors.pop(name)})
       for name in list(tensors)
     ],
   )
@@ -146,15 +125,12 @@ def test_adapter_of_a_multimodal_checkpoint(adapter):
 
 def test_half_precision_adapter_is_read_as_float32(adapter):
   peft_toy.edit_tensors(
-    adapter,
-    lambda t: t.update({n: x.astype(np.float16) for n, x in t.items()}),
+    adapter, lambda t: t.update({n: x.astype(np.float16) for n, x in t.items()})
   )
   config, lora = peft.read_adapter(adapter, peft_toy.MODEL)
   assert {x.dtype for x in jax.tree.leaves(lora)} == {np.dtype(np.float32)}
   peft_toy.assert_updates_equal(
-    peft_toy.our_updates(lora, config, peft_toy.MODEL),
-    peft_toy.peft_updates(adapter),
-    1e-12,
+    peft_toy.our_updates(lora, config, peft_toy.MODEL), peft_toy.peft_updates(adapter), 1e-12
   )
 
 
@@ -168,10 +144,7 @@ Q1B = Q1A.replace('_A', '_B')
   ('change', 'message'),
   [
     (lambda t: t.pop(Q1A), 'q_proj needs lora_A and lora_B'),
-    (
-      lambda t: t.update({Q1A: t[Q1A][:3]}),
-      'q_proj needs lora_A and lora_B of one rank',
-    ),
+    (lambda t: t.update({Q1A: t[Q1A][:3]}), 'q_proj needs lora_A and lora_B of one rank'),
     (
       lambda t: (t.pop(Q1A), t.pop(Q1B)),
       r'selects model\.layers\.1\.self_attn\.q_proj, but .* none',
@@ -188,24 +161,17 @@ Q1B = Q1A.replace('_A', '_B')
       lambda t: t.update({Q1A: t[Q1A][:3], Q1B: t[Q1B][:, :3].copy()}),
       'is 5, but its tensors have 3',
     ),
-    (
-      lambda t: t.update({Q1A.replace('.1.', '.3.'): t[Q1A]}),
-      'for layer 3, but the base has 3',
-    ),
+    (lambda t: t.update({Q1A.replace('.1.', '.3.'): t[Q1A]}), 'for layer 3, but the base has 3'),
     (
       lambda t: t.update({f'{peft_toy.STEM}.1.mlp.fc1.lora_A.weight': t[Q1A]}),
       r'mlp\.fc1\.lora_A\.weight is unexpected',
     ),
     (
-      lambda t: t.update(
-        {Q1A.replace('lora_A.weight', 'lora_magnitude_vector'): t[Q1A][0]}
-      ),
+      lambda t: t.update({Q1A.replace('lora_A.weight', 'lora_magnitude_vector'): t[Q1A][0]}),
       r'lora_magnitude_vector has shape \[11\], expected \[84\]',
     ),
     (
-      lambda t: t.update(
-        {'base_model.model.model.embed_tokens.lora_embedding_A': t[Q1A]}
-      ),
+      lambda t: t.update({'base_model.model.model.embed_tokens.lora_embedding_A': t[Q1A]}),
       'lora_embedding_A is unexpected',
     ),
     (
@@ -219,10 +185,7 @@ Q1B = Q1A.replace('_A', '_B')
       r'leaves out model\.layers\.0\.self_attn\.k_proj, but',
     ),
     (lambda t: t.clear(), 'there is no tensor'),
-    (
-      lambda t: t.update({Q1A: t[Q1A].astype(np.int32)}),
-      'has dtype I32',
-    ),
+    (lambda t: t.update({Q1A: t[Q1A].astype(np.int32)}), 'has dtype I32'),
   ],
 )
 def test_tensors_must_fit_the_config_and_the_base(change, message, adapter):

@@ -17,17 +17,13 @@ def adapter(tmp_path):
   """An adapter on q and v of peft_toy.MODEL, rank 5, alpha 10."""
   config = LoraConfig(rank=5, alpha=10.0, targets='qv')
   folder = tmp_path / 'adapter'
-  peft.write_adapter(
-    folder, peft_toy.make_lora(peft_toy.MODEL, config), config, 'base'
-  )
+  peft.write_adapter(folder, peft_toy.make_lora(peft_toy.MODEL, config), config, 'base')
   return folder
 
 
 def test_written_config_has_the_fields_peft_needs(tmp_path):
   config = LoraConfig(rank=5, alpha=10.0, targets='q|up')
-  peft.write_adapter(
-    tmp_path / 'a', peft_toy.make_lora(peft_toy.MODEL, config), config, 'gemma'
-  )
+  peft.write_adapter(tmp_path / 'a', peft_toy.make_lora(peft_toy.MODEL, config), config, 'gemma')
   assert json.loads((tmp_path / 'a' / peft.CONFIG_NAME).read_text()) == {
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM',
@@ -50,14 +46,8 @@ def test_written_config_has_the_fields_peft_needs(tmp_path):
   }
   tensors = load_file(tmp_path / 'a' / peft.WEIGHTS_NAME)
   assert len(tensors) == 2 * 2 * peft_toy.MODEL.num_layers
-  assert tensors[f'{peft_toy.STEM}.2.mlp.up_proj.lora_A.weight'].shape == (
-    5,
-    11,
-  )
-  assert tensors[f'{peft_toy.STEM}.2.mlp.up_proj.lora_B.weight'].shape == (
-    13,
-    5,
-  )
+  assert tensors[f'{peft_toy.STEM}.2.mlp.up_proj.lora_A.weight'].shape == (5, 11)
+  assert tensors[f'{peft_toy.STEM}.2.mlp.up_proj.lora_B.weight'].shape == (13, 5)
 
 
 def test_patterns_of_rank_and_alpha(adapter):
@@ -80,35 +70,24 @@ def test_patterns_of_rank_and_alpha(adapter):
   assert (config.rank, config.scale) == (5, 2.0)
   assert lora['layers']['attn']['v']['lora_a'].shape == (3, 11, 2)
   peft_toy.assert_updates_equal(
-    peft_toy.our_updates(lora, config, peft_toy.MODEL),
-    peft_toy.peft_updates(adapter),
-    1e-6,
+    peft_toy.our_updates(lora, config, peft_toy.MODEL), peft_toy.peft_updates(adapter), 1e-6
   )
   # The scale of q in layer 0 is the common one: its factor is untouched.
   stored = load_file(adapter / peft.WEIGHTS_NAME)[
     f'{peft_toy.STEM}.0.self_attn.q_proj.lora_B.weight'
   ]
-  np.testing.assert_array_equal(
-    lora['layers']['attn']['q']['lora_b'][0].reshape(5, -1).T, stored
-  )
+  np.testing.assert_array_equal(lora['layers']['attn']['q']['lora_b'][0].reshape(5, -1).T, stored)
 
 
 def test_target_modules_as_a_regex(adapter):
   want = peft.read_adapter(adapter, peft_toy.MODEL)
-  for pattern in (
-    r'.*\.self_attn\.(q|v)_proj',
-    r'model\.layers\.\d+\.self_attn\.[qv]_proj',
-  ):
+  for pattern in (r'.*\.self_attn\.(q|v)_proj', r'model\.layers\.\d+\.self_attn\.[qv]_proj'):
     peft_toy.edit(adapter, target_modules=pattern)
     got = peft.read_adapter(adapter, peft_toy.MODEL)
     assert got[0] == want[0]
     hf_toy.assert_trees_equal(got[1], want[1])
-  peft_toy.edit(
-    adapter, target_modules='all-linear', exclude_modules='.*([ko]|mlp.*)_proj'
-  )
-  hf_toy.assert_trees_equal(
-    peft.read_adapter(adapter, peft_toy.MODEL)[1], want[1]
-  )
+  peft_toy.edit(adapter, target_modules='all-linear', exclude_modules='.*([ko]|mlp.*)_proj')
+  hf_toy.assert_trees_equal(peft.read_adapter(adapter, peft_toy.MODEL)[1], want[1])
 
 
 @pytest.mark.parametrize(
@@ -176,14 +155,16 @@ def test_unsupported_option_is_named(option, value, adapter):
       {
         'layers_to_transform': [1],
         'target_modules': [
-          'v_proj', 'q_proj', 'model.layers.2.self_attn.q_proj',
+          'v_proj',
+          'q_proj',
+          'model.layers.2.self_attn.q_proj',
           'model.layers.2.self_attn.v_proj',
         ],
       },
       {1, 2},
     ),
   ],
-)  # fmt: skip
+)
 def test_layers_that_are_adapted(options, layers, adapter):
   whole = peft.read_adapter(adapter, peft_toy.MODEL)[1]
   peft_toy.edit(adapter, **options)
@@ -228,8 +209,6 @@ def test_options_that_say_nothing_are_accepted(adapter):
   ],
 )
 def test_base_is_named_as_other_tools_name_it(reference, name, revision):
-  raw = peft_config.to_json(
-    {'q_proj': 4}, ['q_proj'], LoraConfig(rank=4), reference
-  )
+  raw = peft_config.to_json({'q_proj': 4}, ['q_proj'], LoraConfig(rank=4), reference)
   assert raw['base_model_name_or_path'] == name
   assert raw['revision'] == revision

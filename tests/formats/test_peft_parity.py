@@ -23,21 +23,15 @@ def write(folder, family, **kwargs):
   """Random factors; ranks differ by layer on q, as PEFT's patterns allow."""
   base = open_base.open_base(str(hf_toy.PARITY / family))
   config = LoraConfig(rank=3, alpha=6.0, ranks={'layer_0/attn/q': 2}, **kwargs)
-  factors = jax.tree.map(
-    lambda x: x * np.float32(0.1), peft_toy.make_lora(base.config, config)
-  )
+  factors = jax.tree.map(lambda x: x * np.float32(0.1), peft_toy.make_lora(base.config, config))
   q = factors['layers']['attn']['q']
   q['lora_a'][0, ..., 2:] = q['lora_b'][0, 2:] = 0
-  peft.write_adapter(
-    folder, factors, config, family, trained_with=TrainedWith()
-  )
+  peft.write_adapter(folder, factors, config, family, trained_with=TrainedWith())
   return base, config, factors
 
 
 def load(family, folder):
-  base = transformers.AutoModelForCausalLM.from_pretrained(
-    hf_toy.PARITY / family
-  )
+  base = transformers.AutoModelForCausalLM.from_pretrained(hf_toy.PARITY / family)
   return peft_package.PeftModel.from_pretrained(base, folder)
 
 
@@ -53,11 +47,7 @@ CASES = pytest.mark.parametrize(
     {'targets': 'all', 'scale_rule': 'alpha_over_sqrt_r'},
     {'targets': 'attention', 'scale_rule': 'constant'},
     {'targets': 'qv', 'factorization': 'keras'},
-    {
-      'targets': 'all',
-      'factorization': 'keras',
-      'scale_rule': 'alpha_over_sqrt_r',
-    },
+    {'targets': 'all', 'factorization': 'keras', 'scale_rule': 'alpha_over_sqrt_r'},
     {'targets': 'all', 'dora': True},
     {'targets': 'qv', 'factorization': 'keras', 'dora': True},
   ],
@@ -71,9 +61,7 @@ def test_updates_are_equal(family, options, tmp_path):
   base, config, factors = write(tmp_path / 'a', family, **options)
   model = load(family, tmp_path / 'a')
   got = {
-    name.removeprefix('base_model.model.'): module.get_delta_weight('default')
-    .detach()
-    .numpy()
+    name.removeprefix('base_model.model.'): module.get_delta_weight('default').detach().numpy()
     for name, module in model.named_modules()
     if hasattr(module, 'get_delta_weight')
   }
@@ -106,10 +94,14 @@ def test_adapter_on_some_layers_there_and_back(dora, tmp_path):
   model = peft_package.get_peft_model(
     transformers.AutoModelForCausalLM.from_pretrained(folder),
     peft_package.LoraConfig(
-      r=3, lora_alpha=6, target_modules=['q_proj', 'down_proj'],
-      layers_to_transform=[0, 2], layers_pattern='layers', use_dora=dora,
+      r=3,
+      lora_alpha=6,
+      target_modules=['q_proj', 'down_proj'],
+      layers_to_transform=[0, 2],
+      layers_pattern='layers',
+      use_dora=dora,
     ),
-  )  # fmt: skip
+  )
   torch.manual_seed(0)
   with torch.no_grad():
     for name, x in model.named_parameters():

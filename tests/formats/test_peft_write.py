@@ -23,17 +23,11 @@ def write(folder, seed=0, **kwargs):
 
 @pytest.mark.parametrize(
   ('rule', 'alpha', 'lora_alpha'),
-  [
-    ('alpha_over_r', 7.5, 7.5),
-    ('alpha_over_sqrt_r', 16.0, 16),
-    ('constant', 0.7, 0.7 * 5),
-  ],
+  [('alpha_over_r', 7.5, 7.5), ('alpha_over_sqrt_r', 16.0, 16), ('constant', 0.7, 0.7 * 5)],
 )
 @pytest.mark.parametrize('targets', ['qv', 'all', 'k|o|down'])
 def test_round_trip_is_exact(rule, alpha, lora_alpha, targets, tmp_path):
-  config = LoraConfig(
-    rank=5, alpha=alpha, scale_rule=rule, targets=targets, dropout=0.1
-  )
+  config = LoraConfig(rank=5, alpha=alpha, scale_rule=rule, targets=targets, dropout=0.1)
   lora = peft_toy.make_lora(peft_toy.MODEL, config)
   folder = tmp_path / 'adapter'
   peft.write_adapter(folder, jax.tree.map(jnp.asarray, lora), config, 'b')
@@ -43,9 +37,7 @@ def test_round_trip_is_exact(rule, alpha, lora_alpha, targets, tmp_path):
   assert (got_config.rank, got_config.dropout) == (5, 0.1)
   assert got_config.target_names == config.target_names
   peft_toy.assert_updates_equal(
-    peft_toy.peft_updates(folder),
-    peft_toy.our_updates(lora, config, peft_toy.MODEL),
-    1e-12,
+    peft_toy.peft_updates(folder), peft_toy.our_updates(lora, config, peft_toy.MODEL), 1e-12
   )
   raw = json.loads((folder / peft.CONFIG_NAME).read_text())
   assert raw['lora_alpha'] == lora_alpha
@@ -58,14 +50,10 @@ def test_round_trip_is_exact(rule, alpha, lora_alpha, targets, tmp_path):
   assert again_config == got_config
 
 
-@pytest.mark.parametrize(
-  'rule', ['alpha_over_r', 'alpha_over_sqrt_r', 'constant']
-)
+@pytest.mark.parametrize('rule', ['alpha_over_r', 'alpha_over_sqrt_r', 'constant'])
 def test_keras_factors_are_exported_exactly(rule, tmp_path):
   """Whole numbers: every product is exact, so nothing may differ at all."""
-  config = LoraConfig(
-    rank=4, alpha=8.0, scale_rule=rule, targets='all', factorization='keras'
-  )
+  config = LoraConfig(rank=4, alpha=8.0, scale_rule=rule, targets='all', factorization='keras')
   lora = peft_toy.make_lora(peft_toy.MODEL, config, whole_numbers=True)
   folder = tmp_path / 'adapter'
   peft.write_adapter(folder, lora, config, 'base')
@@ -78,18 +66,14 @@ def test_keras_factors_are_exported_exactly(rule, tmp_path):
   assert got_config.factorization == 'matrix'
   assert got_config.scale == config.scale
   assert got['layers']['attn']['q']['lora_a'].shape == (3, 11, 24)
-  peft_toy.assert_updates_equal(
-    peft_toy.our_updates(got, got_config, peft_toy.MODEL), want
-  )
+  peft_toy.assert_updates_equal(peft_toy.our_updates(got, got_config, peft_toy.MODEL), want)
 
 
 @pytest.mark.parametrize('name', ['q_proj', 'down_proj'])
 def test_true_ranks_survive_a_round_trip(name, tmp_path):
   """Padded in the tree; in the file of each layer's own size again."""
   block, short = 'attn' if name == 'q_proj' else 'mlp', name[: -len('_proj')]
-  config = LoraConfig(
-    rank=5, alpha=10.0, targets='all', ranks={f'layer_2/{block}/{short}': 3}
-  )
+  config = LoraConfig(rank=5, alpha=10.0, targets='all', ranks={f'layer_2/{block}/{short}': 3})
   lora = peft_toy.make_lora(peft_toy.MODEL, config)
   leaf = lora['layers'][block][short]
   leaf['lora_a'][2, ..., 3:] = leaf['lora_b'][2, 3:] = 0
@@ -111,9 +95,7 @@ def test_true_ranks_survive_a_round_trip(name, tmp_path):
 
 @pytest.mark.parametrize('factorization', ['matrix', 'keras'])
 def test_magnitudes_survive_a_round_trip(factorization, tmp_path):
-  config = LoraConfig(
-    rank=5, targets='q|o', factorization=factorization, dora=True
-  )
+  config = LoraConfig(rank=5, targets='q|o', factorization=factorization, dora=True)
   lora = peft_toy.make_lora(peft_toy.MODEL, config)
   peft.write_adapter(tmp_path / 'a', lora, config, 'base')
   tensors = load_file(tmp_path / 'a' / peft.WEIGHTS_NAME)
@@ -125,8 +107,7 @@ def test_magnitudes_survive_a_round_trip(factorization, tmp_path):
   assert got_config.dora
   for name in ('q', 'o'):
     np.testing.assert_array_equal(
-      got['layers']['attn'][name]['lora_magnitude'],
-      lora['layers']['attn'][name]['lora_magnitude'],
+      got['layers']['attn'][name]['lora_magnitude'], lora['layers']['attn'][name]['lora_magnitude']
     )
   peft_toy.edit(tmp_path / 'a', use_dora=False)
   with pytest.raises(ValueError, match=r'use_dora is False, but .* a lora_'):
@@ -143,9 +124,7 @@ def test_factors_beyond_the_rank_are_refused(tmp_path):
 @pytest.mark.parametrize('dora', [False, True])
 def test_adapter_on_some_layers_only(dora, tmp_path):
   """Zero in the others, which are left out again when it is written."""
-  config = LoraConfig(
-    rank=5, alpha=10.0, targets='q|v|up', dora=dora, ranks={'.*/attn/v': 4}
-  )
+  config = LoraConfig(rank=5, alpha=10.0, targets='q|v|up', dora=dora, ranks={'.*/attn/v': 4})
   folder = tmp_path / 'adapter'
   lora = peft_toy.make_lora(peft_toy.MODEL, config)
   for leaf in jax.tree.leaves(lora):
@@ -187,10 +166,7 @@ def test_replaced_adapter_leaves_nothing_behind(tmp_path):
   second = write(folder, seed=1)
   got = peft.read_adapter(folder, peft_toy.MODEL)[1]
   hf_toy.assert_trees_equal(got, second)
-  assert {p.name for p in folder.iterdir()} == {
-    peft.CONFIG_NAME,
-    peft.WEIGHTS_NAME,
-  }
+  assert {p.name for p in folder.iterdir()} == {peft.CONFIG_NAME, peft.WEIGHTS_NAME}
 
 
 def test_folder_with_something_else_is_not_replaced(tmp_path):
@@ -214,9 +190,8 @@ def test_tree_that_is_no_adapter_is_refused(tmp_path):
     peft.write_adapter(tmp_path / 'a', lora, config, 'base')
   with pytest.raises(ValueError, match='q/w is none of an adapter'):
     peft.write_adapter(
-        tmp_path / 'a', {'layer_0': {'attn': {'q': {'w': np.ones(3)}}}},
-        config, 'base',
-    )  # fmt: skip
+      tmp_path / 'a', {'layer_0': {'attn': {'q': {'w': np.ones(3)}}}}, config, 'base'
+    )
   with pytest.raises(ValueError, match='no factors'):
     peft.write_adapter(tmp_path / 'a', {}, config, 'base')
   assert not (tmp_path / 'a').exists()
@@ -228,9 +203,7 @@ def test_trained_base_leaves_travel_with_the_adapter(tmp_path):
   write(folder, trained_base={'layers': {'attn': {'v': {'w': leaf}}}})
   got = peft.read_trained_base(folder)
   np.testing.assert_array_equal(got['layers']['attn']['v']['w'], leaf)
-  assert (
-    'do not compute the trained model' in (folder / 'README.md').read_text()
-  )
+  assert 'do not compute the trained model' in (folder / 'README.md').read_text()
   peft.read_adapter(folder, peft_toy.MODEL)
   write(folder)
   assert peft.read_trained_base(folder) == {}

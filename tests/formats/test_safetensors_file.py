@@ -12,9 +12,7 @@ from tests import hf_toy
 
 
 def test_truncated_file_is_refused_wherever_it_ends(tmp_path):
-  folder = hf_toy.write_folder(
-    tmp_path / 't', hf_toy.OLD['gemma1'], hf_toy.tensors_of('gemma1')
-  )
+  folder = hf_toy.write_folder(tmp_path / 't', hf_toy.OLD['gemma1'], hf_toy.tensors_of('gemma1'))
   file = folder / 'model.safetensors'
   whole = file.read_bytes()
   for size in (0, 3, 8, 9, 1009, len(whole) // 2, len(whole) - 1):
@@ -41,30 +39,15 @@ def with_header(header, data=b''):
     with_header(b'\xff\xfe'),
     with_header({'a': 3}),
     with_header({'a': {'dtype': 'F32', 'shape': [1]}}),
-    with_header(
-      b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}'
-    ),
+    with_header(b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}'),
     # larger than the file
+    with_header({'a': {'dtype': 'F32', 'shape': [10**12], 'data_offsets': [0, 4]}}, b'abcd'),
     with_header(
-      {'a': {'dtype': 'F32', 'shape': [10**12], 'data_offsets': [0, 4]}},
-      b'abcd',
-    ),
-    with_header(
-      {
-        'a': {
-          'dtype': 'F32',
-          'shape': [10**12],
-          'data_offsets': [0, 4 * 10**12],
-        }
-      },
-      b'abcd',
+      {'a': {'dtype': 'F32', 'shape': [10**12], 'data_offsets': [0, 4 * 10**12]}}, b'abcd'
     ),
     # before the data, and backwards
     with_header({'a': {'dtype': 'F32', 'shape': [1], 'data_offsets': [-4, 0]}}),
-    with_header(
-      {'a': {'dtype': 'F32', 'shape': [-1], 'data_offsets': [4, 0]}},
-      b'abcd',
-    ),
+    with_header({'a': {'dtype': 'F32', 'shape': [-1], 'data_offsets': [4, 0]}}, b'abcd'),
     # two tensors on the same bytes
     with_header(
       {
@@ -74,14 +57,8 @@ def with_header(header, data=b''):
       b'abcd',
     ),
     # a gap
-    with_header(
-      {'a': {'dtype': 'F32', 'shape': [1], 'data_offsets': [4, 8]}},
-      b'abcdefgh',
-    ),
-    with_header(
-      {'a': {'dtype': 'Q7', 'shape': [1], 'data_offsets': [0, 4]}},
-      b'abcd',
-    ),
+    with_header({'a': {'dtype': 'F32', 'shape': [1], 'data_offsets': [4, 8]}}, b'abcdefgh'),
+    with_header({'a': {'dtype': 'Q7', 'shape': [1], 'data_offsets': [0, 4]}}, b'abcd'),
   ],
 )
 def test_lying_header_is_refused_before_memory_is_taken(content, tmp_path):

@@ -16,12 +16,7 @@ from tests import run_toy, toy
 
 KOREAN = TrainedWith('korean', 'all', 96)
 CHAT = TrainedWith('chat', 'response', 128)
-NOTHING = {
-  'template': None,
-  'loss_on': None,
-  'seq_len': None,
-  'parse_control_tokens': None,
-}
+NOTHING = {'template': None, 'loss_on': None, 'seq_len': None, 'parse_control_tokens': None}
 
 
 def write(folder, with_=None):
@@ -39,9 +34,7 @@ def test_training_leaves_it_and_peft_form_keeps_it(tmp_path):
   result = train.train(config.resolve(), str(workdir))
   for name in ('adapter', 'adapter_best'):
     assert adapter.read_trained_with(workdir / name) == KOREAN
-  convert.convert(
-    'random:tiny3', str(tmp_path / 'peft'), 'peft', result['adapter']
-  )
+  convert.convert('random:tiny3', str(tmp_path / 'peft'), 'peft', result['adapter'])
   assert adapter.read_trained_with(tmp_path / 'peft') == KOREAN
   assert json.loads((tmp_path / 'peft' / trained_with.NAME).read_text()) == {
     'template': 'korean',
@@ -70,10 +63,7 @@ def test_an_adapter_of_others_says_nothing(tmp_path):
       '{"template": "x", "loss_on": "all", "seq_len": 9, PARSE}',
       "data.template: got 'x', expected one of dolly",
     ),
-    (
-      '{"template": ["dolly"], "loss_on": "all", "seq_len": 9, PARSE}',
-      'gemma_jax.js',
-    ),
+    ('{"template": ["dolly"], "loss_on": "all", "seq_len": 9, PARSE}', 'gemma_jax.js'),
     (
       '{"template": "dolly", "loss_on": "none", "seq_len": 9, PARSE}',
       "got loss_on='none', expected response or all",

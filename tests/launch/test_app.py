@@ -98,9 +98,7 @@ with app.stop_on_signal() as should_stop:
 @contextlib.contextmanager
 def in_a_library(stderr):
   process = subprocess.Popen(
-    [sys.executable, '-c', IN_A_LIBRARY, stderr],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
+    [sys.executable, '-c', IN_A_LIBRARY, stderr], stdout=subprocess.PIPE, stderr=subprocess.PIPE
   )
   try:
     assert process.stdout.readline() == b'ready\n'
@@ -157,9 +155,7 @@ def test_tracebacks_of_libraries_are_for_debugging(tracebacks, monkeypatch):
   except OSError:
     raised = sys.exc_info()
   path = '/usr/lib/python3/site-packages/orbax/save.py'
-  record = logging.LogRecord(
-    'absl', logging.ERROR, path, 1, 'not saved', (), raised
-  )
+  record = logging.LogRecord('absl', logging.ERROR, path, 1, 'not saved', (), raised)
   app._Log(tracebacks).emit(record)
   assert 'not saved' in stderr.getvalue()
   assert ('Traceback' in stderr.getvalue()) == tracebacks
@@ -188,13 +184,7 @@ print(app._own_flags('a --config.data.skip_bad_records=True b '
   '--config.data.seq_len=5; --config.model.tokenizer=PATH, '
   '--config.data.eval_path.'))
 """
-  shown = subprocess.run(
-    [sys.executable, '-c', script],
-    capture_output=True,
-    check=True,
-    text=True,
-  )
+  shown = subprocess.run([sys.executable, '-c', script], capture_output=True, check=True, text=True)
   assert shown.stdout == (
-    'a --skip_bad_records=True b --seq_len=5; --tokenizer=PATH, '
-    '--config.data.eval_path.\n'
+    'a --skip_bad_records=True b --seq_len=5; --tokenizer=PATH, --config.data.eval_path.\n'
   )

@@ -56,9 +56,7 @@ def folders(tmp_path_factory):
     ('B', LoraConfig(rank=2, targets='all'), None),
   ):
     factors = toy.factors(variants.get('tiny3'), config)
-    peft.write_adapter(
-      root / name, factors, config, MODEL, trained_with=trained_with
-    )
+    peft.write_adapter(root / name, factors, config, MODEL, trained_with=trained_with)
     paths.append(str(root / name))
   return paths
 
@@ -75,9 +73,7 @@ def expected(folders):
   for name, chosen in variables.items():
     template = 'dolly' if name == folders[1] else 'korean'
     asked = examples.prompt_tokens(tokenizer, template, QUESTION)
-    found_tokens[name] = sampler.generate(
-      chosen, [asked, [2, 5, 7]], SAMPLING
-    ).tokens
+    found_tokens[name] = sampler.generate(chosen, [asked, [2, 5, 7]], SAMPLING).tokens
   return tokenizer, found_tokens
 
 
@@ -86,16 +82,8 @@ def adapter_flags(folders):
   return [f'--adapter={folder}' for folder in folders]
 
 
-def test_json_has_a_line_for_each_adapter_and_prompt(
-  folders, adapter_flags, expected
-):
-  out = output_of(
-    *FLAGS,
-    *adapter_flags,
-    f'--prompt={QUESTION}',
-    '--tokens=2,5,7',
-    '--format=json',
-  )
+def test_json_has_a_line_for_each_adapter_and_prompt(folders, adapter_flags, expected):
+  out = output_of(*FLAGS, *adapter_flags, f'--prompt={QUESTION}', '--tokens=2,5,7', '--format=json')
   lines = [json.loads(line) for line in out.splitlines()]
   tokenizer, tokens = expected
   names = ['base', *folders]
@@ -113,12 +101,8 @@ def test_json_has_a_line_for_each_adapter_and_prompt(
 
 
 @pytest.mark.parametrize('stream', ['--stream', '--nostream'])
-def test_text_shows_base_and_adapters_side_by_side(
-  folders, adapter_flags, expected, stream
-):
-  out = output_of(
-    *FLAGS, *adapter_flags, f'--prompt={QUESTION}', '--tokens=2,5,7', stream
-  )
+def test_text_shows_base_and_adapters_side_by_side(folders, adapter_flags, expected, stream):
+  out = output_of(*FLAGS, *adapter_flags, f'--prompt={QUESTION}', '--tokens=2,5,7', stream)
   tokenizer, tokens = expected
   shown = ''
   for i, prompt in enumerate((QUESTION, [2, 5, 7])):
@@ -138,9 +122,8 @@ def test_one_adapter_prints_its_text_alone(folders, expected):
 
 def test_another_template_than_the_adapters_is_a_warning(folders, expected):
   done = call(
-    *FLAGS, f'--adapter={folders[0]}', f'--prompt={QUESTION}',
-    '--template=dolly', '--format=json',
-  )  # fmt: skip
+    *FLAGS, f'--adapter={folders[0]}', f'--prompt={QUESTION}', '--template=dolly', '--format=json'
+  )
   assert json.loads(done.stdout)['tokens'] != expected[1][folders[0]][0]
   assert f'--template=dolly: {folders[0]} was trained with kor' in done.stderr
 
@@ -153,8 +136,10 @@ def test_samples_are_labelled():
   assert labels == [([2, 5, 7], 0), ([2, 5, 7], 1), ([2, 9], 0), ([2, 9], 1)]
   assert len({str(line['tokens']) for line in lines}) == 4
   out = output_of(*flags, '--weights=int8')
-  ends = [out.index(f'[base {n}]\n{line["text"]}'.replace('\r', '\n'))
-          for n, line in zip((1, 2), lines[:2], strict=True)]  # fmt: skip
+  ends = [
+    out.index(f'[base {n}]\n{line["text"]}'.replace('\r', '\n'))
+    for n, line in zip((1, 2), lines[:2], strict=True)
+  ]
   assert ends == sorted(ends)
 
 
@@ -165,9 +150,7 @@ def test_tokens_need_no_tokenizer():
   assert line['text'] is None
   found = open_base.open_base(str(folder))
   params = {'params': found.load_params('float32')}
-  expected = Sampler(found.config).generate(
-    params, [[2, 5]], SamplingConfig(max_new_tokens=5)
-  )
+  expected = Sampler(found.config).generate(params, [[2, 5]], SamplingConfig(max_new_tokens=5))
   assert [line['tokens']] == expected.tokens
   ids = output_of(*flags, '--weights=bfloat16').split()
   assert len(list(map(int, ids))) <= 5
@@ -200,8 +183,20 @@ def test_bad_input_is_one_line(flags, message):
 
 def test_help_explains_every_flag():
   done = call('--helpfull')
-  for name in ('adapter', 'prompt', 'tokens', 'template', 'max_new_tokens',
-               'temperature', 'top_k', 'top_p', 'seed', 'stream', 'format',
-               'weights', 'num_samples'):  # fmt: skip
+  for name in (
+    'adapter',
+    'prompt',
+    'tokens',
+    'template',
+    'max_new_tokens',
+    'temperature',
+    'top_k',
+    'top_p',
+    'seed',
+    'stream',
+    'format',
+    'weights',
+    'num_samples',
+  ):
     assert f'--{name}:' in done.stdout or f'--[no]{name}:' in done.stdout, name
   assert 'Continues prompts with a base' in done.stdout

@@ -56,11 +56,7 @@ def test_train_prints_the_result_last(trained):
 
 def test_train_again_says_that_it_has_finished(folder, trained):
   workdir, done = trained
-  again = call(
-    'train',
-    f'--config={folder / "toy_experiment.py"}',
-    f'--workdir={workdir}',
-  )
+  again = call('train', f'--config={folder / "toy_experiment.py"}', f'--workdir={workdir}')
   assert again.returncode == 0
   assert 'has finished at step 3' in again.stderr
   assert json.loads(again.stdout) == json.loads(done.stdout.splitlines()[-1])
@@ -78,10 +74,7 @@ def test_evaluate_prints_a_line_for_each_adapter(folder, records, trained):
   )
   assert done.returncode == 0, done.stderr
   lines = [json.loads(line) for line in done.stdout.splitlines()]
-  assert [line['adapter'] for line in lines] == [
-    'base',
-    f'{trained[0]}/adapter',
-  ]
+  assert [line['adapter'] for line in lines] == ['base', f'{trained[0]}/adapter']
   rows = [json.loads(line) for line in out.read_text().splitlines()]
   assert len(rows) == 40
   for line in lines:
@@ -91,9 +84,7 @@ def test_evaluate_prints_a_line_for_each_adapter(folder, records, trained):
     assert abs(sum(row['nll'] for row in mine) - line['nll']) < 1e-6
 
 
-def test_evaluate_measures_adapters_on_the_same_tokens(
-  folder, records, trained
-):
+def test_evaluate_measures_adapters_on_the_same_tokens(folder, records, trained):
   other = folder / 'korean'
   shutil.copytree(trained[0] / 'adapter', other)
   path = other / 'gemma_jax.json'
@@ -120,8 +111,7 @@ def test_evaluate_measures_adapters_on_the_same_tokens(
 def test_evaluate_takes_token_records_without_a_tokenizer(folder):
   path = folder / 'tokens.jsonl'
   path.write_text(
-    '{"tokens": [2, 11, 13, 17, 1]}\n'
-    '{"tokens": [2, 19, 23], "loss_mask": [0, 0, 1]}\n'
+    '{"tokens": [2, 11, 13, 17, 1]}\n{"tokens": [2, 19, 23], "loss_mask": [0, 0, 1]}\n'
   )
   done = call('evaluate', '--model=random:tiny2', f'--data={path}')
   assert done.returncode == 0, done.stderr
@@ -129,10 +119,7 @@ def test_evaluate_takes_token_records_without_a_tokenizer(folder):
 
 
 def test_summary_as_json_and_table():
-  flags = (
-    '--config=experiments/keras_tutorial.py',
-    '--model=random:gemma_2b',
-  )
+  flags = ('--config=experiments/keras_tutorial.py', '--model=random:gemma_2b')
   done = call('summary', *flags, '--format=json')
   assert done.returncode == 0, done.stderr
   found = json.loads(done.stdout)
@@ -144,9 +131,7 @@ def test_summary_as_json_and_table():
 def test_dry_run_prints_and_leaves_nothing(folder, records):
   config = run_toy.config_file(folder, records)
   workdir = folder / 'dry'
-  done = call(
-    'train', f'--config={config}', f'--workdir={workdir}', '--dry_run'
-  )
+  done = call('train', f'--config={config}', f'--workdir={workdir}', '--dry_run')
   assert done.returncode == 0, done.stderr
   assert 'memory of the training step' in done.stdout
   assert not workdir.exists()
@@ -179,9 +164,7 @@ def test_help_explains(command):
     (['--config=missing.py'], "got 'missing.py', which is no file"),
   ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(
-  folder, records, flags, message
-):
+def test_a_mistake_is_one_line_and_leaves_nothing(folder, records, flags, message):
   config = run_toy.config_file(folder, records)
   workdir = folder / 'mistake'
   done = call('train', f'--config={config}', f'--workdir={workdir}', *flags)
@@ -232,9 +215,6 @@ def test_bad_records_name_file_and_line(folder, content, message):
 
 def test_debug_shows_the_traceback(folder, records):
   config = run_toy.config_file(folder, records)
-  done = call(
-    'train', f'--config={config}', '--config.lora.rank=0', '--workdir=x',
-    '--debug',
-  )  # fmt: skip
+  done = call('train', f'--config={config}', '--config.lora.rank=0', '--workdir=x', '--debug')
   assert done.returncode == 1
   assert 'Traceback' in done.stderr

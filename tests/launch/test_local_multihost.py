@@ -25,16 +25,22 @@ def launch(folder, program, processes=2, max_restarts=2):
   path.write_text(PREAMBLE + program)
   return subprocess.Popen(
     [
-      sys.executable, '-m', 'launch.local_multihost',
-      f'--processes={processes}', '--devices=3',
-      f'--max_restarts={max_restarts}', '--', sys.executable, str(path),
+      sys.executable,
+      '-m',
+      'launch.local_multihost',
+      f'--processes={processes}',
+      '--devices=3',
+      f'--max_restarts={max_restarts}',
+      '--',
+      sys.executable,
+      str(path),
     ],
     cwd=folder,
     env={'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-  )  # fmt: skip
+  )
 
 
 def starts(folder):

@@ -47,24 +47,29 @@ def environment():
 class Pod:
   """A training command as several processes; `pids` as they are started."""
 
-  def __init__(
-    self, records, workdir, processes, devices, remote=None, **fields
-  ):
+  def __init__(self, records, workdir, processes, devices, remote=None, **fields):
     workdir.mkdir(parents=True, exist_ok=True)
     config = run_toy.config_file(workdir, records, **FIELDS | fields)
     command = ['-m', 'launch.train', f'--config={config}']
     self.process = subprocess.Popen(
       [
-        sys.executable, '-m', 'launch.local_multihost',
-        f'--processes={processes}', f'--devices={devices}', '--max_restarts=1',
-        '--', sys.executable, *command, f'--workdir={remote or workdir}',
+        sys.executable,
+        '-m',
+        'launch.local_multihost',
+        f'--processes={processes}',
+        f'--devices={devices}',
+        '--max_restarts=1',
+        '--',
+        sys.executable,
+        *command,
+        f'--workdir={remote or workdir}',
       ],
       cwd=ROOT,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
       env=environment(),
-    )  # fmt: skip
+    )
     line = self.process.stderr.readline()
     self.pids = [int(pid) for pid in re.findall(r'\d+', line)]
     assert len(self.pids) == processes, line
@@ -88,10 +93,7 @@ def losses(workdir):
 def assert_same_run(workdir, other):
   """Same tokens, and losses within 1e-5 of max(1, loss)."""
   for name in ('steps', 'tokens'):
-    got, want = (
-      workdir_lib.read_json(str(w), 'result.json')[name]
-      for w in (workdir, other)
-    )
+    got, want = (workdir_lib.read_json(str(w), 'result.json')[name] for w in (workdir, other))
     assert got == want, name
   got, want = losses(workdir), losses(other)
   assert got.keys() == want.keys()
@@ -143,24 +145,30 @@ app.run(main)
 """
 
 
-@pytest.mark.parametrize(
-  'processes', [2, pytest.param(4, marks=pytest.mark.multihost)]
-)
+@pytest.mark.parametrize('processes', [2, pytest.param(4, marks=pytest.mark.multihost)])
 def test_global_batches_are_those_of_one_process(records, tmp_path, processes):
   """Token for token, over the ends of two epochs."""
   program, out = tmp_path / 'program.py', tmp_path / 'batches.npz'
   program.write_text(BATCHES.format(fields=FIELDS))
   code = subprocess.run(
     [
-      sys.executable, '-m', 'launch.local_multihost', '--max_restarts=0',
-      f'--processes={processes}', f'--devices={4 // processes}', '--',
-      sys.executable, str(program), records, str(out),
+      sys.executable,
+      '-m',
+      'launch.local_multihost',
+      '--max_restarts=0',
+      f'--processes={processes}',
+      f'--devices={4 // processes}',
+      '--',
+      sys.executable,
+      str(program),
+      records,
+      str(out),
     ],
     cwd=ROOT,
     env=environment() | {'PYTHONPATH': str(ROOT)},
     timeout=120,
     check=False,
-  ).returncode  # fmt: skip
+  ).returncode
   assert code == 0
   config = run_toy.config(records)
   run_toy.set_fields(config, FIELDS | {'mesh.data': 2})
@@ -182,9 +190,7 @@ def test_two_processes_train_what_one_does(records, tmp_path):
   assert code == 0, log
   assert result['steps'] == 7
   assert_same_run(tmp_path / 'two', tmp_path / 'one')
-  heldout = [
-    workdir_lib.read_heldout(str(tmp_path / name), 7) for name in ('two', 'one')
-  ]
+  heldout = [workdir_lib.read_heldout(str(tmp_path / name), 7) for name in ('two', 'one')]
   for got, want in zip(*heldout, strict=True):
     np.testing.assert_allclose(got.pop('nll'), want.pop('nll'), rtol=1e-4)
     assert got == want
@@ -194,9 +200,7 @@ def test_two_processes_train_what_one_does(records, tmp_path):
 
 @pytest.mark.multihost
 @pytest.mark.parametrize(('processes', 'devices'), [(2, 2), (4, 1), (4, 2)])
-def test_twenty_steps_on_any_number_of_hosts(
-  records, tmp_path, processes, devices
-):
+def test_twenty_steps_on_any_number_of_hosts(records, tmp_path, processes, devices):
   fields = {'steps': 20, 'data.global_batch_size': 8}
   alone(records, tmp_path / 'one', **fields)
   pod = Pod(records, tmp_path / 'pod', processes, devices, **fields)
@@ -235,8 +239,7 @@ def test_an_adapter_in_parts_is_written_whole(records, tmp_path):
   assert_same_run(tmp_path / 'pod', tmp_path / 'one')
   for name in ('adapter_model', 'trained_base'):
     got, want = (
-      load_file(tmp_path / run / 'adapter' / f'{name}.safetensors')
-      for run in ('pod', 'one')
+      load_file(tmp_path / run / 'adapter' / f'{name}.safetensors') for run in ('pod', 'one')
     )
     assert got.keys() == want.keys()
     # AdamW turns the rounding of a gradient near zero into a step, so that
@@ -282,9 +285,7 @@ def test_kill_and_supervised_restart(records, undisturbed, tmp_path, victim):
 
 @pytest.mark.multihost
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_host_stops_all_at_one_step(
-  records, undisturbed, tmp_path, number
-):
+def test_a_signal_to_one_host_stops_all_at_one_step(records, undisturbed, tmp_path, number):
   pod = Pod(records, tmp_path / 'run', 2, 2, steps=41)
   wait_for_steps(tmp_path / 'run', 9)
   subprocess.run(['kill', f'-{number}', str(pod.pids[1])], check=True)
@@ -316,9 +317,15 @@ def call(config, workdir, port, process_id, *flags, home=None):
   """One process of a run, started by hand."""
   return subprocess.Popen(
     [
-      sys.executable, '-m', 'launch.train', f'--config={config}',
-      f'--workdir={workdir}', f'--coordinator_address=127.0.0.1:{port}',
-      '--num_processes=2', f'--process_id={process_id}', *flags,
+      sys.executable,
+      '-m',
+      'launch.train',
+      f'--config={config}',
+      f'--workdir={workdir}',
+      f'--coordinator_address=127.0.0.1:{port}',
+      '--num_processes=2',
+      f'--process_id={process_id}',
+      *flags,
     ],
     cwd=ROOT,
     stdout=subprocess.PIPE,
@@ -327,7 +334,7 @@ def call(config, workdir, port, process_id, *flags, home=None):
     env=environment()
     | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
     | ({'HOME': str(home)} if home else {}),
-  )  # fmt: skip
+  )
 
 
 def free_port():
@@ -349,9 +356,7 @@ def refusals(processes):
 
 def test_a_coordinator_that_does_not_answer(records, tmp_path):
   config = run_toy.config_file(tmp_path, records, **FIELDS)
-  process = call(
-    config, tmp_path / 'run', free_port(), 1, '--join_timeout_secs=1'
-  )
+  process = call(config, tmp_path / 'run', free_port(), 1, '--join_timeout_secs=1')
   (error,) = refusals([process])
   assert 'not all of the 2 processes came' in error
   assert not (tmp_path / 'run').exists()
@@ -360,9 +365,7 @@ def test_a_coordinator_that_does_not_answer(records, tmp_path):
 @pytest.mark.multihost
 def test_a_process_that_never_comes(records, tmp_path):
   config = run_toy.config_file(tmp_path, records, **FIELDS)
-  process = call(
-    config, tmp_path / 'run', free_port(), 0, '--join_timeout_secs=3'
-  )
+  process = call(config, tmp_path / 'run', free_port(), 0, '--join_timeout_secs=3')
   (error,) = refusals([process])
   assert 'not all of the 2 processes came' in error
 
@@ -372,10 +375,7 @@ def test_hosts_that_disagree_are_both_named(records, tmp_path):
   config = run_toy.config_file(tmp_path, records, **FIELDS)
   port = free_port()
   errors = refusals(
-    [
-      call(config, tmp_path / 'run', port, i, f'--config.lora.rank={5 + i}')
-      for i in range(2)
-    ]
+    [call(config, tmp_path / 'run', port, i, f'--config.lora.rank={5 + i}') for i in range(2)]
   )
   for error in errors:
     assert re.search(
@@ -405,9 +405,7 @@ def test_hosts_with_other_records_are_refused(records, tmp_path):
 def test_a_workdir_of_each_host_is_refused(records, tmp_path):
   config = run_toy.config_file(tmp_path, records, **FIELDS)
   port = free_port()
-  errors = refusals(
-    [call(config, tmp_path / f'run{i}', port, i) for i in range(2)]
-  )
+  errors = refusals([call(config, tmp_path / f'run{i}', port, i) for i in range(2)])
   for error in errors:
     assert 'which process 1 (' in error
     assert 'does not share with process 0' in error

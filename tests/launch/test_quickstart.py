@@ -52,8 +52,7 @@ def done(tmp_path_factory):
 def test_shows_the_table_both_answers_and_the_loss(done):
   assert done[0].returncode == 0, done[0].stderr
   text = done[0].stdout
-  parts = ('total with optimizer', f'base: {PROMPT}',
-           f'adapted: {PROMPT}', 'held-out loss, nats')  # fmt: skip
+  parts = ('total with optimizer', f'base: {PROMPT}', f'adapted: {PROMPT}', 'held-out loss, nats')
   places = [text.index(part) for part in parts]
   assert places == sorted(places)
   assert '\\u' not in text
@@ -69,9 +68,9 @@ def test_the_last_line_is_the_result(done):
 
 
 def test_the_interval_says_what_it_is_over(done):
-  assert (
-    'one seed, so over the 20 records alone: 95 % interval of the difference ['
-  ) in done[0].stdout
+  assert ('one seed, so over the 20 records alone: 95 % interval of the difference [') in done[
+    0
+  ].stdout
 
 
 def test_few_records_give_no_interval(done):

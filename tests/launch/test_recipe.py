@@ -33,9 +33,7 @@ def run(language: str, text: str, folder: Path) -> str:
   else:
     command = [sys.executable, '-c', text]
   environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
-  found = subprocess.run(
-    command, cwd=folder, env=environment, capture_output=True, text=True
-  )
+  found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
   assert found.returncode == 0, found.stderr[-2000:]
   return found.stdout
 
@@ -59,9 +57,7 @@ def test_merged_model_and_adapter_say_elsewhere_what_they_say_here(tmp_path):
   (tmp_path / 'experiments').symlink_to(ROOT / 'experiments')
   run('sh', TRAIN, tmp_path)
   convert, elsewhere, here = (run(*block, tmp_path) for block in blocks())
-  assert [json.loads(x)['output'] for x in convert.splitlines()] == [
-    'my_base', 'my_gemma',
-  ]  # fmt: skip
+  assert [json.loads(x)['output'] for x in convert.splitlines()] == ['my_base', 'my_gemma']
   merged, by_peft = (ast.literal_eval(x)[0] for x in elsewhere.splitlines())
   adapted = json.loads(here)['text']
   assert merged == by_peft == adapted

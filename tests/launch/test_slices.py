@@ -14,9 +14,7 @@ README = (ROOT / 'launch' / 'README.md').read_text()
 
 # | Gemma 1 2B | v5e-1 | 1 x 2048 | fits: 5.51 GiB | ... | `forecast ...` |
 ROWS = re.findall(
-  r'^\|.*\| (fits|does not fit): ([\d.]+) GiB \|.*\| `(forecast .*?)` \|$',
-  README,
-  re.MULTILINE,
+  r'^\|.*\| (fits|does not fit): ([\d.]+) GiB \|.*\| `(forecast .*?)` \|$', README, re.MULTILINE
 )
 
 
@@ -27,9 +25,7 @@ def test_the_table_has_rows_that_fit_and_one_that_does_not():
 
 def run(command):
   """Figures of a row's command, in the shell that the README describes."""
-  (function,) = re.findall(
-    r'```sh\n(forecast\(\) \{.*?\n\})\n```', README, re.S
-  )
+  (function,) = re.findall(r'```sh\n(forecast\(\) \{.*?\n\})\n```', README, re.S)
   bin_folder = Path(sys.executable).parent
   done = subprocess.run(
     ['bash', '-c', f'{function}\n{command} --format=json'],

@@ -95,9 +95,7 @@ class Cloud:
     return [f'{call[2]} {call[3]}' for call in self.calls], done
 
   def tmux(self, *arguments):
-    return subprocess.run(
-      ['tmux', *arguments], env=self.environment, check=False
-    )
+    return subprocess.run(['tmux', *arguments], env=self.environment, check=False)
 
 
 @pytest.fixture
@@ -108,9 +106,7 @@ def cloud(tmp_path):
     cloud.tmux('kill-server')
 
 
-needs_tmux = pytest.mark.skipif(
-  shutil.which('tmux') is None, reason='tmux is not installed'
-)
+needs_tmux = pytest.mark.skipif(shutil.which('tmux') is None, reason='tmux is not installed')
 
 
 @pytest.mark.parametrize(
@@ -129,9 +125,11 @@ def test_create_on_demand_and_spot(cloud, name, accelerator, runtime):
   (call,) = cloud.calls
   assert call[:5] == ['compute', 'tpus', 'tpu-vm', 'create', 'mine']
   assert set(call[5:]) == {
-    f'--accelerator-type={accelerator}', f'--version={runtime}', '--zone=z',
+    f'--accelerator-type={accelerator}',
+    f'--version={runtime}',
+    '--zone=z',
     '--project=p',
-  }  # fmt: skip
+  }
   cloud.run('create', f'--type={name}', '--spot')
   assert '--spot' in cloud.calls[0]
 
@@ -141,9 +139,7 @@ def test_a_queued_resource_is_waited_for(cloud):
   assert done.returncode == 0, done.stderr
   assert verbs[0] == 'queued-resources create'
   assert verbs[1:] == ['queued-resources describe'] * 3
-  assert {'--node-id=mine', '--spot', '--accelerator-type=v5litepod-8'} <= set(
-    cloud.calls[0]
-  )
+  assert {'--node-id=mine', '--spot', '--accelerator-type=v5litepod-8'} <= set(cloud.calls[0])
   verbs, _ = cloud.run('delete')
   assert verbs[-1] == 'queued-resources delete'
   assert '--force' in cloud.calls[-1]
@@ -175,10 +171,7 @@ def test_run_creates_installs_and_starts_the_command_as_it_was_given(cloud):
   command = [sys.executable, '-c', program, *HARD]
   verbs, done = cloud.run('run', '--type=v5e-8', '--spot', '--', *command)
   assert done.returncode == 0, done.stderr
-  assert verbs == [
-    'tpu-vm describe', 'tpu-vm create', 'tpu-vm scp', 'tpu-vm ssh',
-    'tpu-vm ssh',
-  ]  # fmt: skip
+  assert verbs == ['tpu-vm describe', 'tpu-vm create', 'tpu-vm scp', 'tpu-vm ssh', 'tpu-vm ssh']
   assert all('--worker=all' in call for call in cloud.calls[2:])
   log = wait_for_log(cloud, 'exit code')
   assert f'{cloud.home}/gemma_jax {HARD}' in log
@@ -196,9 +189,7 @@ def test_the_checkout_is_copied_as_it_lies_here(cloud):
   cloud.run('run', '--type=v5e-8', '--', 'true')
   with tarfile.open(cloud.home / 'gemma_jax.tar.gz') as archive:
     names = archive.getnames()
-  assert {'setup.py', 'launch/tpu_vm.sh', 'gemma_jax/config/train.py'} <= set(
-    names
-  )
+  assert {'setup.py', 'launch/tpu_vm.sh', 'gemma_jax/config/train.py'} <= set(names)
   assert not [name for name in names if '.git/' in name or '.venv' in name]
   copied = (cloud.home / 'gemma_jax' / 'launch' / 'tpu_vm.sh').read_text()
   assert copied == (ROOT / 'launch' / 'tpu_vm.sh').read_text()
@@ -264,13 +255,10 @@ def test_a_slice_that_is_not_ready_is_not_touched(cloud):
 
 
 @pytest.mark.parametrize(
-  'action', ['run', 'create', 'setup', 'start', 'status', 'logs', 'stop',
-             'delete'],
-)  # fmt: skip
+  'action', ['run', 'create', 'setup', 'start', 'status', 'logs', 'stop', 'delete']
+)
 def test_print_calls_nothing_and_shows_what_would_run(cloud, action):
-  verbs, done = cloud.run(
-    action, '--type=v5e-8', '--print', '--', 'python', '-m', 'x'
-  )
+  verbs, done = cloud.run(action, '--type=v5e-8', '--print', '--', 'python', '-m', 'x')
   assert done.returncode == 0, done.stderr
   assert verbs == []
   lines = done.stdout.splitlines()
@@ -311,9 +299,6 @@ def test_shellcheck_finds_nothing():
   scripts = [*(ROOT / 'launch').glob('*.sh'), *(ROOT / 'tests').glob('*.sh')]
   assert scripts
   done = subprocess.run(
-    [shellcheck, *map(str, scripts)],
-    capture_output=True,
-    text=True,
-    check=False,
+    [shellcheck, *map(str, scripts)], capture_output=True, text=True, check=False
   )
   assert done.returncode == 0, done.stdout

@@ -20,9 +20,7 @@ pytestmark = pytest.mark.usefixtures('quick_compile')
 CONFIG = toy.FULL
 LORA_CONFIGS = {
   'qv': LoraConfig(rank=2, alpha=3.0, targets='qv'),
-  'all': LoraConfig(
-    rank=5, alpha=1.5, targets='all', scale_rule='alpha_over_sqrt_r'
-  ),
+  'all': LoraConfig(rank=5, alpha=1.5, targets='all', scale_rule='alpha_over_sqrt_r'),
 }
 
 
@@ -35,11 +33,7 @@ def folders(tmp_path_factory):
   for name, config in LORA_CONFIGS.items():
     path = root / name
     peft.write_adapter(
-      path,
-      toy.factors(CONFIG, config),
-      config,
-      'toy',
-      trained if name == 'all' else None,
+      path, toy.factors(CONFIG, config), config, 'toy', trained if name == 'all' else None
     )
     paths.append(str(path))
   return paths
@@ -68,10 +62,7 @@ def hidden():
 
 def test_they_come_with_the_base_in_front_and_share_one_shape(loaded, folders):
   assert [a.name for a in loaded] == [align.BASE, *folders]
-  shapes = [
-    {name: (x.shape, x.dtype) for name, x in pytree.items(a.effective)}
-    for a in loaded
-  ]
+  shapes = [{name: (x.shape, x.dtype) for name, x in pytree.items(a.effective)} for a in loaded]
   assert shapes[0] == shapes[1] == shapes[2]
   assert shapes[0]['layers/attn/q/lora_a'] == ((3, 13, 5), jnp.float32)
   assert len(shapes[0]) == 14
@@ -86,12 +77,7 @@ def test_each_computes_what_it_computes_alone_in_one_program(loaded, hidden):
   bases = (params, params, trained)
   np.testing.assert_array_equal(outputs[0], hidden({'params': params}))
   alone = [
-    hidden(
-      {
-        'params': base,
-        'lora': factors.effective(toy.factors(CONFIG, config), config.scale),
-      }
-    )
+    hidden({'params': base, 'lora': factors.effective(toy.factors(CONFIG, config), config.scale)})
     for base, config in zip(bases[1:], LORA_CONFIGS.values(), strict=True)
   ]
   for got, want in zip(outputs[1:], alone, strict=True):
@@ -103,9 +89,7 @@ def test_no_folder_gives_the_base_alone(hidden):
   (base,) = align.load_adapters([], CONFIG)
   assert base == (align.BASE, {}, {}, None)
   params = toy.base(CONFIG)
-  np.testing.assert_array_equal(
-    hidden(base.variables(params)), hidden({'params': params})
-  )
+  np.testing.assert_array_equal(hidden(base.variables(params)), hidden({'params': params}))
 
 
 def test_an_adapter_of_another_architecture_is_refused(folders):
@@ -124,17 +108,13 @@ class TestReplaceLeaves:
     before = jax.device_get(params)
     shape = (2, 13, 14)
     if leaf_is_scanned:
-      new = np.arange(3, dtype=np.float32)[:, None, None, None] + np.zeros(
-        shape, np.float32
-      )
+      new = np.arange(3, dtype=np.float32)[:, None, None, None] + np.zeros(shape, np.float32)
       leaves = {'layers': {'attn': {'v': {'w': new}}}}
     else:
       leaves = {'layer_1': {'attn': {'v': {'w': np.ones(shape, np.float32)}}}}
     got = align.replace_leaves(params, leaves)
     toy.assert_equal(params, before)
-    got, before = (
-      layout.unstack_layers(t) if base_is_scanned else t for t in (got, before)
-    )
+    got, before = (layout.unstack_layers(t) if base_is_scanned else t for t in (got, before))
     for i in range(3):
       w = got[f'layer_{i}']['attn']['v']['w']
       assert w.dtype == jnp.bfloat16

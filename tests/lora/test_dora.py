@@ -28,9 +28,14 @@ CONFIG = LoraConfig(rank=3, targets='all', dora=True)
 KERAS = dataclasses.replace(CONFIG, factorization='keras')
 # A kernel's inputs, as axes of one layer's leaf.
 INPUTS = {
-  'attn/q': (1,), 'attn/k': (1,), 'attn/v': (1,), 'attn/o': (0, 1),
-  'mlp/gate': (0,), 'mlp/up': (0,), 'mlp/down': (0,),
-}  # fmt: skip
+  'attn/q': (1,),
+  'attn/k': (1,),
+  'attn/v': (1,),
+  'attn/o': (0, 1),
+  'mlp/gate': (0,),
+  'mlp/up': (0,),
+  'mlp/down': (0,),
+}
 
 
 @pytest.fixture(scope='module')
@@ -74,9 +79,7 @@ def test_magnitudes_start_as_the_lengths_of_the_base(config, scan_layers):
 
 
 @pytest.mark.parametrize('config', [CONFIG, KERAS], ids=['matrix', 'keras'])
-def test_a_new_adapter_is_the_base_up_to_the_rounding_of_a_norm(
-  hidden, params, config
-):
+def test_a_new_adapter_is_the_base_up_to_the_rounding_of_a_norm(hidden, params, config):
   start = factors_lib.init(jax.random.key(0), toy.FULL, config)
   start = factors_lib.with_magnitudes(start, params)
   got = hidden({'params': params, 'lora': gains(params, start)})
@@ -110,9 +113,7 @@ def test_scanned_equals_unrolled_and_streamed(params):
   """Gains are a layer's own, and the same wherever they are computed."""
   factors = toy.factors(toy.FULL, CONFIG)
   scanned = layout.unstack_layers(gains(params, factors))
-  unrolled = gains(
-    layout.unstack_layers(params), layout.unstack_layers(factors)
-  )
+  unrolled = gains(layout.unstack_layers(params), layout.unstack_layers(factors))
   toy.assert_close(scanned, unrolled, 1e-6)
   one = factors_lib.with_gains(
     factors_lib.effective(layout.unstack_layers(factors)['layer_1'], SCALE),
@@ -155,9 +156,7 @@ def test_weight_decay_spares_magnitudes():
   params = {'lora': {'lora_a': jnp.ones(3), 'lora_magnitude': jnp.ones(5)}}
   with jax.numpy_dtype_promotion('standard'):
     tx = optimizer.make_optimizer(config, 1, ('lora/',))
-    updates, _ = tx.update(
-      jax.tree.map(jnp.zeros_like, params), tx.init(params), params
-    )
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
   assert np.all(updates['lora']['lora_a'] < 0)
   np.testing.assert_array_equal(updates['lora']['lora_magnitude'], 0)
 
@@ -166,25 +165,17 @@ def test_beside_other_adapters_in_one_program(hidden, params, tmp_path):
   """Base and plain adapter next to DoRA: each to the bit what it is alone."""
   configs = {'dora': CONFIG, 'plain': LoraConfig(rank=2, targets='qv')}
   for name, config in configs.items():
-    peft.write_adapter(
-      tmp_path / name, toy.factors(toy.FULL, config), config, 'toy'
-    )
-  loaded = align.load_adapters(
-    [str(tmp_path / name) for name in configs], toy.FULL
-  )
+    peft.write_adapter(tmp_path / name, toy.factors(toy.FULL, config), config, 'toy')
+  loaded = align.load_adapters([str(tmp_path / name) for name in configs], toy.FULL)
   shapes = [jax.tree.map(jnp.shape, a.variables(params)) for a in loaded]
   assert shapes[0] == shapes[1] == shapes[2]
   decoded = weights.for_adapters(params, loaded)
   for adapter in loaded:
-    toy.assert_equal(
-      decoded[adapter.name]['lora'], adapter.variables(params)['lora']
-    )
+    toy.assert_equal(decoded[adapter.name]['lora'], adapter.variables(params)['lora'])
   base, dora, plain = (hidden(a.variables(params)) for a in loaded)
   np.testing.assert_array_equal(base, hidden({'params': params}))
   factors = toy.factors(toy.FULL, CONFIG)
-  alone = factors_lib.with_gains(
-    factors_lib.effective(factors, CONFIG.scale), params
-  )
+  alone = factors_lib.with_gains(factors_lib.effective(factors, CONFIG.scale), params)
   toy.assert_close(dora, hidden({'params': params, 'lora': alone}), 1e-6)
   config = configs['plain']
   factors = toy.factors(toy.FULL, config)
@@ -198,10 +189,9 @@ class TestRanks:
   def test_a_is_zero_beyond_a_layers_own_rank(self):
     tree = factors_lib.init(jax.random.key(0), toy.FULL, self.config)
     found = {
-      name: np.count_nonzero(np.any(tree['layers']['attn'][name]['lora_a'], 1),
-                             axis=-1).tolist()
+      name: np.count_nonzero(np.any(tree['layers']['attn'][name]['lora_a'], 1), axis=-1).tolist()
       for name in 'qv'
-    }  # fmt: skip
+    }
     assert found == {'q': [2, 5, 2], 'v': [3, 5, 3]}
     assert tree['layers']['attn']['q']['lora_b'].shape == (3, 5, 10, 14)
     wide = factors_lib.init(jax.random.key(0), toy.FULL, LoraConfig(rank=5))

@@ -31,17 +31,13 @@ all_targets = lambda factorization, **fields: LoraConfig(
 
 
 def init(config, lora_config, scan_layers=True, seed=0):
-  tree = factors_lib.init(
-    jax.random.key(seed), config, lora_config, scan_layers
-  )
+  tree = factors_lib.init(jax.random.key(seed), config, lora_config, scan_layers)
   return jax.device_get(tree)
 
 
 class TestCounts:
   def count(self, name, lora_config):
-    make = lambda: factors_lib.init(
-      jax.random.key(0), variants.get(name), lora_config
-    )
+    make = lambda: factors_lib.init(jax.random.key(0), variants.get(name), lora_config)
     return pytree.num_params(jax.eval_shape(make))
 
   @pytest.mark.parametrize(
@@ -52,9 +48,7 @@ class TestCounts:
       ('matrix', 'all', (4_902_912, 5_191_680, 949_248, 3_261_440)),
     ],
   )
-  def test_published_counts_at_rank_four(
-    self, factorization, targets, published
-  ):
+  def test_published_counts_at_rank_four(self, factorization, targets, published):
     config = LoraConfig(rank=4, targets=targets, factorization=factorization)
     names = ('gemma_2b', 'gemma2_2b', 'gemma3_270m', 'gemma3_1b')
     assert tuple(self.count(name, config) for name in names) == published
@@ -67,9 +61,14 @@ class TestCounts:
     D, F, H = c.embed_dim, c.hidden_dim, c.head_dim
     N, K = c.num_heads, c.num_kv_heads
     matrix = {
-      'q': D + N * H, 'k': D + K * H, 'v': D + K * H, 'o': N * H + D,
-      'gate': D + F, 'up': D + F, 'down': F + D,
-    }  # fmt: skip
+      'q': D + N * H,
+      'k': D + K * H,
+      'v': D + K * H,
+      'o': N * H + D,
+      'gate': D + F,
+      'up': D + F,
+      'down': F + D,
+    }
     keras = matrix | {'q': N * D + H, 'k': K * D + H, 'v': K * D + H}
     sides = {'matrix': matrix, 'keras': keras}[factorization]
     config = LoraConfig(rank=7, targets=target, factorization=factorization)
@@ -121,9 +120,7 @@ class TestInit:
   def test_another_seed_gives_another_a(self):
     config = LoraConfig(rank=R, targets='q')
     a, b = (init(toy.FULL, config, seed=s) for s in (0, 1))
-    assert np.all(a['layers']['attn']['q']['lora_a'] != (
-      b['layers']['attn']['q']['lora_a']
-    ))  # fmt: skip
+    assert np.all(a['layers']['attn']['q']['lora_a'] != (b['layers']['attn']['q']['lora_a']))
 
   @pytest.mark.parametrize(
     ('factorization', 'rule', 'fan_in_q', 'fan_in_v', 'numerator'),
@@ -134,14 +131,9 @@ class TestInit:
       ('keras', 'keras', 'ND', 'KD', 6),
     ],
   )
-  def test_limits_of_a(
-    self, factorization, rule, fan_in_q, fan_in_v, numerator
-  ):
+  def test_limits_of_a(self, factorization, rule, fan_in_q, fan_in_v, numerator):
     """sqrt(numerator / fan-in), reached by the extreme of many samples."""
-    tree = init(
-      toy.FULL,
-      LoraConfig(rank=R, factorization=factorization, init=rule, targets='qv'),
-    )
+    tree = init(toy.FULL, LoraConfig(rank=R, factorization=factorization, init=rule, targets='qv'))
     sizes = layout.axis_sizes(toy.FULL)
     for target, letters in (('q', fan_in_q), ('v', fan_in_v)):
       a = tree['layers']['attn'][target]['lora_a']
@@ -163,13 +155,9 @@ class TestInit:
     ('factorization', 'rank', 'side', 'path'),
     [('matrix', 14, 13, 'attn/q'), ('keras', 14, 13, 'attn/o')],
   )
-  def test_a_rank_beyond_a_kernels_side_is_refused(
-    self, factorization, rank, side, path
-  ):
+  def test_a_rank_beyond_a_kernels_side_is_refused(self, factorization, rank, side, path):
     config = dataclasses.replace(all_targets(factorization), rank=rank)
-    with pytest.raises(
-      ValueError, match=rf'lora.rank: got {rank}, .* at most {side}, .*{path}'
-    ):
+    with pytest.raises(ValueError, match=rf'lora.rank: got {rank}, .* at most {side}, .*{path}'):
       init(toy.FULL, config)
     # Of an adapter that is there already, it is what it is.
     there = dataclasses.replace(config, path='adapter')
@@ -215,10 +203,7 @@ def test_apply_and_deltas_equal_float64_einsum(path, factorization):
   a_axes, b_axes = factors_lib.factor_axes(equation, factorization)
   sizes = layout.axis_sizes(toy.FULL) | {'B': 2, 'T': 7, 'R': R}
   rng = np.random.default_rng(0)
-  x, a, b = (
-    rng.standard_normal([sizes[c] for c in axes])
-    for axes in (x_axes, a_axes, b_axes)
-  )
+  x, a, b = (rng.standard_normal([sizes[c] for c in axes]) for axes in (x_axes, a_axes, b_axes))
   product = f'{a_axes},{b_axes}->{w_axes}'
   update = np.einsum(product, a, b)
   x32, a32, b32 = (jnp.asarray(y, jnp.float32) for y in (x, a, b))
@@ -227,10 +212,7 @@ def test_apply_and_deltas_equal_float64_einsum(path, factorization):
   for layers, axis in (('layers', 1), ('layer_5', 0)):
     stack = lambda y, axis=axis: y[None] if axis else y
     factors = pytree.unflatten(
-      {
-        f'{layers}/{path}/lora_a': stack(a32),
-        f'{layers}/{path}/lora_b': stack(b32),
-      }
+      {f'{layers}/{path}/lora_a': stack(a32), f'{layers}/{path}/lora_b': stack(b32)}
     )
     got = factors_lib.deltas(factors, 1.7)
     want = pytree.unflatten({f'{layers}/{path}/w': 1.7 * stack(update)})
@@ -271,11 +253,7 @@ def test_gradients_of_apply_equal_those_of_one_einsum(path, factorization):
     found = jax.jit(jax.grad(total, (0, 1, 2)))(*arrays)
     return dict(zip('xab', found, strict=True))
 
-  for mapped, arrays in (
-    (None, one),
-    ((None, 0, 0), (x[0], a, b)),
-    ((0, 0, 0), (x, a, b)),
-  ):
+  for mapped, arrays in ((None, one), ((None, 0, 0), (x[0], a, b)), ((0, 0, 0), (x, a, b))):
     got = gradients(factors_lib.apply, mapped, arrays)
     toy.assert_close(got, gradients(plain_apply, mapped, arrays), 1e-5)
 
@@ -325,26 +303,17 @@ def params():
 
 
 @pytest.mark.parametrize('factorization', FACTORIZATIONS)
-def test_a_new_adapter_leaves_the_output_bit_equal(
-  hidden, params, factorization
-):
+def test_a_new_adapter_leaves_the_output_bit_equal(hidden, params, factorization):
   factors = init(toy.FULL, all_targets(factorization))
   got = hidden({'params': params, 'lora': factors_lib.effective(factors, 5.0)})
   np.testing.assert_array_equal(got, hidden({'params': params}))
 
 
 @pytest.mark.parametrize('factorization', FACTORIZATIONS)
-def test_merged_equals_adapter_and_differs_from_base(
-  hidden, params, factorization
-):
+def test_merged_equals_adapter_and_differs_from_base(hidden, params, factorization):
   factors = toy.factors(toy.FULL, all_targets(factorization))
   scale = all_targets(factorization).scale
-  adapted = hidden(
-    {
-      'params': params,
-      'lora': factors_lib.effective(factors, scale),
-    }
-  )
+  adapted = hidden({'params': params, 'lora': factors_lib.effective(factors, scale)})
   merged = hidden({'params': factors_lib.merge(params, factors, scale)})
   toy.assert_close(merged, adapted, 1e-4)
   assert np.abs(merged - hidden({'params': params})).max() > 0.1
@@ -365,9 +334,7 @@ class TestMerge:
 
   def test_asks_for_the_highest_precision(self):
     """A TPU would otherwise multiply float32 in bfloat16."""
-    jaxpr = str(
-      jax.make_jaxpr(lambda f: factors_lib.deltas(f, 1.0))(toy.factors())
-    )
+    jaxpr = str(jax.make_jaxpr(lambda f: factors_lib.deltas(f, 1.0))(toy.factors()))
     count = lambda text: jaxpr.count(text)
     assert count('dot_general') == 7
     assert count('precision=(Precision.HIGHEST, Precision.HIGHEST)') == 7

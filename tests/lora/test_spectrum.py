@@ -49,9 +49,7 @@ def test_values_are_those_of_the_update(adapter):
 def test_scanned_and_unrolled_agree():
   config = CONFIGS[0]
   scanned, unrolled = (
-    spectrum.singular_values(
-      toy.factors(lora_config=config, scan_layers=scan), config, toy.FULL
-    )
+    spectrum.singular_values(toy.factors(lora_config=config, scan_layers=scan), config, toy.FULL)
     for scan in (True, False)
   )
   toy.assert_close(unrolled, scanned, 1e-12)
@@ -88,12 +86,8 @@ def test_similarity():
   rng = np.random.default_rng(0)
   u = np.linalg.qr(rng.standard_normal((2, 13, 5)))[0]
   turn = np.linalg.qr(rng.standard_normal((3, 3)))[0]
-  np.testing.assert_allclose(
-    spectrum.similarity(u[..., :3] @ turn, u[..., :3]), 1
-  )
-  np.testing.assert_allclose(
-    spectrum.similarity(u[..., :2], u[..., 2:]), 0, atol=1e-12
-  )
+  np.testing.assert_allclose(spectrum.similarity(u[..., :3] @ turn, u[..., :3]), 1)
+  np.testing.assert_allclose(spectrum.similarity(u[..., :2], u[..., 2:]), 0, atol=1e-12)
   # One of two directions of the smaller lies in the larger.
   found = spectrum.similarity(u[..., [0, 4]], u[..., :3])
   np.testing.assert_allclose(found, 0.5)

@@ -28,17 +28,9 @@ TEACHER_RANK = 2
 RANKS = (1, 2, 3, 4)
 STEPS = 1500
 MODEL = dataclasses.replace(
-  toy.PLAIN,
-  vocab_size=29,
-  embed_dim=7,
-  hidden_dim=11,
-  num_layers=1,
-  num_heads=2,
-  head_dim=4,
+  toy.PLAIN, vocab_size=29, embed_dim=7, hidden_dim=11, num_layers=1, num_heads=2, head_dim=4
 )
-CONFIG = TrainConfig(
-  optimizer=OptimizerConfig(learning_rate=3e-2, schedule='cosine')
-)
+CONFIG = TrainConfig(optimizer=OptimizerConfig(learning_rate=3e-2, schedule='cosine'))
 
 
 def settings(rank):
@@ -64,16 +56,12 @@ def lesson(model, params, rows=6, length=7):
     'segment_ids': np.ones_like(tokens),
     'positions': np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
   }
-  hidden = step_lib.hidden_states(
-    model, {'params': params, 'lora': teacher()}, 1.0, batch
-  )
+  hidden = step_lib.hidden_states(model, {'params': params, 'lora': teacher()}, 1.0, batch)
   logits = hidden @ params['embedder']['input_embedding'].T
   p = np.asarray(jax.nn.softmax(logits), np.float64)  # [rows, length, V]
   entropy = -(p * np.log(p)).sum(-1).mean()
   batch = {name: np.repeat(x, V, 0) for name, x in batch.items()}
-  batch['targets'] = np.tile(
-    np.arange(V, dtype=np.int32)[:, None], (rows, length)
-  )
+  batch['targets'] = np.tile(np.arange(V, dtype=np.int32)[:, None], (rows, length))
   weights = np.moveaxis(p, -1, 1).reshape(rows * V, length)
   batch['weights'] = weights.astype(np.float32)
   return batch, entropy
@@ -84,9 +72,7 @@ def learnt():
   """(rank → its factors, function of factors → excess loss)."""
   model, params = Transformer(MODEL, remat='none'), toy.base(MODEL)
   batch, entropy = lesson(model, params)
-  initial = [
-    factors_lib.init(jax.random.key(0), MODEL, settings(rank)) for rank in RANKS
-  ]
+  initial = [factors_lib.init(jax.random.key(0), MODEL, settings(rank)) for rank in RANKS]
   trainable, frozen = state_lib.split(
     {'params': params, 'lora': batched.stack(align.align(initial))}, ('lora/',)
   )
@@ -106,14 +92,10 @@ def learnt():
 
   state = train(batched.init_state(trainable, tx))
   factors = {
-    rank: jax.device_get(
-      batched.cut(batched.member(state.trainable['lora'], i), rank)
-    )
+    rank: jax.device_get(batched.cut(batched.member(state.trainable['lora'], i), rank))
     for i, rank in enumerate(RANKS)
   }
-  eval_step = jax.jit(
-    step_lib.make_eval_step(model, scale=1.0, num_pieces=None)
-  )
+  eval_step = jax.jit(step_lib.make_eval_step(model, scale=1.0, num_pieces=None))
 
   def excess(tree):
     losses = eval_step({'params': params, 'lora': tree}, batch)
@@ -142,10 +124,7 @@ def test_spectra_show_as_many_values_as_the_teacher_has(learnt):
 def test_truncation_agrees(learnt):
   """Cut to the teacher's rank costs nothing; below it, what training has."""
   factors, excess = learnt
-  cut = {
-    rank: excess(spectrum.truncate(factors[4], settings(4), MODEL, rank))
-    for rank in RANKS
-  }
+  cut = {rank: excess(spectrum.truncate(factors[4], settings(4), MODEL, rank)) for rank in RANKS}
   assert abs(cut[4] - excess(factors[4])) < 1e-5
   assert abs(cut[2] - cut[4]) < 1e-3
   assert abs(cut[3] - cut[4]) < 1e-3

@@ -20,8 +20,7 @@ ATTEND = jax.jit(attention.einsum_attention, static_argnums=4)
 
 def context(q_positions, q_segment_ids, k_positions, k_segment_ids):
   arrays = [
-    jnp.array(x, jnp.int32)
-    for x in (q_positions, q_segment_ids, k_positions, k_segment_ids)
+    jnp.array(x, jnp.int32) for x in (q_positions, q_segment_ids, k_positions, k_segment_ids)
   ]
   return attention.Context(None, None, *arrays, index=None)
 
@@ -33,9 +32,7 @@ def test_visible_by_its_rule(window):
   k_positions = rng.integers(0, 9, (B, S))
   q_segments = rng.integers(0, 3, (B, T))
   k_segments = rng.integers(0, 3, (B, S))
-  got = attention.visible(
-    context(q_positions, q_segments, k_positions, k_segments), window
-  )
+  got = attention.visible(context(q_positions, q_segments, k_positions, k_segments), window)
   assert got.shape == (B, T, S)
   for b in range(B):
     for t in range(T):
@@ -126,7 +123,5 @@ def test_an_empty_cache_is_invisible():
   assert cache.k.shape == cache.v.shape == (toy.FULL.num_layers, B, S, K, H)
   assert cache.k.dtype == jnp.bfloat16
   ones = np.ones((B, T), np.int32)
-  seen = attention.visible(
-    context(ones * 5, ones, cache.positions, cache.segment_ids), None
-  )
+  seen = attention.visible(context(ones * 5, ones, cache.positions, cache.segment_ids), None)
   assert not seen.any()

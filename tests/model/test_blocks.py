@@ -9,11 +9,7 @@ import pytest
 from gemma_jax.config.train import MeshConfig
 from gemma_jax.model import attention, blocks
 from gemma_jax.training import sharding
-from tests.model.test_splash import (
-  assert_equals_einsum,
-  make,
-  output_and_gradients,
-)
+from tests.model.test_splash import assert_equals_einsum, make, output_and_gradients
 
 pytestmark = [
   pytest.mark.usefixtures('strict', 'quick_compile'),
@@ -22,8 +18,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-  ('length', 'window', 'cap'),
-  [(37, None, None), (128, 9, None), (300, None, 3.0), (300, 150, 3.0)],
+  ('length', 'window', 'cap'), [(37, None, None), (128, 9, None), (300, None, 3.0), (300, 150, 3.0)]
 )
 def test_equals_einsum(length, window, cap):
   """One block, a whole one, and a last one that is short."""
@@ -47,14 +42,8 @@ def test_equals_einsum_on_a_mesh(length):
   mesh = sharding.make_mesh(mesh_config)
   _, (*heads, positions, segments) = make(mesh_config, 4, length, 4, 2)
   rows = sharding.batch_sharding(mesh)
-  by_head = NamedSharding(
-    mesh,
-    PartitionSpec(sharding.BATCH, None, sharding.RULES.axis('N')),
-  )
-  arrays = (
-    *jax.device_put(heads, by_head),
-    *jax.device_put((positions, segments), rows),
-  )
+  by_head = NamedSharding(mesh, PartitionSpec(sharding.BATCH, None, sharding.RULES.axis('N')))
+  arrays = (*jax.device_put(heads, by_head), *jax.device_put((positions, segments), rows))
   assert_equals_einsum(blocks.attend, arrays, 150, 3.0)
 
 
@@ -63,9 +52,7 @@ def test_bfloat16_is_nearly_as_near_to_float32_as_einsum_is():
   _, arrays = make(MeshConfig(fsdp=1), 2, 300, 4, 2)
   half = *(x.astype(jnp.bfloat16) for x in arrays[:3]), *arrays[3:]
   exact = *(x.astype(jnp.float32) for x in half[:3]), *half[3:]
-  (_, want), want_grads = output_and_gradients(
-    attention.attend_by_einsum, None, None, *exact
-  )
+  (_, want), want_grads = output_and_gradients(attention.attend_by_einsum, None, None, *exact)
 
   def error(attend):
     (_, out), grads = output_and_gradients(attend, None, None, *half)

@@ -25,15 +25,10 @@ pytestmark = [
 @pytest.fixture(scope='module')
 def arrays():
   rng = np.random.default_rng(0)
-  q, k, v = (
-    jnp.asarray(rng.standard_normal((2, 37, n, 14), np.float32))
-    for n in (6, 2, 2)
-  )
+  q, k, v = (jnp.asarray(rng.standard_normal((2, 37, n, 14), np.float32)) for n in (6, 2, 2))
   batch = toy.batch(rows=2, length=37)
   positions, segments = batch['positions'], batch['segment_ids']
-  context = attention.Context(
-    None, None, positions, segments, positions, segments, None
-  )
+  context = attention.Context(None, None, positions, segments, positions, segments, None)
   return (q, k, v), context
 
 
@@ -67,9 +62,7 @@ def test_asks_for_cudnn(arrays):
 
 
 def gpu(capability):
-  return types.SimpleNamespace(
-    platform='gpu', device_kind='a GPU', compute_capability=capability
-  )
+  return types.SimpleNamespace(platform='gpu', device_kind='a GPU', compute_capability=capability)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,7 @@ def choose(name, config=variants.GEMMA_2B, dtype='bfloat16', mesh=CPU):
 
 def gpu_mesh(capability):
   """Stands in for a mesh on a GPU, of which there is none here."""
-  device = types.SimpleNamespace(
-    platform='gpu', device_kind='a GPU', compute_capability=capability
-  )
+  device = types.SimpleNamespace(platform='gpu', device_kind='a GPU', compute_capability=capability)
   return types.SimpleNamespace(devices=np.array([[[device]]]))
 
 

@@ -53,16 +53,13 @@ def test_rms_norm_of_zeros_is_zero():
 
 
 @pytest.mark.parametrize(
-  ('dtype', 'factor'),
-  [(jnp.bfloat16, 45.25), (jnp.float32, np.float32(math.sqrt(2048)))],
+  ('dtype', 'factor'), [(jnp.bfloat16, 45.25), (jnp.float32, np.float32(math.sqrt(2048)))]
 )
 def test_embedding_is_scaled_by_the_rounded_root(dtype, factor):
   table = normal(0, (V, 2048), dtype)
   tokens = jnp.array([[3, 52, 0], [7, 7, 1]])
   embedder = Embedder(V, 2048, dtype)
-  got = embedder.apply(
-    {'params': {'input_embedding': table}}, tokens, method='encode'
-  )
+  got = embedder.apply({'params': {'input_embedding': table}}, tokens, method='encode')
   assert got.dtype == dtype
   np.testing.assert_array_equal(got, table[tokens] * jnp.array(factor, dtype))
 
@@ -72,9 +69,7 @@ def test_logits_are_float32_products_with_the_same_table():
   got = Embedder(V, D, jnp.bfloat16).apply(
     {'params': {'input_embedding': table}}, x, method='decode'
   )
-  want = np.einsum(
-    'BTD,VD->BTV', np.asarray(x, np.float64), np.asarray(table, np.float64)
-  )
+  want = np.einsum('BTD,VD->BTV', np.asarray(x, np.float64), np.asarray(table, np.float64))
   assert got.dtype == jnp.float32
   np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -101,9 +96,7 @@ def test_gelu_is_the_tanh_approximation():
     y = np.asarray(x, np.float64)
     return (gelu(y @ gate) * (y @ up)) @ down
 
-  tanh = lambda z: (
-    0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
-  )
+  tanh = lambda z: 0.5 * z * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
   exact = lambda z: 0.5 * z * (1 + np.vectorize(math.erf)(z / math.sqrt(2)))
   toy.assert_close(got, mlp(tanh), 1e-5)
   assert np.abs(got - mlp(exact)).max() > 1e-4  # the two can be told apart
@@ -127,9 +120,7 @@ def test_einsum_adds_the_adapter_that_it_is_given(dtype):
 
 def test_a_float32_kernel_does_not_widen_bfloat16_activations():
   x = normal(0, (B, T, D), jnp.bfloat16)
-  y = Einsum('BTD,DF->BTF', (D, F)).apply(
-    {'params': {'w': normal(1, (D, F))}}, x
-  )
+  y = Einsum('BTD,DF->BTF', (D, F)).apply({'params': {'w': normal(1, (D, F))}}, x)
   assert y.dtype == jnp.bfloat16
 
 

@@ -14,9 +14,7 @@ from tests import toy
 @pytest.mark.parametrize('config', toy.CONFIGS.values(), ids=toy.CONFIGS)
 def test_table_is_the_tree_that_the_model_makes(config, scan_layers):
   model = Transformer(config, scan_layers=scan_layers)
-  made = jax.eval_shape(
-    model.init, jax.random.key(0), jnp.zeros((2, 3), jnp.int32)
-  )
+  made = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 3), jnp.int32))
   assert dict(pytree.items(made['params'])) == dict(
     pytree.items(layout.abstract_params(config, scan_layers=scan_layers))
   )
@@ -32,9 +30,7 @@ def test_axes_of_one_leaf_are_those_of_its_equation():
 def test_stack_undoes_unstack():
   tree = toy.base(toy.FULL)
   unrolled = layout.unstack_layers(tree)
-  assert sorted(unrolled) == [
-    'embedder', 'final_norm', 'layer_0', 'layer_1', 'layer_2'
-  ]  # fmt: skip
+  assert sorted(unrolled) == ['embedder', 'final_norm', 'layer_0', 'layer_1', 'layer_2']
   toy.assert_equal(layout.stack_layers(unrolled), tree)
 
 

@@ -53,9 +53,7 @@ def load(name: str) -> Family:
   mask = jnp.asarray(reference['attention_mask'], jnp.int32)
   # Logits at t are scored by the label at t + 1; -100 does not count, and the
   # last position predicts nothing.
-  labels = np.pad(
-    reference['labels'][:, 1:], ((0, 0), (0, 1)), constant_values=-100
-  )
+  labels = np.pad(reference['labels'][:, 1:], ((0, 0), (0, 1)), constant_values=-100)
   batch = {
     'tokens': jnp.asarray(reference['input_ids'], jnp.int32),
     'segment_ids': mask,
@@ -83,21 +81,12 @@ def forward(name: str):
   def run(params):
     variables = {'params': params}
     hidden, sown = model.apply(
-      variables,
-      family.batch['tokens'],
-      family.batch['segment_ids'],
-      mutable='intermediates',
+      variables, family.batch['tokens'], family.batch['segment_ids'], mutable='intermediates'
     )
     logits = model.apply(variables, hidden, method='logits')
     loss = toy.loss(model, variables, family.batch)
     sown = sown['intermediates']
-    return (
-      sown['embedded'][0],
-      sown['layers']['hidden'][0],
-      hidden,
-      logits,
-      loss,
-    )
+    return (sown['embedded'][0], sown['layers']['hidden'][0], hidden, logits, loss)
 
   return jax.jit(run)
 
@@ -116,9 +105,7 @@ class Adapted(NamedTuple):
 @functools.cache
 def adapted(name: str, tag: str) -> Adapted:
   family = load(name)
-  lora_config, factors = peft.read_adapter(
-    family.folder / f'adapter_{tag}', family.config
-  )
+  lora_config, factors = peft.read_adapter(family.folder / f'adapter_{tag}', family.config)
   model = Transformer(family.config)
 
   def run(variables):
@@ -142,14 +129,10 @@ def trained(name: str, tag: str) -> tuple[list[np.ndarray], Any]:
   The optimizer is set as torch.optim.AdamW was: no decay, no clipping.
   """
   family, adapter = load(name), adapted(name, tag)
-  config = OptimizerConfig(
-    learning_rate=1e-2, schedule='constant', weight_decay=0.0, clip_norm=0.0
-  )
+  config = OptimizerConfig(learning_rate=1e-2, schedule='constant', weight_decay=0.0, clip_norm=0.0)
   patterns = ('lora/',)
   tx = optimizer.make_optimizer(config, 4, patterns)
-  trainable, frozen = state_lib.split(
-    {'params': family.params, 'lora': adapter.factors}, patterns
-  )
+  trainable, frozen = state_lib.split({'params': family.params, 'lora': adapter.factors}, patterns)
   state = state_lib.init_state(trainable, tx)
   step = jax.jit(
     step_lib.make_train_step(
@@ -167,9 +150,7 @@ def trained(name: str, tag: str) -> tuple[list[np.ndarray], Any]:
     if i == 0:
       # The first moment starts at zero: it is (1 - b1) times the gradient.
       (mu,) = (
-        leaf.mu
-        for leaf in jax.tree.leaves(state.opt_state, is_leaf=_is_adam)
-        if _is_adam(leaf)
+        leaf.mu for leaf in jax.tree.leaves(state.opt_state, is_leaf=_is_adam) if _is_adam(leaf)
       )
       gradients = jax.tree.map(lambda m: m / (1 - config.b1), mu['lora'])
   return losses, gradients
@@ -262,8 +243,10 @@ def test_patterns_of_rank_and_alpha(tmp_path):
   """Layers of unlike rank in one scan, active, merged and written back."""
   family, adapter = load('gemma1'), adapted('gemma1', 'patterns')
   assert adapter.lora_config.ranks == {
-    'layer_0/attn/q': 2, 'layer_0/mlp/up': 5, 'layer_1/mlp/up': 5,
-  }  # fmt: skip
+    'layer_0/attn/q': 2,
+    'layer_0/mlp/up': 5,
+    'layer_1/mlp/up': 5,
+  }
   assert adapter.factors['layers']['attn']['q']['lora_a'].shape == (2, 64, 4)
   assert_logits(family, adapter.logits, adapter.reference['logits'])
   toy.assert_close(adapter.loss, family.meta['patterns.loss'], 1e-5)
@@ -271,9 +254,7 @@ def test_patterns_of_rank_and_alpha(tmp_path):
   merged = factors_lib.merge(family.params, adapter.factors, scale)
   *_, logits, _ = forward('gemma1')(merged)
   assert_logits(family, logits, adapter.reference['merged_logits'])
-  peft.write_adapter(
-    tmp_path / 'a', adapter.factors, adapter.lora_config, 'base'
-  )
+  peft.write_adapter(tmp_path / 'a', adapter.factors, adapter.lora_config, 'base')
   written = load_file(tmp_path / 'a' / peft.WEIGHTS_NAME)
   count = sum(x.size for x in written.values())
   assert count == family.meta['patterns.trainable']

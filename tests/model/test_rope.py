@@ -41,10 +41,7 @@ def test_rotates_the_halves_against_each_other():
   positions = jnp.broadcast_to(jnp.arange(T)[None] + 3, (B, T))
   got = rope.apply(x, *rope.rotations(positions, H, 100.0))
   angles = reference(np.asarray(positions), 100.0, 1.0)[:, :, None]
-  pairs = (
-    np.asarray(x, np.float64)[..., : H // 2]
-    + 1j * np.asarray(x, np.float64)[..., H // 2 :]
-  )
+  pairs = np.asarray(x, np.float64)[..., : H // 2] + 1j * np.asarray(x, np.float64)[..., H // 2 :]
   turned = pairs * np.exp(1j * angles)
   want = np.concatenate([turned.real, turned.imag], axis=-1)
   np.testing.assert_allclose(got, want, atol=1e-5)
@@ -54,9 +51,7 @@ def test_scores_depend_on_the_distance_alone():
   q, k = jax.random.normal(jax.random.key(1), (2, 1, 1, HEADS, H))
 
   def score(q_position, k_position):
-    turn = lambda x, position: rope.apply(
-      x, *rope.rotations(jnp.array([[position]]), H, 1e4)
-    )
+    turn = lambda x, position: rope.apply(x, *rope.rotations(jnp.array([[position]]), H, 1e4))
     return jnp.sum(turn(q, q_position) * turn(k, k_position))
 
   np.testing.assert_allclose(score(17, 6), score(111, 100), rtol=1e-4)
@@ -73,8 +68,6 @@ def test_bfloat16_is_rotated_in_float32_and_cast_last():
 
 
 def test_linear_scaling_divides_positions():
-  at = lambda position, scale: rope.rotations(
-    jnp.array([[position]]), H, 1e4, scale
-  )
+  at = lambda position, scale: rope.rotations(jnp.array([[position]]), H, 1e4, scale)
   for got, want in zip(at(88, 8.0), at(11, 1.0), strict=True):
     np.testing.assert_allclose(got, want, atol=1e-6)

@@ -24,9 +24,7 @@ H = 16
 def make(mesh_config, rows, length, heads, kv_heads):
   """(attend, arrays): q, k, v and packed segments that end in padding."""
   mesh = sharding.make_mesh(mesh_config)
-  attend = splash.Splash(
-    mesh, sharding.BATCH, sharding.RULES.axis('N'), interpret=True
-  )
+  attend = splash.Splash(mesh, sharding.BATCH, sharding.RULES.axis('N'), interpret=True)
   rng = np.random.default_rng(length)
   q, k, v = (
     jnp.asarray(rng.standard_normal((rows, length, n, H), np.float32))
@@ -39,9 +37,7 @@ def make(mesh_config, rows, length, heads, kv_heads):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def output_and_gradients(attend, window, cap, q, k, v, positions, segments):
   def total(q, k, v):
-    context = attention.Context(
-      None, None, positions, segments, positions, segments, None
-    )
+    context = attention.Context(None, None, positions, segments, positions, segments, None)
     out = attend(q, k, v, context, window, cap)
     return jnp.sum(jnp.sin(out)), out
 
@@ -50,9 +46,7 @@ def output_and_gradients(attend, window, cap, q, k, v, positions, segments):
 
 def assert_equals_einsum(attend, arrays, window, cap):
   (_, out), grads = output_and_gradients(attend, window, cap, *arrays)
-  (_, want), want_grads = output_and_gradients(
-    attention.attend_by_einsum, window, cap, *arrays
-  )
+  (_, want), want_grads = output_and_gradients(attention.attend_by_einsum, window, cap, *arrays)
   toy.assert_close(
     dict(zip('oqkv', (out, *grads), strict=True)),
     dict(zip('oqkv', (want, *want_grads), strict=True)),

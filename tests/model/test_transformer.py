@@ -57,8 +57,7 @@ def loss_and_gradients(scan_layers, remat):
 
 
 @pytest.mark.parametrize(
-  ('scan_layers', 'remat'),
-  [(True, 'none'), (True, 'dots'), (False, 'full'), (False, 'none')],
+  ('scan_layers', 'remat'), [(True, 'none'), (True, 'dots'), (False, 'full'), (False, 'none')]
 )
 def test_scan_and_remat_change_neither_loss_nor_gradients(scan_layers, remat):
   value, grads = loss_and_gradients(scan_layers, remat)
@@ -118,16 +117,10 @@ def test_tokens_depend_on_earlier_ones_only(apply):
   np.testing.assert_array_equal(changed, np.arange(11) >= 6)
 
 
-@pytest.mark.parametrize(
-  ('is_local', 'reach'), [(True, 4), (False, 11)], ids=['local', 'global']
-)
+@pytest.mark.parametrize(('is_local', 'reach'), [(True, 4), (False, 11)], ids=['local', 'global'])
 @pytest.mark.parametrize('scan_layers', [True, False])
-def test_a_local_layer_sees_its_window_and_a_global_one_all(
-  is_local, reach, scan_layers
-):
-  config = dataclasses.replace(
-    toy.FULL, num_layers=1, layer_is_local=(is_local,)
-  )
+def test_a_local_layer_sees_its_window_and_a_global_one_all(is_local, reach, scan_layers):
+  config = dataclasses.replace(toy.FULL, num_layers=1, layer_is_local=(is_local,))
   model = Transformer(config, scan_layers=scan_layers)
   params = toy.base(config, scan_layers)
   tokens = random_tokens(1, 11)
@@ -146,9 +139,7 @@ def test_cached_decoding_equals_the_full_forward_pass(variables, apply):
   for i, n in enumerate(lengths):
     rows[i, prefill - n :] = tokens[i, :n]
   cache = init_cache(toy.FULL, 2, 13, jnp.float32)
-  decode = jax.jit(
-    lambda *args: MODEL.apply(variables, *args),
-  )
+  decode = jax.jit(lambda *args: MODEL.apply(variables, *args))
   segment_ids = jnp.asarray(rows > 0, jnp.int32)
   hidden, cache = decode(jnp.asarray(rows), segment_ids, None, cache)
   whole = apply(tokens)

@@ -27,11 +27,7 @@ def test_parameters_equal_those_of_the_release(name, scan_layers):
 
 @pytest.mark.parametrize(
   ('num_layers', 'locals_per_global', 'expected'),
-  [
-    (5, 2, (True, True, False, True, True)),
-    (3, 1, (True, False, True)),
-    (2, 0, (False, False)),
-  ],
+  [(5, 2, (True, True, False, True, True)), (3, 1, (True, False, True)), (2, 0, (False, False))],
 )
 def test_alternating(num_layers, locals_per_global, expected):
   assert variants.alternating(num_layers, locals_per_global) == expected
@@ -47,9 +43,7 @@ def test_alternating(num_layers, locals_per_global, expected):
 )
 def test_global_layers(name, global_layers):
   flags = variants.get(name).layer_is_local
-  assert [i for i, is_local in enumerate(flags) if not is_local] == (
-    global_layers
-  )
+  assert [i for i, is_local in enumerate(flags) if not is_local] == (global_layers)
 
 
 def test_every_switch_differs_between_the_tiny_variants_as_in_the_families():
@@ -62,9 +56,12 @@ def test_every_switch_differs_between_the_tiny_variants_as_in_the_families():
     for field in ('use_qk_norm', 'use_post_norms'):
       assert getattr(tiny, field) == getattr(real, field)
     for field in (
-      'layer_is_local', 'window_size', 'rope_local_theta',
-      'attention_softcap', 'final_softcap',
-    ):  # fmt: skip
+      'layer_is_local',
+      'window_size',
+      'rope_local_theta',
+      'attention_softcap',
+      'final_softcap',
+    ):
       assert (getattr(tiny, field) is None) == (getattr(real, field) is None)
     if tiny.layer_is_local:
       assert set(tiny.layer_is_local) == {True, False}

@@ -20,9 +20,7 @@ from tests import run_toy, toy
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
 STEPS = 50
-CONFIG = TrainConfig(
-  optimizer=dataclasses.replace(toy.ADAMW, schedule='cosine', warmup_steps=7)
-)
+CONFIG = TrainConfig(optimizer=dataclasses.replace(toy.ADAMW, schedule='cosine', warmup_steps=7))
 
 # (rank, alpha, rule, learning rate, seed): no two alike.
 MEMBERS = (
@@ -33,9 +31,7 @@ MEMBERS = (
 
 
 def lora_config(rank, alpha, rule):
-  return LoraConfig(
-    rank=rank, alpha=alpha, scale_rule=rule, targets='q|v|down', dropout=0.2
-  )
+  return LoraConfig(rank=rank, alpha=alpha, scale_rule=rule, targets='q|v|down', dropout=0.2)
 
 
 def factors(rank, alpha, rule):
@@ -54,9 +50,7 @@ def together(batches, request):
   All of them mapped, and one after the other.
   """
   together = batched.stack(align.align([factors(*m[:3]) for m in MEMBERS]))
-  trainable, frozen = state_lib.split(
-    {'params': toy.base(), 'lora': together}, ('lora/',)
-  )
+  trainable, frozen = state_lib.split({'params': toy.base(), 'lora': together}, ('lora/',))
   members = batched.Members(
     scale=jnp.array([lora_config(*m[:3]).scale for m in MEMBERS]),
     learning_rate=jnp.array([m[3] for m in MEMBERS]),
@@ -64,9 +58,7 @@ def together(batches, request):
   )
   model = Transformer(toy.FULL, dropout=0.2)
   step = jax.jit(
-    batched.make_train_step(
-      model, CONFIG, 100, num_pieces=None, at_once=request.param
-    )
+    batched.make_train_step(model, CONFIG, 100, num_pieces=None, at_once=request.param)
   )
   tx = optimizer.make_optimizer(CONFIG.optimizer, 100, ('lora/',))
   state = batched.init_state(trainable, tx)

@@ -34,9 +34,7 @@ def make_state(rank=3, dtype=jnp.float32):
 
 
 def abstract(state):
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-  )
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
 
 
 @pytest.fixture(scope='module')
@@ -57,9 +55,7 @@ def test_restores_every_leaf_bit_for_bit(saved):
   restored = checkpoints.restore(4, abstract(state))
   checkpoints.close()
   assert jax.tree.structure(restored) == jax.tree.structure(state)
-  for (name, got), (_, want) in zip(
-    pytree.items(restored), pytree.items(state), strict=True
-  ):
+  for (name, got), (_, want) in zip(pytree.items(restored), pytree.items(state), strict=True):
     np.testing.assert_array_equal(got, want, err_msg=name)
     assert got.dtype == want.dtype
 
@@ -130,17 +126,10 @@ def test_checksums_are_part_of_the_commit(tmp_path, monkeypatch):
 
   monkeypatch.setattr(checksums, 'seal', recording)
   root = two_steps(tmp_path)
-  assert sealed == [
-    '4.orbax-checkpoint-tmp',
-    '4',
-    '6.orbax-checkpoint-tmp',
-    '6',
-  ]
+  assert sealed == ['4.orbax-checkpoint-tmp', '4', '6.orbax-checkpoint-tmp', '6']
   for step in (4, 6):
     sums = json.loads((root / str(step) / checksums.CHECKSUMS).read_text())
-    names = {
-      str(p.relative_to(root / str(step))) for p in files_of(root / str(step))
-    }
+    names = {str(p.relative_to(root / str(step))) for p in files_of(root / str(step))}
     assert sums.keys() == names - {checksums.CHECKSUMS}
 
 
@@ -193,9 +182,7 @@ def test_a_step_set_aside_is_saved_again(tmp_path):
   assert checksums.newest_good(epath.Path(root)) == (6, {})
 
 
-def test_an_unchecked_step_is_used_aloud_if_it_is_the_only_one(
-  saved, caplog, tmp_path
-):
+def test_an_unchecked_step_is_used_aloud_if_it_is_the_only_one(saved, caplog, tmp_path):
   shutil.copytree(saved, tmp_path / 'run')
   (tmp_path / 'run' / 'checkpoints' / '4' / checksums.CHECKSUMS).unlink()
   checkpoints = Checkpoints(str(tmp_path / 'run'))

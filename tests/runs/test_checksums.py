@@ -36,15 +36,10 @@ def test_one_flipped_bit_is_found(folder, bit):
 def test_truncation_and_removal_are_found(folder):
   (folder / 'state' / 'd' / 'a').write_bytes(bytes(range(250)))
   (folder / 'empty').unlink()
-  assert sorted(checksums.defects(folder)) == [
-    'empty is missing',
-    'state/d/a has 250 bytes of 251',
-  ]
+  assert sorted(checksums.defects(folder)) == ['empty is missing', 'state/d/a has 250 bytes of 251']
 
 
-@pytest.mark.parametrize(
-  'content', [b'', b'{', b'[]', b'{"a": 1}', b'{"a": [1]}', b'\xff\xfe']
-)
+@pytest.mark.parametrize('content', [b'', b'{', b'[]', b'{"a": 1}', b'{"a": [1]}', b'\xff\xfe'])
 def test_damaged_checksums_are_a_defect(folder, content):
   (folder / checksums.CHECKSUMS).write_bytes(content)
   assert checksums.defects(folder) == ['checksums.json is damaged']
@@ -125,9 +120,6 @@ def test_setting_aside_keeps_the_files_each_time(tmp_path):
   for _ in range(2):
     make_steps(root, 4)
     checksums.set_aside(root, 4)
-  assert sorted(p.name for p in root.iterdir()) == [
-    '4.set_aside',
-    '4.set_aside2',
-  ]
+  assert sorted(p.name for p in root.iterdir()) == ['4.set_aside', '4.set_aside2']
   assert (root / '4.set_aside2' / 'a').exists()
   assert checksums.steps(root) == []

@@ -11,9 +11,7 @@ def test_names_base_adapter_optimizer_data_and_steps(tmp_path):
   run = run_lib.prepare(config.resolve())
   lines = describe.describe(run).splitlines()
   assert lines[0] == 'base: random:tiny3, float32 weights, float32 activations'
-  assert lines[1] == (
-    'adapter: LoRA, rank 3 on q k v o gate up down, scale 5.33333, dropout 0.1'
-  )
+  assert lines[1] == ('adapter: LoRA, rank 3 on q k v o gate up down, scale 5.33333, dropout 0.1')
   assert lines[2] == 'adapter: rank 2 at layer_1/.*'
   assert 'AdamW, learning rate 0.01 constant' in lines[3]
   assert lines[5].startswith('training: 19 records')

@@ -47,10 +47,7 @@ def test_refuses_what_the_run_would_refuse(records, tmp_path):
 
 def test_control_tokens_cannot_be_taken_for_text(tmp_path):
   """A chat shows its turns; what a text spells stays what it spells."""
-  rows = [
-    {'prompt': f'<start_of_turn>or⟨bos⟩{i}?', 'response': 'Hi', 'id': i}
-    for i in range(30)
-  ]
+  rows = [{'prompt': f'<start_of_turn>or⟨bos⟩{i}?', 'response': 'Hi', 'id': i} for i in range(30)]
   path = data_toy.write_jsonl(tmp_path / 'records.jsonl', rows)
   tokenizer = tmp_path / 'tokenizer.model'
   toy = data_toy.make_tokenizer(runs=(), words=())

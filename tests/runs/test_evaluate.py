@@ -29,9 +29,7 @@ def test_does_not_depend_on_how_rows_are_batched():
     lambda batch: LOSSES * batch['weights'], [({'weights': WEIGHTS}, IDS)], 3
   )
   losses = iter(LOSSES)
-  apart = evaluate.evaluate(
-    lambda batch: next(losses)[None] * batch['weights'], rows, 3
-  )
+  apart = evaluate.evaluate(lambda batch: next(losses)[None] * batch['weights'], rows, 3)
   np.testing.assert_array_equal(together.nll, apart.nll)
 
 
@@ -42,9 +40,7 @@ def test_nothing_supervised_gives_zero():
 
 def test_stops_when_asked():
   with pytest.raises(evaluate.Stopped):
-    evaluate.evaluate(
-      lambda batch: LOSSES, [({'weights': WEIGHTS}, IDS)], 3, lambda: True
-    )
+    evaluate.evaluate(lambda batch: LOSSES, [({'weights': WEIGHTS}, IDS)], 3, lambda: True)
 
 
 def test_interval_covers_a_known_difference():

@@ -30,12 +30,8 @@ def evaluate(config, names):
 def test_gives_the_losses_of_training(trained):
   config, result = trained
   base, adapted = evaluate(config, ['base', result['adapter']])
-  np.testing.assert_allclose(
-    base[2].nll_per_token, result['loss_base'], rtol=1e-6
-  )
-  np.testing.assert_allclose(
-    adapted[2].nll_per_token, result['loss_adapted'], rtol=1e-6
-  )
+  np.testing.assert_allclose(base[2].nll_per_token, result['loss_base'], rtol=1e-6)
+  np.testing.assert_allclose(adapted[2].nll_per_token, result['loss_adapted'], rtol=1e-6)
   assert len(base[2].nll) == 9
 
 
@@ -61,21 +57,14 @@ def test_packing_does_not_change_a_record(trained):
   packed = evaluate(config, ['base'])[0][2]
   config = run_toy.config(config.data.eval_path)
   config.data.packing = False
-  ((_, _, padded),) = evaluate_adapters.evaluate_adapters(
-    config.resolve(), ['base']
-  )
+  ((_, _, padded),) = evaluate_adapters.evaluate_adapters(config.resolve(), ['base'])
   np.testing.assert_allclose(packed.nll, padded.nll, rtol=1e-5)
   np.testing.assert_array_equal(packed.tokens, padded.tokens)
 
 
-def test_records_are_scored_whole_unless_a_length_is_given(
-  trained, tmp_path, monkeypatch, caplog
-):
+def test_records_are_scored_whole_unless_a_length_is_given(trained, tmp_path, monkeypatch, caplog):
   """Long ones in longer rows; the sums are those of one long row."""
-  rows = [
-    {'prompt': f'Q{i}', 'response': 'abcdefg ' * (1 + 11 * (i % 5))}
-    for i in range(11)
-  ]
+  rows = [{'prompt': f'Q{i}', 'response': 'abcdefg ' * (1 + 11 * (i % 5))} for i in range(11)]
   path = data_toy.write_jsonl(tmp_path / 'long.jsonl', rows)
 
   def score(seq_len, rows=512):

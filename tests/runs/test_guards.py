@@ -8,18 +8,11 @@ from gemma_jax.runs import guards
 
 
 def line(**changes):
-  return {
-    'loss_nats_per_token': 2.5,
-    'grad_norm': 1.5,
-    'learning_rate': 1e-3,
-    **changes,
-  }
+  return {'loss_nats_per_token': 2.5, 'grad_norm': 1.5, 'learning_rate': 1e-3, **changes}
 
 
 def make_guard(max_skipped=0, skipped=None):
-  return guards.Guard(
-    max_skipped, [] if skipped is None else skipped, lambda step: [step, 11]
-  )
+  return guards.Guard(max_skipped, [] if skipped is None else skipped, lambda step: [step, 11])
 
 
 @pytest.mark.parametrize('name', ['loss_nats_per_token', 'grad_norm'])
@@ -40,11 +33,7 @@ def test_skips_up_to_the_limit_and_then_stops(caplog):
   skipped = [2]
   guard = make_guard(3, skipped)
   found = guard.check(5, line(grad_norm=math.nan))
-  assert found == {
-    'loss_nats_per_token': 2.5,
-    'learning_rate': 1e-3,
-    'skipped_updates': 2,
-  }
+  assert found == {'loss_nats_per_token': 2.5, 'learning_rate': 1e-3, 'skipped_updates': 2}
   assert 'training records 4, 11' in caplog.text
   guard.check(7, line(grad_norm=math.inf))
   assert skipped == [2, 5, 7]

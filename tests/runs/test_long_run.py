@@ -29,10 +29,7 @@ def resources():
 def test_nothing_grows_and_what_is_written_can_be_read(tmp_path):
   workdir = tmp_path / 'run'
   config = run_toy.config(
-    run_toy.write_records(tmp_path),
-    steps=STEPS,
-    eval_every_steps=100,
-    checkpoint_every_steps=50,
+    run_toy.write_records(tmp_path), steps=STEPS, eval_every_steps=100, checkpoint_every_steps=50
   ).resolve()
   samples = {}
 
@@ -42,9 +39,7 @@ def test_nothing_grows_and_what_is_written_can_be_read(tmp_path):
     if step % 20 == 0 and step not in samples:
       samples[step] = resources()
     if step % 500 == 250:  # while it is written
-      assert [r['step'] for r in rows if 'grad_norm' in r] == list(
-        range(1, step + 1)
-      )
+      assert [r['step'] for r in rows if 'grad_norm' in r] == list(range(1, step + 1))
       assert read_events(workdir)
     return False
 
@@ -53,11 +48,7 @@ def test_nothing_grows_and_what_is_written_can_be_read(tmp_path):
   late = [x for step, x in samples.items() if step >= STEPS - SETTLED]
   assert len(early) > 10
   assert len(late) > 10
-  for i, (name, slack) in enumerate(
-    (('bytes', 32 << 20), ('files', 2), ('threads', 2))
-  ):
+  for i, (name, slack) in enumerate((('bytes', 32 << 20), ('files', 2), ('threads', 2))):
     before, after = (statistics.median(x[i] for x in s) for s in (early, late))
-    print(
-      f'{name}: {before:,} at {SETTLED}-{2 * SETTLED}, {after:,} at the end'
-    )
+    print(f'{name}: {before:,} at {SETTLED}-{2 * SETTLED}, {after:,} at the end')
     assert after <= before + slack, name

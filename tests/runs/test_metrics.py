@@ -93,8 +93,6 @@ def read_events(workdir):
       (size,) = struct.unpack('<Q', content[:8])
       event = event_pb2.Event.FromString(content[12 : 12 + size])
       content = content[16 + size :]
-      events += [
-        (v.tag, event.step, v.simple_value) for v in event.summary.value
-      ]
+      events += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
     found.append(events)
   return found

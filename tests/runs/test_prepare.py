@@ -29,9 +29,7 @@ def test_abstract_state_is_what_a_start_would_make(run):
 def test_steps_follow_epochs_unless_given(run, tmp_path):
   records = run.config.data.path
   given = run_lib.prepare(run_toy.config(records, steps=5).resolve())
-  counted = run_lib.prepare(
-    run_toy.config(records, steps=0, epochs=2.0).resolve()
-  )
+  counted = run_lib.prepare(run_toy.config(records, steps=0, epochs=2.0).resolve())
   rows = counted.plan.rows_per_epoch(0) + counted.plan.rows_per_epoch(1)
   assert given.steps == 5
   assert counted.steps == -(-rows // 2)
@@ -97,8 +95,4 @@ def test_ids_of_rows_that_are_no_tokens_are_refused(tmp_path):
   with pytest.raises(ValueError, match=message):
     run_lib.prepare(run_toy.config(str(path)).resolve())
   with pytest.raises(ValueError, match=message):
-    next(
-      evaluate_adapters.evaluate_adapters(
-        run_toy.config(str(path)).resolve(), ['base']
-      )
-    )
+    next(evaluate_adapters.evaluate_adapters(run_toy.config(str(path)).resolve(), ['base']))

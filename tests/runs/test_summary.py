@@ -9,9 +9,7 @@ from gemma_jax.runs import metrics, summary
 
 def summarize(variant, trainable=('lora/',), scan_layers=True, **lora):
   config = TrainConfig(
-    trainable=trainable,
-    model=BaseConfig(scan_layers=scan_layers),
-    lora=LoraConfig(rank=4, **lora),
+    trainable=trainable, model=BaseConfig(scan_layers=scan_layers), lora=LoraConfig(rank=4, **lora)
   )
   return summary.summarize(config.resolve(), variants.get(variant))
 
@@ -82,8 +80,6 @@ def test_json_and_table_agree():
   assert 'params/embedder' not in found.table(leaves=False)
 
 
-@pytest.mark.parametrize(
-  ('size', 'text'), [(7, '7 B'), (1536, '1.50 KiB'), (2**31, '2.00 GiB')]
-)
+@pytest.mark.parametrize(('size', 'text'), [(7, '7 B'), (1536, '1.50 KiB'), (2**31, '2.00 GiB')])
 def test_bytes_are_readable(size, text):
   assert summary.format_bytes(size) == text

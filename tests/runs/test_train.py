@@ -106,9 +106,7 @@ def test_finished_run_changes_nothing(finished, records):
 
 
 @pytest.mark.parametrize('asked', [0, 1, 2, 4, 6, 9, 12])
-def test_stopped_and_resumed_equals_uninterrupted(
-  finished, records, tmp_path, asked, caplog
-):
+def test_stopped_and_resumed_equals_uninterrupted(finished, records, tmp_path, asked, caplog):
   """Stops before the first step, in the first evaluation, between checkpoints
   and in a later evaluation."""
   config = run_toy.config(records).resolve()
@@ -118,12 +116,9 @@ def test_stopped_and_resumed_equals_uninterrupted(
   assert f'Stopped at step {step or 0} of 7' in caplog.text
   result = train.train(config, str(tmp_path))
   assert adapter_bytes(tmp_path) == adapter_bytes(finished[0])
-  assert adapter_bytes(tmp_path, 'adapter_best') == adapter_bytes(
-    finished[0], 'adapter_best'
-  )
+  assert adapter_bytes(tmp_path, 'adapter_best') == adapter_bytes(finished[0], 'adapter_best')
   timeless = lambda rows: [
-    {k: v for k, v in row.items() if not k.endswith(('secs', 'per_sec'))}
-    for row in rows
+    {k: v for k, v in row.items() if not k.endswith(('secs', 'per_sec'))} for row in rows
   ]
   assert timeless(metrics.read(tmp_path / 'metrics.jsonl')) == timeless(
     metrics.read(finished[0] / 'metrics.jsonl')
@@ -152,20 +147,14 @@ def test_a_run_in_an_object_store(finished, records, tmp_path):
 
 def snapshot(folder):
   """Bytes and times of all files below a folder."""
-  return {
-    p: (p.stat().st_mtime_ns, p.read_bytes())
-    for p in Path(folder).rglob('*')
-    if p.is_file()
-  }
+  return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in Path(folder).rglob('*') if p.is_file()}
 
 
 def test_a_finished_run_is_moved_with_its_records(finished, tmp_path):
   """The path that it names is the new one, wherever the records lie."""
   moved = tmp_path / 'moved'
   shutil.copytree(finished[0], moved)
-  result = train.train(
-    run_toy.config(run_toy.write_records(tmp_path)).resolve(), str(moved)
-  )
+  result = train.train(run_toy.config(run_toy.write_records(tmp_path)).resolve(), str(moved))
   assert result == {**finished[1], 'adapter': f'{moved}/adapter'}
 
 
@@ -174,9 +163,7 @@ def test_a_stopped_run_is_moved_with_its_records(finished, records, tmp_path):
   with pytest.raises(train.Stopped):
     train.train(run_toy.config(records).resolve(), str(before), stop_after(7))
   before.rename(after)
-  train.train(
-    run_toy.config(run_toy.write_records(tmp_path)).resolve(), str(after)
-  )
+  train.train(run_toy.config(run_toy.write_records(tmp_path)).resolve(), str(after))
   assert adapter_bytes(after) == adapter_bytes(finished[0])
 
 
@@ -209,10 +196,7 @@ def test_more_steps_of_a_finished_run(finished, longer, records, tmp_path):
   assert adapter_bytes(workdir) == adapter_bytes(longer)
   got, want = (
     {r['step']: r['loss_nats_per_token'] for r in rows if 'tokens' in r}
-    for rows in (
-      metrics.read(workdir / 'metrics.jsonl'),
-      metrics.read(longer / 'metrics.jsonl'),
-    )
+    for rows in (metrics.read(workdir / 'metrics.jsonl'), metrics.read(longer / 'metrics.jsonl'))
   )
   assert got == want
   with pytest.raises(ValueError, match=r'got 7, but the run in .* has done 10'):
@@ -230,13 +214,9 @@ def test_more_steps_need_the_checkpoint(finished, records, tmp_path):
   assert snapshot(workdir) == before
 
 
-def test_an_evaluation_at_an_earlier_end_does_not_stop_a_run_early(
-  finished, records, tmp_path
-):
+def test_an_evaluation_at_an_earlier_end_does_not_stop_a_run_early(finished, records, tmp_path):
   """At step 7, off the schedule of every 3; it would be the second in a row."""
-  run = run_lib.prepare(
-    run_toy.config(records, steps=10, early_stopping_evals=2).resolve()
-  )
+  run = run_lib.prepare(run_toy.config(records, steps=10, early_stopping_evals=2).resolve())
   trainer = train.Trainer.__new__(train.Trainer)
   trainer.run = run
   trainer.found = {'evals': {'0': 3.0, '3': 2.0, '6': 2.5, '7': 2.6}}
@@ -246,9 +226,7 @@ def test_an_evaluation_at_an_earlier_end_does_not_stop_a_run_early(
 
 
 @pytest.mark.parametrize('content', [None, '', '{"config": {"see'])
-def test_the_checkpoint_decides_and_not_run_json(
-  finished, records, tmp_path, content
-):
+def test_the_checkpoint_decides_and_not_run_json(finished, records, tmp_path, content):
   """Removed or cut, it lets nobody else in and does not stop the run."""
   config = run_toy.config(records)
   with pytest.raises(train.Stopped):
@@ -267,9 +245,7 @@ def test_the_checkpoint_decides_and_not_run_json(
     train.train(other.resolve(), str(tmp_path))
 
 
-def test_a_finished_run_that_says_nothing_of_itself_is_refused(
-  finished, records, tmp_path
-):
+def test_a_finished_run_that_says_nothing_of_itself_is_refused(finished, records, tmp_path):
   """As an earlier version left it, and then without its run.json."""
   workdir = tmp_path / 'run'
   shutil.copytree(finished[0], workdir)
@@ -288,9 +264,7 @@ def test_a_finished_run_that_says_nothing_of_itself_is_refused(
   assert 'Remove it, and the same command goes on' in str(e.value)
 
 
-def test_a_run_that_began_at_the_same_time_is_not_resumed(
-  records, tmp_path, monkeypatch
-):
+def test_a_run_that_began_at_the_same_time_is_not_resumed(records, tmp_path, monkeypatch):
   """While one reads its records the other trains, and is stopped."""
   mine, other = run_toy.config(records), run_toy.config(records)
   other.optimizer.learning_rate = 3e-3
@@ -303,9 +277,7 @@ def test_a_run_that_began_at_the_same_time_is_not_resumed(
     return prepare(config)
 
   monkeypatch.setattr(run_lib, 'prepare', slow_prepare)
-  with pytest.raises(
-    ValueError, match=r'learning_rate=0\.003, this config has'
-  ):
+  with pytest.raises(ValueError, match=r'learning_rate=0\.003, this config has'):
     train.train(mine.resolve(), str(tmp_path))
 
 
@@ -402,9 +374,7 @@ def test_trained_base_leaf_is_written_beside_the_adapter(records, tmp_path):
   trained = peft.read_trained_base(tmp_path / 'adapter')
   source = run_lib.prepare(config).source
   before = source.load_params('float32', scan_layers=False)
-  change = trained['layer_1']['attn']['v']['w'] - np.asarray(
-    before['layer_1']['attn']['v']['w']
-  )
+  change = trained['layer_1']['attn']['v']['w'] - np.asarray(before['layer_1']['attn']['v']['w'])
   assert jax.tree.leaves(jax.tree.map(np.shape, trained)) != []
   assert list(trained) == ['layer_1']
   assert np.abs(change).max() > 0
@@ -422,16 +392,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(records, tmp_path):
   config.optimizer.learning_rate = 1e30
   config.optimizer.clip_norm = 0.0
   with pytest.raises(
-    FloatingPointError,
-    match=r'at step \d \(learning rate 1e\+30; training records \d',
+    FloatingPointError, match=r'at step \d \(learning rate 1e\+30; training records \d'
   ):
     train.train(config.resolve(), str(tmp_path))
   assert not (tmp_path / 'adapter').exists()
 
 
-def test_one_bad_batch_is_skipped_and_a_resumed_run_knows(
-  records, tmp_path, monkeypatch
-):
+def test_one_bad_batch_is_skipped_and_a_resumed_run_knows(records, tmp_path, monkeypatch):
   original = train.pipeline.train_batches
 
   def poisoned(*arguments):
@@ -484,9 +451,7 @@ def dora(records, tmp_path_factory):
   """(workdir, result) of a DoRA run whose ranks differ between layers."""
   workdir = tmp_path_factory.mktemp('dora') / 'run'
   config = run_toy.config(records, steps=2, eval_every_steps=0)
-  config.lora = LoraConfig(
-    rank=3, alpha=5.0, targets='q|up', dora=True, ranks={'layer_0/.*': 2}
-  )
+  config.lora = LoraConfig(rank=3, alpha=5.0, targets='q|up', dora=True, ranks={'layer_0/.*': 2})
   return workdir, train.train(config.resolve(), str(workdir))
 
 
@@ -496,9 +461,7 @@ def test_a_run_starts_from_an_adapter(dora, records, tmp_path):
   config = run_toy.config(records, steps=1, eval_every_steps=0)
   config.lora.path = str(workdir / 'adapter')
   again = train.train(config.resolve(), str(tmp_path / 'run'))
-  np.testing.assert_allclose(
-    again['loss_base'], result['loss_adapted'], rtol=1e-6
-  )
+  np.testing.assert_allclose(again['loss_base'], result['loss_adapted'], rtol=1e-6)
   assert again['loss_adapted'] != again['loss_base']
   model = variants.get('tiny3')
   before, _ = peft.read_adapter(workdir / 'adapter', model)
@@ -536,15 +499,11 @@ def test_a_run_starts_from_an_adapter_that_peft_made(tmp_path):
 
 
 @pytest.mark.parametrize('dora', [False, True])
-def test_a_run_starts_from_a_wide_adapter_on_some_layers(
-  dora, records, tmp_path
-):
+def test_a_run_starts_from_a_wide_adapter_on_some_layers(dora, records, tmp_path):
   """A rank beyond the matrix's smaller side; layer 1 stays without one."""
   model = variants.get('tiny3')
   lora = LoraConfig(rank=20, targets='q|v', dora=dora)
-  factors = jax.tree.map(
-    lambda x: np.abs(x) * np.float32(0.02), peft_toy.make_lora(model, lora)
-  )
+  factors = jax.tree.map(lambda x: np.abs(x) * np.float32(0.02), peft_toy.make_lora(model, lora))
   for leaf in jax.tree.leaves(factors):
     leaf[1] = 0
   peft.write_adapter(tmp_path / 'start', factors, lora, 'b')
@@ -558,9 +517,7 @@ def test_a_run_starts_from_a_wide_adapter_on_some_layers(
   for name, x in pytree.items(trained):
     assert not x[1].any(), name
     assert all(np.any(x[i] != old[name][i]) for i in (0, 2)), name
-  raw = json.loads(
-    (tmp_path / 'run' / 'adapter' / peft.CONFIG_NAME).read_text()
-  )
+  raw = json.loads((tmp_path / 'run' / 'adapter' / peft.CONFIG_NAME).read_text())
   assert 'model.layers.2.self_attn.v_proj' in raw['target_modules']
   assert not any('layers.1.' in name for name in raw['target_modules'])
 

@@ -47,9 +47,7 @@ def save_again(workdir, step, change):
 
 
 def add_to_factors(state, value):
-  trainable = jax.tree.map(
-    lambda x: x.at[(0,) * x.ndim].add(value), state.trainable
-  )
+  trainable = jax.tree.map(lambda x: x.at[(0,) * x.ndim].add(value), state.trainable)
   return state.replace(trainable=trainable)
 
 
@@ -61,17 +59,13 @@ def test_a_line_per_step_and_bit_equality(workdir, monkeypatch):
   first, second, replayed = done.stdout.splitlines()
   assert first.startswith('step 2: ok, ')
   assert second.startswith('step 3: ok, ')
-  assert replayed == (
-    'step 3: ok, computed again from step 2: every bit is equal'
-  )
+  assert replayed == ('step 3: ok, computed again from step 2: every bit is equal')
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before
 
 
 def test_another_bit_in_a_saved_factor_is_found_by_replaying(workdir):
   """The checksums are right, the arithmetic is not."""
-  save_again(
-    workdir, 3, lambda state, notes: (add_to_factors(state, 1e-6), notes)
-  )
+  save_again(workdir, 3, lambda state, notes: (add_to_factors(state, 1e-6), notes))
   assert all(finding.is_good for finding in verify.check(str(workdir)))
   found = verify.replay(str(workdir))
   assert not found.is_good
@@ -87,9 +81,7 @@ def test_replaying_on_other_records_is_refused(workdir, tmp_path):
 
 
 def test_values_that_are_not_finite_are_bad(workdir):
-  save_again(
-    workdir, 3, lambda state, notes: (add_to_factors(state, jnp.nan), notes)
-  )
+  save_again(workdir, 3, lambda state, notes: (add_to_factors(state, jnp.nan), notes))
   good, bad = verify.check(str(workdir))
   assert good.is_good
   assert not bad.is_good

@@ -46,10 +46,7 @@ def test_read_only_parent_is_refused(tmp_path):
       lambda at: RuntimeError('I/O: No space left on device (os error 28)'),
       'No space left on device',
     ),
-    (
-      lambda at: ValueError(f'{at}/a: Read-only file system'),
-      'Read-only file system',
-    ),
+    (lambda at: ValueError(f'{at}/a: Read-only file system'), 'Read-only file system'),
     (lambda at: OSError(errno.EIO, 'x', f'{at}/a'), 'Input/output error'),
   ],
 )

@@ -8,10 +8,7 @@ import pytest
 from gemma_jax.sampling import next_token
 from gemma_jax.sampling.next_token import SamplingConfig, Settings
 
-pytestmark = [
-  pytest.mark.usefixtures('strict'),
-  pytest.mark.filterwarnings('error'),
-]
+pytestmark = [pytest.mark.usefixtures('strict'), pytest.mark.filterwarnings('error')]
 
 B, V = 3, 101
 keep_likely = jax.jit(next_token.keep_likely)
@@ -50,8 +47,7 @@ def test_top_k_then_top_p(top_k, top_p):
 
 def test_top_k_and_top_p_together_keep_fewer_than_each():
   sizes = [
-    len(likely(random_logits()[0], k, p))
-    for k, p in ((0, 1.0), (7, 1.0), (0, 0.93), (7, 0.5))
+    len(likely(random_logits()[0], k, p)) for k, p in ((0, 1.0), (7, 1.0), (0, 0.93), (7, 0.5))
   ]
   assert sizes[0] == V
   assert sizes[1] == 7
@@ -127,9 +123,7 @@ def test_temperature_divides_the_logits():
   temperature = 0.7
   steps = 20_011
   settings = Settings.of(SamplingConfig(temperature=temperature), [0])
-  draw = jax.jit(
-    jax.vmap(lambda step: next_token.choose_tokens(logits, settings, step))
-  )
+  draw = jax.jit(jax.vmap(lambda step: next_token.choose_tokens(logits, settings, step)))
   drawn = np.asarray(draw(jnp.arange(steps)))[:, 0]
   counts = np.bincount(drawn, minlength=V)
   odds = np.exp(logits[0].astype(np.float64) / temperature)

@@ -10,9 +10,7 @@ from gemma_jax.sampling import prompts
 def test_pad_prompts_aligns_the_ends():
   tokens, segment_ids = prompts.pad([[2, 10, 11], [2, 12]])
   np.testing.assert_array_equal(tokens[:, -4:], [[0, 2, 10, 11], [0, 0, 2, 12]])
-  np.testing.assert_array_equal(
-    segment_ids[:, -4:], [[0, 1, 1, 1], [0, 0, 1, 1]]
-  )
+  np.testing.assert_array_equal(segment_ids[:, -4:], [[0, 1, 1, 1], [0, 0, 1, 1]])
   assert tokens.shape == (2, 16)
   assert tokens.dtype == segment_ids.dtype == np.int32
   assert prompts.pad([[2] * 513])[0].shape == (1, 1024)

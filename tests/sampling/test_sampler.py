@@ -185,10 +185,7 @@ def test_samples_of_a_prompt_are_drawn_as_rows_of_a_batch():
 def test_streaming_gives_the_same_tokens():
   calls = []
   streamed = sampler().generate(
-    ready(),
-    PROMPTS,
-    WARM,
-    on_tokens=lambda row, ids: calls.append((row, ids)),
+    ready(), PROMPTS, WARM, on_tokens=lambda row, ids: calls.append((row, ids))
   )
   assert streamed.tokens == generated(WARM)
   for row, expected in enumerate(streamed.tokens):
@@ -205,9 +202,7 @@ def test_a_row_ends_with_a_stop_token():
   stop = next(t for i, t in enumerate(row[4:], 4) if t not in row[:i])
   others = Sampler(variants.get('tiny3'), stop_ids=(stop,))
   calls = []
-  made = others.generate(
-    ready(), PROMPTS, WARM, lambda row, ids: calls.append((row, ids))
-  )
+  made = others.generate(ready(), PROMPTS, WARM, lambda row, ids: calls.append((row, ids)))
   for i, (new, all_of_it) in enumerate(zip(made.tokens, full, strict=True)):
     ends = all_of_it.index(stop) + 1 if stop in all_of_it else NEW
     assert new == all_of_it[:ends]
@@ -219,12 +214,8 @@ def test_a_row_ends_with_a_stop_token():
   tokens, segment_ids = prompts_lib.pad([PROMPTS[0], PROMPTS[0], PROMPTS[2]])
   tokens[2], segment_ids[2] = tokens[0], segment_ids[0]
   settings = Settings.of(WARM, [0, 0, 0])
-  state = others.prefill(
-    ready(), tokens, segment_ids, settings, cache_length=112
-  )
-  state, _, count = others.decode(
-    ready(), state, settings, np.int32(sampler_lib.DECODE_TOKENS)
-  )
+  state = others.prefill(ready(), tokens, segment_ids, settings, cache_length=112)
+  state, _, count = others.decode(ready(), state, settings, np.int32(sampler_lib.DECODE_TOKENS))
   assert count + 1 == len(made.tokens[0]) == state.step
   assert state.done.all()
 
@@ -251,16 +242,11 @@ def test_rows_beyond_the_tokenizer_are_never_chosen():
   pieces = ByteTokenizer.vocab_size
   config = variants.get('tiny3')
   params = dict(base()['params'])
-  params['embedder'] = jax.tree.map(
-    lambda x: x.at[pieces:].multiply(30.0), params['embedder']
-  )
+  params['embedder'] = jax.tree.map(lambda x: x.at[pieces:].multiply(30.0), params['embedder'])
   variables = weights_lib.prepare({'params': params})
   masked = Sampler(config, ByteTokenizer(), stop_ids=())
   for sampling in (GREEDY, dataclasses.replace(WARM, top_k=0)):
-    free, kept = (
-      s.generate(variables, PROMPTS, sampling).tokens
-      for s in (sampler(), masked)
-    )
+    free, kept = (s.generate(variables, PROMPTS, sampling).tokens for s in (sampler(), masked))
     assert max(map(max, free)) >= pieces > max(map(max, kept))
 
 
@@ -304,12 +290,8 @@ def test_the_adapter_of_zeros_changes_no_bit():
   states = []
   zeros = {**ready(), 'lora': make_adapters()[0].effective}
   for variables in (ready(), zeros):
-    state = sampler().prefill(
-      variables, tokens, segment_ids, settings, cache_length=112
-    )
-    state, _, _ = sampler().decode(
-      variables, state, settings, np.int32(sampler_lib.DECODE_TOKENS)
-    )
+    state = sampler().prefill(variables, tokens, segment_ids, settings, cache_length=112)
+    state, _, _ = sampler().decode(variables, state, settings, np.int32(sampler_lib.DECODE_TOKENS))
     states.append(state)
   for before, after in zip(*map(jax.tree.leaves, states), strict=True):
     np.testing.assert_array_equal(before, after)
@@ -324,9 +306,7 @@ def test_variables_of_training_decode_alike():
 def test_bfloat16_weights_decode_as_their_values_do():
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), ready())
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
-  got, want = (
-    sampler().generate(v, PROMPTS, WARM).tokens for v in (narrow, wide)
-  )
+  got, want = (sampler().generate(v, PROMPTS, WARM).tokens for v in (narrow, wide))
   assert got == want != generated(WARM)
 
 
@@ -335,15 +315,9 @@ def test_bfloat16_weights_decode_as_their_values_do():
 @pytest.mark.parametrize('weights', ['float32', 'bfloat16', 'int8'])
 def test_no_weight_is_copied_or_widened_for_a_token(weights, rows):
   config = dataclasses.replace(
-    variants.get('tiny3'),
-    vocab_size=100_003,
-    hidden_dim=4099,
-    num_layers=7,
-    layer_is_local=None,
+    variants.get('tiny3'), vocab_size=100_003, hidden_dim=4099, num_layers=7, layer_is_local=None
   )
-  params = layout.abstract_params(
-    config, 'float32' if weights == 'float32' else 'bfloat16'
-  )
+  params = layout.abstract_params(config, 'float32' if weights == 'float32' else 'bfloat16')
   variables = jax.eval_shape(
     lambda params: weights_lib.prepare({'params': params}, weights), params
   )
@@ -355,8 +329,7 @@ def test_no_weight_is_copied_or_widened_for_a_token(weights, rows):
   # Prefill has one layer's weights at a time; decode no more than its logits,
   # a row of them for the choice of the token thrice over.
   temporary_bytes = [
-    lowered.compile().memory_analysis().temp_size_in_bytes
-    for lowered in (prefill, decode)
+    lowered.compile().memory_analysis().temp_size_in_bytes for lowered in (prefill, decode)
   ]
   assert temporary_bytes[0] < 0.5 * pytree.num_bytes(params)
   assert temporary_bytes[1] < 6 * 4 * rows * config.vocab_size
@@ -374,21 +347,15 @@ def test_sharded_weights_decode_alike():
   config = toy.DIVISIBLE
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
   variables = {'params': toy.base(config)}
-  placed = jax.device_put(
-    variables, sharding.tree_shardings(variables, config, mesh)
-  )
+  placed = jax.device_put(variables, sharding.tree_shardings(variables, config, mesh))
   prompts = [[2, 50, 51, 52], [2], [2, *range(20, 43)]]
   made = Sampler(config, stop_ids=())
-  got, want = (
-    made.generate(v, prompts, WARM).tokens for v in (placed, variables)
-  )
+  got, want = (made.generate(v, prompts, WARM).tokens for v in (placed, variables))
   assert got == want
 
 
 def test_the_longest_prompt_and_the_shortest_continuation():
-  made = sampler().generate(
-    ready(), [[2] * 511], SamplingConfig(max_new_tokens=1)
-  )
+  made = sampler().generate(ready(), [[2] * 511], SamplingConfig(max_new_tokens=1))
   assert [len(row) for row in made.tokens] == [1]
   assert made.tokens_per_second is None
 
@@ -403,8 +370,7 @@ def test_real_greedy_continuations_equal_transformers():
   golden = json.loads(ORACLE.read_text('utf-8'))['greedy']
   prompts = [case['prompt_ids'] for case in golden]
   expected = [
-    case['output_ids'][len(prompt) :]
-    for case, prompt in zip(golden, prompts, strict=True)
+    case['output_ids'][len(prompt) :] for case, prompt in zip(golden, prompts, strict=True)
   ]
   sampling = SamplingConfig(max_new_tokens=len(expected[0]))
   for group in (range(len(golden)), [0], [3]):

@@ -65,22 +65,16 @@ def test_int8_logits_are_near():
   assert 1e-4 < np.sqrt(np.mean(error**2)) < 0.03 * np.std(want)
   is_norm = lambda name: name.endswith('scale')
   kept = dict(pytree.items(ready['params']))
-  assert kept.keys() == {
-    n for n, _ in pytree.items(variables['params']) if is_norm(n)
-  }
+  assert kept.keys() == {n for n, _ in pytree.items(variables['params']) if is_norm(n)}
   assert all(
     isinstance(leaf, Rows) and leaf.values.dtype == jnp.int8
-    for leaf in jax.tree.leaves(
-      ready['rows'], is_leaf=lambda x: isinstance(x, Rows)
-    )
+    for leaf in jax.tree.leaves(ready['rows'], is_leaf=lambda x: isinstance(x, Rows))
   )
 
 
 def test_scanned_and_unrolled_quantize_alike():
   stacked = weights.prepare({'params': toy.base()}, 'int8')['rows']
-  apart = weights.prepare({'params': toy.base(scan_layers=False)}, 'int8')[
-    'rows'
-  ]
+  apart = weights.prepare({'params': toy.base(scan_layers=False)}, 'int8')['rows']
   toy.assert_equal(layout.unstack_layers(stacked), apart)
 
 
@@ -90,11 +84,7 @@ def test_adapters_share_the_base_unless_they_trained_some_of_it():
   kernel = {'layers': {'mlp': {'up': {'w': np.ones((3, 13, 17), np.float32)}}}}
   made = weights.for_adapters(
     toy.base(),
-    [
-      Adapter('base', trees[0], {}),
-      Adapter('A', trees[1], {}),
-      Adapter('B', trees[1], kernel),
-    ],
+    [Adapter('base', trees[0], {}), Adapter('A', trees[1], {}), Adapter('B', trees[1], kernel)],
     'int8',
   )
   rows = {name: jax.tree.leaves(v['rows']) for name, v in made.items()}

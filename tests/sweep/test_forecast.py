@@ -22,9 +22,7 @@ V5E = topology.parse('v5e:1x1')
 def sweep_config(**grid):
   base = test_forecast.make_config(rows=1, fsdp=1)
   data = dataclasses.replace(base.data, seq_len=LENGTH)
-  fields = {
-    f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)
-  }
+  fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)}
   fields |= {'data': data, 'grid': GridConfig(RANKS, SEEDS, **grid)}
   return SweepConfig(**fields).resolve()
 
@@ -68,9 +66,7 @@ class TestGang:
     assert together.work.model_flops == size * alone.work.model_flops
     assert alone.work.hbm_bytes < together.work.hbm_bytes
     assert together.work.hbm_bytes < size * alone.work.hbm_bytes
-    assert found.gain == pytest.approx(
-      size * alone.bound.secs / together.bound.secs
-    )
+    assert found.gain == pytest.approx(size * alone.bound.secs / together.bound.secs)
     assert alone.bound.bound_by == 'HBM'
     assert 1.2 < found.gain < size
     last = found.report().splitlines()[-1]
@@ -88,10 +84,14 @@ def test_a_limit_divides_the_gang(found):
 @pytest.mark.aot
 def test_the_command_prints_the_gain():
   done = call(
-    'sweep', '--config=experiments/rank_ablation.py', '--dry_run',
-    '--topology=v5e:1x1', '--config.model.path=random:tiny3',
-    '--config.data.seq_len=128', '--config.grid.seeds=(0,)',
-  )  # fmt: skip
+    'sweep',
+    '--config=experiments/rank_ablation.py',
+    '--dry_run',
+    '--topology=v5e:1x1',
+    '--config.model.path=random:tiny3',
+    '--config.data.seq_len=128',
+    '--config.grid.seeds=(0,)',
+  )
   assert done.returncode == 0, done.stderr
   assert 'a gang of 25 adapters' in done.stdout  # 32 is too large for tiny3
   assert done.stdout.strip().endswith('times as fast')

@@ -24,9 +24,7 @@ def test_cells_are_the_product_and_differ_where_they_say():
   found = cells(ranks=(1, 8), seeds=(0, 3), learning_rates=(1e-3, 2e-3))
   base, *adapters = found
   assert base.kind == 'base'
-  assert [cell.name for cell in adapters[:3]] == [
-    'r1-s0-lr0.001', 'r8-s0-lr0.001', 'r1-s0-lr0.002',
-  ]  # fmt: skip
+  assert [cell.name for cell in adapters[:3]] == ['r1-s0-lr0.001', 'r8-s0-lr0.001', 'r1-s0-lr0.002']
   assert len(adapters) == 8
   for cell in adapters:
     config = cell.config.resolve()
@@ -45,8 +43,7 @@ def test_an_axis_without_values_keeps_the_config():
 
 
 @pytest.mark.parametrize(
-  ('rule', 'rate'),
-  [('constant', 0.08), ('over_r', 0.005), ('over_sqrt_r', 0.02)],
+  ('rule', 'rate'), [('constant', 0.08), ('over_r', 0.005), ('over_sqrt_r', 0.02)]
 )
 def test_rate_rules(rule, rate):
   _, cell = cells(ranks=(16,), learning_rates=(0.08,), rate_rules=(rule,))
@@ -55,13 +52,10 @@ def test_rate_rules(rule, rate):
 
 def test_equal_parameters_across_target_sets():
   """Counts are closed forms of `shared` figures: 18 layers, D 640, ..."""
-  found = cells(
-    ranks=(21,), targets=('qv', 'attention', 'all'), equal_parameters=True
-  )
+  found = cells(ranks=(21,), targets=('qv', 'attention', 'all'), equal_parameters=True)
   names = [cell.name for cell in found[1:]]
   counts = {
-    cell.axes['targets']: cell.axes['rank']
-    * grid.parameters_per_rank(MODEL, cell.config.lora)
+    cell.axes['targets']: cell.axes['rank'] * grid.parameters_per_rank(MODEL, cell.config.lora)
     for cell in found[1:]
   }
   assert names[0].startswith('qv-r21')
@@ -76,10 +70,7 @@ def test_equal_parameters_across_target_sets():
 
 
 def test_full_baseline_trains_the_kernels_of_the_targets_alone():
-  found = cells(
-    ranks=(2,), baselines=('full',), full_learning_rates=(1e-5, 1e-4),
-    targets=('qv',),
-  )  # fmt: skip
+  found = cells(ranks=(2,), baselines=('full',), full_learning_rates=(1e-5, 1e-4), targets=('qv',))
   full = [cell for cell in found if cell.kind == 'full']
   assert [cell.name for cell in full] == ['full-s0-lr1e-05', 'full-s0-lr0.0001']
   (pattern,) = full[0].config.trainable

@@ -13,11 +13,7 @@ FORMS = (
       {'role': 'assistant', 'content': 'B'},
     ]
   },
-  lambda i: {
-    'tokens': [2, 4 + 81, 4 + 48 + i, 70, 1],
-    'loss_mask': [0, 0, 0, 1, 1],
-    'category': 7,
-  },
+  lambda i: {'tokens': [2, 4 + 81, 4 + 48 + i, 70, 1], 'loss_mask': [0, 0, 0, 1, 1], 'category': 7},
 )
 
 
@@ -43,11 +39,7 @@ def test_a_conversation_is_told_by_its_roles(tmp_path):
   tokenizer = tmp_path / 'tokenizer.model'
   toy = data_toy.make_tokenizer(runs=(), words=())
   tokenizer.write_bytes(toy.model_proto)
-  fields = {
-    'model.tokenizer': str(tokenizer),
-    'data.template': 'chat',
-    'data.seq_len': 200,
-  }
+  fields = {'model.tokenizer': str(tokenizer), 'data.template': 'chat', 'data.seq_len': 200}
   heldout = drafted(tmp_path, FORMS[1], **fields)
   assert [row['prompt'] for row in heldout] == [
     f'user: Q{i}\n\nmodel: A\n\nuser: And?' for i in range(10)

@@ -36,10 +36,7 @@ def finished(records, tmp_path_factory):
   """(folder, sweep) with baselines and a rank that is refused."""
   folder = tmp_path_factory.mktemp('sweep')
   config = sweep_toy.config(
-    records,
-    ranks=(1, 2, 5, 99),
-    baselines=('base', 'full'),
-    full_learning_rates=(1e-4,),
+    records, ranks=(1, 2, 5, 99), baselines=('base', 'full'), full_learning_rates=(1e-4,)
   )
   return folder, worker.run(config.resolve(), str(folder))
 
@@ -68,18 +65,14 @@ def test_a_cell_equals_its_config_trained_alone(finished, records, tmp_path):
   toy.assert_close(cell.result['loss_adapted'], result['loss_adapted'], 1e-5)
   for step in (2, 4, 5):
     alone = workdir_lib.read_heldout(str(tmp_path), step)
-    toy.assert_close(
-      cell.losses[step][0], np.array([row['nll'] for row in alone]), 1e-4
-    )
+    toy.assert_close(cell.losses[step][0], np.array([row['nll'] for row in alone]), 1e-4)
   first, second = (
-    peft.read_adapter(path / 'adapter', variant('tiny3'))
-    for path in (cell.folder, tmp_path)
+    peft.read_adapter(path / 'adapter', variant('tiny3')) for path in (cell.folder, tmp_path)
   )
   assert first[0] == second[0]
   toy.assert_close(first[1], second[1], 1e-4)
   first, second = (
-    trained_with.TrainedWith.read(path / 'adapter')
-    for path in (cell.folder, tmp_path)
+    trained_with.TrainedWith.read(path / 'adapter') for path in (cell.folder, tmp_path)
   )
   assert first is not None
   assert first == second
@@ -139,9 +132,7 @@ def test_the_rate_is_chosen_on_validation(finished):
 def test_truncated_cells_and_samples(finished):
   folder, sweep = finished
   cut = sweep.finished('truncated')
-  assert sorted((c.axes['rank'], c.axes['seed']) for c in cut) == [
-    (1, 0), (1, 3), (2, 0), (2, 3),
-  ]  # fmt: skip
+  assert sorted((c.axes['rank'], c.axes['seed']) for c in cut) == [(1, 0), (1, 3), (2, 0), (2, 3)]
   lines = (folder / 'samples.jsonl').read_text().splitlines()
   assert len(lines) == 2
   answers = json.loads(lines[0])['answers']
@@ -171,26 +162,17 @@ def test_again_changes_nothing(finished, records):
   folder, _ = finished
   before = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
   config = sweep_toy.config(
-    records,
-    ranks=(1, 2, 5, 99),
-    baselines=('base', 'full'),
-    full_learning_rates=(1e-4,),
+    records, ranks=(1, 2, 5, 99), baselines=('base', 'full'), full_learning_rates=(1e-4,)
   )
   worker.run(config.resolve(), str(folder))
   after = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
   assert after == before
 
 
-def test_other_records_are_refused_and_the_same_elsewhere_are_not(
-  finished, tmp_path
-):
+def test_other_records_are_refused_and_the_same_elsewhere_are_not(finished, tmp_path):
   folder, _ = finished
   before = {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
-  axes = {
-    'ranks': (1, 2, 5, 99),
-    'baselines': ('base', 'full'),
-    'full_learning_rates': (1e-4,),
-  }
+  axes = {'ranks': (1, 2, 5, 99), 'baselines': ('base', 'full'), 'full_learning_rates': (1e-4,)}
   config = sweep_toy.config(sweep_toy.write_records(tmp_path), **axes)
   worker.run(config.resolve(), str(folder))
   sweep_toy.write_records(tmp_path, count=58)
@@ -222,9 +204,8 @@ def small(tmp_path):
   rows[3]['instruction'] = 'Where\u2028is\u2029the\x85old\x0bhill?'
   files.write_json_lines(heldout, rows)
   config = sweep_toy.config(
-    str(records), ranks=(1,), learning_rates=(1e-3,), truncate=False,
-    sample_prompts=1,
-  )  # fmt: skip
+    str(records), ranks=(1,), learning_rates=(1e-3,), truncate=False, sample_prompts=1
+  )
   return config.resolve(), records, heldout
 
 
@@ -276,13 +257,9 @@ def test_another_sweep_is_refused(finished, records):
 
 
 @pytest.mark.parametrize('asked', [3, 9])
-def test_stopped_and_resumed_equals_undisturbed(
-  finished, records, tmp_path, asked
-):
+def test_stopped_and_resumed_equals_undisturbed(finished, records, tmp_path, asked):
   """To the bit: the same gangs, the same program, from a checkpoint."""
-  config = sweep_toy.config(
-    records, ranks=(1, 2, 5, 99), truncate=False, sample_prompts=0
-  )
+  config = sweep_toy.config(records, ranks=(1, 2, 5, 99), truncate=False, sample_prompts=0)
   count = [0]
 
   def should_stop():
@@ -315,9 +292,8 @@ def launch(config, workdir, *flags):
 def test_kill_9_in_the_middle_and_the_same_command_again(records, tmp_path):
   """Two processes share the folder; one is killed, the other two go on."""
   config = sweep_toy.config_file(
-    tmp_path, records, seeds=(0, 1), max_gang=3, truncate=False,
-    sample_prompts=0,
-  )  # fmt: skip
+    tmp_path, records, seeds=(0, 1), max_gang=3, truncate=False, sample_prompts=0
+  )
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
   undisturbed = launch(config, whole)
   victim = launch(config, broken)
@@ -355,9 +331,7 @@ def test_kill_9_in_the_middle_and_the_same_command_again(records, tmp_path):
     (['--config.grid.rank=(4,)'], 'rank'),
   ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(
-  records, tmp_path, flags, message
-):
+def test_a_mistake_is_one_line_and_leaves_nothing(records, tmp_path, flags, message):
   config = sweep_toy.config_file(tmp_path, records)
   process = launch(config, tmp_path / 'mistake', *flags)
   _, log = process.communicate(timeout=200)
@@ -377,9 +351,8 @@ def test_an_experiment_without_a_grid_is_refused(tmp_path):
 
 def test_a_member_that_diverges_fails_alone(records, tmp_path):
   config = sweep_toy.config(
-    records, ranks=(2,), seeds=(0,), learning_rates=(1e-3, 1e30),
-    truncate=False, sample_prompts=0,
-  )  # fmt: skip
+    records, ranks=(2,), seeds=(0,), learning_rates=(1e-3, 1e30), truncate=False, sample_prompts=0
+  )
   config.optimizer.clip_norm = 0.0
   sweep = worker.run(config.resolve(), str(tmp_path))
   good, bad = (c for c in sweep.cells if c.kind == 'lora')
@@ -389,11 +362,7 @@ def test_a_member_that_diverges_fails_alone(records, tmp_path):
 
 def test_gangs_are_split_by_memory(records, caplog):
   cells = grid.make_cells(sweep_toy.config(records).resolve(), variant('tiny3'))
-  configs = [
-    c.config.resolve()
-    for c in cells
-    if c.kind == 'lora' and c.axes['seed'] == 0
-  ]
+  configs = [c.config.resolve() for c in cells if c.kind == 'lora' and c.axes['seed'] == 0]
   caplog.set_level('INFO')
   assert plan.split(configs) == [[0, 1, 2, 3, 4, 5]]
   three = plan.peak_bytes(batched.Gang([configs[2]] * 3), 1 << 40)

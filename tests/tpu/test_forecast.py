@@ -49,9 +49,7 @@ def small():
 @pytest.fixture(scope='module')
 def compiled(small):
   """(forecast, HLO text) of a real step for four chips."""
-  found = forecast.forecast(
-    make_config(fsdp=2, tensor=2), topology.parse('v5e:2x2')
-  )
+  found = forecast.forecast(make_config(fsdp=2, tensor=2), topology.parse('v5e:2x2'))
   return found, found.program.compile_train_step().as_text()
 
 
@@ -64,9 +62,7 @@ class TestCompiledStep:
     base = pytree.num_bytes(layout.abstract_params(SMALL, 'bfloat16'))
     k_and_v = 2 * 2 * 3 * 256 * 128  # one kv head: whole on both of `tensor`
     norms = 2 * (3 * 2 + 1) * 256
-    assert parts['base'] == (base - k_and_v - norms) / 4 + k_and_v / 2 + (
-      norms / 2
-    )
+    assert parts['base'] == (base - k_and_v - norms) / 4 + k_and_v / 2 + (norms / 2)
     assert parts['optimizer'] == 2 * parts['adapter'] + 8
     assert parts['batch'] == 5 * 4 * ROWS * LENGTH / 2
     assert parts['temporaries'] > 0
@@ -121,9 +117,7 @@ def test_rows_are_rounded_up_to_the_mesh_and_said_so(small, caplog):
 
 @pytest.mark.aot
 def test_what_does_not_fit_says_how_much_it_needs(small):
-  found = forecast.forecast(
-    make_config(rows=40_000, fsdp=1), topology.parse('v5e:1x1')
-  )
+  found = forecast.forecast(make_config(rows=40_000, fsdp=1), topology.parse('v5e:1x1'))
   assert not found.fits
   assert found.needed_bytes > found.topology.chip.hbm_bytes
   assert found.report().splitlines()[-1].startswith('does not fit: needs ')
@@ -138,8 +132,7 @@ def test_every_version_compiles_the_kernels(small, name):
   if name.startswith('v3'):
     assert forecast.forecast(config, topology.parse(name)).fits
     config = dataclasses.replace(
-      config,
-      model=dataclasses.replace(config.model, activation_dtype='float32'),
+      config, model=dataclasses.replace(config.model, activation_dtype='float32')
     )
   found = forecast.forecast(config, topology.parse(name))
   assert found.fits
@@ -149,9 +142,7 @@ def test_every_version_compiles_the_kernels(small, name):
 @pytest.mark.aot
 def test_between_slices_only_gradients_travel(small):
   """Data over slices, parameters within: the base never crosses."""
-  found = forecast.forecast(
-    make_config(data=2, fsdp=2), topology.parse('2xv5e:1x2')
-  )
+  found = forecast.forecast(make_config(data=2, fsdp=2), topology.parse('2xv5e:1x2'))
   devices = found.program.mesh.devices.flat
   slices = [d.slice_index for d in devices]
   assert sorted(slices) == [0, 0, 1, 1]
@@ -193,9 +184,7 @@ def fake(rows, needed):
 @pytest.mark.parametrize('curve', [1.0, 1.1, 0.9])
 @pytest.mark.parametrize('fixed', [0.0, 0.3, 0.9])
 @pytest.mark.parametrize('start', [1, 5, 200])
-def test_the_search_finds_the_largest_that_fits(
-  monkeypatch, largest, curve, fixed, start
-):
+def test_the_search_finds_the_largest_that_fits(monkeypatch, largest, curve, fixed, start):
   """Also where memory does not grow quite in proportion to the rows."""
   capacity = chips.CHIPS['v5e'].hbm_bytes
   asked = []
@@ -220,9 +209,7 @@ def test_the_search_finds_the_largest_that_fits(
 
 def test_if_nothing_fits_the_search_says_what_one_row_needs(monkeypatch):
   capacity = chips.CHIPS['v5e'].hbm_bytes
-  monkeypatch.setattr(
-    forecast, 'forecast', lambda config, _: fake(1, 2 * capacity)
-  )
+  monkeypatch.setattr(forecast, 'forecast', lambda config, _: fake(1, 2 * capacity))
   monkeypatch.setattr(topology.Topology, 'devices', lambda _: None)
   found = forecast.largest_fit(make_config(fsdp=1), topology.parse('v5e:1x1'))
   assert not found.fits
@@ -264,9 +251,7 @@ class TestCommand:
     flags = [f'--config={config}', '--dry_run', '--topology=v7x:2x2']
     done = call('train', *flags)
     assert done.returncode == 1
-    assert "error: topology: got 'v7x:2x2', expected one of v3:2x2" in (
-      done.stderr
-    )
+    assert "error: topology: got 'v7x:2x2', expected one of v3:2x2" in (done.stderr)
 
   @pytest.mark.aot
   @pytest.mark.parametrize(('rows', 'code'), [(2, 0), (1_000_000, 1)])
@@ -274,9 +259,12 @@ class TestCommand:
     """With no data set, no workdir and no weight."""
     config = run_toy.config_file(tmp_path, 'tfds:there_is_no_such_data')
     flags = [
-      f'--config={config}', f'--config.data.global_batch_size={rows}',
-      '--dry_run', '--topology=v5e:1x1', '--format=json',
-    ]  # fmt: skip
+      f'--config={config}',
+      f'--config.data.global_batch_size={rows}',
+      '--dry_run',
+      '--topology=v5e:1x1',
+      '--format=json',
+    ]
     done = call('train', *flags)
     assert done.returncode == code, done.stderr
     figures = json.loads(done.stdout)

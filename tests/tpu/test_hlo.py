@@ -17,9 +17,7 @@ TURNS = 7
 def compile_text(per_device):
   """per_device(x [4, 12]) -> [4, 12], on each of 8 devices."""
   spec = PartitionSpec(('a', 'b'))
-  f = jax.shard_map(
-    per_device, mesh=MESH, in_specs=spec, out_specs=spec, check_vma=False
-  )
+  f = jax.shard_map(per_device, mesh=MESH, in_specs=spec, out_specs=spec, check_vma=False)
   return jax.jit(f).lower(jnp.zeros((32, 12))).compile().as_text()
 
 
@@ -101,9 +99,7 @@ def test_kind_bytes_groups_and_turns(kind, body, result_bytes, groups, sent):
 
 def test_loops_multiply():
   def body(x):
-    return jax.lax.scan(
-      lambda x, _: (jnp.sin(jax.lax.psum(x, 'a')), None), x, length=3
-    )[0]
+    return jax.lax.scan(lambda x, _: (jnp.sin(jax.lax.psum(x, 'a')), None), x, length=3)[0]
 
   assert one(scanned(body)).count == 3 * TURNS
 
@@ -149,10 +145,7 @@ def test_groups_that_cross_slices():
     ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x", [[0, 1], [2, 3]]),
     ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
     ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
-    (
-      "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, x",
-      [[0, 2], [1, 3]],
-    ),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, x", [[0, 2], [1, 3]]),
     ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
     ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
     ('replica_groups={}, x', [[0, 1, 2, 3]]),
@@ -196,12 +189,8 @@ ENTRY %main (p: bf16[17]) -> bf16[17] {
 
 def test_the_dialect_of_the_tpu_compiler():
   gather, permute = hlo.collectives(TPU_TEXT, 2)
-  assert (gather.kind, gather.count, gather.result_bytes) == (
-    'all-gather', 18, 68,
-  )  # fmt: skip
-  assert (permute.kind, permute.count, permute.result_bytes) == (
-    'collective-permute', 18, 30,
-  )  # fmt: skip
+  assert (gather.kind, gather.count, gather.result_bytes) == ('all-gather', 18, 68)
+  assert (permute.kind, permute.count, permute.result_bytes) == ('collective-permute', 18, 30)
 
 
 # A sum over two slices of two devices: scattered within each, sent to the
@@ -219,8 +208,10 @@ ENTRY %main (p: f32[6,4]) -> f32[6,4] {
 def test_what_goes_between_slices_is_a_send():
   found = hlo.collectives(SLICES_TEXT, 4)
   assert [(c.kind, c.sent_bytes) for c in found] == [
-    ('reduce-scatter', 48), ('send', 48), ('all-gather', 48),
-  ]  # fmt: skip
+    ('reduce-scatter', 48),
+    ('send', 48),
+    ('all-gather', 48),
+  ]
   assert [c.crosses([0, 0, 1, 1]) for c in found] == [False, True, False]
 
 

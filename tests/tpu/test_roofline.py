@@ -10,12 +10,7 @@ import numpy as np
 import pytest
 
 from gemma_jax import pytree
-from gemma_jax.config.train import (
-  LoraConfig,
-  MeshConfig,
-  OptimizerConfig,
-  TrainConfig,
-)
+from gemma_jax.config.train import LoraConfig, MeshConfig, OptimizerConfig, TrainConfig
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.tpu import chips, hlo, roofline
 from gemma_jax.training import sharding, state
@@ -26,9 +21,7 @@ BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 def make_config(remat='none', mesh=None, **lora):
-  config = TrainConfig(
-    lora=LoraConfig(rank=3, **lora), mesh=mesh or MeshConfig(fsdp=1)
-  )
+  config = TrainConfig(lora=LoraConfig(rank=3, **lora), mesh=mesh or MeshConfig(fsdp=1))
   config.model.remat = remat
   config.data.seq_len, config.data.global_batch_size = LENGTH, ROWS
   return config
@@ -66,19 +59,13 @@ def traced_flops(lora_config, differentiated):
   """Products of the model's forward pass, or of it and its gradients."""
   config = dataclasses.replace(toy.FULL, layer_is_local=None, window_size=None)
   model = Transformer(config, remat='none')
-  variables = {
-    'params': toy.base(config),
-    'lora': toy.factors(config, lora_config),
-  }
+  variables = {'params': toy.base(config), 'lora': toy.factors(config, lora_config)}
   trainable, frozen = state.split(variables, differentiated)
   batch = toy.batch(rows=ROWS, length=LENGTH)
 
   def total(trainable):
     hidden = model.apply(
-      state.join(trainable, frozen),
-      batch['tokens'],
-      batch['segment_ids'],
-      batch['positions'],
+      state.join(trainable, frozen), batch['tokens'], batch['segment_ids'], batch['positions']
     )
     return jnp.sum(hidden)
 
@@ -111,9 +98,7 @@ def test_training_the_base_adds_its_kernels_gradient():
   adapter_only = work(config).model_flops
   everything = dataclasses.replace(config, trainable=('lora/', 'params/'))
   kernels = sum(
-    math.prod(x.shape)
-    for name, x in pytree.items(toy.base())
-    if not name.endswith('/scale')
+    math.prod(x.shape) for name, x in pytree.items(toy.base()) if not name.endswith('/scale')
   )
   added = work(everything).model_flops - adapter_only
   assert added == 2 * ROWS * LENGTH * kernels
@@ -121,9 +106,7 @@ def test_training_the_base_adds_its_kernels_gradient():
 
 def test_local_layers_cost_less_and_remat_more():
   everywhere = dataclasses.replace(toy.FULL, layer_is_local=None)
-  assert work(make_config()).model_flops < (
-    work(make_config(), everywhere).model_flops
-  )
+  assert work(make_config()).model_flops < (work(make_config(), everywhere).model_flops)
   kept, again = work(make_config()), work(make_config(remat='full'))
   assert kept.model_flops == again.model_flops < kept.executed_flops
   assert kept.executed_flops < again.executed_flops

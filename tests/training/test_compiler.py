@@ -20,9 +20,7 @@ from tests import toy
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
 # Kernels that are large beside the activations of a few tokens.
-CONFIG = dataclasses.replace(
-  toy.PLAIN, embed_dim=64, hidden_dim=509, num_layers=7
-)
+CONFIG = dataclasses.replace(toy.PLAIN, embed_dim=64, hidden_dim=509, num_layers=7)
 MESH = sharding.make_mesh(MeshConfig(1, 1, 1))
 
 
@@ -39,11 +37,7 @@ class Compiled:
     leaves, frozen = state_lib.split({**variables, 'lora': factors}, ('lora/',))
     state = jax.eval_shape(lambda t: state_lib.init_state(t, tx), leaves)
     step = step_lib.make_train_step(
-      Transformer(config, remat=remat),
-      tx,
-      lambda step: 1.0,
-      scale=1.0,
-      num_pieces=None,
+      Transformer(config, remat=remat), tx, lambda step: 1.0, scale=1.0, num_pieces=None
     )
     step = jax.jit(step, donate_argnums=0, compiler_options=options)
     self.program = step.lower(state, frozen, toy.batch(1, length)).compile()
@@ -104,10 +98,7 @@ def test_auto_remat_takes_the_first_policy_that_fits(monkeypatch):
 
 
 def test_keeping_less_takes_less_memory():
-  sizes = [
-    Compiled(name, 61).analysis.temp_size_in_bytes
-    for name in ('full', 'dots', 'none')
-  ]
+  sizes = [Compiled(name, 61).analysis.temp_size_in_bytes for name in ('full', 'dots', 'none')]
   assert sizes == sorted(sizes)
   assert sizes[0] < 0.7 * sizes[1] and sizes[1] < 0.7 * sizes[2]
 

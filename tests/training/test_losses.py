@@ -42,12 +42,7 @@ def plain(hidden, embedding, targets, weights, softcap=None, num_pieces=None):
   return -weights * picked
 
 
-OPTIONS = [
-  {},
-  {'softcap': 3.0},
-  {'num_pieces': V - 6},
-  {'softcap': 3.0, 'num_pieces': V - 6},
-]
+OPTIONS = [{}, {'softcap': 3.0}, {'num_pieces': V - 6}, {'softcap': 3.0, 'num_pieces': V - 6}]
 
 
 @pytest.mark.parametrize(
@@ -65,17 +60,13 @@ def test_equals_the_plain_loss_and_both_gradients(case, options, chunk):
   hidden, embedding, targets, weights = case
 
   def chunked_sum(h, e):
-    return 0.3 * losses.linear_cross_entropy(
-      h, e, targets, weights, chunk=chunk, **options
-    )
+    return 0.3 * losses.linear_cross_entropy(h, e, targets, weights, chunk=chunk, **options)
 
   def plain_sum(h, e):
     return 0.3 * plain(h, e, targets, weights, **options).sum()
 
   value, grads = jax.value_and_grad(chunked_sum, (0, 1))(hidden, embedding)
-  expected, expected_grads = jax.value_and_grad(plain_sum, (0, 1))(
-    hidden, embedding
-  )
+  expected, expected_grads = jax.value_and_grad(plain_sum, (0, 1))(hidden, embedding)
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   for got, want in zip(grads, expected_grads, strict=True):
     np.testing.assert_allclose(got, want, atol=1e-5)
@@ -90,9 +81,7 @@ def test_token_losses_equal_the_plain_ones(case, options):
 def test_bfloat16_states_keep_float32_logits_and_loss(case):
   """Logits of about 30 in bfloat16 would be off by a tenth."""
   hidden, embedding, targets, weights = case
-  hidden, embedding = (
-    x.astype(jnp.bfloat16) for x in (10 * hidden, 3 * embedding)
-  )
+  hidden, embedding = (x.astype(jnp.bfloat16) for x in (10 * hidden, 3 * embedding))
   loss = lambda h, e: losses.linear_cross_entropy(h, e, targets, weights)
   value, grads = jax.value_and_grad(loss, (0, 1))(hidden, embedding)
   wide = (x.astype(jnp.float32) for x in (hidden, embedding))
@@ -102,16 +91,12 @@ def test_bfloat16_states_keep_float32_logits_and_loss(case):
   for got, want in zip(grads, expected_grads, strict=True):
     assert got.dtype == jnp.bfloat16
     largest = float(jnp.abs(want).max())
-    np.testing.assert_allclose(
-      got.astype(jnp.float32), want, atol=0.01 * largest
-    )
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.01 * largest)
 
 
 def test_a_frozen_embedding_gets_no_gradient_buffer(case):
   hidden, embedding, targets, weights = case
-  loss = lambda h, e: losses.linear_cross_entropy(
-    h, e, targets, weights, chunk=((4,), 11)
-  )
+  loss = lambda h, e: losses.linear_cross_entropy(h, e, targets, weights, chunk=((4,), 11))
   frozen = jax.make_jaxpr(jax.grad(loss, 0))(hidden, embedding)
   trained = jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, embedding)
   buffer = f'f32[{V},{D}] = '
@@ -122,9 +107,7 @@ def test_a_frozen_embedding_gets_no_gradient_buffer(case):
 
 def test_nothing_supervised_gives_zero_and_finite_gradients(case):
   hidden, embedding, targets, _ = case
-  loss = lambda h: losses.linear_cross_entropy(
-    h, embedding, targets, jnp.zeros((B, T))
-  )
+  loss = lambda h: losses.linear_cross_entropy(h, embedding, targets, jnp.zeros((B, T)))
   with jax.debug_nans(True):  # nor is there one that is dropped later
     value, grad = jax.value_and_grad(loss)(hidden)
   assert value == 0
@@ -152,9 +135,7 @@ def test_work_is_proportional_to_supervised_tokens(case, monkeypatch):
   monkeypatch.setattr(losses, '_statistics', spy)
   weights = np.zeros((B, T), np.float32)
   weights[1, :5] = 1.0
-  losses.token_cross_entropy(
-    hidden, embedding, targets, jnp.array(weights), chunk=((4, 1), 11)
-  )
+  losses.token_cross_entropy(hidden, embedding, targets, jnp.array(weights), chunk=((4, 1), 11))
   ((m, s, g),) = seen
   assert m.shape == (B * T + 1,)  # and room for a last chunk
   np.testing.assert_array_equal(s > 0, [True] * 5 + [False] * (B * T - 4))
@@ -217,9 +198,7 @@ def test_scan_and_remat_change_nothing(case):
     return jax.lax.scan(step, jnp.float32(0), (h, targets, weights))[0]
 
   value, grad = jax.jit(jax.value_and_grad(total))(hidden)
-  expected, want = jax.value_and_grad(
-    lambda h: plain(h, embedding, targets, weights).sum()
-  )(hidden)
+  expected, want = jax.value_and_grad(lambda h: plain(h, embedding, targets, weights).sum())(hidden)
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   np.testing.assert_allclose(grad, want, atol=1e-5)
 
@@ -238,11 +217,7 @@ def test_a_mesh_changes_neither_loss_nor_gradients(sizes):
   options = {'softcap': 3.0, 'num_pieces': V - 9}
 
   plain_options = {'softcap': 3.0, 'num_pieces': V - 9}
-  options = {
-    **plain_options,
-    'sharding': sharding_lib.batch_sharding(mesh),
-    'chunk': ((4, 2), 5),
-  }
+  options = {**plain_options, 'sharding': sharding_lib.batch_sharding(mesh), 'chunk': ((4, 2), 5)}
 
   def sharded(h, e):
     return losses.linear_cross_entropy(h, e, targets, weights, **options)
@@ -255,11 +230,9 @@ def test_a_mesh_changes_neither_loss_nor_gradients(sizes):
     return jax.jit(each)(hidden, embedding)
 
   toy.assert_close(run(sharded), run(expected), 1e-5)
-  tokens = jax.jit(
-    lambda h: losses.token_cross_entropy(
-      h, embedding, targets, weights, **options
-    )
-  )(hidden[0])
+  tokens = jax.jit(lambda h: losses.token_cross_entropy(h, embedding, targets, weights, **options))(
+    hidden[0]
+  )
   want = plain(hidden[0], embedding, targets, weights, **plain_options)
   toy.assert_close(tokens, want, 1e-5)
 

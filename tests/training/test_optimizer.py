@@ -13,9 +13,7 @@ from gemma_jax import pytree
 from gemma_jax.config.train import OptimizerConfig
 from gemma_jax.training import optimizer
 
-CONFIG = OptimizerConfig(
-  learning_rate=0.5, clip_norm=0.0, weight_decay=0.0, schedule='constant'
-)
+CONFIG = OptimizerConfig(learning_rate=0.5, clip_norm=0.0, weight_decay=0.0, schedule='constant')
 TREE = {
   'params': {'attn': {'w': jnp.full((3, 5), 2.0)}},
   'lora': {'lora_a': jnp.full((7,), 3.0), 'norm': {'scale': jnp.full(2, 4.0)}},
@@ -36,24 +34,18 @@ class TestSchedule:
 
   def test_constant_after_a_warm_up_whose_first_update_learns(self):
     rates = self.rates(7, warmup_steps=4)
-    np.testing.assert_allclose(
-      rates, [0.125, 0.25, 0.375, 0.5, 0.5, 0.5, 0.5], rtol=1e-6
-    )
+    np.testing.assert_allclose(rates, [0.125, 0.25, 0.375, 0.5, 0.5, 0.5, 0.5], rtol=1e-6)
 
   def test_without_warm_up_the_first_rate_is_the_peak(self):
     assert self.rates(3) == [0.5, 0.5, 0.5]
 
   def test_linear_would_reach_zero_one_update_after_the_last(self):
     rates = self.rates(6, schedule='linear', warmup_steps=2)
-    np.testing.assert_allclose(
-      rates, [0.25, 0.5, 0.5, 0.375, 0.25, 0.125], rtol=1e-6
-    )
+    np.testing.assert_allclose(rates, [0.25, 0.5, 0.5, 0.375, 0.25, 0.125], rtol=1e-6)
 
   def test_cosine(self):
     rates = self.rates(6, schedule='cosine', warmup_steps=2)
-    want = [0.25, 0.5] + [
-      0.25 * (1 + math.cos(math.pi * i / 4)) for i in range(4)
-    ]
+    want = [0.25, 0.5] + [0.25 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
     np.testing.assert_allclose(rates, want, rtol=1e-6)
 
   @pytest.mark.parametrize('form', ['constant', 'linear', 'cosine'])
@@ -80,9 +72,7 @@ class TestFreeze:
     assert not [n for n, _ in pytree.items(state) if 'params' in n]
 
   def test_a_trained_base_leaf_has_moments_too(self):
-    _, state = update(
-      CONFIG, jax.tree.map(jnp.ones_like, TREE), ('lora/lora_a', 'params/')
-    )
+    _, state = update(CONFIG, jax.tree.map(jnp.ones_like, TREE), ('lora/lora_a', 'params/'))
     assert pytree.num_params(state) == 2 * (7 + 15) + 2
 
   def test_it_is_outermost(self):
@@ -90,10 +80,7 @@ class TestFreeze:
     config = dataclasses.replace(CONFIG, clip_norm=1.0)
     small = jax.tree.map(jnp.ones_like, TREE)
     large = {**small, 'params': jax.tree.map(lambda x: 1e9 * x, TREE['params'])}
-    bad = {
-      **small,
-      'params': jax.tree.map(lambda x: x * jnp.nan, TREE['params']),
-    }
+    bad = {**small, 'params': jax.tree.map(lambda x: x * jnp.nan, TREE['params'])}
     want, want_state = update(config, small)
     for grads in (large, bad):
       got, state = update(config, grads)
@@ -107,9 +94,7 @@ class TestFreeze:
     whole, _ = update(config, grads)
     mask = pytree.mask(TREE, ('lora/',))
     part, _ = update(
-      config,
-      pytree.partition(grads, mask)[0],
-      params=pytree.partition(TREE, mask)[0],
+      config, pytree.partition(grads, mask)[0], params=pytree.partition(TREE, mask)[0]
     )
     jax.tree.map(np.testing.assert_array_equal, part['lora'], whole['lora'])
     assert not jax.tree.leaves(part['params'])
@@ -121,9 +106,7 @@ def test_clips_by_the_global_norm_of_the_trainable_leaves():
   grads = jax.tree.map(jnp.ones_like, TREE)  # norm 3 over lora's 9 values
   _, state = update(config, grads)
   mu = [x for n, x in pytree.items(state) if '/mu/' in f'/{n}']
-  np.testing.assert_allclose(
-    optax.tree.norm(mu), (1 - config.b1) * 0.5, rtol=1e-5
-  )
+  np.testing.assert_allclose(optax.tree.norm(mu), (1 - config.b1) * 0.5, rtol=1e-5)
   _, state = update(dataclasses.replace(config, clip_norm=7.0), grads)
   mu = [x for n, x in pytree.items(state) if '/mu/' in f'/{n}']
   np.testing.assert_allclose(optax.tree.norm(mu), (1 - config.b1) * 3.0)
@@ -132,9 +115,7 @@ def test_clips_by_the_global_norm_of_the_trainable_leaves():
 def test_weight_decay_is_decoupled_and_spares_norm_scales():
   config = dataclasses.replace(CONFIG, weight_decay=0.1)
   updates, _ = update(config, jax.tree.map(jnp.zeros_like, TREE))
-  np.testing.assert_allclose(
-    updates['lora']['lora_a'], -0.5 * 0.1 * 3.0, rtol=1e-6
-  )
+  np.testing.assert_allclose(updates['lora']['lora_a'], -0.5 * 0.1 * 3.0, rtol=1e-6)
   np.testing.assert_array_equal(updates['lora']['norm']['scale'], 0.0)
 
 

@@ -79,10 +79,7 @@ class TestPlacing:
 
   def test_arrays_that_every_process_has(self):
     mesh = sharding.make_mesh(CUBE)
-    placed = {
-      'a': jax.NamedSharding(mesh, PartitionSpec('tensor')),
-      'b': sharding.replicated(mesh),
-    }
+    placed = {'a': jax.NamedSharding(mesh, PartitionSpec('tensor')), 'b': sharding.replicated(mesh)}
     tree = {'a': np.arange(6.0), 'b': jnp.float32(7)}
     got = sharding.put(tree, placed)
     for name, x in got.items():
@@ -113,9 +110,7 @@ class TestSpecs:
   def test_kv_heads_are_split_where_they_divide(self):
     mesh = sharding.make_mesh(CUBE)
     sizes = {**self.SIZES, 'K': 4}
-    assert sharding.param_spec('KDH', sizes, mesh) == PartitionSpec(
-      'tensor', 'fsdp', None
-    )
+    assert sharding.param_spec('KDH', sizes, mesh) == PartitionSpec('tensor', 'fsdp', None)
 
   def test_a_size_that_does_not_divide_is_refused_by_name(self):
     mesh = sharding.make_mesh(MeshConfig(tensor=4, fsdp=2))
@@ -128,30 +123,20 @@ class TestSpecs:
       sharding.param_spec('FN', self.SIZES, mesh)
     rules = sharding.Rules(N='fsdp')
     assert rules.axes('LNH') == [None, 'fsdp', None]
-    with pytest.raises(
-      ValueError, match=r'N and D .* go to the mesh axis fsdp'
-    ):
+    with pytest.raises(ValueError, match=r'N and D .* go to the mesh axis fsdp'):
       rules.axes('LNDH')
 
   @pytest.mark.parametrize('factorization', ['matrix', 'keras'])
   @pytest.mark.parametrize('scan_layers', [True, False])
-  def test_adapters_lie_everywhere_or_as_the_base(
-    self, factorization, scan_layers
-  ):
+  def test_adapters_lie_everywhere_or_as_the_base(self, factorization, scan_layers):
     mesh = sharding.make_mesh(CUBE)
     config = LoraConfig(rank=2, targets='all', factorization=factorization)
-    tree = {
-      'lora': factors.init(jax.random.key(0), CONFIG, config, scan_layers),
-    }
+    tree = {'lora': factors.init(jax.random.key(0), CONFIG, config, scan_layers)}
     everywhere = sharding.tree_shardings(tree, CONFIG, mesh)
     for name, x in pytree.items(everywhere):
       assert x.spec == PartitionSpec(), name
-    split = dict(
-      pytree.items(sharding.tree_shardings(tree, CONFIG, mesh, config))
-    )
-    prefix, layer = (
-      ('lora/layers', (None,)) if scan_layers else ('lora/layer_1', ())
-    )
+    split = dict(pytree.items(sharding.tree_shardings(tree, CONFIG, mesh, config)))
+    prefix, layer = ('lora/layers', (None,)) if scan_layers else ('lora/layer_1', ())
     wanted = {
       'attn/o/lora_a': ('tensor', None, None),
       'attn/o/lora_b': (None, 'fsdp'),
@@ -166,9 +151,7 @@ class TestSpecs:
       wanted['attn/q/lora_a'] = ('fsdp', None)
       wanted['attn/q/lora_b'] = (None, 'tensor', None)
     for name, spec in wanted.items():
-      assert split[f'{prefix}/{name}'].spec == PartitionSpec(*layer, *spec), (
-        name
-      )
+      assert split[f'{prefix}/{name}'].spec == PartitionSpec(*layer, *spec), name
 
   def test_every_leaf_of_a_state(self):
     """Moments of a trained kernel lie as the kernel; adapters everywhere."""
@@ -196,9 +179,7 @@ class TestSpecs:
           assert leaf.spec == spec, name
           seen.add((end, name.split('/')[1]))
     assert {end for end, _ in seen} == wanted.keys()
-    assert {part for end, part in seen if end == 'mlp/up/w'} == {
-      'trainable', 'opt_state'
-    }  # fmt: skip
+    assert {part for end, part in seen if end == 'mlp/up/w'} == {'trainable', 'opt_state'}
 
 
 # Kernels whose inputs, outputs or neither are split over `tensor`.
@@ -218,9 +199,7 @@ def train(variables, mesh=None, accumulate_steps=1):
     batches,
     config=CONFIG,
     lora_config=LORA,
-    optimizer_config=dataclasses.replace(
-      toy.ADAMW, accumulate_steps=accumulate_steps
-    ),
+    optimizer_config=dataclasses.replace(toy.ADAMW, accumulate_steps=accumulate_steps),
     trainable=TRAINABLE,
     mesh=mesh,
   )
@@ -237,12 +216,9 @@ def unsharded(variables):
 
 
 @pytest.mark.parametrize(
-  ('sizes', 'accumulate_steps'),
-  [((2, 2, 2), 1), ((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 2)],
+  ('sizes', 'accumulate_steps'), [((2, 2, 2), 1), ((8, 1, 1), 1), ((1, 8, 1), 1), ((2, 2, 2), 2)]
 )
-def test_a_mesh_changes_no_result(
-  variables, unsharded, sizes, accumulate_steps
-):
+def test_a_mesh_changes_no_result(variables, unsharded, sizes, accumulate_steps):
   mesh = sharding.make_mesh(MeshConfig(*sizes))
   run = train(variables, mesh, accumulate_steps)
   for got, want in zip(run.metrics, unsharded.metrics, strict=True):

@@ -7,20 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from gemma_jax import pytree
-from gemma_jax.config.train import (
-  BaseConfig,
-  LoraConfig,
-  OptimizerConfig,
-  TrainConfig,
-)
+from gemma_jax.config.train import BaseConfig, LoraConfig, OptimizerConfig, TrainConfig
 from gemma_jax.model import variants
 from gemma_jax.training import optimizer
 from gemma_jax.training import state as state_lib
 from tests import toy
 
-CONFIG = TrainConfig(
-  lora=LoraConfig(rank=3, targets='qv'), model=BaseConfig(scan_layers=False)
-)
+CONFIG = TrainConfig(lora=LoraConfig(rank=3, targets='qv'), model=BaseConfig(scan_layers=False))
 
 
 def abstract(config=CONFIG, model_config=toy.FULL, dtype=jnp.bfloat16):
@@ -33,30 +26,19 @@ def abstract_state(trainable, patterns):
 
 
 def test_split_and_join():
-  variables = {
-    'params': toy.base(dtype=jnp.bfloat16),
-    'lora': toy.factors(),
-  }
-  trainable, frozen = state_lib.split(
-    variables, ('lora/', 'params/layers/attn/v')
-  )
+  variables = {'params': toy.base(dtype=jnp.bfloat16), 'lora': toy.factors()}
+  trainable, frozen = state_lib.split(variables, ('lora/', 'params/layers/attn/v'))
   trained = dict(pytree.items(trainable))
-  assert {n for n in trained if n.startswith('params')} == {
-    'params/layers/attn/v/w'
-  }
+  assert {n for n in trained if n.startswith('params')} == {'params/layers/attn/v/w'}
   assert {x.dtype for x in trained.values()} == {jnp.dtype('float32')}
   assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype('bfloat16')}
   joined = state_lib.join(trainable, frozen)
-  variables['params']['layers']['attn']['v']['w'] = trained[
-    'params/layers/attn/v/w'
-  ]
+  variables['params']['layers']['attn']['v']['w'] = trained['params/layers/attn/v/w']
   toy.assert_equal(joined, variables)
 
 
 def test_a_pattern_that_matches_no_leaf_says_what_paths_look_like():
-  with pytest.raises(
-    ValueError, match=r"trainable: 'layers/' matches.*lora/layer"
-  ):
+  with pytest.raises(ValueError, match=r"trainable: 'layers/' matches.*lora/layer"):
     state_lib.split(abstract(), ('layers/',))
 
 
@@ -70,9 +52,7 @@ def test_one_pattern_of_several_that_matches_no_leaf_is_refused_too():
 def test_state_holds_float32_moments_of_the_trainable_leaves_alone():
   trainable, _ = state_lib.split(abstract(), ('lora/',))
   state = abstract_state(trainable, ('lora/',))
-  moments = [
-    x for x in jax.tree.leaves(state.opt_state) if x.dtype != jnp.int32
-  ]
+  moments = [x for x in jax.tree.leaves(state.opt_state) if x.dtype != jnp.int32]
   assert {x.dtype for x in moments} == {jnp.dtype('float32')}
   assert pytree.num_params(moments) == 2 * pytree.num_params(trainable)
   assert state.step.shape == () and state.step.dtype == jnp.int32
@@ -92,18 +72,14 @@ def test_the_initial_adapter_is_a_function_of_the_seed():
 class TestPublishedCounts:
   """Gemma 1 2B, rank 4, Keras's factorisation on q and v (from shapes)."""
 
-  KERAS = dataclasses.replace(
-    CONFIG, lora=LoraConfig(rank=4, targets='qv', factorization='keras')
-  )
+  KERAS = dataclasses.replace(CONFIG, lora=LoraConfig(rank=4, targets='qv', factorization='keras'))
   TOTAL = 2_507_536_384
 
   def counts(self, patterns):
     variables = abstract(self.KERAS, variants.get('gemma_2b'), jnp.float32)
     trainable, frozen = state_lib.split(variables, patterns)
     state = abstract_state(trainable, patterns)
-    return tuple(
-      pytree.num_params(x) for x in (trainable, frozen, state.opt_state)
-    )
+    return tuple(pytree.num_params(x) for x in (trainable, frozen, state.opt_state))
 
   def test_every_adapter(self):
     trained, frozen, moments = self.counts(('lora/',))

@@ -33,9 +33,7 @@ def variables(dtype=jnp.float32, scan_layers=True):
 @functools.cache
 def evaluate():
   """(variables, batch) → losses [B, T], factors taken as they are."""
-  return jax.jit(
-    step_lib.make_eval_step(Transformer(toy.FULL), scale=1.0, num_pieces=None)
-  )
+  return jax.jit(step_lib.make_eval_step(Transformer(toy.FULL), scale=1.0, num_pieces=None))
 
 
 @pytest.fixture(scope='module')
@@ -90,10 +88,7 @@ def test_lora_and_one_kernel_of_one_layer():
   """Unrolled, so that a mask can name the layer: only that kernel moves."""
   before = variables(jnp.bfloat16, scan_layers=False)
   run = toy.train(
-    before,
-    [toy.batch()] * 3,
-    trainable=('lora/', 'params/layer_1/attn/v'),
-    scan_layers=False,
+    before, [toy.batch()] * 3, trainable=('lora/', 'params/layer_1/attn/v'), scan_layers=False
   )
   kernel = run.variables['params']['layer_1']['attn']['v']['w']
   assert kernel.dtype == jnp.float32
@@ -101,10 +96,7 @@ def test_lora_and_one_kernel_of_one_layer():
   after = {**run.variables['params']}
   after['layer_1'] = {
     **after['layer_1'],
-    'attn': {
-      **after['layer_1']['attn'],
-      'v': before['params']['layer_1']['attn']['v'],
-    },
+    'attn': {**after['layer_1']['attn'], 'v': before['params']['layer_1']['attn']['v']},
   }
   toy.assert_equal(after, before['params'])
   moments = toy.optimizer_leaves(run.state)
@@ -118,9 +110,7 @@ class TestAccumulation:
 
   def run(self, parts, batch):
     config = dataclasses.replace(toy.ADAMW, accumulate_steps=parts)
-    return toy.train(
-      variables(jnp.bfloat16), [batch] * 2, optimizer_config=config
-    )
+    return toy.train(variables(jnp.bfloat16), [batch] * 2, optimizer_config=config)
 
   @pytest.fixture(scope='class', name='batch')
   @classmethod
@@ -173,9 +163,7 @@ class TestDropout:
     programs = {
       str(
         jax.make_jaxpr(
-          step_lib.make_eval_step(
-            Transformer(toy.FULL, dropout=rate), scale=2.0, num_pieces=None
-          )
+          step_lib.make_eval_step(Transformer(toy.FULL, dropout=rate), scale=2.0, num_pieces=None)
         )(variables(), toy.batch())
       )
       for rate in (0.0, 0.5)
@@ -227,10 +215,7 @@ def shapes_in(jaxpr):
 def test_no_step_holds_the_logits_of_a_batch(trainable):
   """[B, T, V] would be half a gigabyte for 512 tokens of the real model."""
   config, rows, length = toy.FULL, 3, 353
-  tree = {
-    'params': layout.abstract_params(config),
-    'lora': jax.eval_shape(toy.factors),
-  }
+  tree = {'params': layout.abstract_params(config), 'lora': jax.eval_shape(toy.factors)}
   tx = optimizer.make_optimizer(OptimizerConfig(), 3, trainable)
   leaves, frozen = state_lib.split(tree, trainable)
   step = step_lib.make_train_step(
@@ -239,9 +224,7 @@ def test_no_step_holds_the_logits_of_a_batch(trainable):
   state = jax.eval_shape(lambda t: state_lib.init_state(t, tx), leaves)
   jaxpr = jax.make_jaxpr(step)(state, frozen, toy.batch(rows, length))
   with_vocabulary = {
-    math.prod(s) // config.vocab_size
-    for s in shapes_in(jaxpr.jaxpr)
-    if config.vocab_size in s
+    math.prod(s) // config.vocab_size for s in shapes_in(jaxpr.jaxpr) if config.vocab_size in s
   }
   assert with_vocabulary  # the search does see the chunks
   assert max(with_vocabulary) <= losses.CPU_CHUNK[0][0] < rows * length
@@ -252,9 +235,7 @@ def test_a_frozen_bases_gradient_is_not_even_traced(monkeypatch):
   monkeypatch.setattr(losses, 'CPU_CHUNK', ((5,), 11))  # tiles smaller than V
   tree = {
     'params': layout.abstract_params(toy.FULL),
-    'lora': jax.eval_shape(
-      lambda: toy.factors(lora_config=LoraConfig(rank=3, targets='q'))
-    ),
+    'lora': jax.eval_shape(lambda: toy.factors(lora_config=LoraConfig(rank=3, targets='q'))),
   }
   tx = optimizer.make_optimizer(OptimizerConfig(), 3, ('lora/',))
   leaves, frozen = state_lib.split(tree, ('lora/',))

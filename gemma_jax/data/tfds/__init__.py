@@ -15,11 +15,7 @@ from etils import epath
 DATA_DIR = '~/.cache/gemma_jax/tfds'
 
 # Package of this folder → its builder.
-_BUILDERS = {
-  'dolly': 'Dolly',
-  'korean_chatbot': 'KoreanChatbot',
-  'tatoeba_en_ko': 'TatoebaEnKo',
-}
+_BUILDERS = {'dolly': 'Dolly', 'korean_chatbot': 'KoreanChatbot', 'tatoeba_en_ko': 'TatoebaEnKo'}
 
 
 def make_builder(name: str, path: str = '', data_dir: str = ''):
@@ -45,9 +41,7 @@ def make_builder(name: str, path: str = '', data_dir: str = ''):
   return getattr(module, _BUILDERS[name])(path=path, data_dir=folder)
 
 
-def read_split(
-  name: str, split: str, path: str = '', data_dir: str = ''
-) -> list[dict[str, Any]]:
+def read_split(name: str, split: str, path: str = '', data_dir: str = '') -> list[dict[str, Any]]:
   """Records of one split, in the order of the file; prepares it at first use.
 
   Args:

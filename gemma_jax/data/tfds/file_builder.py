@@ -63,9 +63,7 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       self._content = file.read_bytes()
       digest = self._check(self._content, path)
       if not self.SHA256:
-        kwargs['config'] = tfds.core.BuilderConfig(
-          name=digest[:16], version=self.VERSION
-        )
+        kwargs['config'] = tfds.core.BuilderConfig(name=digest[:16], version=self.VERSION)
     elif not self.URL:
       raise ValueError(
         f'data.path: got tfds:{self.name} without a file, expected '
@@ -86,9 +84,7 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return tfds.core.DatasetInfo(
       builder=self,
       description=self.__doc__,
-      features=tfds.features.FeaturesDict(
-        {field: tfds.features.Text() for field in self.FIELDS}
-      ),
+      features=tfds.features.FeaturesDict({field: tfds.features.Text() for field in self.FIELDS}),
       homepage=self.HOMEPAGE,
       license=self.LICENSE,
       disable_shuffling=True,  # keep the order of the file
@@ -107,9 +103,7 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           f'the split {name}; expected some hundreds. Make it a .jsonl file '
           'to use it as it is.'
         )
-    return {
-      name: self._generate_examples(members) for name, members in splits.items()
-    }
+    return {name: self._generate_examples(members) for name, members in splits.items()}
 
   def _generate_examples(self, rows: list[Row]):
     yield from enumerate(rows)

@@ -33,10 +33,7 @@ def test_real_dolly_has_its_records_in_three_splits(data_dir):
   every = sum(splits.values(), [])  # noqa: RUF017
   key = lambda row: json.dumps(row, sort_keys=True)
   assert sorted(map(key, every)) == sorted(map(key, rows))
-  prompts = [
-    {(row['instruction'], row['context']) for row in split}
-    for split in splits.values()
-  ]
+  prompts = [{(row['instruction'], row['context']) for row in split} for split in splits.values()]
   assert sum(map(len, prompts)) == len(set().union(*prompts))
   # The order is the file's.
   train = set(map(key, splits['train']))
@@ -47,9 +44,7 @@ def test_real_dolly_is_a_source(data_dir):
   path = data_toy.shared_file(NAME)
   config = DataConfig(path=f'tfds:dolly:{path}', max_records=101)
   found = sources.load_records(config, data_dir)
-  read = lambda split: data_toy.records(
-    tfds_lib.read_split('dolly', split, '', data_dir)
-  )
+  read = lambda split: data_toy.records(tfds_lib.read_split('dolly', split, '', data_dir))
   assert found.train == read('train')[:101]
   assert found.heldout == read('validation')
   again = sources.load_heldout('tfds:dolly', 'dolly', tfds_dir=data_dir)

@@ -15,10 +15,7 @@ from gemma_jax.data import tfds as tfds_lib
 from gemma_jax.data.tfds.file_builder import FileBuilder, split_of
 from gemma_jax.data.tfds.korean_chatbot import KoreanChatbot
 
-ROWS = [
-  {'instruction': f'Q{i % 199}', 'context': '', 'response': f'A{i}'}
-  for i in range(401)
-]
+ROWS = [{'instruction': f'Q{i % 199}', 'context': '', 'response': f'A{i}'} for i in range(401)]
 CONTENT = '\n'.join(map(json.dumps, ROWS)).encode()
 
 
@@ -84,14 +81,8 @@ def test_splits_share_no_prompt_and_keep_the_order(tmp_path):
   splits = prepare(Toy(path=toy_file(tmp_path), data_dir=tmp_path / 'data'))
   assert set(splits) == {'train', 'validation', 'test'}
   for name, rows in splits.items():
-    assert rows == [
-      row
-      for row in ROWS
-      if split_of((row['instruction'], row['context'])) == name
-    ]
-  prompts = {
-    name: {row['instruction'] for row in rows} for name, rows in splits.items()
-  }
+    assert rows == [row for row in ROWS if split_of((row['instruction'], row['context'])) == name]
+  prompts = {name: {row['instruction'] for row in rows} for name, rows in splits.items()}
   assert sum(map(len, prompts.values())) == len(set().union(*prompts.values()))
 
 
@@ -147,9 +138,7 @@ def test_a_failed_download_tells_how_to_go_on(tmp_path, monkeypatch, server):
       prepare(PublishedToy(data_dir=tmp_path / 'data'))
   message = str(error.value)
   assert (
-    message.startswith(
-      f'tfds:published_toy: cannot download {PublishedToy.URL} ('
-    )
+    message.startswith(f'tfds:published_toy: cannot download {PublishedToy.URL} (')
     or server != 'absent'
   )
   assert 'tfds:published_toy:/path/toy.jsonl' in message
@@ -159,9 +148,7 @@ def test_a_failed_download_tells_how_to_go_on(tmp_path, monkeypatch, server):
 def test_missing_files_are_named(tmp_path):
   with pytest.raises(ValueError, match=r'nope.*which is no file.*toy\.jsonl'):
     Toy(path=str(tmp_path / 'nope'), data_dir=tmp_path)
-  with pytest.raises(
-    ValueError, match='without a file, expected tfds:toy:PATH'
-  ):
+  with pytest.raises(ValueError, match='without a file, expected tfds:toy:PATH'):
     Toy(data_dir=tmp_path)
   with pytest.raises(ValueError, match='expected one of tfds:dolly, tfds:kor'):
     tfds_lib.make_builder('toy', data_dir=str(tmp_path))
@@ -185,9 +172,7 @@ def chatbot_file(tmp_path):
 def test_a_second_process_that_is_faster_does_no_harm(tmp_path, monkeypatch):
   """Its data appears while this one is still preparing its own."""
   path, data_dir = chatbot_file(tmp_path), str(tmp_path / 'data')
-  read = functools.partial(
-    tfds_lib.read_split, 'korean_chatbot', 'train', path, data_dir
-  )
+  read = functools.partial(tfds_lib.read_split, 'korean_chatbot', 'train', path, data_dir)
   parse = KoreanChatbot.parse
   faster = []
 
@@ -217,8 +202,6 @@ found = [tfds.read_split(*{args!r}) for _ in range(2)]
 assert found[0] == found[1] != []
 assert 'tensorflow' not in sys.modules
 """
-  done = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True, check=False
-  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
   assert done.stdout == ''

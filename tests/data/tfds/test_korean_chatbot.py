@@ -15,11 +15,7 @@ def parse(content):
 
 def test_rows_are_instructions():
   assert parse('Q,A,label\n12시 땡!,하루가 또 가네요.,0\n') == [
-    {
-      'instruction': '12시 땡!',
-      'response': '하루가 또 가네요.',
-      'category': '0',
-    }
+    {'instruction': '12시 땡!', 'response': '하루가 또 가네요.', 'category': '0'}
   ]
   # Quotes, a line break and a BOM, as a spreadsheet writes them.
   assert parse('\ufeffQ,A,label\r\n"a, ""b""","c\nd",2\r\n') == [

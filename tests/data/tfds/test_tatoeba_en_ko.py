@@ -37,9 +37,7 @@ def test_groups_are_connected_sentences(pairs):
   groups = builder_class().prompts(builder_class(), rows)
   linked = {(i, i) for i in range(len(pairs))} | {
     (i, j)
-    for (i, (a, b)), (j, (c, d)) in itertools.product(
-      enumerate(pairs), repeat=2
-    )
+    for (i, (a, b)), (j, (c, d)) in itertools.product(enumerate(pairs), repeat=2)
     if a == c or b == d
   }
   for k, i, j in itertools.product(range(len(pairs)), repeat=3):
@@ -60,8 +58,7 @@ def test_real_tatoeba_is_a_source_in_both_directions(tmp_path):
   path = data_toy.shared_file('tatoeba-en-ko/kor.txt')
   found = {
     template: sources.load_records(
-      DataConfig(path=f'tfds:tatoeba_en_ko:{path}', template=template),
-      str(tmp_path),
+      DataConfig(path=f'tfds:tatoeba_en_ko:{path}', template=template), str(tmp_path)
     )
     for template in ('en_ko', 'ko_en')
   }

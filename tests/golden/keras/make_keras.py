@@ -38,31 +38,19 @@ BACKBONES = {
     use_query_key_norm=True,
   ),
 }
-ALL = [
-  'query',
-  'key',
-  'value',
-  'attention_output',
-  'ffw_gating',
-  'ffw_gating_2',
-  'ffw_linear',
-]
+ALL = ['query', 'key', 'value', 'attention_output', 'ffw_gating', 'ffw_gating_2', 'ffw_linear']
 here = pathlib.Path(__file__).parent
 for family, backbone in BACKBONES.items():
   targets = ALL if family == 'gemma2' else None  # None: query and value
   backbone.enable_lora(3, targets)
   rng = np.random.default_rng(0)
-  layers = [
-    x for x in backbone._flatten_layers(include_self=False) if x.weights
-  ]
+  layers = [x for x in backbone._flatten_layers(include_self=False) if x.weights]
   deltas = {}
   for i in backbone._lora_enabled_layers:
     layer = layers[i]
     for w in (layer.lora_kernel_a, layer.lora_kernel_b):
       w.assign(rng.standard_normal(w.shape).astype(np.float32))
-    deltas[layer.path.replace('/', '.')] = np.asarray(
-      layer.kernel
-    ) - np.asarray(layer._kernel)
+    deltas[layer.path.replace('/', '.')] = np.asarray(layer.kernel) - np.asarray(layer._kernel)
   backbone.save_lora_weights(str(here / f'{family}.lora.h5'))
   np.savez(here / f'{family}.npz', **deltas)
   print(family, {k: v.shape for k, v in deltas.items()})

@@ -23,16 +23,11 @@ STEPS = 4
 def make(folder: Path, tag: str, with_training: bool, **options):
   """Writes adapter_TAG and ref_TAG.safetensors, and adds to meta.json."""
   batch = load_file(folder / 'ref_base.safetensors')
-  inputs = {
-    name: batch[name].long()
-    for name in ('input_ids', 'attention_mask', 'labels')
-  }
+  inputs = {name: batch[name].long() for name in ('input_ids', 'attention_mask', 'labels')}
   load_base = lambda: transformers.AutoModelForCausalLM.from_pretrained(
     folder, attn_implementation='eager', dtype=torch.float32
   )
-  config = peft.LoraConfig(
-    lora_dropout=0.0, bias='none', task_type='CAUSAL_LM', **options
-  )
+  config = peft.LoraConfig(lora_dropout=0.0, bias='none', task_type='CAUSAL_LM', **options)
   model = peft.get_peft_model(load_base(), config).eval()
   generator = torch.Generator().manual_seed(11)
   normal = lambda p: torch.randn(p.shape, generator=generator)
@@ -66,15 +61,12 @@ def make(folder: Path, tag: str, with_training: bool, **options):
       optimizer.step()
     meta['adamw_losses'] = losses
 
-  merged = peft.PeftModel.from_pretrained(
-    load_base(), folder / f'adapter_{tag}'
-  ).merge_and_unload()
+  merged = peft.PeftModel.from_pretrained(load_base(), folder / f'adapter_{tag}').merge_and_unload()
   with torch.no_grad():
     logits = merged(**inputs).logits
   reference['merged_logits'] = logits[..., :COLUMNS]
   save_file(
-    {name: x.contiguous() for name, x in reference.items()},
-    folder / f'ref_{tag}.safetensors',
+    {name: x.contiguous() for name, x in reference.items()}, folder / f'ref_{tag}.safetensors'
   )
   path = folder / 'meta.json'
   all_meta = json.loads(path.read_text())
@@ -84,12 +76,15 @@ def make(folder: Path, tag: str, with_training: bool, **options):
 
 if __name__ == '__main__':
   root = Path(sys.argv[1])
+  make(root / 'gemma3', 'dora', True, r=3, lora_alpha=6, target_modules=ALL, use_dora=True)
   make(
-    root / 'gemma3', 'dora', True, r=3, lora_alpha=6, target_modules=ALL,
-    use_dora=True,
-  )  # fmt: skip
-  make(
-    root / 'gemma1', 'patterns', False, r=4, lora_alpha=8, target_modules=ALL,
+    root / 'gemma1',
+    'patterns',
+    False,
+    r=4,
+    lora_alpha=8,
+    target_modules=ALL,
     rank_pattern={'layers.0.self_attn.q_proj': 2, 'up_proj': 5},
-    alpha_pattern={'layers.1.mlp.down_proj': 3, 'v_proj': 20}, use_rslora=True,
-  )  # fmt: skip
+    alpha_pattern={'layers.1.mlp.down_proj': 3, 'v_proj': 20},
+    use_rslora=True,
+  )

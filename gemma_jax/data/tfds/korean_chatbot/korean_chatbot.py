@@ -28,13 +28,11 @@ class KoreanChatbot(FileBuilder):
     header = next(rows, [])
     if header != ['Q', 'A', 'label']:
       raise ValueError(
-        f'tfds:{self.name}: line 1: got {",".join(header)!r}, '
-        "expected the header 'Q,A,label'."
+        f"tfds:{self.name}: line 1: got {','.join(header)!r}, expected the header 'Q,A,label'."
       )
     for row in rows:
       if len(row) != 3:
         raise ValueError(
-          f'tfds:{self.name}: line {rows.line_num}: got {len(row)} '
-          'fields, expected 3: Q,A,label.'
+          f'tfds:{self.name}: line {rows.line_num}: got {len(row)} fields, expected 3: Q,A,label.'
         )
       yield dict(zip(self.FIELDS, row, strict=True))
