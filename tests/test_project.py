@@ -112,16 +112,11 @@ def test_the_package_is_built_whole_and_has_one_version(tmp_path):
   assert yaml.safe_load(read('CITATION.cff'))['version'] == gemma_jax.__version__
 
 
-def test_importing_the_package_is_quick_and_loads_no_jax():
-  program = (
-    'import sys, time; start = time.perf_counter(); import gemma_jax; gemma_jax.__version__; '
-    'print(time.perf_counter() - start, "jax" in sys.modules, "flax" in sys.modules)'
-  )
+def test_importing_the_package_loads_neither_jax_nor_flax():
+  program = 'import sys, gemma_jax; print("jax" in sys.modules, "flax" in sys.modules)'
   command = [sys.executable, '-c', program]
   ran = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-  seconds, *loaded = ran.stdout.split()
-  assert float(seconds) < 0.5
-  assert loaded == ['False', 'False']
+  assert ran.stdout.split() == ['False', 'False']
 
 
 # A path in backticks, and behind a colon a name in that file.
