@@ -19,7 +19,7 @@ from typing import Any
 from experiments.analysis import arms, compare, intervals, spectra, tables, verdict, words
 from gemma_jax import files
 from gemma_jax.formats import open_base
-from gemma_jax.sweep import finalize, results
+from gemma_jax.sweep import manifest, results
 
 # The largest number of adapters that one similarity map holds legibly.
 _MAX_SIMILAR = 12
@@ -42,7 +42,7 @@ def write(workdir: str) -> list[Path]:
   pictures = _figures(sweep, table, answers, folder / 'figures')
   html_path, rows = folder / 'report.html', folder / 'results.csv'
   records = folder / 'records.csv'
-  html_path.write_text(page(sweep, table, answers, pictures), encoding='utf-8')
+  files.write(html_path, page(sweep, table, answers, pictures))
   tables.write_cells(sweep, table, answers, rows)
   tables.write_records(sweep, records)
   return [html_path, rows, records, *sorted((folder / 'figures').iterdir())]
@@ -54,7 +54,11 @@ def _directions(sweep, table) -> dict[str, spectra.Directions]:
   cells = [row.cells[0] for row in table if row is not largest]
   cells = [*cells, *largest.cells][-_MAX_SIMILAR:]
   config = sweep.manifest['config']['model']
-  source = open_base.open_base(config['path'], config['tokenizer'])
+  try:
+    source = open_base.open_base(config['path'], config['tokenizer'])
+  except ValueError as e:  # moved, or on another machine
+    print(f'Without the base the similarity of directions is left out ({e})', file=sys.stderr)
+    return {}
   return {c.name: spectra.directions(c, source.config) for c in cells}
 
 
@@ -227,7 +231,7 @@ def _categories(sweep, table, answers) -> str:
 
 
 def _samples(sweep) -> str:
-  path = sweep.folder / finalize.SAMPLES
+  path = sweep.folder / manifest.SAMPLES
   if not path.exists():
     return ''
   parts = []

@@ -55,9 +55,9 @@ def name(target: Path, kind: str) -> Path:
 def is_temporary(candidate: str, target: str, kind: str) -> bool:
   """Whether a file's name is a temporary one of a target's name.
 
-  Names without a token are those of earlier versions.
+  A name without a token may be anybody's.
   """
-  pattern = rf'\.{re.escape(target)}\.([0-9a-f]{{16}}\.)?{kind}'
+  pattern = rf'\.{re.escape(target)}\.[0-9a-f]{{16}}\.{kind}'
   return re.fullmatch(pattern, candidate) is not None
 
 

@@ -126,6 +126,14 @@ def families(sweep: Sweep) -> dict[Arm, list[Arm]]:
   return {family: sorted(each, key=lambda arm: -dict(arm)['rank']) for family, each in arms.items()}
 
 
+def lost_seeds(sweep: Sweep, row: Row) -> list[int]:
+  """Planned seeds without a result at the chosen rate: they failed there."""
+  planned = {
+    cell.axes['seed'] for cell in sweep.cells if (cell.kind, cell.arm) == ('lora', row.arm)
+  }
+  return sorted(planned - {cell.axes['seed'] for cell in row.cells})
+
+
 def others(arm: Arm) -> Arm:
   """An arm without its rank."""
   return tuple(item for item in arm if item[0] != 'rank')

@@ -13,9 +13,13 @@ Statistics in Medicine 22, 2003), and only once the gain itself is above 0.
 
 Testing stops at the first rank that does not hold. With the order fixed before,
 each test has the full level, and the chance that any rank is wrongly called
-enough is still 5 % (Maurer, Hothorn and Lehmacher 1995): no smaller rank, and
-none of other axes, changes what is said of a larger one. A rank that does not
-hold is not shown to be too small either: it is undecided.
+enough is still 5 % (Maurer, Hothorn and Lehmacher 1995): no smaller rank changes
+what is said of a larger one. A rank that does not hold is not shown to be too
+small either: it is undecided.
+
+Where other axes vary too there is no verdict: one for each of their choices, each
+at the full level, would be wrong somewhere more often than it says. Nor is there
+one where a seed failed: those that are left are the lucky ones.
 """
 
 import dataclasses
@@ -98,7 +102,19 @@ def answers(sweep: Sweep, table: list[Row]) -> list[Answer]:
     table: of `arms.rows`.
   """
   by_arm, labels = {row.arm: row for row in table}, arms.labels(sweep)
-  return [_answer(sweep, family, by_arm, labels) for family in arms.families(sweep).values()]
+  families = arms.families(sweep).values()
+  made = [_answer(sweep, family, by_arm, labels) for family in families]
+  if len(made) == 1:
+    return made
+  refusal = f'other axes vary too, and {len(made)} verdicts would each claim by itself'
+  return [
+    dataclasses.replace(
+      answer,
+      refusal=answer.refusal or refusal,
+      tests=[dataclasses.replace(test, state='') for test in answer.tests],
+    )
+    for answer in made
+  ]
 
 
 def states(answers: list[Answer]) -> dict[Arm, str]:
@@ -131,6 +147,8 @@ def _answer(
     refusal = f'the reference, rank {named}, is not among its ranks'
   elif row is None or not sweep.has_ended(first):
     refusal = f'the reference, {labels[first]}, has not finished'
+  elif lost := arms.lost_seeds(sweep, row):
+    refusal = f'{len(lost)} of the seeds of the reference, {labels[first]}, failed'
   elif not base:
     refusal = (
       'the base, from which the gain is measured, has no finished cell (there '
@@ -171,6 +189,8 @@ def _test(
   why_not = ''
   if not sweep.has_ended(arm):
     why_not = 'not all of its cells have ended'
+  elif lost := arms.lost_seeds(sweep, row):
+    why_not = f'{len(lost)} of its seeds failed, and those left are no fair sample'
   elif deficit is None:
     why_not = 'it has no seed in common with the reference'
   elif excess is not None:

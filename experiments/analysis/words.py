@@ -35,15 +35,18 @@ def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
     f'{" to ".join(map(str, seeds[:: len(seeds) - 1 or 1]))} '
     f'{"seed" if seeds[-1] == 1 else "seeds"} an arm.'
   ]
+  failed = [row.label for row in table if arms.lost_seeds(sweep, row)]
+  if failed:
+    sentences.append(f'Seeds failed, and are left out, of: {_list(failed)}.')
   if records < FEWEST_RECORDS:
-    sentences.append(f'Fewer than {FEWEST_RECORDS} records give no interval.')
-  if few := _with_fewer(table, intervals.FEWEST_SEEDS):
+    sentences.append(f'Fewer than {FEWEST_RECORDS} records give no interval, whatever the seeds.')
+  elif few := _with_fewer(table, intervals.FEWEST_SEEDS):
     sentences.append(
       f'Fewer than {intervals.FEWEST_SEEDS} seeds ({few}) give no interval '
       'over seeds, no p-value and no verdict: what is left is over the records '
       'at these seeds, and other seeds may differ by more.'
     )
-  if few := _with_fewer(table, intervals.FEW_SEEDS):
+  elif few := _with_fewer(table, intervals.FEW_SEEDS):
     sentences.append(
       f'A claim asks for {intervals.FEW_SEEDS} seeds: with fewer ({few}), '
       'their spread is hardly known.'
@@ -105,7 +108,10 @@ def _power(answer: Answer) -> list[str]:
   if not tested:
     return []
   seen = ', '.join(f'{detectable(test, answer)} at {test.label}' for test in tested)
-  text = [f'With a power of 80 % this design could have seen a difference of {seen}.']
+  text = [
+    'With a power of 80 % this design calls a rank enough whose deficit lies below the '
+    f'margin by {seen}.'
+  ]
   last, margin = tested[-1], answer.margin * answer.gain.mean
   if last.state == verdict.FAILS and last.excess.detectable() > margin:
     text.append(
@@ -136,7 +142,10 @@ def _pairs(pairs: list[Pair]) -> str:
   told = [pair for pair in known if pair.p < 0.05]
   text += f" After Holm's correction for {len(known)}, {len(told)} can be told apart at 5 %."
   for pair in told:
-    text += f' {_upper(pair.first.label)} minus {pair.second.label}: {pair.difference}.'
+    text += (
+      f' {_upper(pair.first.label)} minus {pair.second.label}: {pair.difference} '
+      '(95 % by itself, not corrected).'
+    )
   if len(told) < len(known):
     text += ' Not being told apart does not show that arms are equal.'
   return text

@@ -8,10 +8,12 @@ those of a run that was never stopped, and is refused otherwise.
 
 Some fields stay fixed although the last adapter does not depend on them:
 `eval_every_steps` and `early_stopping_evals` decide which adapter is the best
-and which is the last.
+and which is the last. Fields that are free because they change nothing but the order
+of sums (`mesh`, `model.attention`, `model.remat`) may move the last bits.
 """
 
 from collections.abc import Mapping
+import math
 from typing import Any
 
 from gemma_jax import files
@@ -74,7 +76,9 @@ def finished(workdir: str, now: Facts) -> dict[str, Any] | None:
   if result is None:
     return None
   for name in _RESULT:
-    if not isinstance(result.get(name), int | float):
+    value = result.get(name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
       raise ValueError(
         f'{workdir}/result.json: {name} is {result.get(name)!r}, expected a number. {remedy}'
       )
@@ -88,7 +92,8 @@ def finished(workdir: str, now: Facts) -> dict[str, Any] | None:
       'workdir.'
     )
   check(workdir, saved, now, result['steps'])
-  if saved['steps'] != now['steps']:
+  has_adapter = (files.path(workdir) / 'adapter' / 'adapter_config.json').exists()
+  if saved['steps'] != now['steps'] or not has_adapter:
     return None
   # The folder may have been moved since.
   return {**result, 'adapter': f'{workdir}/adapter'}
@@ -118,6 +123,13 @@ def newest(
     return None
   notes = checkpoints.read_notes(step)
   check(workdir, notes, now, step)
+  skipped = notes['found'].get('skipped', ())
+  allowed = now['config']['max_skipped_batches']
+  if len(skipped) > allowed:
+    raise ValueError(
+      f'max_skipped_batches: got {allowed}, but the run in {workdir} has left out '
+      f'{len(skipped)}; expected at least as many. {advice(workdir)}'
+    )
   return step, notes
 
 
@@ -184,15 +196,27 @@ def differing(
   ]
 
 
-def check_fingerprints(workdir: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-  """ValueError if base, tokenizer, data or start are not those of before."""
-  for name, was in before.items():
-    if was != now.get(name):
-      raise ValueError(
-        f'workdir {workdir}: its {name} had the fingerprint {was[:16]}, the '
-        f'{name} of this run has {now.get(name, "none")[:16]}. '
-        f'{advice(workdir, name)}'
-      )
+def check_fingerprints(
+  workdir: str, before: Mapping[str, str], now: Mapping[str, str], remedy: str = ''
+) -> None:
+  """ValueError if base, tokenizer, data or start are not those of before.
+
+  Args:
+    workdir: of the run.
+    before: fingerprints of the run that was there.
+    now: those of the run that was asked for; each must be the same.
+    remedy: default: how to train on.
+  """
+  for name, is_now in now.items():
+    was = before.get(name)
+    if was == is_now:
+      continue
+    changed = f'had the fingerprint {was[:16]}' if isinstance(was, str) else 'is not known'
+    hint = ', or another version prepared it otherwise' if name == 'data' else ''
+    raise ValueError(
+      f'workdir {workdir}: its {name} {changed}, the {name} of this run has {is_now[:16]}{hint}. '
+      f'{remedy or advice(workdir, name)}'
+    )
 
 
 def advice(workdir: str, same: str = '') -> str:

@@ -76,7 +76,8 @@ def replay(workdir: str) -> Finding:
   facts = _facts(workdir)
   config = config_lib.from_dict(facts['config'])
   run = run_lib.prepare(config.resolve())
-  resume.check_fingerprints(workdir, facts['fingerprints'], run.fingerprints())
+  remedy = 'A replay needs what the run was trained on; put it back where run.json names it.'
+  resume.check_fingerprints(workdir, facts['fingerprints'], run.fingerprints(), remedy)
   checkpoints = Checkpoints(workdir, read_only=True)
   try:
     first, last = _last_two(checkpoints)

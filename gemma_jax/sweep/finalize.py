@@ -25,8 +25,6 @@ from gemma_jax.sweep import evaluation, manifest, results
 from gemma_jax.sweep.grid import GridConfig
 from gemma_jax.sweep.results import Outcome, Sweep
 
-SAMPLES = 'samples.jsonl'
-
 
 def close(
   configs: dict[str, TrainConfig],
@@ -118,7 +116,7 @@ def _truncate(run, params, config, cell, ranks, workdir, should_stop) -> None:
 
 def _sample(run, params, sweep: Sweep, grid: GridConfig, workdir: str) -> None:
   """The answers of base and ranks to the first test prompts, greedy."""
-  path = os.path.join(workdir, SAMPLES)
+  path = os.path.join(workdir, manifest.SAMPLES)
   if os.path.exists(path):
     return
   indices = np.flatnonzero(sweep.part('test'))[: grid.sample_prompts].tolist()

@@ -120,6 +120,12 @@ class SweepConfig(TrainConfig):
   def resolve(self) -> 'SweepConfig':
     """A checked, frozen copy; cells are checked one by one, later."""
     config = super().resolve()
+    require(
+      not config.early_stopping_evals,
+      'early_stopping_evals',
+      config.early_stopping_evals,
+      '0: the arms of a sweep are compared after as many updates',
+    )
     config.grid.check()
     return config
 

@@ -14,6 +14,7 @@ chosen on the former, losses reported on the latter.
 
 import os
 from pathlib import Path
+import shutil
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -33,6 +34,7 @@ from gemma_jax.sweep import plan
 from gemma_jax.sweep.grid import Cell, SweepConfig, make_cells
 
 NAME = 'manifest.json'
+SAMPLES = 'samples.jsonl'
 
 
 def check_same_sweep(workdir: str, config: SweepConfig) -> bool:
@@ -165,6 +167,15 @@ def make(config: SweepConfig, workdir: str, made: Draft) -> None:
 def cell_folder(workdir: str, name: str) -> str:
   """Of a cell."""
   return os.path.join(workdir, 'cells', name)
+
+
+def reopen(workdir: str) -> None:
+  """Removes what finalizing made of cells, one of which is going to change."""
+  folder = Path(workdir)
+  for name in ('closed.json', SAMPLES):
+    (folder / name).unlink(missing_ok=True)
+  for path in folder.glob('cells/*/truncated.json'):
+    shutil.rmtree(path.parent)
 
 
 def has_ended(workdir: str, names: list[str]) -> bool:

@@ -132,6 +132,8 @@ class _Worker:
       return self.should_stop() or not lease.is_held()
 
     logging.info('Job %s: %s', job['name'], ' '.join(job['cells']))
+    if job['kind'] != 'closing':
+      manifest.reopen(self.workdir)
     try:
       configs = [self.cells[name].resolve() for name in job['cells']]
       if job['kind'] == 'closing':

@@ -193,14 +193,42 @@ def test_level_of_the_whole_procedure():
   assert np.mean(wrong) <= 0.07
 
 
-def test_nor_do_arms_of_other_axes():
+def test_beside_other_axes_there_is_no_verdict():
+  """One for each of their choices would be wrong somewhere more often than in 5 %."""
   alone, _ = answer_of(made_sweep.make(LEVELS))
   sweep = made_sweep.make(LEVELS | {('all', rank): level - 0.2 for rank, level in LEVELS.items()})
   table = arms.rows(sweep)
   mine, others = verdict.answers(sweep, table)
   assert (mine.reference, others.reference) == ('qv, rank 32', 'all, rank 32')
   assert [test.excess for test in mine.tests] == [test.excess for test in alone.tests]
-  assert states(mine) == states(alone)
+  for answer in (mine, others):
+    assert answer.refusal.startswith('other axes vary too, and 2 verdicts')
+    assert answer.enough is None
+    assert {test.state for test in answer.tests} == {''}
+
+
+def test_seeds_that_failed_leave_no_verdict():
+  """Those that are left are the ones that went well."""
+  sweep = made_sweep.make({4: 0.0, 8: 0.0, 16: 0.0})
+
+  def failed(rank):
+    cells = [
+      dataclasses.replace(cell, result=None, error='a loss is not finite')
+      if cell.axes.get('rank') == rank and cell.axes.get('seed') in (3, 4)
+      else cell
+      for cell in sweep.cells
+    ]
+    for before, cell in zip(sweep.cells, cells, strict=True):
+      vars(cell)['losses'] = before.losses
+    return answer_of(dataclasses.replace(sweep, cells=cells))
+
+  answer, text = failed(8)
+  assert states(answer) == [(8, 'not comparable'), (4, 'not reached')]
+  assert '2 of its seeds failed' in text
+  assert 'Seeds failed, and are left out, of: rank 8.' in text
+  answer, text = failed(16)
+  assert answer.refusal == '2 of the seeds of the reference, rank 16, failed'
+  assert 'is enough' not in text
 
 
 def test_a_noisy_arm_is_never_enough():

@@ -53,9 +53,10 @@ def test_killed_writer_is_cleaned_up_after(tmp_path):
   """Killed between its two renames, then once more while it fills."""
   folder = tmp_path / 'adapter'
   write(folder, 'first')
-  os.rename(folder, tmp_path / '.adapter.old')
-  (tmp_path / '.adapter.new').mkdir()
-  (tmp_path / '.adapter.new' / 'half.txt').write_text('ha')
+  os.rename(folder, tmp_path / f'.adapter.{"0" * 16}.old')
+  half = tmp_path / f'.adapter.{"f" * 16}.new'
+  half.mkdir()
+  (half / 'half.txt').write_text('ha')
 
   def killed(new):
     assert list(new.iterdir()) == []
@@ -67,6 +68,18 @@ def test_killed_writer_is_cleaned_up_after(tmp_path):
   write(folder, 'second')
   assert read(folder) == {'a.txt': 'second'}
   assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_folders_of_similar_names_are_somebodys(tmp_path):
+  folder = tmp_path / 'adapter'
+  names = ('.adapter.old', '.adapter.new', '.adapter.backup.old', '.adapter.0123.old')
+  for name in names:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / 'mine.txt').write_text('mine')
+  for text in ('first', 'second'):
+    write(folder, text)
+  assert {path.name for path in tmp_path.iterdir()} == {'adapter', *names}
+  assert all((tmp_path / name / 'mine.txt').is_file() for name in names)
 
 
 def test_folder_is_flushed_before_it_appears(tmp_path, monkeypatch):

@@ -86,6 +86,12 @@ def test_full_baseline_trains_the_kernels_of_the_targets_alone():
     assert bool(re.match(pattern, path)) == trained, path
 
 
+def test_arms_train_for_as_many_updates():
+  config = grid.SweepConfig(early_stopping_evals=2, grid=grid.GridConfig(ranks=(1, 2)))
+  with pytest.raises(ValueError, match='early_stopping_evals: got 2, expected 0'):
+    config.resolve()
+
+
 @pytest.mark.parametrize(
   ('axes', 'message'),
   [
