@@ -3,14 +3,15 @@
 The order is the contract:
   1. the logits that are wanted: of the base, or of the base with the adapter;
   2. the output is written beside its place;
-  3. it is read again: its weights must be those that were meant
-     (`formats.weight_check`), and other than the base's if an adapter was
-     merged; the logits must be the wanted ones;
+  3. it is read again: its tokens must be the base's; its weights those that
+     were meant (`export.weight_check`), and other than the base's if an adapter
+     was merged; the logits the wanted ones;
   4. what was measured is written to `conversion.json`, and the output appears.
 A conversion that fails leaves nothing.
 """
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 import re
@@ -23,6 +24,7 @@ import numpy as np
 
 from gemma_jax import files, pytree
 from gemma_jax.config.train import LoraConfig
+from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.export import merged, streamed, weight_check
 from gemma_jax.formats import adapter as adapter_lib
 from gemma_jax.formats import (
@@ -151,7 +153,8 @@ def convert(
   def fill(new: Path):
     record.update(write(new))
     if to != 'peft' and (verify or loaded is not None):
-      logging.info('Reading it again, comparing weights')
+      logging.info('Reading it again, comparing tokens and weights')
+      _verify_tokenizer(source.tokenizer(), _reopen(new).tokenizer(), to)
       record.update(_verify_weights(source, _reopen(new), loaded, record))
     measured = None
     if verify:
@@ -212,7 +215,7 @@ def _write_model(
 ) -> dict[str, Any]:
   if to == 'hf':
     hf_writer.write_folder(new, source, dtype, max_shard_bytes, trained_on)
-    config = hf_writer.exported_config(source.config)
+    config = hf_writer.exported_config(source)
   else:
     flax_writer.write_folder(new, source, dtype, nested)
     config = flax_writer.exported_config(source.config)
@@ -225,6 +228,31 @@ def _write_model(
   text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + '\n'
   (new / flax_config.RECORD_NAME).write_text(text, 'utf-8')
   return record
+
+
+def _verify_tokenizer(want: Tokenizer | None, got: Tokenizer | None, to: str):
+  """Raises ValueError unless a written tokenizer is the one that was meant."""
+  if want is None or want.model_proto is None:
+    return
+  if got is None:
+    raise ValueError('output: it has no tokenizer, expected the base\'s; nothing was written.')
+  advice = ' Use --to=hf, which names each token.' if to == 'flax' else ''
+  if got.vocab_size != want.vocab_size:
+    raise ValueError(
+      f'output: its tokenizer has {got.vocab_size} tokens, expected '
+      f'{want.vocab_size}, as the base; nothing was written.{advice}'
+    )
+  for ours, theirs in itertools.zip_longest(want.named_pieces, got.named_pieces):
+    if ours != theirs:
+      raise ValueError(
+        f'output: its tokenizer has {theirs}, expected {ours}, as the base; '
+        f'nothing was written.{advice}'
+      )
+  if got.fingerprint() != want.fingerprint():
+    raise ValueError(
+      f'output: its tokenizer is {got.fingerprint()}, expected '
+      f'{want.fingerprint()}, that of the base; nothing was written.{advice}'
+    )
 
 
 def _verify_weights(
@@ -321,8 +349,7 @@ def _reopen(folder: Path) -> BaseSource:
 
 def _batch(source: BaseSource) -> np.ndarray:
   """int32 [B, T]: rows that begin with BOS, then any tokens there are."""
-  config: ModelConfig = source.config
-  rows = hf_writer.exported_config(config).vocab_size
+  rows = hf_writer.exported_config(source).vocab_size
   if (tokenizer := source.tokenizer()) is not None:
     rows = min(rows, tokenizer.vocab_size)
   low = min(4, rows - 1)

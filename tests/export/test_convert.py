@@ -431,3 +431,49 @@ def test_a_merged_model_is_asked_as_its_adapter_was_trained(tmp_path):
   convert.convert(str(model), str(tmp_path / 'out'), 'hf', str(tmp_path / 'a'))
   template = (tmp_path / 'out' / 'chat_template.jinja').read_text()
   assert template == chat_template.jinja('korean')
+
+
+def base_with_added(folder, tokens):
+  """A Hugging Face folder whose files name tokens behind tokenizer.model's."""
+  folder.mkdir()
+  base = logits_toy.source_of(dataclasses.replace(variants.TINY, vocab_size=307))
+  proto = logits_toy.tokenizer_proto()
+  hf_writer.write_folder(
+    folder, dataclasses.replace(base, make_tokenizer=lambda: logits_toy.make_tokenizer(proto))
+  )
+  path = folder / 'tokenizer_config.json'
+  config = json.loads(path.read_text())
+  n = logits_toy.make_tokenizer(proto).vocab_size
+  config['added_tokens_decoder'] |= {str(n + i): token for i, token in enumerate(tokens)}
+  path.write_text(json.dumps(config))
+  return n
+
+
+def test_a_row_of_padding_that_has_a_token_stays(tmp_path, monkeypatch):
+  """As with token 256000 of an embedding of 256128 rows."""
+  n = base_with_added(tmp_path / 'base', [{'content': '<tool>', 'special': False}])
+  monkeypatch.setattr(hf_writer, 'TOKEN_ROWS', {307: n})
+  convert.convert(str(tmp_path / 'base'), str(tmp_path / 'out'), 'hf')
+  base, out = (open_base.open_base(str(tmp_path / name)) for name in ('base', 'out'))
+  assert out.config.vocab_size == n + 1
+  assert out.tokenizer().encode('a<tool>')[1:] == [n]
+  want = base.tensors['embedder/input_embedding'].read(0, n + 1)
+  np.testing.assert_array_equal(out.tensors['embedder/input_embedding'].read(0, n + 1), want)
+
+
+def test_an_output_of_another_tokenizer_is_refused(tmp_path, monkeypatch):
+  base_with_added(tmp_path / 'base', [{'content': '<|tool|>', 'special': False}])
+  # Read alone, tokenizer.model takes such a name for a control token.
+  with pytest.raises(ValueError, match=r"its tokenizer has .*'<\|tool\|>', special=True.*--to=hf"):
+    convert.convert(str(tmp_path / 'base'), str(tmp_path / 'out'), 'flax')
+  convert.convert(str(tmp_path / 'base'), str(tmp_path / 'out'), 'hf')
+  write = hf_writer.write_tokenizer
+
+  def forgetful(folder, *rest):
+    write(folder, *rest)
+    (folder / 'tokenizer_config.json').unlink()
+
+  monkeypatch.setattr(hf_writer, 'write_tokenizer', forgetful)
+  with pytest.raises(ValueError, match='its tokenizer has 289 tokens, expected 290'):
+    convert.convert(str(tmp_path / 'base'), str(tmp_path / 'again'), 'hf')
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['base', 'out']
