@@ -235,7 +235,7 @@ def _verify_tokenizer(want: Tokenizer | None, got: Tokenizer | None, to: str):
   if want is None or want.model_proto is None:
     return
   if got is None:
-    raise ValueError('output: it has no tokenizer, expected the base\'s; nothing was written.')
+    raise ValueError("output: it has no tokenizer, expected the base's; nothing was written.")
   advice = ' Use --to=hf, which names each token.' if to == 'flax' else ''
   if got.vocab_size != want.vocab_size:
     raise ValueError(

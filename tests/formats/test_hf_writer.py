@@ -164,7 +164,7 @@ def test_templates_and_stops_of_base_and_adapter(tmp_path):
   # One with its own template in tokenizer_config.json, and its own stops.
   (tmp_path / 'base' / 'chat_template.jinja').unlink()
   path = tmp_path / 'base' / 'tokenizer_config.json'
-  own = {**json.loads(path.read_text()), 'chat_template': 'own'}
+  own = {**json.loads(path.read_text()), 'chat_template': '<start_of_turn>'}
   path.write_text(json.dumps(own))
   path = tmp_path / 'base' / 'generation_config.json'
   path.write_text('{"eos_token_id": 5, "top_k": 64}')
