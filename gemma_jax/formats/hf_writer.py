@@ -139,7 +139,8 @@ def write_tokenizer(folder: Path, source: BaseSource, trained_on: str | None = N
   path = folder / hf_tokenizer.CONFIG_NAME
   given = hf_tokenizer.read_object(path)
   config = dict(given or _TOKENIZER_CONFIG)
-  config.setdefault('added_tokens_decoder', _decoder(tokenizer))
+  named = config.get('added_tokens_decoder') or {}
+  config['added_tokens_decoder'] = {**_decoder(tokenizer), **named}
   template = chat_template.of_export(trained_on, source.read_chat_template(), tokenizer)
   if template is not None and template != hf_tokenizer.chat_template(folder):
     (folder / 'chat_template.json').unlink(missing_ok=True)

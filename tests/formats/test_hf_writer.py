@@ -151,6 +151,16 @@ def test_pieces_that_are_not_merged_are_named(tmp_path):
   assert again.fingerprint() == base.tokenizer().fingerprint()
 
 
+def test_what_a_base_names_in_part_is_completed(tmp_path):
+  base = with_tokenizer(logits_toy.source_of(dataclasses.replace(variants.TINY, vocab_size=307)))
+  whole = export(tmp_path / 'base', base)[0]['added_tokens_decoder']
+  path = tmp_path / 'base' / 'tokenizer_config.json'
+  own = {'content': '<end_of_turn>', 'special': True, 'lstrip': True}
+  path.write_text(json.dumps({'added_tokens_decoder': {'5': own}}))
+  config, _ = export(tmp_path / 'copy', open_base.open_base(str(tmp_path / 'base')))
+  assert config['added_tokens_decoder'] == {**whole, '5': own}
+
+
 def test_templates_and_stops_of_base_and_adapter(tmp_path):
   config = dataclasses.replace(variants.TINY, vocab_size=307)
   base = with_tokenizer(logits_toy.source_of(config))
