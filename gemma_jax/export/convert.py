@@ -134,12 +134,17 @@ def convert(
       return {'parameters': pytree.num_params(loaded.factors)}
 
   else:
-    result, trained_on = source, None
+    result, trained_with = source, source.read_trained_with()
+    trained_on = None
     if loaded is not None:
-      trained_on = loaded.trained_with and loaded.trained_with.template
+      trained_with = loaded.trained_with
       result = merged.merge(source, loaded.config, loaded.factors, loaded.trained_base)
+    if trained_with is not None and (loaded is not None or not source.read_chat_template()):
+      trained_on = trained_with.template
 
     def write(new: Path) -> dict[str, Any]:
+      if trained_with is not None:
+        trained_with.write(new)
       return _write_model(new, result, to, dtype, max_shard_bytes, nested, trained_on)
 
   tokens = _batch(source)

@@ -415,7 +415,8 @@ def test_command(tmp_path):
   assert line.startswith('error: output:')
 
 
-def test_a_merged_model_is_asked_as_its_adapter_was_trained(tmp_path):
+@pytest.mark.parametrize('to', ['hf', 'flax'])
+def test_a_merged_model_is_asked_as_its_adapter_was_trained(to, tmp_path):
   model = tmp_path / 'base'
   config = dataclasses.replace(variants.TINY3, vocab_size=307)
   base = logits_toy.source_of(config)
@@ -428,9 +429,19 @@ def test_a_merged_model_is_asked_as_its_adapter_was_trained(tmp_path):
   )
   write_adapter(tmp_path / 'a', str(model))
   TrainedWith('korean').write(tmp_path / 'a')
-  convert.convert(str(model), str(tmp_path / 'out'), 'hf', str(tmp_path / 'a'))
-  template = (tmp_path / 'out' / 'chat_template.jinja').read_text()
-  assert template == chat_template.jinja('korean')
+  convert.convert(str(model), str(tmp_path / 'out'), to, str(tmp_path / 'a'))
+  out = open_base.open_base(str(tmp_path / 'out'))
+  assert out.read_trained_with() == TrainedWith('korean')
+  # Nor does it forget when it is converted once more.
+  again = tmp_path / 'again'
+  convert.convert(str(tmp_path / 'out'), str(again), 'hf')
+  assert open_base.open_base(str(again)).read_trained_with() == TrainedWith('korean')
+  for folder in (tmp_path / 'out', again):
+    if folder == again or to == 'hf':
+      template = (folder / 'chat_template.jinja').read_text()
+      assert template == chat_template.jinja('korean')
+  convert.convert(str(model), str(tmp_path / 'plain'), to)
+  assert open_base.open_base(str(tmp_path / 'plain')).read_trained_with() is None
 
 
 def base_with_added(folder, tokens):
