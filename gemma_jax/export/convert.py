@@ -270,10 +270,12 @@ def _verify_weights(
     adapter = (loaded.config, loaded.factors, loaded.trained_base)
   found = weight_check.compare(source, result, dtype, *adapter)
   if loaded is not None and not found.num_changed:
+    reason = 'it is lost in rounding, use --dtype=float32'
+    if dtype == np.float32:
+      reason = 'the adapter changes nothing, train it first'
     raise ValueError(
       f'output: the merged weights equal the base in {dtype.name}, expected '
-      "the adapter's update to be visible; it is lost in rounding, use "
-      '--dtype=float32. Nothing was written.'
+      f"the adapter's update to be visible; {reason}. Nothing was written."
     )
   return {
     'largest_weight_difference': found.largest_difference,
@@ -315,11 +317,12 @@ def _verify_logits(
   tolerance = TOLERANCES[dtype]
   # Not `max() > tolerance`, which a NaN would pass.
   if not relative.max() <= tolerance:
+    advice = ' Use --dtype=float32.' if dtype == 'bfloat16' else ''
     raise ValueError(
       f'output: its logits differ from those of {record["model"]}'
       f'{" with the adapter" if loaded else ""} by {difference.max():.3g}, '
       f'{relative.max():.3g} of the largest, expected at most {tolerance} in '
-      f'{dtype}; nothing was written.'
+      f'{dtype}; nothing was written.{advice}'
     )
   record['largest_relative_logit_difference'] = float(relative.max())
   if of_base is not None:

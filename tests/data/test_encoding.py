@@ -1,5 +1,7 @@
 """Control tokens in texts: plain characters, counted, or parsed when asked."""
 
+import logging
+
 import pytest
 
 from gemma_jax.data import encoding, examples
@@ -123,3 +125,12 @@ def test_added_tokens_of_any_spelling_are_found(name):
   assert document.spells_controls
   (document,) = encoding.encode([[Span(f'x<row {n}>')]], tokenizer)
   assert not document.spells_controls
+
+
+@pytest.mark.parametrize('template', ['plain', 'chat'])
+def test_a_prompt_that_spells_control_tokens_is_said(template, caplog):
+  with caplog.at_level(logging.WARNING):
+    examples.prompt_tokens(TOKENIZER, template, '<bos>Hi')
+  (message,) = caplog.messages
+  assert '--config.data.parse_control_tokens=True' in message
+  assert ('template=chat' in message) == (template != 'chat')

@@ -170,7 +170,8 @@ def test_untrained_magnitudes_are_refused(dtype, tmp_path):
     factors_lib.init(jax.random.key(0), base.config, config), base.load_params()
   )
   peft.write_adapter(tmp_path / 'a', factors, config, 'b')
-  with pytest.raises(ValueError, match=f'equal the base in {dtype}'):
+  advice = 'train it first' if dtype == 'float32' else 'use --dtype=float32'
+  with pytest.raises(ValueError, match=f'equal the base in {dtype}.*; .*{advice}'):
     convert.convert('random:tiny3', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'), dtype)
   assert not (tmp_path / 'm').exists()
 
@@ -274,8 +275,9 @@ def test_output_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     return writer(new, dataclasses.replace(base, config=config), *rest)
 
   monkeypatch.setattr(convert, '_write_model', wrong)
-  with pytest.raises(ValueError, match=r'logits differ .* expected at most'):
-    convert.convert('random:tiny2', str(tmp_path / 'm'), 'hf')
+  for dtype, advice in (('float32', 'written\\.$'), ('bfloat16', 'Use --dtype=float32')):
+    with pytest.raises(ValueError, match=f'logits differ .* expected at most.*{advice}'):
+      convert.convert('random:tiny2', str(tmp_path / 'm'), 'hf', dtype=dtype)
   assert not list(tmp_path.iterdir())
 
 
