@@ -151,7 +151,7 @@ def convert(
   want = _logits(source, tokens, loaded) if verify else None
   of_base = None
   if verify and loaded is not None and to != 'peft':
-    of_base = _logits(source, tokens, None)
+    of_base = _logits_of_base(source, tokens, base_source.weight_dtype(source, dtype))
 
   sizes: dict[str, int] = {}
 
@@ -291,14 +291,18 @@ def _verify_logits(
   to: str,
   tokens: np.ndarray,
   want: np.ndarray,
-  of_base: np.ndarray | None,
+  of_base: tuple[np.ndarray, np.ndarray] | None,
   record: dict[str, Any],
 ) -> float:
   """Raises ValueError unless the output computes what it should.
 
-  Where the base's logits are given, notes in the record which share of the
-  update is in the logits: 1 - |got - want| / |want - base|. Rounding lowers it
-  by what it takes from an update and by the noise that it adds.
+  Where the base's logits are given, exact ones and those of its own rounded
+  weights, notes in the record which share of the update is in the logits:
+
+      kept = <got - rounded base, want - base> / |want - base|^2
+
+  as `weight_check` does for the weights. What the base loses by its own
+  rounding is in both and so in neither difference.
 
   Returns:
     Largest absolute difference of a logit.
@@ -326,9 +330,10 @@ def _verify_logits(
     )
   record['largest_relative_logit_difference'] = float(relative.max())
   if of_base is not None:
-    way = np.linalg.norm(want - of_base[..., :rows])
-    if way > 0:
-      record['logit_update_kept'] = max(0.0, 1 - float(np.linalg.norm(got - want) / way))
+    base, rounded = (x[..., :rows] for x in of_base)
+    update = (want - base).astype(np.float64)
+    if square := np.vdot(update, update):
+      record['logit_update_kept'] = float(np.vdot(got - rounded, update) / square)
   return float(difference.max())
 
 
@@ -338,16 +343,17 @@ def _warn_of_rounding(record: dict[str, Any]):
   kept = {where: record[name] for name, where in names.items() if record.get(name) is not None}
   if not kept:
     return
-  shares = ', '.join(f'{x:.1%} in the {where}' for where, x in kept.items())
+  # A step of rounding may be larger than what was rounded, or point back.
+  shares = ', '.join(f'{min(max(x, 0), 1):.1%} in the {where}' for where, x in kept.items())
   if min(kept.values()) >= _LEAST_KEPT:
     logging.info("Of the adapter's update is kept: %s", shares)
     return
+  advice = 'The update is very small; is the adapter trained?'
+  if record['dtype'] != 'float32':
+    advice = 'Use --dtype=float32.'
   logging.warning(
-    "Rounding to %s keeps this of the adapter's update: %s; expected at least "
-    '%.0f %%. Use --dtype=float32.',
-    record['dtype'],
-    shares,
-    100 * _LEAST_KEPT,
+    "Rounding to %s keeps this of the adapter's update: %s; expected at least %.0f %%. %s",
+    *(record['dtype'], shares, 100 * _LEAST_KEPT, advice),
   )
 
 
@@ -364,6 +370,20 @@ def _batch(source: BaseSource) -> np.ndarray:
   tokens = np.random.default_rng(0).integers(low, rows, _BATCH_SHAPE)
   tokens[:, 0] = min(2, rows - 1)
   return tokens.astype(np.int32)
+
+
+def _logits_of_base(
+  source: BaseSource, tokens: np.ndarray, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+  """Of the base as it is, and with its weights rounded to a dtype."""
+  exact = _logits(source, tokens, None)
+  if dtype in (np.float32, source.stored_dtype):
+    return exact, exact
+  tensors = {
+    path: dataclasses.replace(x, read=lambda i, j, x=x: x.read(i, j).astype(dtype))
+    for path, x in source.tensors.items()
+  }
+  return exact, _logits(dataclasses.replace(source, tensors=tensors), tokens, None)
 
 
 def _logits(source: BaseSource, tokens: np.ndarray, loaded: Adapter | None) -> np.ndarray:

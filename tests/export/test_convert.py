@@ -210,6 +210,31 @@ def test_what_rounding_leaves_of_an_update_is_said(dtype, tmp_path, caplog):
     assert 'Use --dtype=float32' in caplog.text
 
 
+def test_the_noise_of_the_base_is_no_loss_of_the_update(tmp_path, caplog):
+  """A float32 base in bfloat16: its logits move further than the adapter's."""
+  write_adapter(tmp_path / 'a', 'random:tiny3', 0.03)
+  with caplog.at_level(logging.WARNING):
+    result = convert.convert(
+      'random:tiny3', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'), 'bfloat16'
+    )
+  assert not caplog.records
+  record = json.loads((tmp_path / 'm' / 'conversion.json').read_text())
+  assert abs(result['logit_update_kept'] - 1) < 0.1
+  assert record['logit_update_kept'] == result['logit_update_kept']
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('kept', [1.001, -0.02, 0.5])
+def test_shares_are_said_as_shares(kept, dtype, caplog):
+  record = {'update_kept': 1.0, 'logit_update_kept': kept, 'dtype': dtype}
+  with caplog.at_level(logging.INFO):
+    convert._warn_of_rounding(record)
+  (message,) = caplog.messages
+  share = {1.001: '100.0%', -0.02: '0.0%', 0.5: '50.0%'}[kept]
+  assert f"100.0% in the weights, {share} in the check's logits" in message
+  assert ('float32' in message.split('expected')[-1]) == (kept < 0.9 and dtype == 'bfloat16')
+
+
 def test_the_share_of_an_update_is_that_in_its_direction(tmp_path):
   """Spelt out for one kernel, from what was written."""
   config, factors = write_adapter(tmp_path / 'a', 'random:tiny', 0.02)
