@@ -93,9 +93,11 @@ def _check_finite(name: str, examples: examples_lib.Examples, measured: evaluate
   """FloatingPointError that names the first record whose loss is not."""
   bad = np.flatnonzero(~np.isfinite(measured.nll))
   if bad.size:
+    reason = 'the adapter diverged in training, or is for another base.'
+    if name == align.BASE:
+      reason = 'the base itself overflows: its file is damaged, or its weights need float32.'
     raise FloatingPointError(
       f'{name}: the loss of record {examples.record_ids[bad[0]]} is '
       f'{measured.nll[bad[0]]} ({bad.size} of {len(examples)} records are not '
-      'finite), expected numbers; the adapter diverged in training, or is for '
-      'another base.'
+      f'finite), expected numbers; {reason}'
     )
