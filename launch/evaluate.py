@@ -4,7 +4,8 @@
       --data=sample:seoul_travel
 
 One JSON line on standard output for the base (without --adapter) or for each
-adapter: adapter, nll (sum, nats), tokens, nll_per_token, perplexity, examples.
+adapter: adapter, nll (sum, nats), tokens, nll_per_token, perplexity, examples,
+and template and loss_on, with which it was measured.
 """
 
 import json
@@ -64,7 +65,7 @@ def main() -> int:
   """Runs the command."""
   from gemma_jax import files
   from gemma_jax.config.train import TrainConfig
-  from gemma_jax.formats import adapter, trained_with
+  from gemma_jax.formats import adapter, open_base, trained_with
   from gemma_jax.lora import align
   from gemma_jax.runs import evaluate_adapters
 
@@ -76,14 +77,23 @@ def main() -> int:
     app.fail(f'--per_example: {per_example.parent} is no folder, expected one')
   app.set_compilation_cache('')
   names = _ADAPTERS.value or [align.BASE]
+  source = open_base.open_base(_MODEL.value, _TOKENIZER.value)
+  by_name = {name: adapter.read_trained_with(name) for name in names if name != align.BASE}
+  of_base = source.read_trained_with()
+  if align.BASE in names and of_base is not None:
+    by_name[align.BASE] = of_base
   chosen = trained_with.choose(
-    {name: adapter.read_trained_with(name) for name in names if name != align.BASE},
+    by_name,
     {
       'template': _TEMPLATE.value,
       'loss_on': _LOSS_ON.value,
       'parse_control_tokens': _PARSE_CONTROL_TOKENS.value,
       'seq_len': _SEQ_LEN.value,
     },
+  )
+  logging.info(
+    'Measured with template=%s, loss_on=%s, parse_control_tokens=%s',
+    *(chosen.template, chosen.loss_on, chosen.parse_control_tokens),
   )
   config = TrainConfig()
   config.model.path = _MODEL.value
@@ -98,9 +108,10 @@ def main() -> int:
   config.data.global_batch_size = _BATCH_SIZE.value
   config.data.max_eval_records = _MAX_RECORDS.value
   rows = []
-  for name, examples, found in evaluate_adapters.evaluate_adapters(config.resolve(), names):
+  for name, examples, found in evaluate_adapters.evaluate_adapters(config.resolve(), names, source):
     logging.info('%s: %.4f nats/token', name, found.nll_per_token)
-    line = {'adapter': name, **found.line()}
+    told = {'template': chosen.template, 'loss_on': chosen.loss_on}
+    line = {'adapter': name, **found.line(), **told}
     print(json.dumps(line, allow_nan=False), flush=True)
     for index, nll, tokens in zip(examples.record_ids, found.nll, found.tokens, strict=True):
       rows.append({'adapter': name, 'index': int(index), 'nll': float(nll), 'tokens': int(tokens)})

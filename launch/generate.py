@@ -51,7 +51,7 @@ _TEMPLATE = flags.DEFINE_string(
   None,
   'Text around each prompt: dolly, chat, plain (none), korean, en_ko or ko_en; '
   "default: each adapter's own, without one dolly. The base takes that of the "
-  'first adapter.',
+  'adapter merged into it, else of the first adapter.',
 )
 _PARSE_CONTROL_TOKENS = flags.DEFINE_bool(
   'parse_control_tokens',
@@ -131,10 +131,12 @@ def main() -> int:
     names = [align.BASE, *names]
   folders = [name for name in names if name != align.BASE]
   loaded = align.load_adapters(folders, source.config)
+  told = {'template': _TEMPLATE.value, 'parse_control_tokens': _PARSE_CONTROL_TOKENS.value}
   asked_with = trained_with.asked_with(
     names,
     {x.name: x.trained_with for x in loaded if x.name != align.BASE},
-    {'template': _TEMPLATE.value, 'parse_control_tokens': _PARSE_CONTROL_TOKENS.value},
+    told if _PROMPTS.value else {},
+    source.read_trained_with(),
   )
   rows = {
     name: [

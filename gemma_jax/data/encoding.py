@@ -9,19 +9,57 @@ counted, unless the caller asks for it to be parsed: a text that was rendered
 elsewhere (`<bos><start_of_turn>user\n...`) then becomes what it spells.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 import dataclasses
 import itertools
 import re
 from typing import NamedTuple
+import weakref
 
 import numpy as np
 
 from gemma_jax.data.templates import Range, Span
-from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.data.tokenizer import SPACE, Tokenizer
 
-# What a control token may look like: <bos>, <|turn>, [multimodal].
-_MAY_BE_CONTROL = re.compile(r'[<\[][^<>\[\]\s]{1,40}[>\]]')
+# What Gemma's control tokens look like: <bos>, <|turn>, [multimodal].
+_USUAL = r'[<\[][^<>\[\]\s]{1,40}[>\]]'
+
+
+class _Finder:
+  """Finds the control tokens that a text spells."""
+
+  def __init__(self, controls: Mapping[str, int]):
+    """One pattern serves Gemma's own; names of other forms stand before it."""
+    # A row without a text (`tokenizer`) has a name that no text means.
+    named = [name for name, i in controls.items() if name != f'<row {i}>']
+    spaced = {name.replace(SPACE, ' '): name for name in named}
+    names = spaced | {name: name for name in named}
+    odd = tuple(name for name in names if not re.fullmatch(_USUAL, name))
+    apart = [name for name in names if odd and name.startswith(odd)]
+    apart.sort(key=len, reverse=True)
+    self._names = names
+    self._pattern = re.compile('|'.join([*map(re.escape, apart), _USUAL]))
+
+  def find(self, text: str) -> Iterator[tuple[int, int, str]]:
+    """(start, end, name) of each, the longest at its place, in order."""
+    start = 0
+    while match := self._pattern.search(text, start):
+      name = self._names.get(match[0])
+      if name is None:
+        start = match.start() + 1
+        continue
+      yield *match.span(), name
+      start = match.end()
+
+
+# A finder takes some time to make.
+_finders: MutableMapping[Tokenizer, _Finder] = weakref.WeakKeyDictionary()
+
+
+def _finder(tokenizer: Tokenizer) -> _Finder:
+  if tokenizer not in _finders:
+    _finders[tokenizer] = _Finder(tokenizer.controls)
+  return _finders[tokenizer]
 
 
 class Piece(NamedTuple):
@@ -81,13 +119,11 @@ def encode(
     parse_controls: turn control tokens that a text spells into their ids; a
       BOS in front, or an EOS at the end, is then not added again.
   """
-  controls = tokenizer.controls
-  spelled = [
-    any(_spells(s.text, controls) for s in spans if not s.is_control) for spans in rendered
-  ]
+  finder = _finder(tokenizer)
+  spelled = [any(any(finder.find(s.text)) for s in spans if not s.is_control) for spans in rendered]
   if parse_controls:
     rendered = [
-      [part for span in spans for part in _parsed(span, controls)] if is_spelled else spans
+      [part for span in spans for part in _parsed(span, finder)] if is_spelled else spans
       for spans, is_spelled in zip(rendered, spelled, strict=True)
     ]
   texts = [s.text for spans in rendered for s in spans if not s.is_control]
@@ -126,23 +162,17 @@ def _closed(pieces: list[Piece], tokenizer: Tokenizer) -> list[Piece]:
   return pieces
 
 
-def _spells(text: str, controls: Mapping[str, int]) -> bool:
-  return any(match[0] in controls for match in _MAY_BE_CONTROL.finditer(text))
-
-
-def _parsed(span: Span, controls: Mapping[str, int]) -> Iterator[Span]:
+def _parsed(span: Span, finder: _Finder) -> Iterator[Span]:
   """A span as texts and the control tokens between them."""
   if span.is_control:
     yield span
     return
   start = 0
-  for match in _MAY_BE_CONTROL.finditer(span.text):
-    if match[0] not in controls:
-      continue
-    if match.start() > start:
-      yield _part(span, (start, match.start()))
-    yield dataclasses.replace(span, text=match[0], is_control=True, spare=(), last_spare=())
-    start = match.end()
+  for first, end, name in finder.find(span.text):
+    if first > start:
+      yield _part(span, (start, first))
+    yield dataclasses.replace(span, text=name, is_control=True, spare=(), last_spare=())
+    start = end
   if start < len(span.text):
     yield _part(span, (start, len(span.text)))
 

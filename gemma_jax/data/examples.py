@@ -50,6 +50,7 @@ class Example(NamedTuple):
 _MOST_LOST_PROMPTS = 0.01
 _MOST_TRUNCATED = 0.05
 
+_PARSE = '--config.data.parse_control_tokens=True'
 _RAISE = 'Raise --config.data.seq_len, if the base has more positions'
 
 
@@ -72,6 +73,7 @@ class ExampleStats:
     spelling_controls: records whose text spells a control token.
     parsed_controls: whether these became control tokens.
     seq_len: that was given.
+    template: that was given.
   """
 
   records: int
@@ -87,6 +89,7 @@ class ExampleStats:
   spelling_controls: int = 0
   parsed_controls: bool = False
   seq_len: int = 0
+  template: str = ''
 
   def line(self, name: str) -> str:
     """'training: 355 records, 81,250 tokens, ...' of the records `name`."""
@@ -125,8 +128,7 @@ class ExampleStats:
     if self.spelling_controls and not self.parsed_controls:
       lines.append(
         f'{self.spelling_controls:,} records spell control tokens, which are '
-        'read as plain text. Use --config.data.template=chat on texts that are '
-        'not rendered yet, or --config.data.parse_control_tokens=True'
+        f'read as plain text. {_advice(self.template)}'
       )
     return [f'{name}: {line}' for line in lines]
 
@@ -248,6 +250,7 @@ def make_examples(
     duplicates=len(kept) - len(seen),
     parsed_controls=parse_control_tokens,
     seq_len=seq_len,
+    template=template,
     **counts,
   )
   return Examples(kept, record_ids, stats)
@@ -261,12 +264,18 @@ def prompt_tokens(
   (document,) = encoding.encode([spans], tokenizer, parse_control_tokens)
   if document.spells_controls and not parse_control_tokens:
     logging.warning(
-      'The prompt %.40r spells control tokens, which are read as plain text. '
-      'Use --config.data.template=chat on a text that is not rendered yet, or '
-      '--config.data.parse_control_tokens=True',
+      'The prompt %.40r spells control tokens, which are read as plain text. %s',
       prompt,
+      _advice(template),
     )
   return document.arrays('response')[0].tolist()
+
+
+def _advice(template: str) -> str:
+  """What to do about control tokens that a text spells."""
+  if template == 'chat':  # renders the turns itself
+    return f'Use {_PARSE} if they are meant, and give texts without turns'
+  return f'Use --config.data.template=chat on texts that are not rendered yet, or {_PARSE}'
 
 
 def empty_row(seq_len: int) -> Batch:

@@ -176,7 +176,12 @@ class SentencePieceTokenizer(Tokenizer):
     named = _add(proto.pieces, added, source)
     if named:
       model_proto = proto.SerializeToString()
-    self._retyped = _retype(proto.pieces, added)
+    self._retyped = _retype(proto.pieces, added) + [
+      (i, USER_DEFINED)
+      for i in sorted(named)
+      # Read without `added`, the name would make it a control token.
+      if proto.pieces[i].type == USER_DEFINED and is_control_name(proto.pieces[i].piece)
+    ]
     by_name = _make_control(proto.pieces, named)
     self.named_pieces = [
       AddedToken(i, piece.piece, special=piece.type != USER_DEFINED)

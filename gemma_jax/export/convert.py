@@ -3,14 +3,15 @@
 The order is the contract:
   1. the logits that are wanted: of the base, or of the base with the adapter;
   2. the output is written beside its place;
-  3. it is read again: its weights must be those that were meant
-     (`formats.weight_check`), and other than the base's if an adapter was
-     merged; the logits must be the wanted ones;
+  3. it is read again: its tokens must be the base's; its weights those that
+     were meant (`export.weight_check`), and other than the base's if an adapter
+     was merged; the logits the wanted ones;
   4. what was measured is written to `conversion.json`, and the output appears.
 A conversion that fails leaves nothing.
 """
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 import re
@@ -23,6 +24,7 @@ import numpy as np
 
 from gemma_jax import files, pytree
 from gemma_jax.config.train import LoraConfig
+from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.export import merged, streamed, weight_check
 from gemma_jax.formats import adapter as adapter_lib
 from gemma_jax.formats import (
@@ -132,26 +134,32 @@ def convert(
       return {'parameters': pytree.num_params(loaded.factors)}
 
   else:
-    result, trained_on = source, None
+    result, trained_with = source, source.read_trained_with()
+    trained_on = None
     if loaded is not None:
-      trained_on = loaded.trained_with and loaded.trained_with.template
+      trained_with = loaded.trained_with
       result = merged.merge(source, loaded.config, loaded.factors, loaded.trained_base)
+    if trained_with is not None and (loaded is not None or not source.read_chat_template()):
+      trained_on = trained_with.template
 
     def write(new: Path) -> dict[str, Any]:
+      if trained_with is not None:
+        trained_with.write(new)
       return _write_model(new, result, to, dtype, max_shard_bytes, nested, trained_on)
 
   tokens = _batch(source)
   want = _logits(source, tokens, loaded) if verify else None
   of_base = None
   if verify and loaded is not None and to != 'peft':
-    of_base = _logits(source, tokens, None)
+    of_base = _logits_of_base(source, tokens, base_source.weight_dtype(source, dtype))
 
   sizes: dict[str, int] = {}
 
   def fill(new: Path):
     record.update(write(new))
     if to != 'peft' and (verify or loaded is not None):
-      logging.info('Reading it again, comparing weights')
+      logging.info('Reading it again, comparing tokens and weights')
+      _verify_tokenizer(source.tokenizer(), _reopen(new).tokenizer(), to)
       record.update(_verify_weights(source, _reopen(new), loaded, record))
     measured = None
     if verify:
@@ -212,7 +220,7 @@ def _write_model(
 ) -> dict[str, Any]:
   if to == 'hf':
     hf_writer.write_folder(new, source, dtype, max_shard_bytes, trained_on)
-    config = hf_writer.exported_config(source.config)
+    config = hf_writer.exported_config(source)
   else:
     flax_writer.write_folder(new, source, dtype, nested)
     config = flax_writer.exported_config(source.config)
@@ -227,6 +235,31 @@ def _write_model(
   return record
 
 
+def _verify_tokenizer(want: Tokenizer | None, got: Tokenizer | None, to: str):
+  """Raises ValueError unless a written tokenizer is the one that was meant."""
+  if want is None or want.model_proto is None:
+    return
+  if got is None:
+    raise ValueError("output: it has no tokenizer, expected the base's; nothing was written.")
+  advice = ' Use --to=hf, which names each token.' if to == 'flax' else ''
+  if got.vocab_size != want.vocab_size:
+    raise ValueError(
+      f'output: its tokenizer has {got.vocab_size} tokens, expected '
+      f'{want.vocab_size}, as the base; nothing was written.{advice}'
+    )
+  for ours, theirs in itertools.zip_longest(want.named_pieces, got.named_pieces):
+    if ours != theirs:
+      raise ValueError(
+        f'output: its tokenizer has {theirs}, expected {ours}, as the base; '
+        f'nothing was written.{advice}'
+      )
+  if got.fingerprint() != want.fingerprint():
+    raise ValueError(
+      f'output: its tokenizer is {got.fingerprint()}, expected '
+      f'{want.fingerprint()}, that of the base; nothing was written.{advice}'
+    )
+
+
 def _verify_weights(
   source: BaseSource, result: BaseSource, loaded: Adapter | None, record: dict[str, Any]
 ) -> dict[str, Any]:
@@ -237,10 +270,12 @@ def _verify_weights(
     adapter = (loaded.config, loaded.factors, loaded.trained_base)
   found = weight_check.compare(source, result, dtype, *adapter)
   if loaded is not None and not found.num_changed:
+    reason = 'it is lost in rounding, use --dtype=float32'
+    if dtype == np.float32:
+      reason = 'the adapter changes nothing, train it first'
     raise ValueError(
       f'output: the merged weights equal the base in {dtype.name}, expected '
-      "the adapter's update to be visible; it is lost in rounding, use "
-      '--dtype=float32. Nothing was written.'
+      f"the adapter's update to be visible; {reason}. Nothing was written."
     )
   return {
     'largest_weight_difference': found.largest_difference,
@@ -256,14 +291,18 @@ def _verify_logits(
   to: str,
   tokens: np.ndarray,
   want: np.ndarray,
-  of_base: np.ndarray | None,
+  of_base: tuple[np.ndarray, np.ndarray] | None,
   record: dict[str, Any],
 ) -> float:
   """Raises ValueError unless the output computes what it should.
 
-  Where the base's logits are given, notes in the record which share of the
-  update is in the logits: 1 - |got - want| / |want - base|. Rounding lowers it
-  by what it takes from an update and by the noise that it adds.
+  Where the base's logits are given, exact ones and those of its own rounded
+  weights, notes in the record which share of the update is in the logits:
+
+      kept = <got - rounded base, want - base> / |want - base|^2
+
+  as `weight_check` does for the weights. What the base loses by its own
+  rounding is in both and so in neither difference.
 
   Returns:
     Largest absolute difference of a logit.
@@ -282,17 +321,19 @@ def _verify_logits(
   tolerance = TOLERANCES[dtype]
   # Not `max() > tolerance`, which a NaN would pass.
   if not relative.max() <= tolerance:
+    advice = ' Use --dtype=float32.' if dtype == 'bfloat16' else ''
     raise ValueError(
       f'output: its logits differ from those of {record["model"]}'
       f'{" with the adapter" if loaded else ""} by {difference.max():.3g}, '
       f'{relative.max():.3g} of the largest, expected at most {tolerance} in '
-      f'{dtype}; nothing was written.'
+      f'{dtype}; nothing was written.{advice}'
     )
   record['largest_relative_logit_difference'] = float(relative.max())
   if of_base is not None:
-    way = np.linalg.norm(want - of_base[..., :rows])
-    if way > 0:
-      record['logit_update_kept'] = max(0.0, 1 - float(np.linalg.norm(got - want) / way))
+    base, rounded = (x[..., :rows] for x in of_base)
+    update = (want - base).astype(np.float64)
+    if square := np.vdot(update, update):
+      record['logit_update_kept'] = float(np.vdot(got - rounded, update) / square)
   return float(difference.max())
 
 
@@ -302,16 +343,17 @@ def _warn_of_rounding(record: dict[str, Any]):
   kept = {where: record[name] for name, where in names.items() if record.get(name) is not None}
   if not kept:
     return
-  shares = ', '.join(f'{x:.1%} in the {where}' for where, x in kept.items())
+  # A step of rounding may be larger than what was rounded, or point back.
+  shares = ', '.join(f'{min(max(x, 0), 1):.1%} in the {where}' for where, x in kept.items())
   if min(kept.values()) >= _LEAST_KEPT:
     logging.info("Of the adapter's update is kept: %s", shares)
     return
+  advice = 'The update is very small; is the adapter trained?'
+  if record['dtype'] != 'float32':
+    advice = 'Use --dtype=float32.'
   logging.warning(
-    "Rounding to %s keeps this of the adapter's update: %s; expected at least "
-    '%.0f %%. Use --dtype=float32.',
-    record['dtype'],
-    shares,
-    100 * _LEAST_KEPT,
+    "Rounding to %s keeps this of the adapter's update: %s; expected at least %.0f %%. %s",
+    *(record['dtype'], shares, 100 * _LEAST_KEPT, advice),
   )
 
 
@@ -321,14 +363,27 @@ def _reopen(folder: Path) -> BaseSource:
 
 def _batch(source: BaseSource) -> np.ndarray:
   """int32 [B, T]: rows that begin with BOS, then any tokens there are."""
-  config: ModelConfig = source.config
-  rows = hf_writer.exported_config(config).vocab_size
+  rows = hf_writer.exported_config(source).vocab_size
   if (tokenizer := source.tokenizer()) is not None:
     rows = min(rows, tokenizer.vocab_size)
   low = min(4, rows - 1)
   tokens = np.random.default_rng(0).integers(low, rows, _BATCH_SHAPE)
   tokens[:, 0] = min(2, rows - 1)
   return tokens.astype(np.int32)
+
+
+def _logits_of_base(
+  source: BaseSource, tokens: np.ndarray, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+  """Of the base as it is, and with its weights rounded to a dtype."""
+  exact = _logits(source, tokens, None)
+  if dtype in (np.float32, source.stored_dtype):
+    return exact, exact
+  tensors = {
+    path: dataclasses.replace(x, read=lambda i, j, x=x: x.read(i, j).astype(dtype))
+    for path, x in source.tensors.items()
+  }
+  return exact, _logits(dataclasses.replace(source, tensors=tensors), tokens, None)
 
 
 def _logits(source: BaseSource, tokens: np.ndarray, loaded: Adapter | None) -> np.ndarray:

@@ -29,6 +29,7 @@ from gemma_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
   from gemma_jax.data.tokenizer import Tokenizer
+  from gemma_jax.formats.trained_with import TrainedWith
 
 # Elements read at a time: some megabytes, which a cache holds; hundreds of rows
 # of a large matrix, so that what transposes them writes long runs.
@@ -69,6 +70,8 @@ class BaseSource:
     make_tokenizer: makes the tokenizer, or None if there is none.
     read_chat_template: the Jinja template that came with the tokenizer, if one
       did.
+    read_trained_with: how the adapter that was merged into it was trained, if
+      its folder says so.
   """
 
   reference: str
@@ -78,6 +81,7 @@ class BaseSource:
   files: tuple[Path, ...]
   make_tokenizer: Callable[[], 'Tokenizer | None']
   read_chat_template: Callable[[], str | None] = lambda: None
+  read_trained_with: Callable[[], 'TrainedWith | None'] = lambda: None
 
   def tokenizer(self) -> 'Tokenizer | None':
     """The base's tokenizer, or None if it came without one.

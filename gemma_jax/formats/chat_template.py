@@ -12,8 +12,13 @@ stands in expressions and every tag strips what is around it, so the results do
 not depend on a renderer's `trim_blocks`.
 """
 
+from absl import logging
+
 from gemma_jax.data import templates
-from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.data.tokenizer import START_OF_TURN, Tokenizer
+
+# What begins a turn of Gemma 1 to 3, and of Gemma 4.
+_TURNS = (START_OF_TURN, '<|turn>')
 
 # A message's text: a string, or transformers' list of parts.
 _TEXT = """\
@@ -77,7 +82,7 @@ _SINGLE = """\
 {{- text(turns[0]) -}}
 {{- AFTER -}}
 {%- if (turns | length) == 2 -%}
-{{- ANSWER ~ text(turns[1]) ~ eos_token -}}
+{{- ANSWER ~ text(turns[1]) ~ '<eos>' -}}
 {%- elif add_generation_prompt -%}
 {{- ANSWER -}}
 {%- endif -%}
@@ -107,7 +112,8 @@ def of_export(trained_on: str | None, own: str | None, tokenizer: Tokenizer | No
   Args:
     trained_on: template of the adapter that was merged, None if there was none
       or nobody knows.
-    own: the base's chat template, if it has one.
+    own: the base's chat template, if it has one; of an adapter that was
+      trained on Gemma's turns it is kept if it renders them.
     tokenizer: of the base.
 
   Returns:
@@ -116,7 +122,13 @@ def of_export(trained_on: str | None, own: str | None, tokenizer: Tokenizer | No
   if trained_on not in (None, 'chat'):
     return jinja(trained_on)
   if own is not None:
-    return own
+    if trained_on is None or any(turn in own for turn in _TURNS):
+      return own
+    logging.warning(
+      "The base's chat template has no Gemma turns, which its adapter was "
+      'trained on; the output gets one that has them'
+    )
+    return jinja('chat')
   has_turns = tokenizer is not None and tokenizer.end_of_turn_id is not None
   return jinja('chat') if has_turns else None
 

@@ -123,6 +123,7 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
       p for p in sorted(root.rglob('*')) if p.is_file() and p.name != '_CHECKPOINT_METADATA'
     ),
     make_tokenizer=functools.partial(_tokenizer, tokenizer),
+    read_trained_with=functools.partial(_trained_with, root),
   )
 
 
@@ -304,3 +305,9 @@ def _tokenizer(path: Path):
   if not path.is_file():
     return None
   return tokenizer.SentencePieceTokenizer.from_file(str(path))
+
+
+def _trained_with(root: Path):
+  from gemma_jax.formats.trained_with import TrainedWith
+
+  return TrainedWith.read(root) or TrainedWith.read(root.parent)

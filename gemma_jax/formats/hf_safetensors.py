@@ -80,6 +80,7 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
     files=files,
     make_tokenizer=functools.partial(_tokenizer, folder, config.vocab_size),
     read_chat_template=functools.partial(_chat_template, folder),
+    read_trained_with=functools.partial(_trained_with, folder),
   )
 
 
@@ -174,3 +175,9 @@ def _chat_template(folder: Path) -> str | None:
   from gemma_jax.formats import hf_tokenizer
 
   return hf_tokenizer.chat_template(folder)
+
+
+def _trained_with(folder: Path):
+  from gemma_jax.formats import trained_with
+
+  return trained_with.TrainedWith.read(folder)

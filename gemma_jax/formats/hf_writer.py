@@ -12,7 +12,8 @@
 
 transformers loads it as GemmaForCausalLM, Gemma2ForCausalLM or
 Gemma3ForCausalLM. The embedding's rows that only pad the Flax release (256128,
-of which 256000 are tokens) are left out, as in the released folders.
+of which 256000 are tokens) are left out, as in the released folders; a row that
+a token of the base's own has among them stays.
 """
 
 from collections.abc import Mapping
@@ -90,7 +91,7 @@ def write_folder(
     OSError: the disk is full, or the base went away.
   """
   dtype = base_source.weight_dtype(source, dtype)
-  config = exported_config(source.config)
+  config = exported_config(source)
   raw = hf_config.to_json(config, dtype)
   _write_json(folder / 'config.json', raw)
   names = hf_safetensors.tensor_names(config)
@@ -104,9 +105,17 @@ def write_folder(
   _write_generation_config(folder / 'generation_config.json', source, trained_on)
 
 
-def exported_config(config: ModelConfig) -> ModelConfig:
-  """The architecture without the rows that pad a Flax release."""
-  rows = TOKEN_ROWS.get(config.vocab_size, config.vocab_size)
+def exported_config(source: BaseSource) -> ModelConfig:
+  """The architecture without the rows that pad a Flax release.
+
+  Rows up to that of the tokenizer's last token stay.
+  """
+  config = source.config
+  if config.vocab_size not in TOKEN_ROWS:
+    return config
+  rows = TOKEN_ROWS[config.vocab_size]
+  if (tokenizer := source.tokenizer()) is not None:
+    rows = max(rows, tokenizer.vocab_size)
   return dataclasses.replace(config, vocab_size=rows)
 
 
@@ -130,7 +139,8 @@ def write_tokenizer(folder: Path, source: BaseSource, trained_on: str | None = N
   path = folder / hf_tokenizer.CONFIG_NAME
   given = hf_tokenizer.read_object(path)
   config = dict(given or _TOKENIZER_CONFIG)
-  config.setdefault('added_tokens_decoder', _decoder(tokenizer))
+  named = config.get('added_tokens_decoder') or {}
+  config['added_tokens_decoder'] = {**_decoder(tokenizer), **named}
   template = chat_template.of_export(trained_on, source.read_chat_template(), tokenizer)
   if template is not None and template != hf_tokenizer.chat_template(folder):
     (folder / 'chat_template.json').unlink(missing_ok=True)

@@ -11,6 +11,7 @@ _FILES = (
   'chat_template.jinja',
   'chat_template.json',
   'config.json',
+  'gemma_jax.json',
   'generation_config.json',
   '*.safetensors',
   'model.safetensors.index.json',

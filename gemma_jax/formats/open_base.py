@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 import zlib
 
+from absl import logging
 import numpy as np
 
 from gemma_jax import files, temporary
@@ -48,11 +49,33 @@ def open_base(reference: str, tokenizer: str = '') -> BaseSource:
   source = _find(reference)
   if not tokenizer:
     return source
+  _warn_of_lost_tokens(source, tokenizer)
   return dataclasses.replace(
     source,
     make_tokenizer=functools.partial(_sentencepiece, tokenizer),
     read_chat_template=lambda: None,
   )
+
+
+def _warn_of_lost_tokens(source: BaseSource, path: str):
+  """Says which tokens the base's folder names that another tokenizer lacks."""
+  folder = source.files[0].parent if source.files else None
+  if folder is None or not (folder / 'config.json').is_file():
+    return
+  from gemma_jax.data.tokenizer import SPACE
+  from gemma_jax.formats import hf_tokenizer
+
+  named = hf_tokenizer.added_tokens(folder, source.config.vocab_size)
+  if not named:
+    return
+  pieces = {piece.id: piece.content for piece in _sentencepiece(path).named_pieces}
+  lost = [x.content for x in named if pieces.get(x.id) != x.content.replace(' ', SPACE)]
+  if lost:
+    logging.warning(
+      '%s names %d tokens that the tokenizer %s lacks: %s%s',
+      *(source.reference, len(lost), path, ', '.join(lost[:5])),
+      ', ...' if len(lost) > 5 else '',
+    )
 
 
 def _find(reference: str) -> BaseSource:

@@ -3,9 +3,10 @@
     {"loss_on": "response", "parse_control_tokens": false, "seq_len": 512,
      "template": "dolly"}
 
-The file stands beside adapter_config.json, and PEFT passes it over. Who asks or
-measures the adapter later takes it as the default: an adapter that is asked in
-another way than it was taught answers worse, and nothing else says so.
+The file stands beside adapter_config.json, and PEFT passes it over; a model that
+an adapter was merged into has it too. Who asks or measures either later takes
+it as the default: what is asked in another way than it was taught answers
+worse, and nothing else says so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,7 @@ class TrainedWith:
 
   @classmethod
   def read(cls, folder: Path) -> 'TrainedWith | None':
-    """From an adapter's folder; None where there is no gemma_jax.json.
+    """From the folder of an adapter or a model; None without gemma_jax.json.
 
     Raises:
       ValueError: it is broken, or says what this version does not know.
@@ -84,7 +85,8 @@ def choose(by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]
   """What adapters are measured with together, on the same tokens.
 
   Args:
-    by_adapter: how each was trained, by its name; None where nobody knows.
+    by_adapter: how each was trained, by its name; None where nobody knows. A
+      base with a merged adapter is one of them.
     told: a value for each field of `TrainedWith`, None to take the adapters'.
 
   Returns:
@@ -96,7 +98,7 @@ def choose(by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]
     ValueError: adapters differ in a field that nothing was told of.
   """
   known = {name: t for name, t in by_adapter.items() if t is not None}
-  chosen = {}
+  chosen, taken = {}, {}
   for field in dataclasses.fields(TrainedWith):
     values = {name: getattr(t, field.name) for name, t in known.items()}
     value = told[field.name]
@@ -113,25 +115,40 @@ def choose(by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]
             f'same tokens. Set --{field.name}={value}, or measure them apart.'
           )
       chosen[field.name] = value
+      taken[field.name] = first
+  for name in [name for name in by_adapter if name not in known]:
+    for field, first in taken.items():
+      logging.warning(
+        '%s has no %s: it is measured with %s=%s, as %s was trained',
+        *(name, NAME, field, chosen[field], first),
+      )
   return TrainedWith(**chosen)
 
 
 def asked_with(
-  names: Sequence[str], by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]
+  names: Sequence[str],
+  by_adapter: Mapping[str, TrainedWith | None],
+  told: Mapping[str, Any],
+  of_base: TrainedWith | None = None,
 ) -> dict[str, TrainedWith]:
   """How each name is asked: as it was trained, unless told otherwise.
 
   Args:
-    names: of adapters, and of the base, which is asked as the first adapter.
+    names: of adapters, and of the base.
     by_adapter: how each adapter was trained; without the base.
     told: a value for fields of `TrainedWith`, None to take each adapter's own.
+    of_base: how the adapter in the base was trained; None asks the base as the
+      first adapter.
   """
   told = {name: value for name, value in told.items() if value is not None}
+  known = {n: t for n, t in by_adapter.items() if t}
+  if of_base is not None:
+    known |= {n: of_base for n in names if n not in by_adapter}
   for field, value in told.items():
-    trained = {n: getattr(t, field) for n, t in by_adapter.items() if t}
-    _warn_unless_trained(trained, field, value)
+    _warn_unless_trained({n: getattr(t, field) for n, t in known.items()}, field, value)
   own = {name: by_adapter[name] or TrainedWith() for name in by_adapter}
-  of_base = next((own[n] for n in names if n in own), TrainedWith())
+  if of_base is None:
+    of_base = next((own[n] for n in names if n in own), TrainedWith())
   return {name: dataclasses.replace(own.get(name, of_base), **told) for name in names}
 
 

@@ -10,6 +10,7 @@ from gemma_jax.config.train import TrainConfig
 from gemma_jax.data import examples as examples_lib
 from gemma_jax.data import pipeline, sources
 from gemma_jax.formats import open_base
+from gemma_jax.formats.base_source import BaseSource
 from gemma_jax.lora import align
 from gemma_jax.model import layout
 from gemma_jax.runs import evaluate
@@ -19,7 +20,7 @@ from gemma_jax.training import step as step_lib
 
 
 def evaluate_adapters(
-  config: TrainConfig, names: Sequence[str]
+  config: TrainConfig, names: Sequence[str], source: BaseSource | None = None
 ) -> Iterator[tuple[str, examples_lib.Examples, evaluate.Evaluation]]:
   """Evaluates one adapter after the other; one compilation serves all.
 
@@ -29,6 +30,7 @@ def evaluate_adapters(
       `data.max_eval_records`. `data.seq_len` cuts records; 0 scores them whole,
       as far as the base has positions.
     names: PEFT folders, or 'base'.
+    source: the base, if it is open already.
 
   Yields:
     (name, the examples measured, their losses).
@@ -40,7 +42,8 @@ def evaluate_adapters(
   data = config.data
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(mesh, data.global_batch_size, 'batch_size')
-  source = open_base.open_base(config.model.path, config.model.tokenizer)
+  if source is None:
+    source = open_base.open_base(config.model.path, config.model.tokenizer)
   seq_len = run_lib.with_length(config, source).data.seq_len
   tokenizer = source.tokenizer()
   reading = sources.load_heldout(
@@ -90,9 +93,11 @@ def _check_finite(name: str, examples: examples_lib.Examples, measured: evaluate
   """FloatingPointError that names the first record whose loss is not."""
   bad = np.flatnonzero(~np.isfinite(measured.nll))
   if bad.size:
+    reason = 'the adapter diverged in training, or is for another base.'
+    if name == align.BASE:
+      reason = 'the base itself overflows: its file is damaged, or its weights need float32.'
     raise FloatingPointError(
       f'{name}: the loss of record {examples.record_ids[bad[0]]} is '
       f'{measured.nll[bad[0]]} ({bad.size} of {len(examples)} records are not '
-      'finite), expected numbers; the adapter diverged in training, or is for '
-      'another base.'
+      f'finite), expected numbers; {reason}'
     )

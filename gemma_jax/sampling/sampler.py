@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax import pytree
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.model.attention import Cache, init_cache
 from gemma_jax.model.config import ModelConfig
@@ -159,7 +160,7 @@ class Sampler:
       cache_length=prompts_lib.round_up(tokens.shape[1] + sampling.max_new_tokens),
       num_samples=num_samples,
     )
-    _check_finite(state, num_samples)
+    _check_finite(state, num_samples, variables)
     take(np.asarray(state.token)[:, None])
     # No token is asked for: it only compiles, which the clock must not see.
     state, _, _ = self.decode(variables, state, settings, np.int32(0))
@@ -172,7 +173,7 @@ class Sampler:
       limit = min(remaining, at_a_time)
       state, tokens, count = self.decode(variables, state, settings, np.int32(limit))
       count = int(count)
-      _check_finite(state, num_samples)
+      _check_finite(state, num_samples, variables)
       take(np.asarray(tokens)[:, :count])
       remaining = 0 if count < limit else remaining - limit
     return Generation(
@@ -280,14 +281,19 @@ class Sampler:
     )
 
 
-def _check_finite(state: 'State', num_samples: int):
+def _check_finite(state: 'State', num_samples: int, variables: Any):
   """FloatingPointError that names the first prompt whose logits are not."""
   bad = np.flatnonzero(~np.asarray(state.finite))
   if bad.size:
+    # A base that stands among adapters has one of zeros.
+    factors = [x for path, x in pytree.items(variables.get('lora', {})) if path.endswith('lora_b')]
+    reason = 'the base itself overflows: its file is damaged, or its weights need float32.'
+    if any(np.any(x) for x in factors):
+      reason = 'the adapter diverged in training, or is for another base.'
     raise FloatingPointError(
       f'prompt {bad[0] // num_samples}: got logits that are NaN or infinite '
       f'within its first {int(state.step)} new tokens, expected finite ones; '
-      'the adapter diverged in training, or is for another base.'
+      f'{reason}'
     )
 
 

@@ -1,9 +1,12 @@
 """Control tokens in texts: plain characters, counted, or parsed when asked."""
 
+import logging
+
 import pytest
 
 from gemma_jax.data import encoding, examples
 from gemma_jax.data.templates import Span
+from gemma_jax.data.tokenizer import AddedToken, SentencePieceTokenizer
 from tests import data_toy
 
 TOKENIZER = data_toy.make_tokenizer()
@@ -82,9 +85,52 @@ def test_parsed_control_tokens_are_never_cut(seq_len):
 
 def test_parts_of_a_span_keep_their_ranges():
   span = Span('ab<bos>cde', spare=((1, 9),), last_spare=((0, 1),))
-  parts = list(encoding._parsed(span, {'<bos>': 2}))
+  parts = list(encoding._parsed(span, encoding._Finder({'<bos>': 2})))
   assert [(p.text, p.spare, p.last_spare) for p in parts] == [
     ('ab', ((1, 2),), ((0, 1),)),
     ('<bos>', (), ()),
     ('cde', ((0, 2),), ((0, 0),)),
   ]
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    '<<SYS>>',
+    '<|tool call|>',
+    '<｜tool▁call｜>',
+    '###Human',
+    f'<{"x" * 45}>',
+    '<bos>.',
+    '<a',
+    '[[I]]',
+  ],
+)
+def test_added_tokens_of_any_spelling_are_found(name):
+  n = TOKENIZER.vocab_size
+  added = [AddedToken(n + 1, name, True)]  # row n has no text
+  tokenizer = SentencePieceTokenizer(TOKENIZER.model_proto, 'toy', added)
+  text = f'a<bos>b <n{name}c [x] <eos><row {n}>'
+
+  def encode(parse):
+    (document,) = encoding.encode([[Span(text)]], tokenizer, parse)
+    assert document.spells_controls
+    return [i for piece in document.pieces for i in piece.ids]
+
+  letters = lambda text: tokenizer.encode(text)
+  want = [2, *letters('a'), 2, *letters('b <n'), n + 1, *letters('c [x] ')]
+  assert encode(True) == [*want, 1, *letters(f'<row {n}>')]
+  assert encode(False) == [2, *letters(text)]
+  (document,) = encoding.encode([[Span(name)]], tokenizer)
+  assert document.spells_controls
+  (document,) = encoding.encode([[Span(f'x<row {n}>')]], tokenizer)
+  assert not document.spells_controls
+
+
+@pytest.mark.parametrize('template', ['plain', 'chat'])
+def test_a_prompt_that_spells_control_tokens_is_said(template, caplog):
+  with caplog.at_level(logging.WARNING):
+    examples.prompt_tokens(TOKENIZER, template, '<bos>Hi')
+  (message,) = caplog.messages
+  assert '--config.data.parse_control_tokens=True' in message
+  assert ('template=chat' in message) == (template != 'chat')

@@ -127,6 +127,7 @@ def test_stats_count_what_became_of_the_records():
     duplicates=1,
     spelling_controls=1,
     seq_len=5,
+    template='plain',
   )
   assert made.record_ids.tolist() == [0, 3, 4, 5, 6, 8]
   assert made.slots.tolist() == [4, 2, 2, 2, 4, 4]
@@ -161,6 +162,11 @@ def test_stats_as_a_line_and_as_warnings():
   assert '27 of 1,000 records are left out: nothing of them' in unlearnable
   assert '8 records spell control tokens' in spelled
   assert '--config.data.parse_control_tokens=True' in spelled
+  # The template that is there already is no advice.
+  assert '--config.data.template=chat' in spelled
+  *_, spelled = dataclasses.replace(stats, template='chat').warnings('training')
+  assert '--config.data.parse_control_tokens=True' in spelled
+  assert 'template=chat' not in spelled
   few = dataclasses.replace(
     stats, truncated=50, lost_prompts=10, unlearnable=0, too_long=0, parsed_controls=True
   )

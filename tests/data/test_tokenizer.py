@@ -157,6 +157,18 @@ def test_added_tokens_may_name_pieces_again():
   assert special.fingerprint() != SENTENCEPIECE.fingerprint()
 
 
+def test_an_added_token_that_its_name_would_make_control_is_in_the_fingerprint():
+  """tokenizer.model alone loses that it is text, so it is another tokenizer."""
+  n = SENTENCEPIECE.vocab_size
+  as_text = with_added((n, '<|tool|>', False))
+  alone = tokenizer_lib.SentencePieceTokenizer(as_text.model_proto)
+  assert as_text.encode('<|tool|>') == [n] != alone.encode('<|tool|>')
+  assert as_text.fingerprint() != alone.fingerprint()
+  control = with_added((n, '<|tool|>', True))
+  alone = tokenizer_lib.SentencePieceTokenizer(control.model_proto)
+  assert control.fingerprint() == alone.fingerprint()
+
+
 def test_rows_between_pieces_and_added_tokens_have_no_text():
   n = SENTENCEPIECE.vocab_size
   tokenizer = with_added((n + 2, '<tool>', False))

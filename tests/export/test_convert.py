@@ -170,7 +170,8 @@ def test_untrained_magnitudes_are_refused(dtype, tmp_path):
     factors_lib.init(jax.random.key(0), base.config, config), base.load_params()
   )
   peft.write_adapter(tmp_path / 'a', factors, config, 'b')
-  with pytest.raises(ValueError, match=f'equal the base in {dtype}'):
+  advice = 'train it first' if dtype == 'float32' else 'use --dtype=float32'
+  with pytest.raises(ValueError, match=f'equal the base in {dtype}.*; .*{advice}'):
     convert.convert('random:tiny3', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'), dtype)
   assert not (tmp_path / 'm').exists()
 
@@ -207,6 +208,31 @@ def test_what_rounding_leaves_of_an_update_is_said(dtype, tmp_path, caplog):
     assert kept[1] < 0.9
     assert f'{kept[0]:.1%} in the weights, {kept[1]:.1%} in the ch' in caplog.text
     assert 'Use --dtype=float32' in caplog.text
+
+
+def test_the_noise_of_the_base_is_no_loss_of_the_update(tmp_path, caplog):
+  """A float32 base in bfloat16: its logits move further than the adapter's."""
+  write_adapter(tmp_path / 'a', 'random:tiny3', 0.03)
+  with caplog.at_level(logging.WARNING):
+    result = convert.convert(
+      'random:tiny3', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'), 'bfloat16'
+    )
+  assert not caplog.records
+  record = json.loads((tmp_path / 'm' / 'conversion.json').read_text())
+  assert abs(result['logit_update_kept'] - 1) < 0.1
+  assert record['logit_update_kept'] == result['logit_update_kept']
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('kept', [1.001, -0.02, 0.5])
+def test_shares_are_said_as_shares(kept, dtype, caplog):
+  record = {'update_kept': 1.0, 'logit_update_kept': kept, 'dtype': dtype}
+  with caplog.at_level(logging.INFO):
+    convert._warn_of_rounding(record)
+  (message,) = caplog.messages
+  share = {1.001: '100.0%', -0.02: '0.0%', 0.5: '50.0%'}[kept]
+  assert f"100.0% in the weights, {share} in the check's logits" in message
+  assert ('float32' in message.split('expected')[-1]) == (kept < 0.9 and dtype == 'bfloat16')
 
 
 def test_the_share_of_an_update_is_that_in_its_direction(tmp_path):
@@ -274,8 +300,9 @@ def test_output_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     return writer(new, dataclasses.replace(base, config=config), *rest)
 
   monkeypatch.setattr(convert, '_write_model', wrong)
-  with pytest.raises(ValueError, match=r'logits differ .* expected at most'):
-    convert.convert('random:tiny2', str(tmp_path / 'm'), 'hf')
+  for dtype, advice in (('float32', 'written\\.$'), ('bfloat16', 'Use --dtype=float32')):
+    with pytest.raises(ValueError, match=f'logits differ .* expected at most.*{advice}'):
+      convert.convert('random:tiny2', str(tmp_path / 'm'), 'hf', dtype=dtype)
   assert not list(tmp_path.iterdir())
 
 
@@ -415,7 +442,8 @@ def test_command(tmp_path):
   assert line.startswith('error: output:')
 
 
-def test_a_merged_model_is_asked_as_its_adapter_was_trained(tmp_path):
+@pytest.mark.parametrize('to', ['hf', 'flax'])
+def test_a_merged_model_is_asked_as_its_adapter_was_trained(to, tmp_path):
   model = tmp_path / 'base'
   config = dataclasses.replace(variants.TINY3, vocab_size=307)
   base = logits_toy.source_of(config)
@@ -428,6 +456,62 @@ def test_a_merged_model_is_asked_as_its_adapter_was_trained(tmp_path):
   )
   write_adapter(tmp_path / 'a', str(model))
   TrainedWith('korean').write(tmp_path / 'a')
-  convert.convert(str(model), str(tmp_path / 'out'), 'hf', str(tmp_path / 'a'))
-  template = (tmp_path / 'out' / 'chat_template.jinja').read_text()
-  assert template == chat_template.jinja('korean')
+  convert.convert(str(model), str(tmp_path / 'out'), to, str(tmp_path / 'a'))
+  out = open_base.open_base(str(tmp_path / 'out'))
+  assert out.read_trained_with() == TrainedWith('korean')
+  # Nor does it forget when it is converted once more.
+  again = tmp_path / 'again'
+  convert.convert(str(tmp_path / 'out'), str(again), 'hf')
+  assert open_base.open_base(str(again)).read_trained_with() == TrainedWith('korean')
+  for folder in (tmp_path / 'out', again):
+    if folder == again or to == 'hf':
+      template = (folder / 'chat_template.jinja').read_text()
+      assert template == chat_template.jinja('korean')
+  convert.convert(str(model), str(tmp_path / 'plain'), to)
+  assert open_base.open_base(str(tmp_path / 'plain')).read_trained_with() is None
+
+
+def base_with_added(folder, tokens):
+  """A Hugging Face folder whose files name tokens behind tokenizer.model's."""
+  folder.mkdir()
+  base = logits_toy.source_of(dataclasses.replace(variants.TINY, vocab_size=307))
+  proto = logits_toy.tokenizer_proto()
+  hf_writer.write_folder(
+    folder, dataclasses.replace(base, make_tokenizer=lambda: logits_toy.make_tokenizer(proto))
+  )
+  path = folder / 'tokenizer_config.json'
+  config = json.loads(path.read_text())
+  n = logits_toy.make_tokenizer(proto).vocab_size
+  config['added_tokens_decoder'] |= {str(n + i): token for i, token in enumerate(tokens)}
+  path.write_text(json.dumps(config))
+  return n
+
+
+def test_a_row_of_padding_that_has_a_token_stays(tmp_path, monkeypatch):
+  """As with token 256000 of an embedding of 256128 rows."""
+  n = base_with_added(tmp_path / 'base', [{'content': '<tool>', 'special': False}])
+  monkeypatch.setattr(hf_writer, 'TOKEN_ROWS', {307: n})
+  convert.convert(str(tmp_path / 'base'), str(tmp_path / 'out'), 'hf')
+  base, out = (open_base.open_base(str(tmp_path / name)) for name in ('base', 'out'))
+  assert out.config.vocab_size == n + 1
+  assert out.tokenizer().encode('a<tool>')[1:] == [n]
+  want = base.tensors['embedder/input_embedding'].read(0, n + 1)
+  np.testing.assert_array_equal(out.tensors['embedder/input_embedding'].read(0, n + 1), want)
+
+
+def test_an_output_of_another_tokenizer_is_refused(tmp_path, monkeypatch):
+  base_with_added(tmp_path / 'base', [{'content': '<|tool|>', 'special': False}])
+  # Read alone, tokenizer.model takes such a name for a control token.
+  with pytest.raises(ValueError, match=r"its tokenizer has .*'<\|tool\|>', special=True.*--to=hf"):
+    convert.convert(str(tmp_path / 'base'), str(tmp_path / 'out'), 'flax')
+  convert.convert(str(tmp_path / 'base'), str(tmp_path / 'out'), 'hf')
+  write = hf_writer.write_tokenizer
+
+  def forgetful(folder, *rest):
+    write(folder, *rest)
+    (folder / 'tokenizer_config.json').unlink()
+
+  monkeypatch.setattr(hf_writer, 'write_tokenizer', forgetful)
+  with pytest.raises(ValueError, match='its tokenizer has 289 tokens, expected 290'):
+    convert.convert(str(tmp_path / 'base'), str(tmp_path / 'again'), 'hf')
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['base', 'out']

@@ -1,5 +1,7 @@
 """Our templates in Jinja say what `data.templates` says, or raise."""
 
+import logging
+
 import pytest
 
 from gemma_jax.data import templates
@@ -17,7 +19,10 @@ class Refused(Exception):
 
 
 def render(template, messages, generate=True, trim_blocks=True):
-  """As transformers renders one (`trim_blocks`), or with Jinja's defaults."""
+  """As transformers renders one (`trim_blocks`), or with Jinja's defaults.
+
+  With the end of sequence that a chat model's folder may name.
+  """
 
   def refuse(message):
     raise Refused(message)
@@ -27,7 +32,7 @@ def render(template, messages, generate=True, trim_blocks=True):
   )
   environment.globals['raise_exception'] = refuse
   return environment.from_string(template).render(
-    messages=messages, add_generation_prompt=generate, bos_token='<bos>', eos_token='<eos>'
+    messages=messages, add_generation_prompt=generate, bos_token='<bos>', eos_token='<end_of_turn>'
   )
 
 
@@ -128,12 +133,18 @@ def test_single_questions_take_no_second_one():
       render(chat_template.jinja(name), [])
 
 
-def test_which_template_an_export_carries():
+def test_which_template_an_export_carries(caplog):
   tokenizer = data_toy.make_tokenizer()
   dolly, chat = map(chat_template.jinja, ('dolly', 'chat'))
   choose = chat_template.of_export
   assert choose('dolly', 'own', tokenizer) == dolly
-  assert choose('chat', 'own', tokenizer) == 'own'
+  for own in ("{{ '<start_of_turn>user' }}", "{{ '<|turn>user' }}"):
+    assert choose('chat', own, tokenizer) == own
+  assert not caplog.records
+  with caplog.at_level(logging.WARNING):
+    for own in ("{{ '<|im_start|>user' }}", dolly):
+      assert choose('chat', own, tokenizer) == chat
+  assert 'no Gemma turns' in caplog.text
   assert choose(None, 'own', tokenizer) == 'own'
   assert choose('chat', None, tokenizer) == chat
   assert choose(None, None, tokenizer) == chat

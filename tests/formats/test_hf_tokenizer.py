@@ -1,6 +1,7 @@
 """Added tokens of a Hugging Face folder: named in three ways, or refused."""
 
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -185,3 +186,22 @@ def test_the_loss_of_added_tokens_is_transformers(tmp_path):
   with torch.no_grad():
     want = float(model(ids, labels=ids).loss)
   np.testing.assert_allclose(nll.mean(), want, rtol=1e-5)
+
+
+def test_another_tokenizer_that_lacks_added_tokens_is_a_warning(tmp_path, caplog):
+  (tmp_path / 'base').mkdir()
+  folder = resized(tmp_path / 'base')
+  own = str(folder / 'tokenizer.model')
+  with caplog.at_level(logging.WARNING):
+    open_base.open_base(str(folder))
+    assert not caplog.records
+    open_base.open_base(str(folder), own)
+  (message,) = caplog.messages
+  assert f'names 2 tokens that the tokenizer {own} lacks: <tool>, </tool>' in message
+  # One that holds them has nothing to say.
+  path = tmp_path / 'whole.model'
+  path.write_bytes(open_base.open_base(str(folder)).tokenizer().model_proto)
+  caplog.clear()
+  with caplog.at_level(logging.WARNING):
+    open_base.open_base(str(folder), str(path))
+  assert not caplog.records

@@ -151,6 +151,16 @@ def test_pieces_that_are_not_merged_are_named(tmp_path):
   assert again.fingerprint() == base.tokenizer().fingerprint()
 
 
+def test_what_a_base_names_in_part_is_completed(tmp_path):
+  base = with_tokenizer(logits_toy.source_of(dataclasses.replace(variants.TINY, vocab_size=307)))
+  whole = export(tmp_path / 'base', base)[0]['added_tokens_decoder']
+  path = tmp_path / 'base' / 'tokenizer_config.json'
+  own = {'content': '<end_of_turn>', 'special': True, 'lstrip': True}
+  path.write_text(json.dumps({'added_tokens_decoder': {'5': own}}))
+  config, _ = export(tmp_path / 'copy', open_base.open_base(str(tmp_path / 'base')))
+  assert config['added_tokens_decoder'] == {**whole, '5': own}
+
+
 def test_templates_and_stops_of_base_and_adapter(tmp_path):
   config = dataclasses.replace(variants.TINY, vocab_size=307)
   base = with_tokenizer(logits_toy.source_of(config))
@@ -164,7 +174,7 @@ def test_templates_and_stops_of_base_and_adapter(tmp_path):
   # One with its own template in tokenizer_config.json, and its own stops.
   (tmp_path / 'base' / 'chat_template.jinja').unlink()
   path = tmp_path / 'base' / 'tokenizer_config.json'
-  own = {**json.loads(path.read_text()), 'chat_template': 'own'}
+  own = {**json.loads(path.read_text()), 'chat_template': '<start_of_turn>'}
   path.write_text(json.dumps(own))
   path = tmp_path / 'base' / 'generation_config.json'
   path.write_text('{"eos_token_id": 5, "top_k": 64}')

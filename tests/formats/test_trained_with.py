@@ -93,9 +93,19 @@ def test_what_was_trained_is_the_default(caplog):
   whole = TrainedWith('korean', 'all', 0, True)
   parsing = dataclasses.replace(whole, seq_len=96)
   longer = dataclasses.replace(whole, seq_len=256)
-  assert choose({'a': None, 'b': parsing}, NOTHING) == whole
   assert choose({'a': parsing, 'b': longer}, NOTHING) == whole
+  assert choose({'base': parsing}, NOTHING) == whole
   assert not caplog.records
+
+
+def test_what_is_measured_as_its_neighbour_is_said(caplog):
+  with caplog.at_level(logging.WARNING):
+    got = trained_with.choose({'a': None, 'b': KOREAN}, {**NOTHING, 'loss_on': 'all'})
+  assert got == TrainedWith('korean', 'all', 0)
+  assert [record.getMessage() for record in caplog.records] == [
+    'a has no gemma_jax.json: it is measured with template=korean, as b was trained',
+    'a has no gemma_jax.json: it is measured with parse_control_tokens=False, as b was trained',
+  ]
 
 
 def test_what_was_told_wins_with_a_warning(caplog):
@@ -123,6 +133,7 @@ def test_each_adapter_is_asked_as_it_was_trained(caplog):
   asked = ask(['base', 'A', 'B', 'C'], both, NOTHING)
   assert asked == {'base': KOREAN, **both, 'C': TrainedWith()}
   assert ask(['base'], {}, NOTHING) == {'base': TrainedWith()}
+  assert ask(['base', 'A'], {'A': KOREAN}, NOTHING, CHAT) == {'base': CHAT, 'A': KOREAN}
   assert not caplog.records
   told = NOTHING | {'template': 'plain', 'parse_control_tokens': False}
   with caplog.at_level(logging.WARNING):
@@ -134,6 +145,10 @@ def test_each_adapter_is_asked_as_it_was_trained(caplog):
     '--template=plain: B was trained with chat',
     '--parse_control_tokens=False: B was trained with True',
   ]
+  caplog.clear()
+  with caplog.at_level(logging.WARNING):
+    assert ask(['base'], {}, {'template': 'dolly'}, KOREAN)['base'].template == 'dolly'
+  assert caplog.messages == ['--template=dolly: base was trained with korean']
 
 
 def test_a_start_with_another_template_is_said(tmp_path, caplog):

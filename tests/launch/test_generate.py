@@ -125,7 +125,12 @@ def test_another_template_than_the_adapters_is_a_warning(folders, expected):
     *FLAGS, f'--adapter={folders[0]}', f'--prompt={QUESTION}', '--template=dolly', '--format=json'
   )
   assert json.loads(done.stdout)['tokens'] != expected[1][folders[0]][0]
-  assert f'--template=dolly: {folders[0]} was trained with kor' in done.stderr
+  warning = f'--template=dolly: {folders[0]} was trained with kor'
+  assert warning in done.stderr
+  # Ids have no template.
+  done = call(*FLAGS, f'--adapter={folders[0]}', '--tokens=2,5,7', '--template=dolly')
+  assert done.returncode == 0
+  assert warning not in done.stderr
 
 
 def test_samples_are_labelled():

@@ -2,10 +2,12 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gemma_jax.formats.base_source import BaseSource
 from gemma_jax.runs import evaluate_adapters, train
 from gemma_jax.runs import prepare as run_lib
 from tests import data_toy, run_toy
@@ -98,6 +100,18 @@ def test_a_loss_that_is_not_finite_names_its_record(trained, tmp_path):
   shutil.copytree(result['adapter'], tmp_path / 'a')
   path = tmp_path / 'a' / 'adapter_model.safetensors'
   save_file({n: x * 1e25 + 1e25 for n, x in load_file(path).items()}, path)
-  message = rf'{tmp_path}/a: the loss of record 0 is .*\(9 of 9 records'
+  message = rf'{tmp_path}/a: the loss of record 0 is .*\(9 of 9 records.*the adapter diverged'
   with pytest.raises(FloatingPointError, match=message):
     evaluate(config, ['base', str(tmp_path / 'a')])
+
+
+def test_a_base_is_not_blamed_on_an_adapter(trained, monkeypatch):
+  config, _ = trained
+  load = BaseSource.load_params
+
+  def broken(self, *arguments, **options):
+    return jax.tree.map(lambda x: x * np.nan, load(self, *arguments, **options))
+
+  monkeypatch.setattr(BaseSource, 'load_params', broken)
+  with pytest.raises(FloatingPointError, match=r'base: the loss .* the base itself overflows'):
+    evaluate(config, ['base'])

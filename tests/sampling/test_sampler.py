@@ -224,8 +224,17 @@ def test_logits_that_are_not_finite_stop_it():
   broken = jax.tree.map(lambda x: x, ready())
   scale = broken['params']['final_norm']['scale']
   broken['params']['final_norm']['scale'] = scale.at[3].set(jnp.nan)
-  with pytest.raises(FloatingPointError, match=r'prompt 0: got logits .*NaN'):
-    sampler().generate(broken, PROMPTS, WARM)
+  made = toy.factors(variants.get('tiny3'), LoraConfig(rank=2))
+  lora = factors.with_gains(factors.effective(made, np.float32(1)), base()['params'])
+  nothing = jax.tree.map(jnp.zeros_like, lora)
+  # A base among adapters has one of zeros, and is not to be blamed for theirs.
+  for with_, blamed in (
+    ({'lora': lora}, 'the adapter diverged'),
+    ({'lora': nothing}, 'the base itself overflows'),
+    ({}, 'the base itself overflows'),
+  ):
+    with pytest.raises(FloatingPointError, match=f'prompt 0: got logits .*NaN.*{blamed}'):
+      sampler().generate({**broken, **with_}, PROMPTS, WARM)
 
 
 def test_stop_ids_come_from_the_tokenizer():
