@@ -106,9 +106,8 @@ def _run(command: str, workdir: str, config: str, flags: list[str]) -> float:
 def _step_secs(workdir: str) -> float:
   """Mean over the updates but the first."""
   rows = files.read_json_lines(Path(workdir, 'metrics.jsonl'))
-  found = [row.get('step_secs') for row in rows]
-  found = [secs for secs in found if secs is not None][1:]
-  return sum(found) / len(found)
+  seconds = [row['step_secs'] for row in rows if 'step_secs' in row][1:]
+  return sum(seconds) / len(seconds)
 
 
 if __name__ == '__main__':

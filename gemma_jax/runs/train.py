@@ -292,7 +292,7 @@ class Trainer:
     return found
 
   def stops_early(self) -> bool:
-    """Whether the last `early_stopping_evals` evaluations brought nothing.
+    """Whether the last `early_stopping_evals` evaluations found no lower loss.
 
     One at the end of a run that then got more steps does not count: a run that
     had them from the start would not have made it.
