@@ -173,6 +173,13 @@ class SentencePieceTokenizer(Tokenizer):
       proto.ParseFromString(model_proto)
     except Exception as e:  # protobuf raises types of its own
       raise _not_a_model(source, model_proto, e) from None
+    # protobuf gives the bytes of a text that is not UTF-8.
+    bad = next((i for i, x in enumerate(proto.pieces) if not isinstance(x.piece, str)), None)
+    if bad is not None:
+      raise ValueError(
+        f'{source}: piece {bad} is not UTF-8 text, expected the pieces of a tokenizer.model; is '
+        'the file damaged?'
+      )
     named = _add(proto.pieces, added, source)
     if named:
       model_proto = proto.SerializeToString()

@@ -324,3 +324,11 @@ print(sorted(heavy & set(sys.modules)))
 """
   out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert out.stdout.strip() == '[]'
+
+
+def test_a_piece_that_is_not_text_is_named():
+  proto = data_toy.make_tokenizer().model_proto
+  assert proto.count(b'<unused0>') == 1
+  broken = proto.replace(b'<unused0>', b'<unus\xffd0>')
+  with pytest.raises(ValueError, match=r'piece 4 is not UTF-8 text.*tokenizer\.model'):
+    tokenizer_lib.SentencePieceTokenizer(broken)
