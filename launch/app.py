@@ -172,7 +172,8 @@ class _Log(standard_logging.Handler):
     self._tracebacks = tracebacks
 
   def emit(self, record):
-    ours = '-packages' not in record.pathname
+    # asyncio, of the standard library, tells of tasks that failed in theirs.
+    ours = '-packages' not in record.pathname and record.name != 'asyncio'
     if not ours and not self._tracebacks:
       record.exc_info = record.exc_text = None
     if ours or record.levelno >= standard_logging.WARNING:

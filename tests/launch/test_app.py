@@ -188,3 +188,34 @@ print(app._own_flags('a --config.data.skip_bad_records=True b '
   assert shown.stdout == (
     'a --skip_bad_records=True b --seq_len=5; --tokenizer=PATH, --config.data.eval_path.\n'
   )
+
+
+def test_a_library_task_that_fails_is_logged_without_its_traceback():
+  """Orbax writes in tasks; on a full disk several fail, and asyncio tells of each."""
+  script = """
+import asyncio, gc
+from absl import flags
+from launch import app
+
+async def write():
+  raise ValueError('disk full')
+
+async def main():
+  task = asyncio.create_task(write())
+  await asyncio.sleep(0.01)
+  del task
+  gc.collect()
+
+flags.FLAGS(['app'])
+app._set_up_log()
+asyncio.run(main())
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', script],
+    capture_output=True,
+    check=True,
+    text=True,
+    cwd=Path(app.__file__).parents[1],
+  )
+  assert 'Task exception was never retrieved' in done.stderr
+  assert 'Traceback' not in done.stderr
