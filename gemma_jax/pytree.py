@@ -34,6 +34,11 @@ def map_with_name(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
   )
 
 
+def shapes(tree: Tree) -> Tree:
+  """The tree of `jax.ShapeDtypeStruct`s."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
 def mask(tree: Tree, patterns: Iterable[str]) -> Tree:
   """Booleans: whether one of the patterns matches a leaf's path at its start.
 

@@ -66,7 +66,6 @@ def main() -> int:
   from gemma_jax import files
   from gemma_jax.config.train import TrainConfig
   from gemma_jax.formats import adapter, open_base, trained_with
-  from gemma_jax.lora import align
   from gemma_jax.runs import evaluate_adapters
 
   if not _DATA.value:
@@ -76,12 +75,12 @@ def main() -> int:
   if _PER_EXAMPLE.value and not is_there:
     app.fail(f'--per_example: {per_example.parent} is no folder, expected one')
   app.set_compilation_cache('')
-  names = _ADAPTERS.value or [align.BASE]
+  names = _ADAPTERS.value or [adapter.BASE]
   source = open_base.open_base(_MODEL.value, _TOKENIZER.value)
-  by_name = {name: adapter.read_trained_with(name) for name in names if name != align.BASE}
+  by_name = {name: adapter.read_trained_with(name) for name in names if name != adapter.BASE}
   of_base = source.read_trained_with()
-  if align.BASE in names and of_base is not None:
-    by_name[align.BASE] = of_base
+  if adapter.BASE in names and of_base is not None:
+    by_name[adapter.BASE] = of_base
   chosen = trained_with.choose(
     by_name,
     {

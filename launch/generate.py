@@ -93,8 +93,8 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 
 def main() -> int:
   """Runs the command."""
+  from gemma_jax.formats import adapter as adapter_lib
   from gemma_jax.formats import open_base, trained_with
-  from gemma_jax.lora import align
   from gemma_jax.sampling import prompts as prompts_lib
   from gemma_jax.sampling import sampler as sampler_lib
   from gemma_jax.sampling import weights as weights_lib
@@ -126,15 +126,15 @@ def main() -> int:
   prompts = [*_PROMPTS.value, *map(_parse_ids, _TOKENS.value)]
   if not prompts:
     app.fail('--prompt: missing, expected --prompt=TEXT or --tokens=2,5,7')
-  names = _ADAPTERS.value or [align.BASE]
-  if len(names) > 1 and align.BASE not in names:
-    names = [align.BASE, *names]
-  folders = [name for name in names if name != align.BASE]
-  loaded = align.load_adapters(folders, source.config)
+  names = _ADAPTERS.value or [adapter_lib.BASE]
+  if len(names) > 1 and adapter_lib.BASE not in names:
+    names = [adapter_lib.BASE, *names]
+  folders = [name for name in names if name != adapter_lib.BASE]
+  loaded = adapter_lib.load_adapters(folders, source.config)
   told = {'template': _TEMPLATE.value, 'parse_control_tokens': _PARSE_CONTROL_TOKENS.value}
   asked_with = trained_with.asked_with(
     names,
-    {x.name: x.trained_with for x in loaded if x.name != align.BASE},
+    {name: x.trained_with for name, x in loaded.items() if name != adapter_lib.BASE},
     told if _PROMPTS.value else {},
     source.read_trained_with(),
   )

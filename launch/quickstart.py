@@ -75,7 +75,7 @@ def main() -> int:
 def _answers(config, source, adapter: str) -> list[str]:
   """Greedy answers of the base and of the adapter, by one compilation."""
   from gemma_jax.data import examples
-  from gemma_jax.lora import align
+  from gemma_jax.formats import adapter as adapter_lib
   from gemma_jax.sampling import sampler as sampler_lib
   from gemma_jax.sampling import weights
   from gemma_jax.sampling.next_token import SamplingConfig
@@ -85,12 +85,12 @@ def _answers(config, source, adapter: str) -> list[str]:
     tokenizer, config.data.template, _PROMPT.value, config.data.parse_control_tokens
   )
   variables = weights.for_adapters(
-    source.load_params(config.model.dtype), align.load_adapters([adapter], source.config)
+    source.load_params(config.model.dtype), adapter_lib.load_adapters([adapter], source.config)
   )
   sampler = sampler_lib.Sampler(source.config, tokenizer)
   greedy = SamplingConfig(max_new_tokens=_MAX_NEW_TOKENS.value, temperature=0.0)
   texts = []
-  for name in (align.BASE, adapter):
+  for name in (adapter_lib.BASE, adapter):
     made = sampler.generate(variables[name], [prompt], greedy)
     texts.append(tokenizer.decode(made.tokens[0]))
   return texts

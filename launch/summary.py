@@ -21,15 +21,14 @@ _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'Table, or one J
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax.formats import open_base
-  from gemma_jax.lora import align
+  from gemma_jax.formats import adapter, open_base
   from gemma_jax.runs import summary
 
   config = _CONFIG.value
   config.model.path = _MODEL.value or config.model.path
   config = config.resolve()
   base = open_base.open_base(config.model.path)
-  config, _ = align.start_from(config, base)
+  config, _ = adapter.start_from(config, base)
   dtype = config.model.dtype
   found = summary.summarize(config, base.config, jnp.dtype('float32' if dtype == 'auto' else dtype))
   print(json.dumps(found.to_json()) if _FORMAT.value == 'json' else found.table())

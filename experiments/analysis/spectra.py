@@ -8,7 +8,7 @@ similarity between seeds shows what was learnt.
 
 import numpy as np
 
-from gemma_jax.formats import peft
+from gemma_jax.formats import adapter
 from gemma_jax.lora import spectrum
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.sweep.results import Outcome
@@ -38,8 +38,7 @@ def energies(cell: Outcome) -> dict[int, float]:
 
 def directions(cell: Outcome, config: ModelConfig) -> Directions:
   """The strongest input directions of a cell's adapter, by projection."""
-  lora_config, factors = peft.read_adapter(cell.folder / 'adapter', config)
-  found = spectrum.input_directions(factors, lora_config, config)
+  found = spectrum.input_directions(adapter.read(cell.folder / 'adapter', config), config)
   return {path: u[..., :DIRECTIONS] for path, u in found.items()}
 
 

@@ -13,28 +13,26 @@ def train(job):
   """The commands' own step and data pipeline, without evaluations."""
   import jax
 
-  from gemma_jax.data import pipeline
-  from gemma_jax.runs import prepare as run_lib
-  from gemma_jax.training import sharding
+  from gemma_jax.runs import prepare
+  from gemma_jax.runs.trainer import Trainer
 
   set_cache(jax, job.get('cache', 'warm'))
   with tempfile.TemporaryDirectory() as folder:
-    run = run_lib.prepare(_config(job, folder))
-  state, frozen = _start(jax, run)
-  train_step = run.compile_train_step()
+    run = prepare.prepare(_config(job, folder))
+  trainer = Trainer.of_run(run)
+  trainer.compile(run.abstract_batch())
   seconds, tokens, losses, supervised = [], [], [], 0
   first = None
-  batches = pipeline.train_batches(run.train, run.plan, 0, run.steps)
-  for _, batch in batches:
+  for _, batch in trainer.batches(run.steps):
     started = time.perf_counter()
-    state, metrics = train_step(state, frozen, sharding.put_batch(batch, run.mesh))
-    losses.append(float(metrics['loss']))  # waits for it
+    metrics = trainer.step(batch)
+    losses.append(metrics.loss)
     seconds.append(time.perf_counter() - started)
     first = first or time.perf_counter() - protocol.STARTED
     # A document fills a slot less than it has tokens.
-    ends = batch['segment_ids'].max(axis=1).sum()
-    tokens.append(int((batch['segment_ids'] > 0).sum() + ends))
-    supervised += int(metrics['supervised_tokens'])
+    ends = int(batch['segment_ids'].max(axis=1).sum())
+    tokens.append(int(metrics.tokens) + ends)
+    supervised += int(metrics.weight)
   return protocol.summarize_training(job, seconds, tokens, supervised, losses, first)
 
 
@@ -63,21 +61,6 @@ def _config(job, folder):
       global_batch_size=job['batch_size'],
     ),
   ).resolve()
-
-
-def _start(jax, run):
-  """State and frozen leaves at step 0, where the compiled step wants them."""
-  from gemma_jax.training import state as state_lib
-
-  state, frozen = run.abstract
-  placed = jax.tree.map(lambda x: x.sharding, state_lib.join(state.trainable, frozen))
-  params = run.source.load_params(run.dtype, shardings=placed['params'])
-  adapter = state_lib.init_adapter(run.config, run.source.config)
-  trainable, frozen = state_lib.split(
-    {'params': params, 'lora': jax.device_put(adapter, placed['lora'])}, run.config.trainable
-  )
-  shardings = jax.tree.map(lambda x: x.sharding, state)
-  return jax.device_put(state_lib.init_state(trainable, run.tx), shardings), frozen
 
 
 def decode(job):

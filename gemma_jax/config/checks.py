@@ -41,3 +41,7 @@ class Freezable:
         f'{name}: a resolved config does not change; set it before resolve().'
       )
     super().__setattr__(name, value)
+
+  def freeze(self) -> None:
+    """Makes it read-only."""
+    self.__dict__['_is_frozen'] = True

@@ -46,6 +46,10 @@ class LoraConfig(Freezable):
   path: str = ''
   ranks: dict[str, int] = dataclasses.field(default_factory=dict)
 
+  def __hash__(self) -> int:
+    """Of a frozen one, which is a static part of the pytree `lora.Lora`."""
+    return hash(repr(self))
+
   @property
   def scale(self) -> float:
     """The factor on B A that the rule gives for this rank."""

@@ -274,7 +274,7 @@ class TrainConfig(Freezable):
       f'a multiple of optimizer.accumulate_steps={divisor}',
     )
     for part in (config, *parts):
-      part.__dict__['_is_frozen'] = True
+      part.freeze()
     return config
 
 

@@ -6,7 +6,7 @@ tfds:dolly[:local file]       a builder of `data/tfds`; its validation split
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import importlib.resources
 from typing import Any
@@ -64,6 +64,29 @@ def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
   if config.max_records:
     train = train[: config.max_records]
   return Records(train, heldout, skipped, unread)
+
+
+def of_rows(rows: Sequence[Any], heldout: Sequence[Any] | None, config: DataConfig) -> Records:
+  """The same of rows in memory.
+
+  Args:
+    rows: dicts, as the lines of a file would be.
+    heldout: rows to measure on; None holds a part of `rows` out.
+    config: as in `load_records`; its paths do not matter.
+
+  Raises:
+    ValueError: a bad record, with its place.
+  """
+  reading = _usable(_placed(rows, 'records'), 'records', 'records', config)
+  train, skipped, unread = reading
+  if heldout is None:
+    train, kept = split(train)
+  else:
+    kept, *more = _usable(_placed(heldout, 'heldout'), 'heldout', 'heldout', config)
+    skipped, unread = skipped + more[0], unread + more[1]
+  if config.max_records:
+    train = train[: config.max_records]
+  return Records(train, kept, skipped, unread)
 
 
 def load_heldout(
@@ -156,11 +179,26 @@ def _load(
   skip_flag: str = records_lib.SKIP_FLAG,
 ) -> Reading:
   """The usable records of one part ('train' or 'heldout') of a source."""
+  return _usable(_rows(path, name, part, tfds_dir), name, path, config, skip_flag)
+
+
+def _placed(rows: Sequence[Any], name: str) -> Iterator[tuple[str, Any]]:
+  return ((f'{name}[{i}]', row) for i, row in enumerate(rows))
+
+
+def _usable(
+  rows: Iterator[tuple[str, Any]],
+  name: str,
+  source: str,
+  config: DataConfig,
+  skip_flag: str = records_lib.SKIP_FLAG,
+) -> Reading:
+  """The records of (place, row) that a config wants."""
   reading = records_lib.usable(
-    _rows(path, name, part, tfds_dir),
+    rows,
     template=config.template,
     name=name,
-    source=path,
+    source=source,
     skip_bad_records=config.skip_bad_records,
     skip_flag=skip_flag,
   )
@@ -169,7 +207,7 @@ def _load(
   without = [record for record in reading.records if not record.context]
   if not without:
     raise ValueError(
-      f'{name}: every record of {path} has a context and '
+      f'{name}: every record of {source} has a context and '
       'data.with_context is False; nothing is left.'
     )
   return reading._replace(records=without)

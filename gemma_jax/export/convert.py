@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import files, pytree
-from gemma_jax.config.train import LoraConfig
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.export import merged, streamed, weight_check
 from gemma_jax.formats import adapter as adapter_lib
@@ -34,12 +33,9 @@ from gemma_jax.formats import (
   flax_writer,
   hf_writer,
   open_base,
-  peft,
 )
 from gemma_jax.formats.base_source import BaseSource
-from gemma_jax.formats.trained_with import TrainedWith
-from gemma_jax.lora import factors as factors_lib
-from gemma_jax.model.config import ModelConfig
+from gemma_jax.lora.lora import Lora
 
 FORMS = ('hf', 'flax', 'peft')
 
@@ -54,21 +50,6 @@ _LEAST_KEPT = 0.9
 
 # The fixed batch: ids drawn uniformly, seed 0.
 _BATCH_SHAPE = (2, 16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-  """An adapter as it was read, unrolled or scanned as its users want it."""
-
-  config: LoraConfig
-  factors: pytree.Tree
-  trained_base: pytree.Tree
-  trained_with: TrainedWith | None
-
-  @classmethod
-  def read(cls, path: str | Path, config: ModelConfig) -> 'Adapter':
-    """Of a PEFT folder or a .lora.h5 file."""
-    return cls(*adapter_lib.read_adapter(path, config), adapter_lib.read_trained_with(path))
 
 
 def convert(
@@ -112,7 +93,7 @@ def convert(
   source = open_base.open_base(model, tokenizer)
   loaded = None
   if adapter:
-    loaded = Adapter.read(adapter, source.config)
+    loaded = adapter_lib.read(adapter, source.config)
     if not any(np.any(x) for x in _effects(loaded)):
       raise ValueError(
         f'adapter: {adapter} changes nothing (lora_b is zero throughout), so '
@@ -128,9 +109,7 @@ def convert(
   if to == 'peft':
 
     def write(new: Path) -> dict[str, Any]:
-      peft.write_adapter(
-        new, loaded.factors, loaded.config, model, loaded.trained_base, loaded.trained_with
-      )
+      adapter_lib.write(new, dataclasses.replace(loaded, reference=model))
       return {'parameters': pytree.num_params(loaded.factors)}
 
   else:
@@ -138,7 +117,7 @@ def convert(
     trained_on = None
     if loaded is not None:
       trained_with = loaded.trained_with
-      result = merged.merge(source, loaded.config, loaded.factors, loaded.trained_base)
+      result = merged.merge(source, loaded)
     if trained_with is not None and (loaded is not None or not source.read_chat_template()):
       trained_on = trained_with.template
 
@@ -201,7 +180,7 @@ def _check_free(folder: epath.Path):
     raise ValueError(f'output: {folder} is there already, expected a new or empty folder.')
 
 
-def _effects(loaded: Adapter) -> list[np.ndarray]:
+def _effects(loaded: Lora) -> list[np.ndarray]:
   """Leaves of which one must be other than zero if the adapter does a thing."""
   leaves = [
     x for name, x in pytree.items(loaded.factors) if name.endswith(('lora_b', 'lora_magnitude'))
@@ -261,14 +240,11 @@ def _verify_tokenizer(want: Tokenizer | None, got: Tokenizer | None, to: str):
 
 
 def _verify_weights(
-  source: BaseSource, result: BaseSource, loaded: Adapter | None, record: dict[str, Any]
+  source: BaseSource, result: BaseSource, loaded: Lora | None, record: dict[str, Any]
 ) -> dict[str, Any]:
   """What the weights show; raises ValueError unless they are those meant."""
   dtype = np.dtype(jnp.dtype(record['dtype']))
-  adapter = ()
-  if loaded is not None:
-    adapter = (loaded.config, loaded.factors, loaded.trained_base)
-  found = weight_check.compare(source, result, dtype, *adapter)
+  found = weight_check.compare(source, result, dtype, loaded)
   if loaded is not None and not found.num_changed:
     reason = 'it is lost in rounding, use --dtype=float32'
     if dtype == np.float32:
@@ -287,7 +263,7 @@ def _verify_weights(
 def _verify_logits(
   new: Path,
   source: BaseSource,
-  loaded: Adapter | None,
+  loaded: Lora | None,
   to: str,
   tokens: np.ndarray,
   want: np.ndarray,
@@ -308,7 +284,7 @@ def _verify_logits(
     Largest absolute difference of a logit.
   """
   if to == 'peft':
-    again = Adapter.read(new, source.config)
+    again = adapter_lib.read(new, source.config)
     got = _logits(source, tokens, again)
     dtype = 'float32'
   else:
@@ -386,11 +362,10 @@ def _logits_of_base(
   return exact, _logits(dataclasses.replace(source, tensors=tensors), tokens, None)
 
 
-def _logits(source: BaseSource, tokens: np.ndarray, loaded: Adapter | None) -> np.ndarray:
+def _logits(source: BaseSource, tokens: np.ndarray, loaded: Lora | None) -> np.ndarray:
   """float32 [B, T, V] of the base, with the adapter beside it if given."""
   if loaded is None:
     return streamed.logits(source, tokens)
   if loaded.trained_base:
-    source = merged.merge(source, loaded.config, {}, loaded.trained_base)
-  scale = np.float32(loaded.config.scale)
-  return streamed.logits(source, tokens, factors_lib.effective(loaded.factors, scale))
+    source = merged.merge(source, dataclasses.replace(loaded, factors={}))
+  return streamed.logits(source, tokens, loaded)

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from gemma_jax import pytree
-from gemma_jax.config.train import LoraConfig
 from gemma_jax.formats import base_source
 from gemma_jax.formats.base_source import BaseSource, StoredTensor
 from gemma_jax.lora import matrices
+from gemma_jax.lora.lora import Lora
 from gemma_jax.model import layout
 
 # Relative; what float32 makes of a row's length, summed in one order or in
@@ -27,19 +27,13 @@ from gemma_jax.model import layout
 _NORM_ERROR = 2.0**-19
 
 
-def merge(
-  source: BaseSource,
-  lora_config: LoraConfig,
-  lora: pytree.Tree,
-  trained_base: pytree.Tree | None = None,
-) -> BaseSource:
+def merge(source: BaseSource, lora: Lora) -> BaseSource:
   """The base that computes what `source` computes with the adapter.
 
   Args:
     source: the base.
-    lora_config: gives the scale and the factorization.
-    lora: the adapter's tree, scanned or unrolled.
-    trained_base: base leaves that were trained along, which replace the base's.
+    lora: one adapter, scanned or unrolled; leaves of the base that were trained
+      along replace the base's.
 
   Returns:
     A source whose changed tensors are read in float32; the others and
@@ -49,7 +43,7 @@ def merge(
     ValueError: a leaf that does not fit the base.
   """
   tensors = dict(source.tensors)
-  for path, leaf in pytree.items(unrolled(trained_base or {})):
+  for path, leaf in pytree.items(unrolled(lora.trained_base)):
     if path not in tensors:
       raise ValueError(
         f'trained base leaf {path}: {source.reference} has none of that name; '
@@ -63,12 +57,12 @@ def merge(
       )
     rows = base_source.stored_view(path, leaf).reshape(shape)
     tensors[path] = StoredTensor(path, shape, lambda i, j, rows=rows: rows[i:j])
-  factors = dict(pytree.items(unrolled(lora)))
+  factors = dict(pytree.items(unrolled(lora.factors)))
   for path, a in factors.items():
     module, _, factor = path.rpartition('/')
     if factor != 'lora_a':
       continue
-    a, b = matrices.matrices(module.split('/', 1)[1], a, factors[f'{module}/lora_b'], lora_config)
+    a, b = matrices.matrices(module.split('/', 1)[1], a, factors[f'{module}/lora_b'], lora.config)
     old = tensors.get(f'{module}/w')
     if old is None or old.shape != (len(b), a.shape[1]):
       found = None if old is None else list(old.shape)
@@ -84,7 +78,7 @@ def merge(
         _merged_rows,
         old,
         np.ascontiguousarray(a, np.float32),
-        np.ascontiguousarray(b * np.float32(lora_config.scale), np.float32),
+        np.ascontiguousarray(b * np.float32(lora.scale), np.float32),
         None if magnitude is None else magnitude.reshape(-1, 1),
       ),
     )

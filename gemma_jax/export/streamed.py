@@ -15,24 +15,26 @@ from gemma_jax import pytree
 from gemma_jax.formats import base_source
 from gemma_jax.formats.base_source import BaseSource
 from gemma_jax.lora import factors
+from gemma_jax.lora.lora import Lora
 from gemma_jax.model import layout
 from gemma_jax.model.layers import RMSNorm, softcap
 from gemma_jax.model.transformer import Layer, Transformer
 
 
-def logits(source: BaseSource, tokens: np.ndarray, lora: pytree.Tree | None = None) -> np.ndarray:
+def logits(source: BaseSource, tokens: np.ndarray, lora: Lora | None = None) -> np.ndarray:
   """Logits of a base, with or without an adapter, computed in float32.
 
   Args:
     source: any base; its weights are read once, in order.
     tokens: int32 [B, T], without padding.
-    lora: scanned tree of effective factors (`factors.effective`), or None.
+    lora: an adapter, scanned, or None. Leaves of the base that were trained
+      along are the source's own affair (`merged.merge`).
 
   Returns:
     float32 [B, T, V].
   """
   config = source.config
-  lora = {} if lora is None else layout.unstack_layers(lora)
+  own = {} if lora is None else layout.unstack_layers(lora.factors)
   pattern = config.layer_is_local or (False,) * config.num_layers
   context = Transformer(config).apply(
     {},
@@ -60,8 +62,8 @@ def logits(source: BaseSource, tokens: np.ndarray, lora: pytree.Tree | None = No
     for i, is_local in enumerate(pattern):
       params = _read(source, f'layer_{i}/', pool)
       variables = {'params': params}
-      if f'layer_{i}' in lora:
-        variables['lora'] = factors.with_gains(lora[f'layer_{i}'], params)
+      if f'layer_{i}' in own:
+        variables = factors.variables(params, own[f'layer_{i}'], lora.scale)
       x = run_layer(variables, x, is_local).block_until_ready()
     scale = _read(source, 'final_norm/', pool)
     x = RMSNorm(config.norm_eps).apply({'params': scale}, x)

@@ -7,7 +7,7 @@ moves logits further than a small adapter does. So the weights are read again:
   an adapted kernel       as near to W + scale * B A as the dtype permits
 
 That sum is `factors.merge`'s, in float32, not the one by rows that was written
-(`formats.merged`). One kernel is in memory at a time.
+(`export.merged`). One kernel is in memory at a time.
 """
 
 from concurrent import futures
@@ -18,11 +18,11 @@ import jax
 import numpy as np
 
 from gemma_jax import pytree
-from gemma_jax.config.train import LoraConfig
 from gemma_jax.export import merged
 from gemma_jax.formats import base_source
 from gemma_jax.formats.base_source import BaseSource
 from gemma_jax.lora import factors as factors_lib
+from gemma_jax.lora.lora import Lora
 from gemma_jax.model import layout
 
 # What two orders of summing make of a merged weight, relative to the kernel's
@@ -72,9 +72,7 @@ def compare(
   source: BaseSource,
   written: BaseSource,
   dtype: np.dtype,
-  lora_config: LoraConfig | None = None,
-  factors: pytree.Tree | None = None,
-  trained_base: pytree.Tree | None = None,
+  lora: Lora | None = None,
 ) -> Comparison:
   """Reads all weights of an output and of what it was made of.
 
@@ -82,16 +80,14 @@ def compare(
     source: the base.
     written: the output, which may have rows of the embedding more or less.
     dtype: of the output.
-    lora_config: of the adapter that was merged; None if there was none.
-    factors: its tree, scanned or unrolled.
-    trained_base: base leaves that were trained along.
+    lora: the adapter that was merged, scanned or unrolled; None if there was none.
 
   Raises:
     ValueError: a tensor that is not what it should be; names it.
   """
-  if lora_config is not None:
-    source_with = merged.merge(source, lora_config, {}, trained_base)
-    flat = dict(pytree.items(merged.unrolled(factors)))
+  if lora is not None:
+    source_with = merged.merge(source, dataclasses.replace(lora, factors={}))
+    flat = dict(pytree.items(merged.unrolled(lora.factors)))
   else:
     source_with, flat = source, {}
   shapes = dict(pytree.items(layout.abstract_params(source.config, scan_layers=False)))
@@ -105,7 +101,7 @@ def compare(
       if f'{module}/lora_a' in flat:
         own = {n: x for n, x in flat.items() if n.startswith(f'{module}/')}
         old, got = (_read(x, path, shapes[path].shape, pool) for x in (source_with, written))
-        want = _merge(path, old, own, lora_config.scale)
+        want = _merge(path, old, own, lora.scale)
         difference, changed = _compare_merged(path, want, got, old, dtype, update)
       else:
         difference, changed = _compare_kept(path, source, source_with, written, dtype, update)

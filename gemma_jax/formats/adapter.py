@@ -1,20 +1,32 @@
-"""Reads the adapter that a path names: a PEFT folder, or Keras's .lora.h5.
+"""Reads the adapter that a path names, writes one, or starts a run from it.
 
-Which of them it is, is decided by what is there, not by how it is called.
+A path is a PEFT folder, or Keras's .lora.h5. Which of them it is, is decided by
+what is there, not by how it is called.
 """
 
+from collections.abc import Sequence
+import dataclasses
 import os
 
-from gemma_jax import files, pytree
-from gemma_jax.config.train import LoraConfig
+from absl import logging
+import numpy as np
+
+from gemma_jax import files
+from gemma_jax.config.lora import LoraConfig
+from gemma_jax.config.train import TrainConfig
 from gemma_jax.formats import keras, peft
+from gemma_jax.formats.base_source import BaseSource
 from gemma_jax.formats.trained_with import TrainedWith
+from gemma_jax.lora import align, matrices
+from gemma_jax.lora.lora import Lora
+from gemma_jax.model import layout
 from gemma_jax.model.config import ModelConfig
 
+# The name of the base among adapters.
+BASE = 'base'
 
-def read_adapter(
-  path: str | os.PathLike, model_config: ModelConfig, scan_layers: bool = True
-) -> tuple[LoraConfig, pytree.Tree, pytree.Tree]:
+
+def read(path: str | os.PathLike, model_config: ModelConfig, scan_layers: bool = True) -> Lora:
   """Reads an adapter for a base of this architecture.
 
   Args:
@@ -24,25 +36,88 @@ def read_adapter(
     scan_layers: leaves for all layers (`layers/...`) or for each.
 
   Returns:
-    (LoraConfig whose scale and factorization belong to the factors; the
-    factors, float32; base leaves trained along, {} for most adapters, in the
-    form in which they were trained).
+    The adapter, its factors float32 and in the factorization in which they are
+    stored; leaves of the base stay in the form in which they were trained.
 
   Raises:
     ValueError: nothing is there, or an adapter that is broken, of another
       architecture or with an unsupported option.
   """
   path = files.fetch(path)
+  trained_base, trained_with = {}, None
   if path.is_dir():
     config, factors = peft.read_adapter(path, model_config, scan_layers)
-    return config, factors, peft.read_trained_base(path)
-  if keras.is_hdf5(path):
-    return *keras.read_lora(path, model_config, scan_layers), {}
-  found = 'no HDF5 file' if path.is_file() else 'neither a file nor a folder'
-  raise ValueError(
-    f'adapter: got {str(path)!r}, which is {found}; expected a PEFT folder '
-    '(adapter_config.json) or a .lora.h5 file of Keras.'
+    trained_base = peft.read_trained_base(path)
+    trained_with = TrainedWith.read(path)
+  elif keras.is_hdf5(path):
+    config, factors = keras.read_lora(path, model_config, scan_layers)
+  else:
+    kind = 'not an HDF5 file' if path.is_file() else 'neither a file nor a folder'
+    raise ValueError(
+      f'adapter: got {str(path)!r}, which is {kind}; expected a PEFT folder '
+      '(adapter_config.json) or a .lora.h5 file of Keras.'
+    )
+  return Lora(factors, np.float32(config.scale), config, trained_base, trained_with=trained_with)
+
+
+def write(folder: str | os.PathLike, lora: Lora) -> None:
+  """Writes a PEFT folder, with what else the adapter says of itself."""
+  peft.write_adapter(
+    folder, lora.factors, lora.config, lora.reference, lora.trained_base, lora.trained_with
   )
+
+
+def load_adapters(
+  paths: Sequence[str], model_config: ModelConfig, scan_layers: bool = True
+) -> dict[str, Lora]:
+  """The base (`BASE`), then the adapter of each path, all of one shape.
+
+  The base is the adapter of zeros. A path that is given twice is read once.
+
+  Raises:
+    ValueError: a path that cannot be read or fits another architecture.
+  """
+  names, loras = [BASE], [Lora({}, np.float32(1), LoraConfig())]
+  for path in dict.fromkeys(paths):
+    lora = read(path, model_config)
+    factors = lora.factors
+    if lora.config.factorization == 'keras':
+      factors = matrices.as_matrix(factors, lora.config, model_config)
+    if not scan_layers:
+      factors = layout.unstack_layers(factors)
+    names.append(path)
+    loras.append(dataclasses.replace(lora, factors=factors))
+  return dict(zip(names, align.align(loras), strict=True))
+
+
+def start_from(config: TrainConfig, source: BaseSource) -> tuple[TrainConfig, Lora | None]:
+  """The config with what the adapter at `lora.path` is, and that adapter.
+
+  Returns:
+    (config, None) if there is no path.
+
+  Raises:
+    ValueError: no adapter of this base, or one with a trained base of its own.
+  """
+  path = config.lora.path
+  if not path:
+    return config, None
+  lora = read(path, source.config, config.model.scan_layers)
+  if lora.trained_base:
+    raise ValueError(
+      f'lora.path: {path} was trained together with leaves of its base, '
+      'expected factors alone; merge it (launch.convert) and train on that.'
+    )
+  lora_config = dataclasses.replace(lora.config, path=path, dropout=config.lora.dropout)
+  logging.info('Starts from the adapter %s: %s', path, lora_config)
+  if lora.trained_with and lora.trained_with.template != config.data.template:
+    logging.warning(
+      'data.template: got %s, but %s was trained with %s',
+      config.data.template,
+      path,
+      lora.trained_with.template,
+    )
+  return dataclasses.replace(config, lora=lora_config).resolve(), lora
 
 
 def read_trained_with(path: str | os.PathLike) -> TrainedWith | None:

@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 from pathlib import Path
-import re
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -236,26 +235,12 @@ def chunk_rows(shape: tuple[int, ...]) -> int:
   return max(1, CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
 
 
-def projection_axes(path: str) -> tuple[str, str] | None:
-  """Axis letters of a projection's outputs and inputs; None for other leaves.
-
-  layer_3/attn/q/w    ('NH', 'D')
-  layer_3/attn/o/w    ('D', 'NH')
-  """
-  match = re.fullmatch(r'(?:layer_\d+|layers)/((?:attn|mlp)/\w+)/w', path)
-  if not match:
-    return None
-  operands, result = layout.PROJECTION_EQUATIONS[match[1]].split('->')
-  inputs, _ = operands.split(',')
-  return result.removeprefix('BT'), inputs.removeprefix('BT')
-
-
 def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Shape in the file of every leaf of the unrolled tree, by path."""
   sizes = layout.axis_sizes(config)
   shapes = {}
   for path, letters in layout.param_axes(config, scan_layers=False).items():
-    axes = projection_axes(path) or letters
+    axes = layout.projection_axes(path) or letters
     shapes[path] = tuple(math.prod(sizes[c] for c in axis) for axis in axes)
   return shapes
 
@@ -271,7 +256,7 @@ def stored_view(path: str, leaf: np.ndarray) -> np.ndarray:
 
 def _stored_order(path: str, num_axes: int) -> list[int]:
   """The leaf's axes in the order in which the file has them."""
-  axes = projection_axes(path)
+  axes = layout.projection_axes(path)
   if axes is None:
     return list(range(num_axes))
   name = path.split('/', 1)[1].removesuffix('/w')

@@ -1,130 +1,41 @@
-"""Adapters side by side over one base, interchangeable without a compilation.
+"""Adapters side by side over one base: made equal, stacked, taken apart.
 
-Adapters of different rank, scale and targets become trees of one shape: scales
-are folded into B, ranks padded with zero columns, missing targets filled with
-zeros. The base itself is then the adapter of zeros, whose update is exactly 0.
-`start_from` makes one of them the start of a run.
+Adapters of different rank, scale and targets become trees of one shape: ranks
+are padded with zero columns, missing targets filled with zeros. The base itself
+is then the adapter of zeros, whose update is exactly 0.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import re
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from absl import logging
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import pytree
-from gemma_jax.config.train import TrainConfig
 from gemma_jax.lora import factors as factors_lib
-from gemma_jax.model import layout
-from gemma_jax.model.config import ModelConfig
 
-BASE = 'base'
-
-
-class Adapter(NamedTuple):
-  """An adapter ready to be applied.
-
-  Attributes:
-    name: the folder it came from, or 'base'.
-    effective: factors with the scale in B (`factors.effective`), nested dicts.
-    trained_base: base leaves trained along with it, {} for most.
-    trained_with: how its records were rendered (`TrainedWith`), if it is known.
-  """
-
-  name: str
-  effective: Any
-  trained_base: Any
-  trained_with: Any = None
-
-  def variables(self, params: Any) -> dict[str, Any]:
-    """{'params', 'lora'} for the model: the base with this adapter."""
-    params = replace_leaves(params, self.trained_base)
-    return {'params': params, 'lora': factors_lib.with_gains(self.effective, params)}
+if TYPE_CHECKING:
+  from gemma_jax.lora.lora import Lora
 
 
-def load_adapters(
-  folders: Sequence[str], config: ModelConfig, scan_layers: bool = True
-) -> list[Adapter]:
-  """The base, then the adapter of each path, all of one shape.
+def align(loras: Sequence['Lora']) -> list['Lora']:
+  """Gives adapters one structure and one rank per target, by zeros.
+
+      align([Lora({}, ...), Lora({'layers': {'attn': {'q': {'lora_a': [L, D, 3], ...}}}}, ...)])
+
+  returns for the first adapter zeros of the second's shapes.
 
   Args:
-    folders: PEFT folders, or .lora.h5 files of Keras.
-    config: the base's architecture.
-    scan_layers: form of the trees.
-
-  Raises:
-    ValueError: a folder that cannot be read or fits another architecture.
-  """
-  from gemma_jax.formats import adapter
-  from gemma_jax.lora import matrices
-
-  trees, trained, trained_with = [{}], [{}], [None]
-  for folder in folders:
-    lora_config, factors, trained_base = adapter.read_adapter(folder, config)
-    if lora_config.factorization == 'keras':
-      factors = matrices.as_matrix(factors, lora_config, config)
-    if not scan_layers:
-      factors = layout.unstack_layers(factors)
-    trees.append(factors_lib.effective(factors, np.float32(lora_config.scale)))
-    trained.append(trained_base)
-    trained_with.append(adapter.read_trained_with(folder))
-  names = [BASE, *folders]
-  return [Adapter(*parts) for parts in zip(names, align(trees), trained, trained_with, strict=True)]
-
-
-def start_from(config: TrainConfig, source: Any) -> tuple[TrainConfig, Any]:
-  """The config with what the adapter at `lora.path` is, and its factors.
+    loras: all scanned or all unrolled, factorization `matrix` (as read from
+      PEFT folders).
 
   Returns:
-    (config, None) if there is no path.
-
-  Raises:
-    ValueError: no adapter of this base, or one with a trained base of its own.
+    Adapters that compute what the given ones do.
   """
-  path = config.lora.path
-  if not path:
-    return config, None
-  from gemma_jax.formats import adapter
-
-  lora_config, factors, trained_base = adapter.read_adapter(
-    path, source.config, config.model.scan_layers
-  )
-  if trained_base:
-    raise ValueError(
-      f'lora.path: {path} was trained together with leaves of its base, '
-      'expected factors alone; merge it (launch.convert) and train on that.'
-    )
-  lora_config = dataclasses.replace(lora_config, path=path, dropout=config.lora.dropout)
-  logging.info('Starts from the adapter %s: %s', path, lora_config)
-  trained_with = adapter.read_trained_with(path)
-  if trained_with and trained_with.template != config.data.template:
-    logging.warning(
-      'data.template: got %s, but %s was trained with %s',
-      config.data.template,
-      path,
-      trained_with.template,
-    )
-  return dataclasses.replace(config, lora=lora_config).resolve(), factors
-
-
-def align(trees: Sequence[Any]) -> list[Any]:
-  """Gives adapter trees one structure and one rank per target, by zeros.
-
-      align([{}, {'layers': {'attn': {'q': {'lora_a': [L, D, 3], ...}}}}])
-
-  returns for the first tree zeros of the second's shapes.
-
-  Args:
-    trees: effective factors, all scanned or all unrolled, factorization
-      `matrix` (as read from PEFT folders).
-
-  Returns:
-    Trees of equal structure and shapes that compute what the given ones do.
-  """
-  flat = [dict(pytree.items(tree)) for tree in trees]
+  flat = [dict(pytree.items(each.factors)) for each in loras]
   shapes: dict[str, tuple[int, ...]] = {}
   for leaves in flat:
     for name, x in leaves.items():
@@ -137,8 +48,57 @@ def align(trees: Sequence[Any]) -> list[Any]:
     return jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, shape, strict=True)])
 
   return [
-    pytree.unflatten({n: fit(leaves.get(n), s) for n, s in shapes.items()}) for leaves in flat
+    dataclasses.replace(
+      each, factors=pytree.unflatten({n: fit(leaves.get(n), s) for n, s in shapes.items()})
+    )
+    for each, leaves in zip(loras, flat, strict=True)
   ]
+
+
+def stack(loras: Sequence['Lora']) -> 'Lora':
+  """One object of K adapters, its arrays [K, ...].
+
+  Ranks are made equal by zeros, and that is exact in training too. Where a
+  column of A and its row of B are zero, so are their gradients (each is a
+  product with the other), hence their moments, updates and decay, and what they
+  add to the clipped norm:
+
+      rank 2 among 4    A [a1 a2 0 0]    B [b1 b2 0 0]^T    A B = a1 b1 + a2 b2
+
+  Raises:
+    ValueError: none, or an adapter with ranks by layer or a trained base.
+  """
+  if not loras:
+    raise ValueError('lora: got no adapter to stack, expected at least one.')
+  for each in loras:
+    if each.config.ranks or each.trained_base:
+      raise ValueError(
+        'lora: got an adapter with lora.ranks or leaves of its base, expected adapters of one '
+        'rank each, and nothing else; train this one alone.'
+      )
+  aligned = align(loras)
+  pile = lambda *leaves: jnp.stack(leaves)
+  return dataclasses.replace(
+    aligned[0],
+    factors=jax.tree.map(pile, *(each.factors for each in aligned)),
+    scale=jnp.asarray([each.scale for each in aligned], jnp.float32),
+    config=tuple(each.config for each in loras),
+  )
+
+
+def member(tree: pytree.Tree, index: int) -> pytree.Tree:
+  """The leaves [K, ...] of one of K adapters."""
+  return jax.tree.map(lambda x: x[index], tree)
+
+
+def cut(factors: pytree.Tree, rank: int) -> pytree.Tree:
+  """The first `rank` columns of A and rows of B: factors without padding."""
+
+  def leaf(name, x):
+    axis = factors_lib.rank_axis(name, x)
+    return x if axis is None else np.take(x, range(rank), axis)
+
+  return pytree.map_with_name(leaf, factors)
 
 
 def replace_leaves(params: Any, leaves: Any) -> Any:

@@ -4,11 +4,7 @@ W' = W + scale * B A, with B = 0 at the start, so that the first forward pass is
 exactly the base's (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 
 The factors are a tree of their own (the collection `lora`), beside the base and
-never inside it. A projection's equation and kernel letters (`layout`) say what
-its factors are. For the queries, `BTD,NDH->BTNH`:
-
-    matrix   A [D, R]     B [R, N, H]    the paper's and PEFT's, rank <= r
-    keras    A [N, D, R]  B [R, H]       Keras's EinsumDense, rank <= N r
+never inside it; `model.adapter` says what shapes they have.
 
 DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) gives each output of W' a length
 m of its own, which is trained too:
@@ -20,13 +16,14 @@ gradient. With B = 0 it is the base up to the rounding of the norm. A magnitude
 of 0 stands for none: plain LoRA, to the bit.
 
 The model applies whatever factors it is given and knows neither rank nor scale
-nor norms: `effective` folds the scale into B and `with_gains` each m / norm
-into one number an output, so adapters of one shape are interchangeable inputs
-of one compiled program.
+nor norms: `variables` folds the scale into B and each m / norm into one number
+an output, so adapters of one shape are interchangeable inputs of one compiled
+program.
 """
 
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +105,19 @@ def init(
   return tree if scan_layers else layout.unstack_layers(tree)
 
 
+def rank_axis(name: str, x: Any) -> int | None:
+  """Where R stands: last in A; first in B, behind L where layers are stacked.
+
+  'layers/attn/q/lora_b' [L, R, N, H]    1
+  'layer_0/attn/q/lora_b' [R, N, H]      0
+  """
+  if name.endswith('/lora_a'):
+    return x.ndim - 1
+  if name.endswith('/lora_b'):
+    return 1 if 'layers' in name.split('/') else 0
+  return None
+
+
 def check_rank(config: ModelConfig, lora: LoraConfig) -> None:
   """ValueError if a rank exceeds the smaller side of a target's kernel.
 
@@ -134,16 +144,71 @@ def check_rank(config: ModelConfig, lora: LoraConfig) -> None:
       )
 
 
+def check_fit(config: ModelConfig, factors: pytree.Tree, scan_layers: bool) -> None:
+  """ValueError unless factors have the paths and shapes of a base's adapter.
+
+  Args:
+    config: the base's architecture.
+    factors: of one adapter, arrays or `jax.ShapeDtypeStruct`s.
+    scan_layers: form of the base.
+  """
+  remedy = 'it belongs to another base, or to one of another form (scan_layers).'
+  flat = dict(pytree.items(factors))
+  sizes = layout.axis_sizes(config)
+  modules = set(layout.in_layers(layout.PROJECTION_EQUATIONS, config, scan_layers))
+  for name, x in flat.items():
+    module, _, leaf = name.rpartition('/')
+    if module not in modules or leaf not in ('lora_a', 'lora_b', 'lora_magnitude'):
+      raise ValueError(
+        f'lora: got a leaf {name}, expected one at {sorted(modules)[0]}, ...; {remedy}'
+      )
+    equation, stacked = _equation(module)
+    num_axes = flat[f'{module}/lora_a'].ndim - len(stacked) if f'{module}/lora_a' in flat else 0
+    if leaf == 'lora_magnitude':
+      axes = adapter.outputs(equation)
+    else:
+      axes = adapter.axes_of(equation, num_axes)[leaf == 'lora_b']
+    want = [sizes.get(c) for c in stacked + axes]
+    if len(want) != x.ndim or any(n not in (None, m) for n, m in zip(want, x.shape, strict=True)):
+      raise ValueError(
+        f'lora: got {name} of shape {list(x.shape)}, expected '
+        f'[{", ".join("rank" if n is None else str(n) for n in want)}]; {remedy}'
+      )
+
+
 def _ranks(config: ModelConfig, lora: LoraConfig, path: str) -> list[int]:
   """Rank of a projection in each layer."""
   return [lora.rank_of(f'layer_{i}/{path}') for i in range(config.num_layers)]
 
 
-def effective(factors: pytree.Tree, scale: float | jax.Array) -> pytree.Tree:
-  """The tree that the model applies: B times the scale, A as it is.
+def variables(params: pytree.Tree, factors: pytree.Tree, scale: float | jax.Array) -> dict:
+  """{'params', 'lora'} as the model takes them: scaled, and brought to length.
 
-  If there are magnitudes, `with_gains` has to follow.
+  Args:
+    params: the base, with leaves trained along already in it.
+    factors: an adapter of the same form (scanned or not); {} gives the base.
+    scale: of the adapter, a number or [].
+
+  Raises:
+    ValueError: an adapter of another form, which the model would not see.
   """
+  if not factors:
+    return {'params': params}
+  _check_form(params, factors)
+  return {'params': params, 'lora': _with_gains(_scaled(factors, scale), params)}
+
+
+def _check_form(params: pytree.Tree, factors: pytree.Tree) -> None:
+  base, adapter = ('scanned' if 'layers' in tree else 'unrolled' for tree in (params, factors))
+  if base != adapter:
+    raise ValueError(
+      f'lora: got a {adapter} adapter for a {base} base, expected one form; '
+      'see layout.stack_layers and layout.unstack_layers.'
+    )
+
+
+def _scaled(factors: pytree.Tree, scale: float | jax.Array) -> pytree.Tree:
+  """B times the scale, the rest as it is."""
   return pytree.map_with_name(lambda name, x: x * scale if name.endswith('lora_b') else x, factors)
 
 
@@ -155,18 +220,9 @@ def with_magnitudes(factors: pytree.Tree, params: pytree.Tree) -> pytree.Tree:
   return pytree.unflatten(flat)
 
 
-def with_gains(effective: pytree.Tree, params: pytree.Tree) -> pytree.Tree:
-  """DoRA's m / ||W + scale * B A||, `lora_gain`, for every `lora_magnitude`.
-
-  Args:
-    effective: factors with the scale in B (`effective`).
-    params: the base that they are for, of the same form (scanned or not), with
-      leaves trained along already in it.
-
-  Returns:
-    The tree that the model applies; without magnitudes, the one given.
-  """
-  flat, base = dict(pytree.items(effective)), dict(pytree.items(params))
+def _with_gains(scaled: pytree.Tree, params: pytree.Tree) -> pytree.Tree:
+  """DoRA's m / ||W + scale * B A||, `lora_gain`, for every `lora_magnitude`."""
+  flat, base = dict(pytree.items(scaled)), dict(pytree.items(params))
   for module in _modules(flat, 'lora_magnitude'):
     m = flat.pop(f'{module}/lora_magnitude')
     norms = jax.lax.stop_gradient(_norms(module, flat, base))
@@ -199,7 +255,7 @@ def merge(params: pytree.Tree, factors: pytree.Tree, scale: float) -> pytree.Tre
         f'lora: got factors at {module}, where the base has no kernel; '
         'expected an adapter of its architecture and form (scanned or not).'
       )
-  flat = dict(pytree.items(with_gains(effective(factors, scale), params)))
+  flat = dict(pytree.items(_with_gains(_scaled(factors, scale), params)))
 
   def add(name, w):
     module = name.removesuffix('/w')

@@ -5,7 +5,6 @@ import numpy as np
 
 from gemma_jax import pytree
 from gemma_jax.config.train import LoraConfig
-from gemma_jax.formats import base_source
 from gemma_jax.model import layout
 from gemma_jax.model.config import ModelConfig
 
@@ -21,7 +20,7 @@ def factor_shapes(
   'attn/q'    [D, r], [r, N, H]
   'attn/o'    [N, H, r], [r, D]
   """
-  outputs, inputs = base_source.projection_axes(f'layers/{name}/w')
+  outputs, inputs = layout.projection_axes(f'layers/{name}/w')
   sizes = layout.axis_sizes(config)
   return ((*(sizes[c] for c in inputs), rank), (rank, *(sizes[c] for c in outputs)))
 

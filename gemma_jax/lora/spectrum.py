@@ -11,24 +11,24 @@ triplets. NumPy in float64: factors are small. DoRA's magnitudes are not part of
 dW: they scale the sum with the base.
 """
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 
 from gemma_jax import pytree
-from gemma_jax.config.train import LoraConfig
+from gemma_jax.config.lora import LoraConfig
+from gemma_jax.lora import matrices
+from gemma_jax.lora.lora import Lora
 from gemma_jax.model import adapter, layout
 from gemma_jax.model.config import ModelConfig
 
 
-def singular_values(
-  factors: pytree.Tree, lora_config: LoraConfig, config: ModelConfig
-) -> dict[str, np.ndarray]:
+def singular_values(lora: Lora, config: ModelConfig) -> dict[str, np.ndarray]:
   """Of dW, for every projection and layer.
 
   Args:
-    factors: adapter, scanned or unrolled, of either factorization.
-    lora_config: its scale and factorization.
+    lora: one adapter, scanned or unrolled, of either factorization.
     config: the base's architecture.
 
   Returns:
@@ -36,39 +36,35 @@ def singular_values(
     factorization gives each head factors of its own).
   """
   found = {}
-  for path, (a, b) in _matrices(factors, lora_config, config).items():
-    _, core, _ = _core(a, b, lora_config.scale)
+  for path, (a, b) in _matrices(lora, config).items():
+    _, core, _ = _core(a, b, lora.config.scale)
     found[path] = np.linalg.svd(core, compute_uv=False)
   return found
 
 
-def truncate(
-  factors: pytree.Tree, lora_config: LoraConfig, config: ModelConfig, rank: int
-) -> pytree.Tree:
-  """The best approximation of a rank to every dW, as scanned factors.
+def truncate(lora: Lora, config: ModelConfig, rank: int) -> Lora:
+  """The best approximation of a rank to every dW, scanned.
 
   Args:
-    factors: adapter, scanned or unrolled, of either factorization.
-    lora_config: its scale and factorization.
+    lora: one adapter, scanned or unrolled, of either factorization.
     config: the base's architecture.
     rank: of the approximation.
 
   Returns:
-    Factors of the `matrix` factorization with the scale in them: apply them
-    with scale 1. float32.
+    An adapter of the `matrix` factorization whose scale is 1; float32.
 
   Raises:
     ValueError: a DoRA adapter, whose magnitudes belong to its own dW.
   """
-  if lora_config.dora:
+  if lora.config.dora:
     raise ValueError(
       'lora.dora: got True, expected False: the magnitudes of an adapter do '
       'not fit another dW. Merge it, or truncate plain LoRA.'
     )
   tree = {}
   sizes = layout.axis_sizes(config)
-  for path, (a, b) in _matrices(factors, lora_config, config).items():
-    q_a, core, q_b = _core(a, b, lora_config.scale)
+  for path, (a, b) in _matrices(lora, config).items():
+    q_a, core, q_b = _core(a, b, lora.config.scale)
     u, s, vt = np.linalg.svd(core)
     root = np.sqrt(s[:, None, :rank])
     a = q_a @ (u[..., :rank] * root)  # [L, inputs, rank]
@@ -77,7 +73,10 @@ def truncate(
     a_shape, b_shape = ([sizes.get(c, rank) for c in x] for x in axes)
     for name, x, shape in (('lora_a', a, a_shape), ('lora_b', b, b_shape)):
       tree[f'layers/{path}/{name}'] = x.reshape(len(x), *shape).astype(np.float32)
-  return pytree.unflatten(tree)
+  of_rank = LoraConfig(rank=rank, alpha=1.0, scale_rule='constant', targets=lora.config.targets)
+  return dataclasses.replace(
+    lora, factors=pytree.unflatten(tree), scale=np.float32(1), config=of_rank, trained_base={}
+  )
 
 
 def effective_rank(values: np.ndarray) -> np.ndarray:
@@ -97,17 +96,15 @@ def effective_rank(values: np.ndarray) -> np.ndarray:
   return np.where(total[..., 0] > 0, np.exp(-(shares * logs).sum(-1)), 0.0)
 
 
-def input_directions(
-  factors: pytree.Tree, lora_config: LoraConfig, config: ModelConfig
-) -> dict[str, np.ndarray]:
+def input_directions(lora: Lora, config: ModelConfig) -> dict[str, np.ndarray]:
   """Singular vectors of dW on its input side: what an adapter reads.
 
   Returns:
     'attn/q' → float64 [L, inputs, R], orthonormal, the strongest first.
   """
   found = {}
-  for path, (a, b) in _matrices(factors, lora_config, config).items():
-    q_a, core, _ = _core(a, b, lora_config.scale)
+  for path, (a, b) in _matrices(lora, config).items():
+    q_a, core, _ = _core(a, b, lora.config.scale)
     found[path] = q_a @ np.linalg.svd(core)[0]
   return found
 
@@ -135,14 +132,13 @@ def _core(a: np.ndarray, b: np.ndarray, scale: float) -> tuple[Any, ...]:
   return q_a, scale * r_a @ np.swapaxes(r_b, 1, 2), q_b
 
 
-def _matrices(factors, lora_config, config):
+def _matrices(lora, config):
   """Path → A [L, inputs, R] and B [L, R, outputs], float64."""
-  from gemma_jax.lora import matrices
-
+  factors = lora.factors
   if 'layers' not in factors:
     factors = layout.stack_layers(factors)
-  if lora_config.factorization == 'keras':
-    factors = matrices.as_matrix(factors, lora_config, config)
+  if lora.config.factorization == 'keras':
+    factors = matrices.as_matrix(factors, lora.config, config)
   flat = dict(pytree.items(factors))
   found = {}
   for name in flat:

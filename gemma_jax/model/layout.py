@@ -63,6 +63,20 @@ def layer_axes(config: ModelConfig) -> dict[str, str]:
   return axes
 
 
+def projection_axes(path: str) -> tuple[str, str] | None:
+  """Axis letters of a projection's outputs and inputs; None for other leaves.
+
+  layer_3/attn/q/w    ('NH', 'D')
+  layer_3/attn/o/w    ('D', 'NH')
+  """
+  match = re.fullmatch(r'(?:layer_\d+|layers)/((?:attn|mlp)/\w+)/w', path)
+  if not match:
+    return None
+  operands, result = PROJECTION_EQUATIONS[match[1]].split('->')
+  inputs, _ = operands.split(',')
+  return result.removeprefix('BT'), inputs.removeprefix('BT')
+
+
 def param_axes(config: ModelConfig, scan_layers: bool = True) -> dict[str, str]:
   """Axis letters of every leaf of the base, by path."""
   top = {'embedder/input_embedding': 'VD', 'final_norm/scale': 'D'}

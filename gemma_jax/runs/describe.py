@@ -9,7 +9,8 @@ def describe(run: run_lib.Run) -> str:
   """Base, adapter, optimizer, data and mesh, a line or two each."""
   lora, tx, data = run.config.lora, run.config.optimizer, run.config.data
   lines = [
-    f'base: {run.source.reference}, {run.dtype} weights, {np.dtype(run.model.dtype)} activations',
+    f'base: {run.base.reference}, {run.base.dtype} weights, '
+    f'{np.dtype(run.base.transformer.dtype)} activations',
     f'adapter: {"DoRA" if lora.dora else "LoRA"}, rank {lora.rank} on '
     f'{" ".join(lora.target_names)}, scale {lora.scale:g}, dropout '
     f'{lora.dropout:g}',
@@ -21,7 +22,7 @@ def describe(run: run_lib.Run) -> str:
     *describe_data(run),
     f'{run.steps:,} steps of {data.global_batch_size} rows x {data.seq_len} '
     f'positions ({run.plan.rows_per_epoch():,} rows an epoch); mesh '
-    f'{dict(run.mesh.shape)} on {run.mesh.devices.flat[0].device_kind}',
+    f'{dict(run.base.mesh.shape)} on {run.base.mesh.devices.flat[0].device_kind}',
   ]
   return '\n'.join(lines)
 
@@ -31,7 +32,7 @@ def describe_data(run: run_lib.Run) -> list[str]:
   data = run.config.data
   return [
     f'data: {data.path}, template {data.template}, loss on {data.loss_on}',
-    run.train.stats.line('training'),
-    run.heldout.stats.line('held-out'),
-    *run.record_notes,
+    run.data.train.stats.line('training'),
+    run.data.heldout.stats.line('held-out'),
+    *run.data.notes,
   ]

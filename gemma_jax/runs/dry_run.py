@@ -60,14 +60,14 @@ def _start(run: run_lib.Run, workdir: str, facts: resume.Facts) -> int:
     newest = resume.newest(workdir, checkpoints, facts)
     if newest is None:
       return 0
-    checkpoints.restore(newest[0], run.abstract[0])
+    checkpoints.restore(newest[0], run.program.abstract[0])
     return newest[0]
   finally:
     checkpoints.close()
 
 
 def _memory_lines(run: run_lib.Run) -> str:
-  analysis = run.compile_train_step().memory_analysis()
+  analysis = run.program.compile_train_step(run.abstract_batch()).memory_analysis()
   rows = (
     ('arguments (base, state, batch)', analysis.argument_size_in_bytes),
     ('temporaries (activations, gradients)', analysis.temp_size_in_bytes),
@@ -83,7 +83,7 @@ def _memory_lines(run: run_lib.Run) -> str:
 def _first_batch(run: run_lib.Run, step: int) -> str:
   """The rows of a step as text; what counts in the loss in brackets."""
   rows = run.plan.rows(step)
-  batch = examples_lib.make_batch(run.train, rows, run.config.data.seq_len)
+  batch = examples_lib.make_batch(run.data.train, rows, run.config.data.seq_len)
   filled = (batch['segment_ids'] > 0).sum(axis=1)
   lines = [
     f'batch of step {step}; targets of the loss in [[ ]], control tokens in {_OPEN} {_CLOSE}'
@@ -93,8 +93,8 @@ def _first_batch(run: run_lib.Run, step: int) -> str:
       f'=== row {i}: {len(row)} records, {filled[i]} of {run.config.data.seq_len} positions'
     )
     for example_id in row:
-      lines.append(f'--- record {run.train.record_ids[example_id]}')
-      lines.append(_marked_text(run, *run.train[example_id]))
+      lines.append(f'--- record {run.data.train.record_ids[example_id]}')
+      lines.append(_marked_text(run, *run.data.train[example_id]))
   return '\n'.join(lines)
 
 
@@ -103,7 +103,7 @@ def _marked_text(run, tokens, loss_mask) -> str:
   texts = []
   edges = np.flatnonzero(np.diff(loss_mask)) + 1
   for ids, counts in zip(np.split(tokens, edges), np.split(loss_mask, edges), strict=True):
-    text = _visible(ids.tolist(), run.tokenizer)
+    text = _visible(ids.tolist(), run.base.tokenizer)
     texts.append(f'[[{text}]]' if counts[0] else text)
   return ''.join(texts)
 

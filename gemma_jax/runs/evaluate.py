@@ -40,6 +40,10 @@ class Evaluation:
     """Nats per supervised token, over all examples."""
     return float(self.nll.sum() / max(self.tokens.sum(), 1))
 
+  def members(self) -> list['Evaluation']:
+    """Of nll [K, N]: that of each of K adapters."""
+    return [Evaluation(row, self.tokens) for row in self.nll]
+
   def line(self) -> dict[str, Any]:
     """The result line of `launch.evaluate`, without the adapter's name."""
     mean = self.nll_per_token

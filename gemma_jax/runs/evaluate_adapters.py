@@ -1,22 +1,21 @@
 """A base and adapters on it, measured on the same records."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from absl import logging
 import jax
 import numpy as np
 
 from gemma_jax.config.train import TrainConfig
+from gemma_jax.data import dataset, pipeline, sources
 from gemma_jax.data import examples as examples_lib
-from gemma_jax.data import pipeline, sources
-from gemma_jax.formats import open_base
+from gemma_jax.formats import adapter
 from gemma_jax.formats.base_source import BaseSource
-from gemma_jax.lora import align
-from gemma_jax.model import layout
+from gemma_jax.lora.lora import Lora
 from gemma_jax.runs import evaluate
-from gemma_jax.runs import prepare as run_lib
+from gemma_jax.runs.base import Base
 from gemma_jax.training import compiler, sharding
-from gemma_jax.training import step as step_lib
 
 
 def evaluate_adapters(
@@ -40,53 +39,68 @@ def evaluate_adapters(
     FloatingPointError: a loss that is not finite.
   """
   data = config.data
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check_batch(mesh, data.global_batch_size, 'batch_size')
-  if source is None:
-    source = open_base.open_base(config.model.path, config.model.tokenizer)
-  seq_len = run_lib.with_length(config, source).data.seq_len
-  tokenizer = source.tokenizer()
+  base = Base.open(config.model, config.mesh, source=source)
+  sharding.check_batch(base.mesh, data.global_batch_size, 'batch_size')
+  seq_len = dataset.row_length(data.seq_len, base)
   reading = sources.load_heldout(
     data.path, data.template, 'data', skip_bad_records=data.skip_bad_records
   )
   examples = examples_lib.make_examples(
     reading.records[: data.max_eval_records or None],
-    tokenizer,
+    base.tokenizer,
     data.template,
     data.loss_on,
-    data.seq_len or source.config.max_positions,
-    source.config.vocab_size if tokenizer is None else tokenizer.vocab_size,
+    data.seq_len or base.config.max_positions,
+    base.num_pieces or base.config.vocab_size,
     data.parse_control_tokens,
   )
   for line in (examples.stats.line('data'), *reading.lines()):
     logging.info('%s', line)
   examples.stats.log_warnings('data')
-  folders = [name for name in names if name != align.BASE]
-  loaded = align.load_adapters(folders, source.config)
-  by_name = {adapter.name: adapter for adapter in loaded}
-
-  model = run_lib.make_model(config, source.config, mesh)
-  shardings = sharding.tree_shardings(
-    {'params': layout.abstract_params(source.config)}, source.config, mesh
-  )
-  params = source.load_params(config.model.dtype, shardings=shardings['params'])
-  pieces = None if tokenizer is None else tokenizer.vocab_size
-  step = jax.jit(
-    step_lib.make_eval_step(model, scale=1.0, num_pieces=pieces),
-    compiler_options=compiler.options(mesh.devices.flat[0].platform),
-  )
+  folders = [name for name in names if name != adapter.BASE]
+  loaded = adapter.load_adapters(folders, base.config, base.scan_layers)
+  base = base.load()
+  losses = evaluator(base)
   for name in names:
-    variables = by_name[name].variables(params)
-    batches = pipeline.eval_batches(
-      examples, seq_len, data.global_batch_size, data.packing, sharding.batch_parts(mesh)
-    )
-    measured = evaluate.evaluate(
-      lambda batch, variables=variables: step(variables, sharding.put_batch(batch, mesh)),
-      batches,
-      len(examples),
+    measured = measure(
+      base, loaded[name], losses, examples, seq_len, data.global_batch_size, data.packing
     )
     _check_finite(name, examples, measured)
     yield name, examples, measured
+
+
+def evaluator(base: Base) -> Callable[[Any, Any], jax.Array]:
+  """Compiles losses(variables, batch), float32 [B, T], for each form of batch."""
+  return jax.jit(base.model.token_losses, compiler_options=compiler.options(base.platform))
+
+
+def measure(
+  base: Base,
+  lora: Lora,
+  losses: Callable[[Any, Any], jax.Array],
+  examples: examples_lib.Examples,
+  seq_len: int,
+  batch_size: int,
+  packing: bool = True,
+) -> evaluate.Evaluation:
+  """Losses of one adapter on every example.
+
+  Args:
+    base: loaded.
+    lora: of the base.
+    losses: of `evaluator`.
+    examples: to measure on.
+    seq_len: positions in a row; longer examples go into longer rows.
+    batch_size: rows of this length at a time.
+    packing: several examples in a row.
+  """
+  variables = lora.variables(base.params)
+  batches = pipeline.eval_batches(
+    examples, seq_len, batch_size, packing, sharding.batch_parts(base.mesh)
+  )
+  return evaluate.evaluate(
+    lambda batch: losses(variables, sharding.put_batch(batch, base.mesh)), batches, len(examples)
+  )
 
 
 def _check_finite(name: str, examples: examples_lib.Examples, measured: evaluate.Evaluation):
@@ -94,7 +108,7 @@ def _check_finite(name: str, examples: examples_lib.Examples, measured: evaluate
   bad = np.flatnonzero(~np.isfinite(measured.nll))
   if bad.size:
     reason = 'the adapter diverged in training, or is for another base.'
-    if name == align.BASE:
+    if name == adapter.BASE:
       reason = 'the base itself overflows: its file is damaged, or its weights need float32.'
     raise FloatingPointError(
       f'{name}: the loss of record {examples.record_ids[bad[0]]} is '

@@ -7,7 +7,6 @@ that of the base at step 0 included:
     {"step": 10, "eval_loss_nats_per_token": 2.27, "eval_tokens": 4113, ...}
 """
 
-from collections.abc import Iterable, Iterator
 import json
 import os
 from pathlib import Path
@@ -81,8 +80,10 @@ class MetricsWriter:
       self._scratch.cleanup()
 
 
-class Silent:
-  """What processes that do not lead have: all calls, and nothing written."""
+class NullWriter:
+  """The writer of processes that do not lead: it writes nothing."""
+
+  folder = Path()
 
   def write(self, step: int, values: dict[str, Any]) -> None:
     """Writes nothing."""
@@ -94,10 +95,10 @@ class Silent:
     """There is nothing to close."""
 
 
-def open_writer(workdir: str, finished_steps: int) -> MetricsWriter | Silent:
-  """The run's metrics on the leading process; `Silent` on the others."""
+def open_writer(workdir: str, finished_steps: int) -> MetricsWriter | NullWriter:
+  """The run's metrics on the leading process; a `NullWriter` on the others."""
   if not hosts.is_lead():
-    return Silent()
+    return NullWriter()
   return MetricsWriter(workdir, finished_steps)
 
 
@@ -150,18 +151,6 @@ def read(path: str | os.PathLike) -> list[dict[str, Any]]:
     except json.JSONDecodeError:
       break
   return rows
-
-
-def timed(items: Iterable[tuple]) -> Iterator[tuple]:
-  """(seconds for which it was waited for, *item) of each item."""
-  items = iter(items)
-  while True:
-    started = time.perf_counter()
-    try:
-      item = next(items)
-    except StopIteration:
-      return
-    yield time.perf_counter() - started, *item
 
 
 def peak_memory_bytes() -> int:

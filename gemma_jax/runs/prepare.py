@@ -1,271 +1,165 @@
-"""Everything that a run is made of, before a weight is read.
+"""From a `TrainConfig` to the objects that a run is made of.
 
 `prepare` opens the base (its header), reads and tokenizes the records, plans
-the rows, and derives shapes and shardings from the config. Training, dry
-run and tests start from the same `Run`, so they cannot differ. What of it is
-compiled, a `Program`, needs no records: shapes are enough.
+the rows, and says what is to be compiled. Training, dry run, sweeps and tests
+start from the same `Run`, so they cannot differ. A program alone needs no
+records: `prepare_program` is for shapes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
-import functools
 import hashlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 import jax
-from jax.sharding import Mesh
 import numpy as np
 
 from gemma_jax import pytree
-from gemma_jax.config.train import TrainConfig
-from gemma_jax.data import audit as audit_lib
-from gemma_jax.data import examples as examples_lib
-from gemma_jax.data import row_plan, sources
-from gemma_jax.data.tokenizer import Tokenizer
-from gemma_jax.formats import open_base
-from gemma_jax.formats.base_source import BaseSource
-from gemma_jax.lora import align
-from gemma_jax.model import kernels
-from gemma_jax.model.transformer import Transformer
-from gemma_jax.runs import hosts, summary
-from gemma_jax.training import compiler, optimizer, sharding
+from gemma_jax.config.train import OptimizerConfig, TrainConfig
+from gemma_jax.data import dataset as dataset_lib
+from gemma_jax.data import examples, row_plan
+from gemma_jax.data.dataset import Dataset
+from gemma_jax.formats import adapter
+from gemma_jax.formats.trained_with import TrainedWith
+from gemma_jax.lora.lora import Lora
+from gemma_jax.runs import batched, hosts, summary
+from gemma_jax.runs.base import Base
+from gemma_jax.runs.program import Program
+from gemma_jax.training import optimizer, sharding
 from gemma_jax.training import state as state_lib
 from gemma_jax.training import step as step_lib
-
-# Positions in a row where `data.seq_len` is 0.
-DEFAULT_SEQ_LEN = 512
+from gemma_jax.training.step import Hyperparameters
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-  """The compiled part of a run; see the methods for what is derived from it.
+class Run:
+  """A prepared run, of one adapter or of several.
 
   Attributes:
     given: the resolved config that `prepare` was given, with a length of rows.
-    config: the same, with the facts of the adapter at `lora.path`.
-    start: the factors of that adapter, or None.
-    source: the base, not yet read.
-    tokenizer: None if all records are token ids.
+    config: the same, with the facts of the adapter at `lora.path`; of several
+      adapters, that of the largest rank.
+    members: the configs of several adapters, else None.
+    base: not yet loaded.
+    start: the adapter at `lora.path`, or None.
+    data: records as tokens.
+    plan: rows of every step.
     steps: updates in the run.
-    mesh: devices; not this machine's if it is compiled for others.
-    dtype: of the base in memory.
-    model: the transformer.
+    program: what is compiled.
   """
 
   given: TrainConfig
   config: TrainConfig
-  start: Any
-  source: BaseSource
-  tokenizer: Tokenizer | None
+  members: tuple[TrainConfig, ...] | None
+  base: Base
+  start: Lora | None
+  data: Dataset
+  plan: row_plan.RowPlan
   steps: int
-  mesh: Mesh
-  dtype: np.dtype
-  model: Transformer
+  program: Program
 
   @property
-  def num_pieces(self) -> int | None:
-    """Embedding rows that are tokens, or None where nobody knows."""
-    return None if self.tokenizer is None else self.tokenizer.vocab_size
+  def configs(self) -> tuple[TrainConfig, ...]:
+    """Of every adapter."""
+    return self.members or (self.config,)
 
   @property
-  def compiler_options(self) -> dict[str, str] | None:
-    """Of `jax.jit`, for the platform of the mesh."""
-    return compiler.options(self.mesh.devices.flat[0].platform)
-
-  @functools.cached_property
-  def schedule(self):
-    """Learning rate by finished updates."""
-    return optimizer.make_schedule(self.config.optimizer, self.steps)
-
-  @functools.cached_property
-  def tx(self):
-    """The optimizer, frozen where `trainable` says nothing."""
-    return optimizer.make_optimizer(self.config.optimizer, self.steps, self.config.trainable)
-
-  @functools.cached_property
-  def abstract(self) -> tuple[state_lib.TrainState, Any]:
-    """(state, frozen) as `jax.ShapeDtypeStruct`s with their shardings."""
-    variables = state_lib.abstract_variables(self.config, self.source.config, self.dtype)
-    trainable, frozen = state_lib.split(variables, self.config.trainable)
-    state = jax.eval_shape(lambda t: state_lib.init_state(t, self.tx), trainable)
-    return self._placed(state), self._placed(frozen)
-
-  def abstract_batch(self, length: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch [B, length], by default [B, T]; rows over the mesh."""
-    length = length or self.config.data.seq_len
-    shape = (self.config.data.global_batch_size, length)
-    return {
-      name: jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding.batch_sharding(self.mesh))
-      for name, x in examples_lib.empty_row(shape[1]).items()
-    }
-
-  def compile_train_step(self, length: int | None = None) -> jax.stages.Compiled:
-    """step(state, frozen, batch) -> (state, metrics), state donated.
-
-    Args:
-      length: of the batch's rows; default: seq_len.
-    """
-    return compiler.with_remat(
-      self.model,
-      self.config.model.remat,
-      self.mesh,
-      lambda model: self._compile_train_step(model, length),
-    )
-
-  def _compile_train_step(self, model: Transformer, length: int | None) -> jax.stages.Compiled:
-    step = step_lib.make_train_step(
-      model,
-      self.tx,
-      self.schedule,
-      scale=self.config.lora.scale,
-      num_pieces=self.num_pieces,
-      accumulate_steps=self.config.optimizer.accumulate_steps,
-      seed=self.config.seed,
-      skip_nonfinite=self.config.max_skipped_batches > 0,
-    )
-    state, frozen = self.abstract
-    out = (jax.tree.map(lambda x: x.sharding, state), sharding.replicated(self.mesh))
-    return compile_step(
-      'training step',
-      jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=self.compiler_options),
-      state,
-      frozen,
-      self.abstract_batch(length),
-    )
-
-  def compile_eval_step(self, length: int | None = None) -> jax.stages.Compiled:
-    """eval_step(trainable, frozen, batch) -> losses [B, T]."""
-    step = step_lib.make_eval_step(
-      self.model, scale=self.config.lora.scale, num_pieces=self.num_pieces
-    )
-    state, frozen = self.abstract
-    return compile_step(
-      'evaluation step',
-      jax.jit(
-        lambda trainable, frozen, batch: step(state_lib.join(trainable, frozen), batch),
-        out_shardings=sharding.replicated(self.mesh),
-        compiler_options=self.compiler_options,
-      ),
-      state.trainable,
-      frozen,
-      self.abstract_batch(length),
-    )
-
-  def init_adapter(self, params: Any) -> Any:
-    """The adapter before the first update.
-
-    Args:
-      params: the base, as `training.state.init_adapter` takes it.
-    """
-    if self.start is not None:
-      return jax.tree.map(jax.numpy.asarray, self.start)
-    return state_lib.init_adapter(self.config, self.source.config, params)
-
-  def load(self) -> tuple[Any, Any]:
-    """(trainable, frozen) before the first update: the base, a new adapter."""
-    state, frozen = self.abstract
-    placed = jax.tree.map(lambda x: x.sharding, state_lib.join(state.trainable, frozen))
-    started = time.perf_counter()
-    params = self.source.load_params(self.dtype, self.config.model.scan_layers, placed['params'])
-    logging.info('Loaded the base in %.1f s', time.perf_counter() - started)
-    adapter = sharding.put(hosts.to_numpy(self.init_adapter(params)), placed['lora'])
-    return state_lib.split({'params': params, 'lora': adapter}, self.config.trainable)
+  def hyperparameters(self) -> Hyperparameters:
+    """The step's arguments; [], or [K] of several adapters."""
+    return hyperparameters(self.config, self.members)
 
   def check(self) -> None:
     """ValueError if the trainable leaves or the mesh do not fit the base."""
-    _ = self.abstract
+    _ = self.program.abstract
 
   def summary(self) -> summary.Summary:
-    """The parameter table of this run."""
-    return summary.summarize(self.config, self.source.config, self.dtype)
+    """The parameter table of one adapter."""
+    return summary.summarize(self.config, self.base.config, self.base.dtype)
 
-  def _placed(self, tree):
-    config = self.config
-    placed = sharding.tree_shardings(
-      tree, self.source.config, self.mesh, config.lora if config.mesh.shard_adapter else None
-    )
-    return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, placed
-    )
+  def init_lora(self, base: Base) -> Lora:
+    """The adapter, or the stack of several, before the first update.
 
+    Args:
+      base: loaded, if DoRA starts from its weights.
+    """
+    if self.start is not None:
+      return dataclasses.replace(self.start, reference=base.reference, trained_with=self._with())
+    loras = [Lora.init(base, config.lora, seed=config.seed) for config in self.configs]
+    lora = loras[0] if self.members is None else Lora.stack(loras)
+    return dataclasses.replace(lora, trained_with=self._with())
 
-@dataclasses.dataclass(frozen=True)
-class Run(Program):
-  """A prepared run: a program and its records.
+  def place(self, base: Base, lora: Lora) -> tuple[Any, Any]:
+    """(trainable, frozen) on the mesh, before the first update.
 
-  Attributes:
-    train: training examples.
-    heldout: held-out examples.
-    record_notes: what of the records was skipped or not read, for people.
-    plan: rows of every step.
-  """
+    Args:
+      base: loaded.
+      lora: as `init_lora` made it.
+    """
+    state, frozen = self.program.abstract
+    placed = jax.tree.map(lambda x: x.sharding, state_lib.join(state.trainable, frozen))
+    factors = sharding.put(hosts.to_numpy(lora.factors), placed['lora'])
+    return state_lib.split({'params': base.params, 'lora': factors}, self.config.trainable)
 
-  train: examples_lib.Examples
-  heldout: examples_lib.Examples
-  record_notes: tuple[str, ...]
-  plan: row_plan.RowPlan
+  def abstract_batch(self, length: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch [B, length], by default [B, T]; rows over the mesh."""
+    return abstract_batch(self.program, self.config, length)
 
   def record_ids(self, step: int) -> list[int]:
     """Which training records the batch of step 0, 1, 2, ... holds."""
     rows = self.plan.rows(step)
-    return [int(self.train.record_ids[i]) for row in rows for i in row]
+    return [int(self.data.train.record_ids[i]) for row in rows for i in row]
 
   def fingerprints(self) -> dict[str, str]:
     """What a resume must find unchanged besides the config."""
     digest = hashlib.sha256()
-    for part in (self.train, self.heldout):
+    for part in (self.data.train, self.data.heldout):
       for array in (part.tokens, part.loss_mask, part.offsets):
         digest.update(np.ascontiguousarray(array).tobytes())
-    tokenizer = self.tokenizer
+    tokenizer = self.base.tokenizer
     start = hashlib.sha256()
     if self.start is not None:
       # The adapter's own settings: its path may change, its scale may not.
       settings = dataclasses.replace(self.config.lora, path='', dropout=0.0)
       start.update(repr(settings).encode())
-    for name, array in pytree.items(self.start or {}):
-      start.update(name.encode())
-      start.update(np.ascontiguousarray(array).tobytes())
+      for name, array in pytree.items(self.start.factors):
+        start.update(name.encode())
+        start.update(np.ascontiguousarray(array).tobytes())
     return {
       'adapter': start.hexdigest(),
-      'base': self.source.fingerprint(),
+      'base': self.base.source.fingerprint(),
       'tokenizer': '' if tokenizer is None else tokenizer.fingerprint(),
       'data': digest.hexdigest(),
     }
 
+  def _with(self) -> TrainedWith:
+    return TrainedWith.of(self.config.data)
 
-def prepare_program(config: TrainConfig, devices: Sequence[Any] | None = None) -> Program:
-  """Opens the base and checks it against the mesh; reads no record.
 
-  Args:
-    config: resolved (`TrainConfig.resolve`).
-    devices: default: all that JAX sees.
+class Outline(NamedTuple):
+  """A run before its records are read.
 
-  Raises:
-    ValueError: the first thing that does not fit, with its remedy.
+  Attributes:
+    given: as in `Run`.
+    config: as in `Run`.
+    base: as in `Run`.
+    start: as in `Run`.
   """
-  mesh = sharding.make_mesh(config.mesh, devices)
-  sharding.check_batch(
-    mesh,
-    config.data.global_batch_size // config.optimizer.accumulate_steps,
-    'data.global_batch_size / optimizer.accumulate_steps',
-  )
-  source = open_base.open_base(config.model.path, config.model.tokenizer)
-  given = config = with_length(config, source)
-  config, start = align.start_from(given, source)
-  dtype = config.model.dtype
-  return Program(
-    given=given,
-    config=config,
-    start=start,
-    source=source,
-    tokenizer=source.tokenizer(),
-    steps=config.steps or 1,  # a run without steps counts its records
-    mesh=mesh,
-    dtype=np.dtype(source.stored_dtype if dtype == 'auto' else dtype),
-    model=make_model(config, source.config, mesh),
-  )
+
+  given: TrainConfig
+  config: TrainConfig
+  base: Base
+  start: Lora | None
+
+  def program(self, steps: int, members: int | None = None) -> Program:
+    """What is compiled.
+
+    Args:
+      steps: updates in the run, for the schedule.
+      members: K adapters with a leading axis; None is one without.
+    """
+    return make_program(self.config, self.base, steps, members)
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -277,89 +171,134 @@ def prepare(config: TrainConfig) -> Run:
   Raises:
     ValueError: the first thing that does not fit, with its remedy.
   """
-  program = prepare_program(config)
-  data = program.given.data
-  started = time.perf_counter()
-  records = sources.load_records(data)
-  heldout_records = records.heldout[: data.max_eval_records or None]
-  audit_lib.audit(records.train, heldout_records).log()
-  train, heldout = (
-    examples_lib.make_examples(
-      part,
-      program.tokenizer,
-      data.template,
-      data.loss_on,
-      data.seq_len,
-      program.num_pieces or program.source.config.vocab_size,
-      data.parse_control_tokens,
-    )
-    for part in (records.train, heldout_records)
-  )
-  train.stats.log_warnings('training')
-  heldout.stats.log_warnings('held-out')
-  plan = row_plan.RowPlan(
-    train.slots,
-    data.seq_len,
-    data.global_batch_size,
-    config.seed if data.order_seed < 0 else data.order_seed,
-    data.packing,
-  )
-  logging.info('Read the records in %.1f s', time.perf_counter() - started)
-  found = {f.name: getattr(program, f.name) for f in dataclasses.fields(program)}
-  found['steps'] = config.steps or plan.steps_for_epochs(config.epochs)
-  return Run(**found, train=train, heldout=heldout, record_notes=tuple(records.lines()), plan=plan)
+  return _prepare(config, None)
 
 
-def with_length(config: TrainConfig, source: BaseSource) -> TrainConfig:
-  """The config with the length of a row, if `data.seq_len` is 0.
+def prepare_several(configs: Sequence[TrainConfig]) -> Run:
+  """The same for adapters that train at once (`batched`).
 
   Raises:
-    ValueError: a row is longer than the base's positions.
+    ValueError: also configs that cannot be trained at once.
   """
-  seq_len, most = config.data.seq_len, source.config.max_positions
-  if seq_len > most:
-    raise ValueError(
-      f'data.seq_len: got {seq_len}, expected at most {most}, the positions of {source.reference}.'
-    )
-  if seq_len:
-    return config
-  if most < DEFAULT_SEQ_LEN:
-    logging.warning(
-      'Rows have %d positions, as many as %s has (data.seq_len=0 is %d elsewhere)',
-      most,
-      source.reference,
-      DEFAULT_SEQ_LEN,
-    )
-  data = dataclasses.replace(config.data, seq_len=min(DEFAULT_SEQ_LEN, most))
-  return dataclasses.replace(config, data=data).resolve()
+  batched.check(configs)
+  return _prepare(max(configs, key=lambda config: config.lora.rank), tuple(configs))
 
 
-def make_model(config: TrainConfig, model_config, mesh: Mesh) -> Transformer:
-  """The transformer as a config wants it computed on a mesh."""
-  dtype = activation_dtype(config.model.activation_dtype, mesh)
-  return Transformer(
-    model_config,
-    dtype=dtype,
-    scan_layers=config.model.scan_layers,
-    dropout=config.lora.dropout,
-    hidden_sharding=sharding.batch_sharding(mesh),
-    attend=kernels.choose(
-      config.model.attention, model_config, dtype, mesh, sharding.BATCH, sharding.RULES.axis('N')
-    ),
+def with_members(run: Run, configs: Sequence[TrainConfig]) -> Run:
+  """A prepared run, its base and its records, for other adapters at once."""
+  batched.check(configs)
+  largest = max(configs, key=lambda config: config.lora.rank)
+  config = dataclasses.replace(largest, data=run.config.data).resolve()
+  return dataclasses.replace(
+    run,
+    config=config,
+    members=tuple(configs),
+    program=make_program(config, run.base, run.steps, len(configs)),
   )
 
 
-def activation_dtype(name: str, mesh: Mesh) -> np.dtype:
-  """auto: bfloat16 on an accelerator, float32 on a CPU."""
-  if name == 'auto':
-    on_cpu = mesh.devices.flat[0].platform == 'cpu'
-    name = 'float32' if on_cpu else 'bfloat16'
-  return np.dtype(jax.numpy.dtype(name))
+def outline(config: TrainConfig, devices: Sequence[Any] | None = None) -> Outline:
+  """Opens the base and checks it against the mesh; reads no record.
+
+  Args:
+    config: resolved.
+    devices: default: all that JAX sees.
+
+  Raises:
+    ValueError: the first thing that does not fit, with its remedy.
+  """
+  base = Base.open(config.model, config.mesh, devices)
+  sharding.check_batch(
+    base.mesh,
+    config.data.global_batch_size // config.optimizer.accumulate_steps,
+    'data.global_batch_size / optimizer.accumulate_steps',
+  )
+  seq_len = dataset_lib.row_length(config.data.seq_len, base)
+  given = config
+  if seq_len != config.data.seq_len:
+    data = dataclasses.replace(config.data, seq_len=seq_len)
+    given = dataclasses.replace(config, data=data).resolve()
+  config, start = adapter.start_from(given, base.source)
+  return Outline(given, config, base, start)
 
 
-def compile_step(name: str, function: Any, *abstract: Any) -> jax.stages.Compiled:
-  """Compiles a jitted function for abstract arguments and logs how long."""
+def make_program(
+  config: TrainConfig, base: Base, steps: int, members: int | None = None
+) -> Program:
+  """What is compiled of a config; arguments as in `Outline.program`."""
+  model = dataclasses.replace(
+    base.model, transformer=base.transformer.clone(dropout=config.lora.dropout)
+  )
+  return Program(
+    model=model,
+    mesh=base.mesh,
+    variables=state_lib.abstract_variables(base.config, config.lora, base.dtype, base.scan_layers),
+    trainable=tuple(config.trainable),
+    loss_fn=step_lib.token_loss,
+    make_optimizer=make_optimizer(config.optimizer, steps, config.trainable),
+    members=members,
+    accumulate_steps=config.optimizer.accumulate_steps,
+    seed=config.seed,
+    skip_nonfinite=config.max_skipped_batches > 0,
+    remat=config.model.remat,
+    split_lora=config.lora if config.mesh.shard_adapter else None,
+  )
+
+
+def make_optimizer(
+  config: OptimizerConfig, steps: int, trainable: Sequence[str]
+) -> Callable[..., Any]:
+  """`training.step.MakeOptimizer` of a config."""
+
+  def make(learning_rate=None):
+    own = config
+    if learning_rate is not None:
+      own = dataclasses.replace(config, learning_rate=learning_rate)
+    return optimizer.make_optimizer(own, steps, trainable), optimizer.make_schedule(own, steps)
+
+  return make
+
+
+def hyperparameters(
+  config: TrainConfig, members: Sequence[TrainConfig] | None = None
+) -> Hyperparameters:
+  """The step's arguments of one adapter, or [K] of several."""
+  if members is None:
+    return Hyperparameters(np.float32(config.lora.scale))
+  column = lambda values, dtype: np.asarray(list(values), dtype)
+  return Hyperparameters(
+    scale=column((c.lora.scale for c in members), np.float32),
+    learning_rate=column((c.optimizer.learning_rate for c in members), np.float32),
+    seed=column((c.seed for c in members), np.int32),
+  )
+
+
+def abstract_batch(
+  program: Program, config: TrainConfig, length: int | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """A global batch [B, length], by default [B, T]; rows over the mesh."""
+  row = examples.empty_row(length or config.data.seq_len)
+  rows = config.data.global_batch_size
+  return program.abstract_batch(
+    {name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype) for name, x in row.items()}
+  )
+
+
+def _prepare(config: TrainConfig, members: tuple[TrainConfig, ...] | None) -> Run:
+  made = outline(config)
   started = time.perf_counter()
-  compiled = function.lower(*abstract).compile()
-  logging.info('Compiled the %s in %.1f s', name, time.perf_counter() - started)
-  return compiled
+  data = Dataset(made.given.data, made.base)
+  plan = data.plan(config.seed)
+  logging.info('Read the records in %.1f s', time.perf_counter() - started)
+  steps = config.steps or plan.steps_for_epochs(config.epochs)
+  return Run(
+    given=made.given,
+    config=made.config,
+    members=members,
+    base=made.base,
+    start=made.start,
+    data=data,
+    plan=plan,
+    steps=steps,
+    program=made.program(steps, None if members is None else len(members)),
+  )

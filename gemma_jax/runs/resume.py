@@ -19,7 +19,8 @@ from typing import Any
 from gemma_jax import files
 from gemma_jax.config import train as config_lib
 from gemma_jax.config.train import TrainConfig
-from gemma_jax.runs import prepare as run_lib
+from gemma_jax.data import dataset
+from gemma_jax.runs import prepare as prepare_lib
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.runs.checkpoint import Checkpoints
 
@@ -52,7 +53,7 @@ _RESULT = ('steps', 'loss_base', 'loss_adapted')
 _MAY_DIFFER = FREE_FIELDS + PATH_FIELDS + END_FIELDS
 
 
-def facts(run: run_lib.Run) -> dict[str, Any]:
+def facts(run: prepare_lib.Run) -> dict[str, Any]:
   """What must be the same when a run is resumed."""
   return {
     'config': config_lib.to_dict(run.given),
@@ -187,7 +188,7 @@ def differing(
   defaults = config_lib.flatten(config_lib.to_dict(default))
   before, now = (defaults | config_lib.flatten(each) for each in (before, now))
   for each in (before, now):  # a sweep's is as it was given
-    each['data.seq_len'] = each['data.seq_len'] or run_lib.DEFAULT_SEQ_LEN
+    each['data.seq_len'] = each['data.seq_len'] or dataset.DEFAULT_SEQ_LEN
   return [
     (name, before.get(name), now.get(name))
     for name in sorted(before.keys() | now.keys())

@@ -64,7 +64,7 @@ def summarize(config: TrainConfig, model_config: ModelConfig, dtype: Any = jnp.f
     `base`, `adapter`, `model_total`, `trainable`, `frozen`, `optimizer` (its
     moments and counters) and `total_with_optimizer`.
   """
-  variables = state.abstract_variables(config, model_config, dtype)
+  variables = state.abstract_variables(model_config, config.lora, dtype, config.model.scan_layers)
   trainable, frozen = state.split(variables, config.trainable)
   tx = optimizer.make_optimizer(config.optimizer, 1, config.trainable)
   opt_state = jax.eval_shape(tx.init, trainable)

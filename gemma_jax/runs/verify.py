@@ -15,12 +15,11 @@ import numpy as np
 
 from gemma_jax import pytree
 from gemma_jax.config import train as config_lib
-from gemma_jax.data import pipeline
 from gemma_jax.runs import checksums, resume
-from gemma_jax.runs import prepare as run_lib
+from gemma_jax.runs import prepare as prepare_lib
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.runs.checkpoint import Checkpoints
-from gemma_jax.training import sharding
+from gemma_jax.runs.trainer import Trainer
 from gemma_jax.training.state import TrainState
 
 
@@ -75,17 +74,17 @@ def replay(workdir: str) -> Finding:
   """
   facts = _facts(workdir)
   config = config_lib.from_dict(facts['config'])
-  run = run_lib.prepare(config.resolve())
+  run = prepare_lib.prepare(config.resolve())
   remedy = 'A replay needs what the run was trained on; put it back where run.json names it.'
   resume.check_fingerprints(workdir, facts['fingerprints'], run.fingerprints(), remedy)
   checkpoints = Checkpoints(workdir, read_only=True)
   try:
     first, last = _last_two(checkpoints)
-    state = checkpoints.restore(first, run.abstract[0])
-    want = checkpoints.restore(last, run.abstract[0])
+    state = checkpoints.restore(first, run.program.abstract[0])
+    want = checkpoints.restore(last, run.program.abstract[0])
   finally:
     checkpoints.close()
-  different = _different(_train(run, state, first, last), want)
+  different = _different(_train(run, state, last), want)
   what = f'computed again from step {first}: '
   if different:
     return Finding(last, f'{what}other bits in {different[:3]}', False)
@@ -121,14 +120,12 @@ def _check_step(checkpoints: Checkpoints, step: int, facts: dict[str, Any]) -> F
   )
 
 
-def _train(run: run_lib.Run, state: TrainState, first: int, last: int) -> TrainState:
-  """The state after step `last`, from the one after step `first`."""
-  _, frozen = run.load()
-  train_step = run.compile_train_step()
-  for _, batch in pipeline.train_batches(run.train, run.plan, first, last):
-    batch = sharding.put_batch(batch, run.mesh)
-    state, _ = train_step(state, frozen, batch)
-  return state
+def _train(run: prepare_lib.Run, state: TrainState, last: int) -> TrainState:
+  """The state after step `last`, from an earlier one."""
+  trainer = Trainer.of_run(run, state=state)
+  for _, batch in trainer.batches(last):
+    trainer.step(batch)
+  return trainer.state
 
 
 def _different(got: TrainState, want: TrainState) -> list[str]:

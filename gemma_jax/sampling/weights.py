@@ -10,7 +10,7 @@ scale for each output channel, quarters them. Sums stay float32.
     params  layers/mlp/up/w [L, D, F]    →    rows  layers/mlp/up/w [L, F, D]
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax import pytree
-from gemma_jax.lora.align import Adapter
+from gemma_jax.lora.lora import Lora
 from gemma_jax.model import layout
 from gemma_jax.model import rows as rows_lib
 from gemma_jax.model.rows import Rows
@@ -33,23 +33,23 @@ def load_dtype(weights: str) -> str:
 
 
 def for_adapters(
-  params: pytree.Tree, adapters: Sequence[Adapter], weights: str = 'auto'
+  params: pytree.Tree, adapters: Mapping[str, Lora], weights: str = 'auto'
 ) -> dict[str, Any]:
   """Variables of each adapter by its name; they share what they can.
 
   Args:
     params: the base.
-    adapters: of one shape (`align.load_adapters`).
+    adapters: by name, of one shape (`formats.adapter.load_adapters`).
     weights: as in `prepare`.
   """
   base = prepare({'params': params}, weights)
   found = {}
-  for adapter in adapters:
+  for name, adapter in adapters.items():
     variables = adapter.variables(params)
     if adapter.trained_base:
-      found[adapter.name] = prepare(variables, weights)
+      found[name] = prepare(variables, weights)
     else:
-      found[adapter.name] = {**base, 'lora': variables['lora']}
+      found[name] = {**base, **{k: x for k, x in variables.items() if k != 'params'}}
   return found
 
 

@@ -13,12 +13,13 @@ from absl import logging
 import numpy as np
 
 from gemma_jax import files
-from gemma_jax.config.train import LoraConfig, TrainConfig
-from gemma_jax.formats import peft
-from gemma_jax.lora import align, spectrum
-from gemma_jax.runs import batched
-from gemma_jax.runs import prepare as run_lib
+from gemma_jax.config.train import TrainConfig
+from gemma_jax.formats import adapter
+from gemma_jax.lora import spectrum
+from gemma_jax.lora.lora import Lora
+from gemma_jax.runs import prepare as prepare_lib
 from gemma_jax.runs import workdir as workdir_lib
+from gemma_jax.runs.trainer import Trainer
 from gemma_jax.sampling import sampler as sampler_lib
 from gemma_jax.sampling.next_token import SamplingConfig
 from gemma_jax.sweep import evaluation, manifest, results
@@ -50,14 +51,14 @@ def close(
   if not chosen:
     return
   first = next(iter(chosen.values()))[0]
-  run = run_lib.prepare(configs[first.name])
+  run = prepare_lib.prepare(configs[first.name])
   check_inputs(run.fingerprints())
-  params = evaluation.load_base(run)
+  base = run.base.load()
   if grid.truncate and not run.config.lora.dora:
     for cell, ranks in _largest(sweep):
-      _truncate(run, params, configs[cell.name], cell, ranks, workdir, should_stop)
-  if grid.sample_prompts and run.tokenizer is not None:
-    _sample(run, params, sweep, grid, workdir)
+      _truncate(run, base, configs[cell.name], cell, ranks, workdir, should_stop)
+  if grid.sample_prompts and base.tokenizer is not None:
+    _sample(run, base, sweep, grid, workdir)
 
 
 def _largest(sweep: Sweep) -> Iterator[tuple[Outcome, list[int]]]:
@@ -73,32 +74,17 @@ def _largest(sweep: Sweep) -> Iterator[tuple[Outcome, list[int]]]:
         yield cell, smaller
 
 
-def _truncate(run, params, config, cell, ranks, workdir, should_stop) -> None:
+def _truncate(run, base, config, cell, ranks, workdir, should_stop) -> None:
   """Evaluates one adapter cut to each of the ranks, all in one pass."""
   names = [f'truncated-{cell.name}-to-r{rank}' for rank in ranks]
   if manifest.has_ended(workdir, names):
     return
-  model_config = run.source.config
-  lora_config, factors = peft.read_adapter(cell.folder / 'adapter', model_config)
-  cut = [spectrum.truncate(factors, lora_config, model_config, r) for r in ranks]
-  members = batched.Gang(
-    [
-      dataclasses.replace(
-        config,
-        lora=LoraConfig(
-          rank=rank,
-          alpha=1.0,  # the scale is in the factors
-          scale_rule='constant',
-          targets=config.lora.targets,
-        ),
-      )
-      for rank in ranks
-    ],
-    run,
+  lora = adapter.read(cell.folder / 'adapter', base.config)
+  cut = Lora.stack([spectrum.truncate(lora, base.config, rank) for rank in ranks])
+  several = prepare_lib.with_members(
+    run, [dataclasses.replace(config, lora=each) for each in cut.configs]
   )
-  found = evaluation.evaluate_adapters(
-    members, params, batched.stack(align.align(cut)), should_stop
-  )
+  found = Trainer.of_run(several, base, cut).evaluate(should_stop=should_stop)
   step = cell.result['steps']
   for name, rank, each in zip(names, ranks, found, strict=True):
     folder = manifest.cell_folder(workdir, name)
@@ -114,7 +100,7 @@ def _truncate(run, params, config, cell, ranks, workdir, should_stop) -> None:
   logging.info('Evaluated %s cut to the ranks %s', cell.name, ranks)
 
 
-def _sample(run, params, sweep: Sweep, grid: GridConfig, workdir: str) -> None:
+def _sample(run, base, sweep: Sweep, grid: GridConfig, workdir: str) -> None:
   """The answers of base and ranks to the first test prompts, greedy."""
   path = os.path.join(workdir, manifest.SAMPLES)
   if os.path.exists(path):
@@ -122,28 +108,27 @@ def _sample(run, params, sweep: Sweep, grid: GridConfig, workdir: str) -> None:
   indices = np.flatnonzero(sweep.part('test'))[: grid.sample_prompts].tolist()
   prompts, references = [], []
   for index in indices:
-    tokens, mask = run.heldout[index]
+    tokens, mask = run.data.heldout[index]
     start = int(np.flatnonzero(mask)[0])
     prompts.append(tokens[:start].tolist())
     references.append(tokens[start:].tolist())
   cells = [found[0] for found in sweep.chosen().values()]
-  loaded = align.load_adapters(
-    [str(cell.folder / 'adapter') for cell in cells],
-    run.source.config,
-    run.config.model.scan_layers,
+  loaded = adapter.load_adapters(
+    [str(cell.folder / 'adapter') for cell in cells], base.config, base.scan_layers
   )
-  sampler = sampler_lib.Sampler(
-    run.source.config, run.tokenizer, scan_layers=run.config.model.scan_layers
-  )
+  sampler = sampler_lib.Sampler(base.config, base.tokenizer, scan_layers=base.scan_layers)
   sampling = SamplingConfig(max_new_tokens=grid.sample_tokens, temperature=0.0)
   names = ['base', *(cell.name for cell in cells)]
-  decode = run.tokenizer.decode
+  decode = base.tokenizer.decode
   rows = []
-  answers = [sampler.generate(each.variables(params), prompts, sampling).tokens for each in loaded]
+  answers = [
+    sampler.generate(lora.variables(base.params), prompts, sampling).tokens
+    for lora in loaded.values()
+  ]
   for i, index in enumerate(indices):
     rows.append(
       {
-        'index': int(run.heldout.record_ids[index]),
+        'index': int(run.data.heldout.record_ids[index]),
         'prompt': decode(prompts[i]),
         'reference': decode(references[i]),
         'answers': {name: decode(made[i]) for name, made in zip(names, answers, strict=True)},

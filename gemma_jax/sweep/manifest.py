@@ -148,7 +148,7 @@ def make(config: SweepConfig, workdir: str, made: Draft) -> None:
     os.makedirs(folder, exist_ok=True)
     workdir_lib.write_json(folder, 'failed.json', {'error': error})
   files.write_json_lines(f'{workdir}/heldout.jsonl', made.heldout)
-  source = made.run.source
+  source = made.run.base.source
   workdir_lib.write_json(
     workdir,
     NAME,
@@ -226,7 +226,7 @@ def _heldout(config: SweepConfig, run: run_lib.Run) -> list[dict[str, Any]]:
   """What is known of each held-out record, beside the sweep's results."""
   records = sources.load_records(config.data).heldout
   rows = []
-  for index, example in zip(run.heldout.record_ids.tolist(), run.heldout, strict=True):
+  for index, example in zip(run.data.heldout.record_ids.tolist(), run.data.heldout, strict=True):
     record = records[index]
     rows.append(
       {
@@ -251,6 +251,6 @@ def _asked(run: run_lib.Run, example: Example) -> str:
   """The tokens before the first target, as text where there is a tokenizer."""
   start = int(example.loss_mask.argmax())
   asked = example.tokens[:start].tolist()
-  if run.tokenizer is None:
+  if run.base.tokenizer is None:
     return ' '.join(map(str, asked))
-  return run.tokenizer.decode(asked)
+  return run.base.tokenizer.decode(asked)

@@ -12,7 +12,7 @@ import jax
 from gemma_jax import pytree
 from gemma_jax.config.train import TrainConfig
 from gemma_jax.runs import batched, summary
-from gemma_jax.runs import prepare as run_lib
+from gemma_jax.runs import prepare as prepare_lib
 from gemma_jax.training import compiler
 
 # Of the memory that a device may hold; the rest is for evaluation's.
@@ -53,14 +53,14 @@ def split(
   """
   # The steps of all cells have the largest rank's shapes, at most.
   largest = max(configs, key=lambda config: config.lora.rank)
-  shared = run_lib.prepare_program(largest)
-  limit_bytes = limit_bytes or int(SHARE * compiler.memory_limit_bytes(shared.mesh))
+  outline = prepare_lib.outline(largest)
+  limit_bytes = limit_bytes or int(SHARE * compiler.memory_limit_bytes(outline.base.mesh))
   return divide(
     len(configs),
-    lambda size: peak_bytes(batched.Gang([largest] * size, shared), limit_bytes),
+    lambda size: peak_bytes(outline, size, limit_bytes),
     max_size=max_size,
     limit_bytes=limit_bytes,
-    base_bytes=pytree.num_bytes(shared.abstract[1]),
+    base_bytes=pytree.num_bytes(outline.program(1).abstract[1]),
   )
 
 
@@ -106,16 +106,19 @@ def divide(
   return [list(range(*pair)) for pair in itertools.pairwise(ends)]
 
 
-def peak_bytes(members: batched.Gang, limit_bytes: int) -> int:
+def peak_bytes(outline: prepare_lib.Outline, size: int, limit_bytes: int) -> int:
   """Of the training step, per device: arguments, temporaries, new outputs.
 
   Args:
-    members: of the gang.
+    outline: of the largest trial.
+    size: adapters that train at once.
     limit_bytes: of a device; twice that stands for a step that a TPU's compiler
       refuses without saying what it needs.
   """
   try:
-    return compiler.memory_bytes(members.compile_train_step())
+    program = outline.program(outline.config.steps or 1, size)
+    batch = prepare_lib.abstract_batch(program, outline.config)
+    return compiler.memory_bytes(program.compile_train_step(batch))
   except jax.errors.JaxRuntimeError as e:
     if 'RESOURCE_EXHAUSTED' not in str(e):
       raise

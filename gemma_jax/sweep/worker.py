@@ -18,7 +18,7 @@ from gemma_jax.runs import prepare as run_lib
 from gemma_jax.runs import resume, train
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.runs.evaluate import Stopped
-from gemma_jax.sweep import evaluation, finalize, gang_run, leases, manifest, results
+from gemma_jax.sweep import evaluation, finalize, leases, manifest, results, trials
 from gemma_jax.sweep.grid import SweepConfig, make_cells
 
 POLL_SECS = 2.0
@@ -144,7 +144,7 @@ class _Worker:
         train.train(configs[0], folders[0], should_stop, self.check_inputs)
         shutil.rmtree(f'{folders[0]}/checkpoints', ignore_errors=True)
       else:
-        gang_run.train_gang(
+        trials.train_batched(
           configs, folders, f'{self.workdir}/jobs/{job["name"]}', should_stop, self.check_inputs
         )
     # Numbers are the cell's own, and would be the same again. Whatever else is

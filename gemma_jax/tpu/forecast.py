@@ -16,8 +16,8 @@ import numpy as np
 
 from gemma_jax import pytree
 from gemma_jax.config.train import TrainConfig
-from gemma_jax.runs import batched, summary
-from gemma_jax.runs import prepare as run_lib
+from gemma_jax.runs import prepare as prepare_lib
+from gemma_jax.runs import summary
 from gemma_jax.tpu import hlo, roofline
 from gemma_jax.tpu.topology import Topology
 from gemma_jax.training import sharding
@@ -32,7 +32,7 @@ class Forecast:
   """What was found; all bytes are of one device.
 
   Attributes:
-    program: as it would run.
+    outline: base and config, as it would run.
     topology: where.
     needed_bytes: what the compiler wants of the HBM.
     part_bytes: name → bytes; what of it is what. `padding` is what the arrays'
@@ -43,7 +43,7 @@ class Forecast:
     members: adapters that train at once.
   """
 
-  program: run_lib.Program
+  outline: prepare_lib.Outline
   topology: Topology
   needed_bytes: int
   part_bytes: dict[str, int]
@@ -61,14 +61,14 @@ class Forecast:
   @property
   def rows_per_device(self) -> int:
     """Rows of an update's part that a device computes at a time."""
-    return _rows_per_device(self.program.config, self.program.mesh)
+    return _rows_per_device(self.outline.config, self.outline.base.mesh)
 
   def to_json(self) -> dict[str, Any]:
     """The same figures with their units in their names."""
-    data = self.program.config.data
+    data = self.outline.config.data
     found = {
       'topology': str(self.topology),
-      'mesh': dict(self.program.mesh.shape),
+      'mesh': dict(self.outline.base.mesh.shape),
       'global_batch_size': data.global_batch_size,
       'seq_len': data.seq_len,
       'members': self.members,
@@ -96,16 +96,15 @@ class Forecast:
 
   def report(self) -> str:
     """The figures as text; the last line says whether it fits."""
-    program, chip = self.program, self.topology.chip
-    data, mesh = program.config.data, program.mesh
+    base, chip = self.outline.base, self.topology.chip
+    data, mesh = self.outline.config.data, base.mesh
     lines = [
       f'{self.topology}: {mesh.size} devices as '
       + ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items()),
-      f'{program.source.reference}: {program.dtype} weights, '
-      f'{np.dtype(program.model.dtype)} activations',
+      f'{base.reference}: {base.dtype} weights, {np.dtype(base.transformer.dtype)} activations',
       f'{data.global_batch_size} rows x {data.seq_len} positions an update, '
       f'{self.rows_per_device} rows a device at a time',
-      *([f'a gang of {self.members} adapters'] if self.members > 1 else []),
+      *([f'{self.members} adapters at once'] if self.members > 1 else []),
       '',
       'memory, per device',
     ]
@@ -178,24 +177,25 @@ def forecast(config: TrainConfig, topology: Topology, members: int = 1) -> Forec
       rows,
     )
     config = _with_rows(config, rows)
-  program = run_lib.prepare_program(config, devices)
-  config = program.given
+  outline = prepare_lib.outline(config, devices)
+  config = outline.given
   work = roofline.training_step(
-    config, program.source.config, mesh, np.dtype(program.model.dtype), members
+    config, outline.base.config, mesh, np.dtype(outline.base.transformer.dtype), members
   )
-  is_gang = members > 1
-  step = batched.Gang([config] * members, program) if is_gang else program
-  state, frozen = step.abstract
+  # Without records, a run of epochs has steps that nobody has counted.
+  program = outline.program(config.steps or 1, members if members > 1 else None)
+  batch = prepare_lib.abstract_batch(program, config)
+  state, frozen = program.abstract
   variables = state_lib.join(state.trainable, frozen)
   parts = {
     'base': _device_bytes(variables['params']),
     'adapter': _device_bytes(variables['lora']),
     'optimizer': _device_bytes(state.opt_state),
-    'batch': _device_bytes(program.abstract_batch()),
+    'batch': _device_bytes(batch),
   }
-  found = Forecast(program, topology, 0, parts, (), work, None, members)
+  found = Forecast(outline, topology, 0, parts, (), work, None, members)
   try:
-    compiled = step.compile_train_step()
+    compiled = program.compile_train_step(batch)
   except jax.errors.JaxRuntimeError as e:
     needed = _needed_bytes(str(e))
     if needed is None:

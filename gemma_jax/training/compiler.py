@@ -1,7 +1,6 @@
 """What a compiled step is asked for, and whether it fits in memory."""
 
 from collections.abc import Callable
-import functools
 import os
 from typing import Any
 
@@ -31,20 +30,29 @@ def options(platform: str) -> dict[str, str] | None:
   return _CPU_OPTIONS if platform == 'cpu' else None
 
 
-class ByLength:
-  """A step with a compiled program for each row length that it meets.
+class ByShape:
+  """A step with a compiled program for each form of batch that it meets."""
 
-  That for rows of seq_len is compiled at once, the others when they are met.
-  """
+  def __init__(self, compile_for: Callable[[Any], jax.stages.Compiled]):
+    """Compiles nothing yet.
 
-  def __init__(self, compile_for: Callable[[int], jax.stages.Compiled], seq_len: int):
-    self._program = functools.cache(compile_for)
-    self._program(seq_len)
+    Args:
+      compile_for: a batch, or the shapes of one → its program.
+    """
+    self._compile_for = compile_for
+    self._programs: dict[Any, jax.stages.Compiled] = {}
+
+  def program(self, batch: Any) -> jax.stages.Compiled:
+    """The program for batches like this one; compiled if it is new."""
+    leaves, structure = jax.tree.flatten(batch)
+    form = structure, tuple((x.shape, x.dtype) for x in leaves)
+    if form not in self._programs:
+      self._programs[form] = self._compile_for(batch)
+    return self._programs[form]
 
   def __call__(self, *arguments: Any) -> Any:
-    """Runs the step; its last argument is the batch [B, T]."""
-    length = arguments[-1]['tokens'].shape[1]
-    return self._program(length)(*arguments)
+    """Runs the step; its last argument is the batch."""
+    return self.program(arguments[-1])(*arguments)
 
 
 def with_remat(

@@ -75,10 +75,18 @@ def make_optimizer(
   if config.clip_norm > 0:
     adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
+  return freeze(adamw, trainable)
+
+
+def freeze(
+  tx: optax.GradientTransformation, trainable: Sequence[str]
+) -> optax.GradientTransformation:
+  """A transformation that sees the trainable leaves alone; others get zero updates."""
+
   def frozen(tree):
     return jax.tree.map(lambda m: not m, pytree.mask(tree, trainable))
 
-  return _selective(adamw, frozen)
+  return _selective(tx, frozen)
 
 
 def _selective(inner, frozen) -> optax.GradientTransformation:

@@ -210,13 +210,11 @@ def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
   return np.unique(np.concatenate([rows[i] for i in indices.values()]))
 
 
-def put_batch(
-  batch: dict[str, np.ndarray], mesh: Mesh, num_rows: int | None = None
-) -> dict[str, jax.Array]:
-  """Rows of this process → the global batch [B, T] on the mesh.
+def put_batch(batch: Any, mesh: Mesh, num_rows: int | None = None) -> Any:
+  """Rows of this process → the global batch [B, ...] on the mesh.
 
   Args:
-    batch: arrays of all B rows, or of those of `local_rows` only.
+    batch: a pytree of arrays of all B rows, or of those of `local_rows` only.
     mesh: from `make_mesh`.
     num_rows: B; None means that the arrays have all rows.
   """
@@ -230,7 +228,7 @@ def put_batch(
       (count, *x.shape[1:]), sharding, lambda index: x[np.isin(have, rows[index[0]])]
     )
 
-  return {name: place(x) for name, x in batch.items()}
+  return jax.tree.map(place, batch)
 
 
 def put(tree: Any, shardings: Any) -> Any:

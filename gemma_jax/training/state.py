@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import optax
 
 from gemma_jax import pytree
-from gemma_jax.config.train import TrainConfig
-from gemma_jax.lora import factors as factors_lib
+from gemma_jax.config.lora import LoraConfig
+from gemma_jax.lora import factors
 from gemma_jax.model import layout
 from gemma_jax.model.config import ModelConfig
 
-# Streams of random numbers drawn from one seed.
-INIT_STREAM, DROPOUT_STREAM = 0, 1
+# The stream of random numbers, of those drawn from one seed, for dropout;
+# `lora.INIT_STREAM` is another.
+DROPOUT_STREAM = 1
 
 
 @struct.dataclass
@@ -68,38 +69,20 @@ def _float32(x):
 
 
 def abstract_variables(
-  config: TrainConfig, model_config: ModelConfig, dtype: Any
+  model_config: ModelConfig, lora_config: LoraConfig, dtype: Any, scan_layers: bool = True
 ) -> dict[str, Any]:
-  """{'params', 'lora'} of a run as `jax.ShapeDtypeStruct`s.
+  """{'params', 'lora'} as `jax.ShapeDtypeStruct`s.
 
   Args:
-    config: gives the adapter and the form of the tree.
     model_config: architecture.
+    lora_config: of the adapter.
     dtype: of the base.
+    scan_layers: form of the trees.
   """
-  scan = config.model.scan_layers
-  params = layout.abstract_params(model_config, dtype, scan)
-  adapter = jax.eval_shape(lambda params: init_adapter(config, model_config, params), params)
+  params = layout.abstract_params(model_config, dtype, scan_layers)
+  key = jax.random.key(0)
+  adapter = jax.eval_shape(lambda: factors.init(key, model_config, lora_config, scan_layers))
   return {'params': params, 'lora': adapter}
-
-
-def init_adapter(config: TrainConfig, model_config: ModelConfig, params: Any = None) -> Any:
-  """The adapter before the first update; a function of the seed.
-
-  Args:
-    config: gives seed, adapter and the form of the tree.
-    model_config: architecture.
-    params: the base, of which DoRA takes its magnitudes; else not needed.
-
-  Raises:
-    ValueError: DoRA without a base.
-  """
-  if config.lora.dora and params is None:
-    raise ValueError('lora.dora: got no base, expected the one it starts from.')
-  key = jax.random.fold_in(jax.random.key(config.seed), INIT_STREAM)
-  scan = config.model.scan_layers
-  factors = factors_lib.init(key, model_config, config.lora, scan)
-  return factors_lib.with_magnitudes(factors, params or {})
 
 
 def join(trainable: Any, frozen: Any) -> dict[str, Any]:

@@ -1,132 +1,145 @@
-"""One pure training step, and the forward pass that it shares with evaluation.
+"""One pure training step, and the loss that evaluation shares with it.
 
 Gradients are taken with respect to the trainable leaves only: those of a frozen
 base are never traced, so there is nothing for the compiler to remove.
+
+A loss of your own has the form of `token_loss`:
+
+    def loss_fn(model, variables, batch, key):
+      losses = model.token_losses(variables, batch, key)     # [B, T]
+      return losses.sum(), batch['weights'].sum(), {}
+
+It returns a sum, the weight that divides it, and metrics by name, each a pair
+(sum, weight) as well. Sums and weights are added over the parts of a batch and
+divided once, so the result does not depend on the number of parts. `variables`
+are as `model.apply` takes them, and without 'lora' they are the base.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+from flax import struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from gemma_jax import pytree
 from gemma_jax.lora import factors
-from gemma_jax.model.transformer import Transformer
-from gemma_jax.training import losses
 from gemma_jax.training import state as state_lib
+from gemma_jax.training.model import Model
 from gemma_jax.training.state import DROPOUT_STREAM, TrainState
 
-Batch = dict[str, jax.Array]
+# What every step measures.
+OWN_METRICS = ('loss', 'weight', 'tokens', 'grad_norm', 'learning_rate')
+
+# Of any structure; the leading axis of every leaf is rows.
+Batch = Any
+LossFn = Callable[
+  [Model, Any, Batch, jax.Array | None],
+  tuple[jax.Array, jax.Array, dict[str, tuple[jax.Array, jax.Array]]],
+]
+# Learning rate of an adapter, or None for the optimizer's own → (optimizer, schedule).
+MakeOptimizer = Callable[
+  [jax.Array | None], tuple[optax.GradientTransformation, optax.Schedule | None]
+]
 
 
-def hidden_states(
-  model: Transformer,
-  variables: Any,
-  scale: float | jax.Array,
-  batch: Batch,
-  dropout_key: jax.Array | None = None,
-) -> jax.Array:
-  """The model's output [B, T, D] for a batch, adapter scaled and applied.
+@struct.dataclass
+class Hyperparameters:
+  """What the step is told of an adapter; [], or [K] of several.
 
-  Args:
-    model: the transformer.
-    variables: {'params': base, 'lora': factors as trained} ('lora' optional).
-    scale: `LoraConfig.scale`.
-    batch: `tokens`, `segment_ids`, `positions`, int32 [B, T].
-    dropout_key: switches adapter dropout on.
+  Attributes:
+    scale: the factor on B A.
+    learning_rate: None where all have the optimizer's own.
+    seed: of dropout; None where all have the step's own.
   """
-  variables = dict(variables)
-  if variables.get('lora'):
-    _check_form(variables)
-    variables['lora'] = factors.with_gains(
-      factors.effective(variables['lora'], scale), variables['params']
-    )
-  return model.apply(
-    variables,
-    batch['tokens'],
-    batch['segment_ids'],
-    batch['positions'],
-    rngs=None if dropout_key is None else {'dropout': dropout_key},
-  )
+
+  scale: jax.Array
+  learning_rate: jax.Array | None = None
+  seed: jax.Array | None = None
+
+
+def token_loss(
+  model: Model, variables: Any, batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+  """Next-token cross-entropy: its sum in nats, the supervised tokens, nothing else."""
+  losses = model.token_losses(variables, batch, key)
+  return jnp.sum(losses), jnp.sum(batch['weights']), {}
 
 
 def make_train_step(
-  model: Transformer,
-  tx: optax.GradientTransformation,
-  schedule: optax.Schedule,
+  model: Model,
+  loss_fn: LossFn,
+  make_optimizer: MakeOptimizer,
   *,
-  scale: float | jax.Array,
-  num_pieces: int | None,
   accumulate_steps: int = 1,
-  seed: int | jax.Array = 0,
+  seed: int = 0,
   skip_nonfinite: bool = False,
-) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Any]]]:
-  """Makes step(state, frozen, batch) -> (state, metrics).
+) -> Callable[[TrainState, Hyperparameters, Any, Batch], tuple[TrainState, dict[str, Any]]]:
+  """Makes step(state, hyperparameters, frozen, batch) -> (state, metrics).
 
-  The batch [B, T] is computed in `accumulate_steps` parts; row i goes to part
-  i mod parts, so that every device keeps its own rows. Losses and gradients are
-  summed over parts and divided once by all supervised tokens, so the result
-  does not depend on the number of parts.
+  The batch is computed in `accumulate_steps` parts; row i goes to part i mod
+  parts, so that every device keeps its own rows.
 
   Args:
-    model: the transformer.
-    tx: from `optimizer.make_optimizer`.
-    schedule: the same learning rate that tx follows, for the metrics.
-    scale: `LoraConfig.scale`.
-    num_pieces: the tokenizer's pieces; later embedding rows are masked.
+    model: the transformer and its tokens.
+    loss_fn: see the module.
+    make_optimizer: its schedule is that which the optimizer follows, for the
+      metrics; None where nobody knows.
     accumulate_steps: parts of a batch.
     seed: of dropout; its key is a function of (seed, step, part).
     skip_nonfinite: a loss or gradient that is not finite changes neither
-      weights nor moments; counts go on, so that the schedule does.
+      weights nor moments; the step is counted, so the schedule moves on.
 
   Returns:
-    A pure function; metrics are float32 scalars: `loss` (nats per supervised
-    token), `supervised_tokens`, `tokens` (padding not counted), `grad_norm`
-    (before clipping) and `learning_rate`.
+    A pure function; metrics are float32 scalars: `loss` (per unit of weight:
+    nats per supervised token), `weight`, `tokens` (padding not counted),
+    `grad_norm` (before clipping), `learning_rate` (NaN where there is no
+    schedule), and those of `loss_fn`.
+
+  Raises:
+    ValueError: when it is traced, if `loss_fn` returns something else.
   """
 
-  def loss_sum(trainable, frozen, batch, key):
+  def sums(trainable, scale, frozen, batch, key):
     variables = state_lib.join(trainable, frozen)
-    hidden = hidden_states(model, variables, scale, batch, key if model.dropout > 0 else None)
-    return losses.linear_cross_entropy(
-      hidden,
-      variables['params']['embedder']['input_embedding'],
-      batch['targets'],
-      batch['weights'],
-      softcap=model.config.final_softcap,
-      num_pieces=num_pieces,
-      sharding=model.hidden_sharding,
-    )
+    variables = factors.variables(variables['params'], variables.get('lora'), scale)
+    total, weight, metrics = _checked(loss_fn(model, variables, batch, key))
+    return total, (weight, metrics)
 
-  def step(state: TrainState, frozen: Any, batch: Batch):
-    key = jax.random.fold_in(jax.random.key(seed), DROPOUT_STREAM)
-    key = jax.random.fold_in(key, state.step)
-    grad_fn = jax.value_and_grad(loss_sum)
+  def step(state: TrainState, hyper: Hyperparameters, frozen: Any, batch: Batch):
+    tx, schedule = make_optimizer(hyper.learning_rate)
+    key = jax.random.key(seed if hyper.seed is None else hyper.seed)
+    key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT_STREAM), state.step)
+    grad_fn = jax.value_and_grad(sums, has_aux=True)
+
+    def one(index, batch):
+      key_of_part = jax.random.fold_in(key, index)
+      return grad_fn(state.trainable, hyper.scale, frozen, batch, key_of_part)
 
     def part(carry, xs):
-      index, batch = xs
-      new = grad_fn(state.trainable, frozen, batch, jax.random.fold_in(key, index))
-      return jax.tree.map(jnp.add, carry, new), None
+      return jax.tree.map(jnp.add, carry, one(*xs)), None
 
-    parts = jax.tree.map(lambda x: _split_rows(x, accumulate_steps), batch)
-    zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.trainable))
     if accumulate_steps == 1:
-      (loss, grads), _ = part(zeros, (0, jax.tree.map(lambda x: x[0], parts)))
+      added = one(0, batch)
     else:
+      parts = jax.tree.map(lambda x: _split_rows(x, accumulate_steps), batch)
       indices = jnp.arange(accumulate_steps)
-      (loss, grads), _ = jax.lax.scan(part, zeros, (indices, parts))
+      first = jax.tree.map(lambda x: x[0], (indices, parts))
+      zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, *first))
+      added, _ = jax.lax.scan(part, zeros, (indices, parts))
+    (total, (weight, metrics)), grads = added
 
-    tokens = jnp.sum(batch['weights'])
-    per_token = 1.0 / jnp.maximum(tokens, 1.0)
-    grads = jax.tree.map(lambda g: g * per_token, grads)
+    per_weight = 1.0 / jnp.where(weight == 0, 1.0, weight)
+    grads = jax.tree.map(lambda g: g * per_weight, grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-    metrics = {
-      'loss': loss * per_token,
-      'supervised_tokens': tokens,
-      'tokens': jnp.sum(batch['segment_ids'] > 0, dtype=jnp.float32),
+    metrics = {name: x / jnp.where(w == 0, 1.0, w) for name, (x, w) in metrics.items()}
+    metrics |= {
+      'loss': total * per_weight,
+      'weight': weight,
+      'tokens': _count_tokens(batch),
       'grad_norm': optax.tree.norm(grads),
-      'learning_rate': jnp.float32(schedule(state.step)),
+      'learning_rate': jnp.float32(jnp.nan if schedule is None else schedule(state.step)),
     }
     new = TrainState(
       step=state.step + 1,
@@ -146,44 +159,63 @@ def make_train_step(
 
 
 def make_eval_step(
-  model: Transformer, *, scale: float | jax.Array, num_pieces: int | None
-) -> Callable[[Any, Batch], jax.Array]:
-  """Makes eval_step(variables, batch) -> weighted losses, float32 [B, T].
+  model: Model, loss_fn: LossFn = token_loss
+) -> Callable[[Any, Hyperparameters, Any, Batch], Any]:
+  """Makes eval_step(trainable, hyperparameters, frozen, batch) -> losses.
 
-  Args:
-    model: the transformer.
-    scale: `LoraConfig.scale`, or 1 for factors that hold it
-      (`factors.effective`).
-    num_pieces: as in `make_train_step`.
+  Of `token_loss` these are float32 [B, T], weight times nats; of another loss
+  what it returns: (sum, weight, metrics). There is no dropout.
   """
 
-  def eval_step(variables, batch):
-    return losses.token_cross_entropy(
-      hidden_states(model, variables, scale, batch),
-      variables['params']['embedder']['input_embedding'],
-      batch['targets'],
-      batch['weights'],
-      softcap=model.config.final_softcap,
-      num_pieces=num_pieces,
-      sharding=model.hidden_sharding,
-    )
+  def eval_step(trainable, hyper, frozen, batch):
+    variables = state_lib.join(trainable, frozen)
+    variables = factors.variables(variables['params'], variables.get('lora'), hyper.scale)
+    if loss_fn is token_loss:
+      return model.token_losses(variables, batch)
+    return _checked(loss_fn(model, variables, batch, None))
 
   return eval_step
 
 
-def _check_form(variables: Any) -> None:
-  """ValueError for an adapter that the model would not find."""
-  base, adapter = (
-    'scanned' if 'layers' in variables[name] else 'unrolled' for name in ('params', 'lora')
-  )
-  if base != adapter:
-    raise ValueError(
-      f'lora: got a {adapter} adapter for a {base} base, expected one form; '
-      'see layout.stack_layers and layout.unstack_layers.'
-    )
+def _checked(returned: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+  """What a loss returned, if it has the form of `token_loss`."""
+  expected = 'expected (sum, weight, metrics): two scalars and a dict of (sum, weight) pairs.'
+  if not isinstance(returned, tuple) or len(returned) != 3 or not isinstance(returned[2], dict):
+    raise ValueError(f'loss_fn: got {_kind(returned)}, {expected}')
+  total, weight, metrics = returned
+  named = {'sum': total, 'weight': weight}
+  for name, pair in metrics.items():
+    if name in OWN_METRICS:
+      raise ValueError(f'loss_fn: got a metric named {name!r}, expected none of {OWN_METRICS}.')
+    if not isinstance(pair, tuple) or len(pair) != 2:
+      raise ValueError(f'loss_fn: got {_kind(pair)} for the metric {name!r}, {expected}')
+    named |= {f'sum of {name}': pair[0], f'weight of {name}': pair[1]}
+  arrays = {}
+  for name, x in named.items():
+    if jnp.shape(x) or not jnp.issubdtype(jnp.result_type(x), jnp.number):
+      raise ValueError(f'loss_fn: got {_kind(x)} for the {name}, {expected}')
+    arrays[name] = jnp.asarray(x, jnp.float32)
+  pairs = {name: (arrays[f'sum of {name}'], arrays[f'weight of {name}']) for name in metrics}
+  return arrays['sum'], arrays['weight'], pairs
+
+
+def _kind(x: Any) -> str:
+  shape = getattr(x, 'shape', None)
+  if shape is not None:
+    return f'an array {list(shape)} of {x.dtype}'
+  return f'a tuple of {len(x)}' if isinstance(x, tuple) else type(x).__name__
+
+
+def _count_tokens(batch: Batch) -> jax.Array:
+  """Positions that are not padding, in all rows there are."""
+  total = jnp.float32(0)
+  for name, x in pytree.items(batch):
+    if name.split('/')[-1] == 'segment_ids':
+      total += jnp.sum(x > 0, dtype=jnp.float32)
+  return total
 
 
 def _split_rows(x: jax.Array, parts: int) -> jax.Array:
-  """[B, T] → [parts, B / parts, T], row i in part i mod parts."""
+  """[B, ...] → [parts, B / parts, ...], row i in part i mod parts."""
   x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
-  return jax.numpy.swapaxes(x, 0, 1)
+  return jnp.swapaxes(x, 0, 1)

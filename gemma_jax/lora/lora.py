@@ -1,0 +1,181 @@
+"""The adapter as one object: its factors, what they are, and their scale.
+
+    lora = Lora.init(base, rank=8, targets='all')
+    model.apply(lora.variables(base.params), tokens)
+
+A `Lora` is a pytree: factors, scale and the leaves of the base that were
+trained along are its arrays, the rest is static. The model is given what
+`variables` makes of it, so that no caller can forget the scale.
+
+`Lora.stack` makes one object of K adapters, whose arrays have a leading axis K;
+`members` takes it apart again.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from gemma_jax import pytree
+from gemma_jax.config.lora import LoraConfig
+from gemma_jax.lora import align
+from gemma_jax.lora import factors as factors_lib
+from gemma_jax.model.config import ModelConfig
+
+# The stream of random numbers, of those drawn from one seed, that starts A.
+INIT_STREAM = 0
+
+
+class Base(Protocol):
+  """What an adapter has to know of its base.
+
+  Attributes:
+    reference: where it came from.
+    config: the architecture.
+    params: the weights, or None where they are not loaded.
+    scan_layers: form of the tree.
+  """
+
+  reference: str
+  config: ModelConfig
+  params: Any
+  scan_layers: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """An adapter, or K of them with a leading axis K in every array.
+
+  Attributes:
+    factors: `<layer>/<projection>/lora_a`, `lora_b` and, with DoRA,
+      `lora_magnitude`, float32; {} changes nothing.
+    scale: the factor on B A, float32 [] or [K].
+    config: what the factors are; of K adapters, a tuple of theirs.
+    trained_base: leaves that take the place of the base's, {} for most.
+    reference: the base that it was made for, '' where nobody knows.
+    trained_with: how its records were rendered (`formats.TrainedWith`), if that
+      is known.
+  """
+
+  factors: pytree.Tree
+  scale: Any
+  config: Any = dataclasses.field(metadata={'static': True})
+  trained_base: pytree.Tree = dataclasses.field(default_factory=dict)
+  reference: str = dataclasses.field(default='', metadata={'static': True})
+  trained_with: Any = dataclasses.field(default=None, metadata={'static': True})
+
+  @classmethod
+  def init(
+    cls, base: Base, config: LoraConfig | None = None, *, seed: int = 0, **fields: Any
+  ) -> 'Lora':
+    """An adapter before its first update: it changes nothing.
+
+        Lora.init(base, rank=8, targets='all', scale_rule='alpha_over_sqrt_r')
+
+    Args:
+      base: DoRA takes its magnitudes from the weights; others need none.
+      config: default: `LoraConfig()`.
+      seed: of A.
+      **fields: of `LoraConfig`, in place of the config's.
+
+    Raises:
+      ValueError: a field that does not fit the base, or DoRA without weights.
+    """
+    config = dataclasses.replace(config or LoraConfig(), **fields)
+    config.check()
+    config.freeze()
+    if config.path:
+      raise ValueError(
+        f'lora.path: got {config.path!r}, expected none: this makes a new adapter. '
+        'Lora.load reads one.'
+      )
+    if config.dora and base.params is None:
+      raise ValueError('lora.dora: got a base without weights, expected those it starts from.')
+    key = jax.random.fold_in(jax.random.key(seed), INIT_STREAM)
+    factors = factors_lib.init(key, base.config, config, base.scan_layers)
+    if config.dora:
+      factors = factors_lib.with_magnitudes(factors, base.params)
+    return cls(factors, np.float32(config.scale), config, reference=base.reference)
+
+  @classmethod
+  def load(cls, path: str, base: Base) -> 'Lora':
+    """Reads the adapter of a base: a PEFT folder, or a .lora.h5 file of Keras.
+
+    Raises:
+      ValueError: nothing is there, it is broken, or it is for another base.
+    """
+    # Upwards: a method of the type is where people look for it.
+    from gemma_jax.formats import adapter
+
+    return adapter.read(path, base.config, base.scan_layers)
+
+  def save(self, folder: str) -> None:
+    """Writes a PEFT folder, new or in place of another adapter's.
+
+    Raises:
+      ValueError: several adapters; save its `members`.
+      OSError: the folder cannot be written.
+    """
+    from gemma_jax.formats import adapter  # as in `load`
+
+    self._check_single('save')
+    adapter.write(folder, self)
+
+  stack = staticmethod(align.stack)
+
+  @property
+  def is_single(self) -> bool:
+    """Whether it is one adapter, without a leading axis."""
+    return not isinstance(self.config, tuple)
+
+  @property
+  def configs(self) -> tuple[LoraConfig, ...]:
+    """Of every adapter."""
+    return (self.config,) if self.is_single else self.config
+
+  def shapes(self) -> pytree.Tree:
+    """The factors of one adapter as `jax.ShapeDtypeStruct`s."""
+    lead = 0 if self.is_single else 1
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[lead:], x.dtype), self.factors)
+
+  def variables(self, params: pytree.Tree) -> dict[str, Any]:
+    """{'params', 'lora'} as the model takes them: a base with this adapter.
+
+    Raises:
+      ValueError: an adapter of another form (scanned or not) or architecture.
+    """
+    self._check_single('apply')
+    params = align.replace_leaves(params, self.trained_base)
+    return factors_lib.variables(params, self.factors, self.scale)
+
+  def merge(self, params: pytree.Tree) -> pytree.Tree:
+    """The base with this adapter in its kernels, each cast once to its dtype.
+
+    Raises:
+      ValueError: an adapter of another form (scanned or not) or architecture.
+    """
+    self._check_single('merge')
+    params = align.replace_leaves(params, self.trained_base)
+    return factors_lib.merge(params, self.factors, self.scale)
+
+  def members(self) -> list['Lora']:
+    """The K adapters, each of its own rank."""
+    if self.is_single:
+      return [self]
+    return [
+      dataclasses.replace(
+        self,
+        factors=align.cut(align.member(self.factors, i), config.rank),
+        scale=self.scale[i],
+        config=config,
+      )
+      for i, config in enumerate(self.config)
+    ]
+
+  def _check_single(self, verb: str) -> None:
+    if not self.is_single:
+      raise ValueError(
+        f'lora: got {len(self.config)} adapters to {verb}, expected one; see `Lora.members`.'
+      )

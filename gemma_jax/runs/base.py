@@ -1,0 +1,137 @@
+"""A base model on a mesh: its weights, its tokenizer and how it is computed."""
+
+from collections.abc import Sequence
+import dataclasses
+import time
+from typing import Any
+
+from absl import logging
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from gemma_jax import pytree
+from gemma_jax.config.train import BaseConfig, MeshConfig
+from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.formats import open_base
+from gemma_jax.formats.base_source import BaseSource
+from gemma_jax.model import kernels, layout
+from gemma_jax.model.config import ModelConfig
+from gemma_jax.model.transformer import Transformer
+from gemma_jax.training import sharding
+from gemma_jax.training.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+  """A base model; `load` gives it its weights.
+
+  Attributes:
+    source: the files, found and checked.
+    tokenizer: None if the base came without one.
+    mesh: devices; not this machine's if a program is compiled for others.
+    dtype: of the weights in memory.
+    transformer: with the activations' dtype and the attention for the mesh.
+    params: the weights, where the mesh wants them; None until they are loaded.
+  """
+
+  source: BaseSource
+  tokenizer: Tokenizer | None
+  mesh: Mesh
+  dtype: np.dtype
+  transformer: Transformer
+  params: pytree.Tree = None
+
+  @classmethod
+  def open(
+    cls,
+    config: BaseConfig,
+    mesh: MeshConfig,
+    devices: Sequence[Any] | None = None,
+    source: BaseSource | None = None,
+  ) -> 'Base':
+    """Opens a base's header and chooses how it is computed.
+
+    Args:
+      config: which one, checked.
+      mesh: sizes, checked.
+      devices: default: all that JAX sees.
+      source: of the same reference, if it is open already.
+
+    Raises:
+      ValueError: the first thing that does not fit, with its remedy.
+    """
+    devices_mesh = sharding.make_mesh(mesh, devices)
+    if source is None:
+      source = open_base.open_base(config.path, config.tokenizer)
+    dtype = source.stored_dtype if config.dtype == 'auto' else config.dtype
+    return cls(
+      source=source,
+      tokenizer=source.tokenizer(),
+      mesh=devices_mesh,
+      dtype=np.dtype(dtype),
+      transformer=_transformer(config, source.config, devices_mesh),
+    )
+
+  @property
+  def reference(self) -> str:
+    """What it was opened by."""
+    return self.source.reference
+
+  @property
+  def config(self) -> ModelConfig:
+    """The architecture."""
+    return self.source.config
+
+  @property
+  def scan_layers(self) -> bool:
+    """Whether the leaves of all layers are stacked."""
+    return self.transformer.scan_layers
+
+  @property
+  def model(self) -> Model:
+    """The transformer as a loss sees it."""
+    return Model(self.transformer, self.num_pieces)
+
+  @property
+  def num_pieces(self) -> int | None:
+    """Embedding rows that are tokens, or None where nobody knows."""
+    return None if self.tokenizer is None else self.tokenizer.vocab_size
+
+  @property
+  def platform(self) -> str:
+    """Of the mesh, e.g. 'cpu'."""
+    return self.mesh.devices.flat[0].platform
+
+  def load(self) -> 'Base':
+    """The same with its weights; itself if it has them."""
+    if self.params is not None:
+      return self
+    started = time.perf_counter()
+    abstract = layout.abstract_params(self.config, self.dtype, self.scan_layers)
+    placed = sharding.tree_shardings({'params': abstract}, self.config, self.mesh)['params']
+    params = self.source.load_params(self.dtype, self.scan_layers, placed)
+    logging.info('Loaded the base in %.1f s', time.perf_counter() - started)
+    return dataclasses.replace(self, params=params)
+
+
+def _transformer(config: BaseConfig, model_config: ModelConfig, mesh: Mesh) -> Transformer:
+  """The transformer as a config wants it computed on a mesh."""
+  dtype = activation_dtype(config.activation_dtype, mesh)
+  return Transformer(
+    model_config,
+    dtype=dtype,
+    scan_layers=config.scan_layers,
+    hidden_sharding=sharding.batch_sharding(mesh),
+    attend=kernels.choose(
+      config.attention, model_config, dtype, mesh, sharding.BATCH, sharding.RULES.axis('N')
+    ),
+  )
+
+
+def activation_dtype(name: str, mesh: Mesh) -> np.dtype:
+  """auto: bfloat16 on an accelerator, float32 on a CPU."""
+  if name == 'auto':
+    on_cpu = mesh.devices.flat[0].platform == 'cpu'
+    name = 'float32' if on_cpu else 'bfloat16'
+  return np.dtype(jax.numpy.dtype(name))

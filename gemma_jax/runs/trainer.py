@@ -1,0 +1,486 @@
+"""Updates of an adapter, or of several at once: the loop's inside.
+
+    trainer = Trainer(base, lora, data, learning_rate=1e-3, batch_size=4)
+    for metrics in trainer.run(steps=20):
+      print(metrics.step, metrics.loss)
+
+A notebook iterates over `run`; `runs.loop` does the same and calls what
+evaluates, saves and reports. The compiled step donates its state, so a
+`Trainer` copies what it is given, and gives copies away.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gemma_jax import pytree
+from gemma_jax.config.train import OptimizerConfig
+from gemma_jax.data import pipeline
+from gemma_jax.data.dataset import Dataset
+from gemma_jax.data.row_plan import RowPlan
+from gemma_jax.formats.trained_with import TrainedWith
+from gemma_jax.lora import align
+from gemma_jax.lora import factors as factors_lib
+from gemma_jax.lora.lora import Lora
+from gemma_jax.runs import evaluate as evaluate_lib
+from gemma_jax.runs import hosts
+from gemma_jax.runs import prepare as prepare_lib
+from gemma_jax.runs.base import Base
+from gemma_jax.runs.program import Program
+from gemma_jax.training import compiler, sharding
+from gemma_jax.training import optimizer as optimizer_lib
+from gemma_jax.training import state as state_lib
+from gemma_jax.training import step as step_lib
+from gemma_jax.training.step import Hyperparameters
+
+# What leaves of these names have to be; of others, anything.
+_INTEGERS = ('tokens', 'targets', 'segment_ids', 'positions')
+_FLOATS = ('weights',)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+  """What one update measured; of K adapters, float64 [K] in place of floats.
+
+  Attributes:
+    step: finished updates, with this one.
+    loss: per unit of weight; of the default loss, nats per supervised token.
+    weight: what divided it; of the default loss, supervised tokens.
+    tokens: positions that are not padding.
+    grad_norm: of the gradient, before clipping.
+    learning_rate: NaN where an optimizer of the caller's own has it.
+    seconds: for the update and the wait for its batch.
+    wait_seconds: for the batch alone.
+    more: what `loss_fn` measured, by name.
+  """
+
+  step: int
+  loss: Any
+  weight: Any
+  tokens: Any
+  grad_norm: Any
+  learning_rate: Any
+  seconds: float
+  wait_seconds: float
+  more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def of_member(self, index: int) -> 'Metrics':
+    """Those of one of K adapters."""
+    pick = lambda x: float(x[index])
+    names = ('loss', 'weight', 'tokens', 'grad_norm', 'learning_rate')
+    own = {name: pick(getattr(self, name)) for name in names}
+    return dataclasses.replace(self, **own, more={k: pick(x) for k, x in self.more.items()})
+
+
+class Trainer:
+  """An adapter that is being trained, or several at once (`Lora.stack`).
+
+  Attributes:
+    program: what is compiled.
+    state: step, trainable leaves and optimizer state; donated by every update.
+    frozen: the other leaves.
+    hyperparameters: the step's other arguments.
+    data: where batches come from.
+    plan: the rows of every update, of a `Dataset`.
+    total_steps: where the schedule ends; None where it does not.
+  """
+
+  def __init__(
+    self,
+    base: Base,
+    lora: Lora,
+    data: Dataset | Iterable[Any],
+    *,
+    learning_rate: float | Sequence[float] | None = None,
+    batch_size: int = 4,
+    loss_fn: step_lib.LossFn = step_lib.token_loss,
+    optimizer: OptimizerConfig | optax.GradientTransformation | None = None,
+    total_steps: int | None = None,
+    accumulate_steps: int = 1,
+    trainable: Sequence[str] = ('lora/',),
+    seed: int = 0,
+    remat: str = 'auto',
+  ):
+    """Places copies on the mesh; the step is compiled for the first batch.
+
+    Args:
+      base: loaded; it is not changed.
+      lora: where training starts, of this base; it is not changed.
+      data: a `Dataset`, or any iterable of batches: pytrees of arrays whose
+        leading axis is rows.
+      learning_rate: of AdamW, in place of the optimizer's; K of several
+        adapters.
+      batch_size: rows in an update, of a `Dataset`.
+      loss_fn: see `training.step`.
+      optimizer: settings of AdamW, or any optax transformation, which sees the
+        trainable leaves alone.
+      total_steps: updates in all, for a schedule that decays.
+      accumulate_steps: parts in which a batch is computed.
+      trainable: regexes over 'params/...' and 'lora/...', see `TrainConfig`.
+      seed: of dropout and the order of the records.
+      remat: see `BaseConfig`.
+
+    Raises:
+      ValueError: the first thing that does not fit, with its remedy.
+    """
+    base = base.load()
+    members = None if lora.is_single else len(lora.configs)
+    first = lora.shapes()
+    factors_lib.check_fit(base.config, first, base.scan_layers)
+    make_optimizer, rates = _optimizer(optimizer, learning_rate, total_steps, trainable, members)
+    transformer = base.transformer.clone(dropout=_dropout(lora))
+    program = Program(
+      model=dataclasses.replace(base.model, transformer=transformer),
+      mesh=base.mesh,
+      variables={'params': pytree.shapes(base.params), 'lora': first},
+      trainable=tuple(trainable),
+      loss_fn=loss_fn,
+      make_optimizer=make_optimizer,
+      members=members,
+      accumulate_steps=accumulate_steps,
+      seed=seed,
+      remat=remat,
+    )
+    seeds = None if members is None else np.full(members, seed, np.int32)
+    hyper = Hyperparameters(np.asarray(lora.scale, np.float32), rates, seeds)
+    plan = None
+    lora = dataclasses.replace(lora, reference=base.reference)
+    if isinstance(data, Dataset):
+      sharding.check_batch(base.mesh, batch_size // accumulate_steps, 'batch_size')
+      plan = data.plan(seed, batch_size)
+      lora = dataclasses.replace(lora, trained_with=TrainedWith.of(data.config))
+    params = align.replace_leaves(base.params, lora.trained_base)
+    leaves, frozen = state_lib.split({'params': params, 'lora': lora.factors}, program.trainable)
+    # The step donates its state; what the caller has stays the caller's.
+    state = program.init_state(jax.tree.map(jnp.copy, leaves))
+    self._start(program, hyper, lora, state, frozen, data, plan, total_steps)
+
+  @classmethod
+  def of_run(
+    cls,
+    run: prepare_lib.Run,
+    base: Base | None = None,
+    lora: Lora | None = None,
+    state: state_lib.TrainState | None = None,
+  ) -> 'Trainer':
+    """That of a prepared run.
+
+    Args:
+      run: gives program, records and rows.
+      base: loaded; leaves that are trained are taken over. None loads it.
+      lora: to begin with; None is that of the run.
+      state: to go on from; None is the start.
+    """
+    self = cls.__new__(cls)
+    base = base or run.base.load()
+    lora = lora or run.init_lora(base)
+    trainable, frozen = run.place(base, lora)
+    if state is None:
+      state = run.program.init_state(trainable)
+    self._start(
+      run.program, run.hyperparameters, lora, state, frozen, run.data, run.plan, run.steps
+    )
+    return self
+
+  def _start(
+    self,
+    program: Program,
+    hyperparameters: Hyperparameters,
+    lora: Lora,
+    state: state_lib.TrainState,
+    frozen: Any,
+    data: Dataset | Iterable[Any],
+    plan: RowPlan | None,
+    total_steps: int | None,
+  ) -> None:
+    self.program = program
+    self.hyperparameters = hyperparameters
+    self.state = state
+    self.frozen = frozen
+    self.data = data
+    self.plan = plan
+    self.total_steps = total_steps
+    self._lora = dataclasses.replace(lora, factors={}, trained_base={})
+    self._iterator: Iterator[Any] | None = None
+    compiled = lambda compile_for: compiler.ByShape(
+      lambda batch: compile_for(program.abstract_batch(batch))
+    )
+    self._train_step = compiled(program.compile_train_step)
+    self._eval_step = compiled(program.compile_eval_step)
+
+  @property
+  def finished(self) -> int:
+    """Updates so far, those of earlier processes included."""
+    return int(self.state.step)
+
+  @property
+  def lora(self) -> Lora:
+    """A copy of the adapter as it is now."""
+    return self._current(lambda tree: jax.tree.map(jnp.copy, tree))
+
+  def host_lora(self) -> Lora:
+    """The same in NumPy arrays; all processes have to ask for it."""
+    return self._current(hosts.to_numpy)
+
+  def compile(self, batch: Any) -> None:
+    """Compiles both steps for batches like this one, arrays or shapes."""
+    self._train_step.program(batch)
+    self._eval_step.program(batch)
+
+  def run(self, steps: int) -> Iterator[Metrics]:
+    """Trains for so many updates more, or until the data end.
+
+    Stop iterating, and call it again to go on; an update that Ctrl-C meets is
+    finished first.
+
+    Args:
+      steps: updates, at least 1.
+
+    Raises:
+      ValueError: steps that are none, or more than `total_steps`.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+      raise ValueError(f'steps: got {steps!r}, expected an integer >= 1.')
+    last = self.finished + steps
+    if self.total_steps is not None and last > self.total_steps:
+      raise ValueError(
+        f'steps: got {steps} after {self.finished}, expected at most '
+        f'{self.total_steps - self.finished}: the schedule ends at total_steps='
+        f'{self.total_steps}.'
+      )
+    return (self.step(batch, wait) for wait, batch in self.batches(last))
+
+  def batches(self, last: int) -> Iterator[tuple[float, Any]]:
+    """(seconds waited, batch on the mesh) from here to update `last`."""
+    if isinstance(self.data, Dataset):
+      rows = sharding.local_rows(self.program.mesh, self.plan.global_batch_size)
+      numbered = pipeline.train_batches(
+        self.data.train,
+        self.plan,
+        self.finished,
+        last,
+        rows,
+        lambda batch: self.put(batch, self.plan.global_batch_size),
+      )
+      batches = (batch for _, batch in numbered)
+    else:
+      if self._iterator is None:
+        self._iterator = iter(self.data)
+      # A range in front, or a batch would be taken and lost at the end.
+      count = range(self.finished, last)
+      batches = (self.put(batch) for _, batch in zip(count, self._iterator, strict=False))
+    return _timed(batches)
+
+  def step(self, batch: Any, wait_seconds: float = 0.0) -> Metrics:
+    """One update.
+
+    Args:
+      batch: a pytree of arrays whose leading axis is rows.
+      wait_seconds: what it was waited for, to be reported.
+
+    Raises:
+      ValueError: rows or dtypes that do not fit.
+    """
+    started = time.perf_counter()
+    batch = self.put(batch)
+    step = self.finished + 1
+    train_step = self._train_step.program(batch)
+    with _interrupt_held():
+      self.state, values = train_step(self.state, self.hyperparameters, self.frozen, batch)
+      # Waits for it; of K adapters these are arrays.
+      values = {name: np.asarray(x, np.float64) for name, x in values.items()}
+    seconds = wait_seconds + time.perf_counter() - started
+    if self.program.members is None:
+      values = {name: float(x) for name, x in values.items()}
+    own = {name: values.pop(name) for name in step_lib.OWN_METRICS}
+    return Metrics(step=step, seconds=seconds, wait_seconds=wait_seconds, more=values, **own)
+
+  def evaluate(
+    self,
+    data: Dataset | Iterable[Any] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+  ) -> Any:
+    """Measures the adapter as it is now, with the loss that it is trained by.
+
+    Args:
+      data: a `Dataset`, whose held-out records are taken, or batches; default:
+        the trainer's own `Dataset`.
+      should_stop: asked before each batch.
+
+    Returns:
+      For the default loss on a `Dataset` an `Evaluation`, losses by record, or
+      a list of one for each of K adapters; else the means of `loss_fn`: 'loss',
+      'weight' and its metrics, by name.
+
+    Raises:
+      ValueError: no data to measure on.
+      Stopped: should_stop said so.
+    """
+    data = self.data if data is None and isinstance(self.data, Dataset) else data
+    if data is None:
+      raise ValueError('data: got none, expected a Dataset or batches to measure on.')
+    if isinstance(data, Dataset):
+      size = 0 if self.plan is None else self.plan.global_batch_size
+      batches = data.eval_batches(size, sharding.batch_parts(self.program.mesh))
+      if self.program.loss_fn is step_lib.token_loss:
+        lead = () if self.program.members is None else (self.program.members,)
+        found = evaluate_lib.evaluate(self.losses, batches, len(data.heldout), should_stop, lead)
+        return found.members() if lead else found
+      data = (batch for batch, _ in batches)
+    return _means(self.losses(batch) for batch in data)
+
+  def losses(self, batch: Any) -> Any:
+    """What `training.step.make_eval_step` gives for a batch."""
+    batch = self.put(batch)
+    return self._eval_step(self.state.trainable, self.hyperparameters, self.frozen, batch)
+
+  def put(self, batch: Any, num_rows: int | None = None) -> Any:
+    """A batch on the mesh.
+
+    Args:
+      batch: a pytree of arrays; one that is on the mesh already stays.
+      num_rows: of the whole batch, where this process has a part of it.
+
+    Raises:
+      ValueError: leaves that are not arrays of the same rows, rows that the
+        mesh and the parts do not divide, or a dtype that a leaf cannot have.
+    """
+    placed = sharding.batch_sharding(self.program.mesh)
+    leaves = jax.tree.leaves(batch)
+    if leaves and all(isinstance(x, jax.Array) and x.sharding == placed for x in leaves):
+      return batch
+    return sharding.put_batch(_checked(batch, self.program), self.program.mesh, num_rows)
+
+  def _current(self, copy: Callable[[Any], Any]) -> Lora:
+    variables = state_lib.join(self.state.trainable, self.frozen)
+    trained_base = pytree.prune(self.state.trainable.get('params', {}))
+    factors, trained_base = copy((variables['lora'], trained_base))
+    return dataclasses.replace(self._lora, factors=factors, trained_base=trained_base)
+
+
+def _dropout(lora: Lora) -> float:
+  rates = {config.dropout for config in lora.configs}
+  if len(rates) > 1:
+    raise ValueError(f'lora.dropout: got {sorted(rates)}, expected one rate for all adapters.')
+  return rates.pop()
+
+
+def _optimizer(
+  given: OptimizerConfig | optax.GradientTransformation | None,
+  learning_rate: float | Sequence[float] | None,
+  total_steps: int | None,
+  trainable: Sequence[str],
+  members: int | None,
+) -> tuple[step_lib.MakeOptimizer, np.ndarray | None]:
+  """(what makes the optimizer, the learning rates [K] of several adapters)."""
+  if given is not None and not isinstance(given, OptimizerConfig):
+    if learning_rate is not None:
+      raise ValueError(
+        'learning_rate: got one beside an optimizer of your own, expected none; it has its own.'
+      )
+    frozen = optimizer_lib.freeze(given, trainable)
+    return lambda learning_rate: (frozen, None), None
+  config = given or OptimizerConfig()
+  if config.schedule != 'constant' and total_steps is None:
+    raise ValueError(
+      f'total_steps: got none, expected the number of updates: optimizer.schedule='
+      f'{config.schedule!r} decays over them.'
+    )
+  rates = np.asarray(config.learning_rate if learning_rate is None else learning_rate, np.float32)
+  if rates.shape not in ((), (members,)):
+    raise ValueError(
+      f'learning_rate: got {rates.size} rates, expected one, or one for each of '
+      f'{members or 1} adapter(s).'
+    )
+  for rate in rates.ravel().tolist():
+    dataclasses.replace(config, learning_rate=rate).check()
+  if members is None:
+    config = dataclasses.replace(config, learning_rate=float(learning_rate or config.learning_rate))
+  make = prepare_lib.make_optimizer(config, total_steps or 1, tuple(trainable))
+  return make, None if members is None else np.broadcast_to(rates, members)
+
+
+def _checked(batch: Any, program: Program) -> Any:
+  """A batch in dtypes that a device takes, if its leaves go together."""
+  named = pytree.items(batch)
+  if not named:
+    raise ValueError('batch: got no array, expected a pytree whose leading axis is rows.')
+  rows = {}
+  for name, x in named:
+    if not hasattr(x, 'shape') or not hasattr(x, 'dtype') or not np.ndim(x):
+      raise ValueError(
+        f'batch: got {type(x).__name__} at {name or "its root"}, expected an array whose leading '
+        'axis is rows.'
+      )
+    rows[name] = x.shape[0]
+    kind = {**dict.fromkeys(_INTEGERS, np.integer), **dict.fromkeys(_FLOATS, np.floating)}.get(
+      name.split('/')[-1]
+    )
+    if kind and not jnp.issubdtype(x.dtype, kind):
+      raise ValueError(f'batch: got {x.dtype} at {name}, expected a {kind.__name__} dtype.')
+  if len(set(rows.values())) > 1:
+    raise ValueError(f'batch: got leaves of {rows} rows, expected one number of rows.')
+  count = rows.popitem()[1]
+  parts = program.accumulate_steps * sharding.batch_parts(program.mesh)
+  if jax.process_count() == 1 and count % parts:
+    raise ValueError(
+      f'batch: got {count} rows, expected a multiple of {parts}, accumulate_steps times the '
+      'parts in which the mesh splits rows.'
+    )
+  return jax.tree.map(lambda x: np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype)), batch)
+
+
+def _means(returned: Iterable[Any]) -> dict[str, Any]:
+  """Means of what `loss_fn` returned for batches, each by its own weight."""
+  sums: dict[str, Any] = {}
+  for total, weight, metrics in returned:
+    for name, pair in {'loss': (total, weight), **metrics}.items():
+      pair = np.asarray(pair, np.float64)
+      sums[name] = sums.get(name, 0.0) + pair
+  if not sums:
+    raise ValueError('data: got no batch to measure on, expected at least one.')
+  weight = sums['loss'][1]
+  return {
+    **{name: total / np.where(w == 0, 1, w) for name, (total, w) in sums.items()},
+    'weight': weight,
+  }
+
+
+def _timed(items: Iterable[Any]) -> Iterator[tuple[float, Any]]:
+  """(seconds for which it was waited for, item) of each item."""
+  items = iter(items)
+  while True:
+    started = time.perf_counter()
+    try:
+      item = next(items)
+    except StopIteration:
+      return
+    yield time.perf_counter() - started, item
+
+
+@contextlib.contextmanager
+def _interrupt_held() -> Iterator[None]:
+  """Ctrl-C waits until the block is over, where Python would raise it."""
+  is_ours = threading.current_thread() is threading.main_thread() and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  )
+  if not is_ours:
+    yield
+    return
+  came = []
+  signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+  if came:
+    raise KeyboardInterrupt

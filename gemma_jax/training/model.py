@@ -1,0 +1,76 @@
+"""The transformer as a loss sees it: variables and a batch in, losses out.
+
+A loss calls `token_losses`, which knows the soft cap, which rows of the
+embedding are tokens, and how positions and vocabulary lie on the mesh; or
+`apply` and `hidden`, to make something else of the hidden states.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from gemma_jax.model.transformer import Transformer
+from gemma_jax.training import losses
+
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A transformer and its tokens.
+
+  Attributes:
+    transformer: dtype, attention and shardings chosen.
+    num_pieces: the tokenizer's pieces; later rows of the embedding are masked.
+      None: all rows are tokens.
+  """
+
+  transformer: Transformer
+  num_pieces: int | None = None
+
+  def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+    """`Transformer.apply`: e.g. tokens [B, T] → hidden states [B, T, D]."""
+    return self.transformer.apply(variables, *args, **kwargs)
+
+  def hidden(self, variables: Any, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
+    """Hidden states [B, T, D] of a batch, after the final norm.
+
+    Args:
+      variables: {'params'} or {'params', 'lora'}, of `Lora.variables`.
+      batch: `tokens`, `segment_ids`, `positions`, int32 [B, T].
+      dropout_key: switches the adapter's dropout on, if it has one.
+    """
+    has_dropout = dropout_key is not None and self.transformer.dropout > 0
+    return self.transformer.apply(
+      variables,
+      batch['tokens'],
+      batch['segment_ids'],
+      batch['positions'],
+      rngs={'dropout': dropout_key} if has_dropout else None,
+    )
+
+  def token_losses(
+    self, variables: Any, batch: Batch, dropout_key: jax.Array | None = None
+  ) -> jax.Array:
+    """Weight times next-token loss of every position: float32 [B, T], nats.
+
+    Differentiable in whatever part of the variables is differentiated; weights
+    count as constants. Minus its sum over a row is the log-likelihood of the
+    row's targets, where weights are 0 and 1.
+
+    Args:
+      variables: as in `hidden`.
+      batch: as in `hidden`, with `targets` int32 [B, T] and `weights` float32
+        [B, T]; positions of weight 0 are never computed.
+      dropout_key: as in `hidden`.
+    """
+    return losses.token_cross_entropy(
+      self.hidden(variables, batch, dropout_key),
+      variables['params']['embedder']['input_embedding'],
+      batch['targets'],
+      batch['weights'],
+      softcap=self.transformer.config.final_softcap,
+      num_pieces=self.num_pieces,
+      sharding=self.transformer.hidden_sharding,
+    )
