@@ -89,7 +89,7 @@ def make_train_step(
   def loss_sum(trainable, frozen, batch, key):
     variables = state_lib.join(trainable, frozen)
     hidden = hidden_states(model, variables, scale, batch, key if model.dropout > 0 else None)
-    return losses.linear_cross_entropy(
+    token_losses = losses.token_cross_entropy(
       hidden,
       variables['params']['embedder']['input_embedding'],
       batch['targets'],
@@ -98,6 +98,7 @@ def make_train_step(
       num_pieces=num_pieces,
       sharding=model.hidden_sharding,
     )
+    return jnp.sum(token_losses)
 
   def step(state: TrainState, frozen: Any, batch: Batch):
     key = jax.random.fold_in(jax.random.key(seed), DROPOUT_STREAM)

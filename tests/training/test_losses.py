@@ -42,6 +42,10 @@ def plain(hidden, embedding, targets, weights, softcap=None, num_pieces=None):
   return -weights * picked
 
 
+def loss_sum(*args, **options):
+  return jnp.sum(losses.token_cross_entropy(*args, **options))
+
+
 OPTIONS = [{}, {'softcap': 3.0}, {'num_pieces': V - 6}, {'softcap': 3.0, 'num_pieces': V - 6}]
 
 
@@ -60,7 +64,7 @@ def test_equals_the_plain_loss_and_both_gradients(case, options, chunk):
   hidden, embedding, targets, weights = case
 
   def chunked_sum(h, e):
-    return 0.3 * losses.linear_cross_entropy(h, e, targets, weights, chunk=chunk, **options)
+    return 0.3 * loss_sum(h, e, targets, weights, chunk=chunk, **options)
 
   def plain_sum(h, e):
     return 0.3 * plain(h, e, targets, weights, **options).sum()
@@ -82,7 +86,7 @@ def test_bfloat16_states_keep_float32_logits_and_loss(case):
   """Logits of about 30 in bfloat16 would be off by a tenth."""
   hidden, embedding, targets, weights = case
   hidden, embedding = (x.astype(jnp.bfloat16) for x in (10 * hidden, 3 * embedding))
-  loss = lambda h, e: losses.linear_cross_entropy(h, e, targets, weights)
+  loss = lambda h, e: loss_sum(h, e, targets, weights)
   value, grads = jax.value_and_grad(loss, (0, 1))(hidden, embedding)
   wide = (x.astype(jnp.float32) for x in (hidden, embedding))
   expected, expected_grads = jax.value_and_grad(loss, (0, 1))(*wide)
@@ -96,7 +100,7 @@ def test_bfloat16_states_keep_float32_logits_and_loss(case):
 
 def test_a_frozen_embedding_gets_no_gradient_buffer(case):
   hidden, embedding, targets, weights = case
-  loss = lambda h, e: losses.linear_cross_entropy(h, e, targets, weights, chunk=((4,), 11))
+  loss = lambda h, e: loss_sum(h, e, targets, weights, chunk=((4,), 11))
   frozen = jax.make_jaxpr(jax.grad(loss, 0))(hidden, embedding)
   trained = jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, embedding)
   buffer = f'f32[{V},{D}] = '
@@ -107,7 +111,7 @@ def test_a_frozen_embedding_gets_no_gradient_buffer(case):
 
 def test_nothing_supervised_gives_zero_and_finite_gradients(case):
   hidden, embedding, targets, _ = case
-  loss = lambda h: losses.linear_cross_entropy(h, embedding, targets, jnp.zeros((B, T)))
+  loss = lambda h: loss_sum(h, embedding, targets, jnp.zeros((B, T)))
   with jax.debug_nans(True):  # nor is there one that is dropped later
     value, grad = jax.value_and_grad(loss)(hidden)
   assert value == 0
@@ -118,8 +122,8 @@ def test_ignores_what_stands_at_unsupervised_positions(case):
   hidden, embedding, targets, weights = case
   noise = jnp.where(weights[..., None] == 0, jnp.nan, 0.0)
   other = jnp.where(weights == 0, 1, targets)
-  a = losses.linear_cross_entropy(hidden, embedding, targets, weights)
-  b = losses.linear_cross_entropy(hidden + noise, embedding, other, weights)
+  a = loss_sum(hidden, embedding, targets, weights)
+  b = loss_sum(hidden + noise, embedding, other, weights)
   assert a == b
 
 
@@ -176,7 +180,7 @@ def test_vmap_over_hidden_states_equals_a_loop(case):
   """Several adapters share targets and weights (ganged training)."""
   hidden, embedding, targets, weights = case
   many = jnp.stack([hidden, 2 * hidden])
-  loss = lambda h: losses.linear_cross_entropy(h, embedding, targets, weights)
+  loss = lambda h: loss_sum(h, embedding, targets, weights)
   values, grads = jax.vmap(jax.value_and_grad(loss))(many)
   for i in range(2):
     value, grad = jax.value_and_grad(loss)(many[i])
@@ -188,7 +192,7 @@ def test_scan_and_remat_change_nothing(case):
   """Accumulation scans over parts; gradients pass through both."""
   hidden, embedding, targets, weights = case
   loss = jax.checkpoint(
-    lambda h, *xs: losses.linear_cross_entropy(
+    lambda h, *xs: loss_sum(
       h[None], embedding, *(x[None] for x in xs), chunk=((4,), 11)
     )
   )
@@ -220,7 +224,7 @@ def test_a_mesh_changes_neither_loss_nor_gradients(sizes):
   options = {**plain_options, 'sharding': sharding_lib.batch_sharding(mesh), 'chunk': ((4, 2), 5)}
 
   def sharded(h, e):
-    return losses.linear_cross_entropy(h, e, targets, weights, **options)
+    return loss_sum(h, e, targets, weights, **options)
 
   def expected(h, e):
     return plain(h, e, targets, weights, **plain_options).sum()
