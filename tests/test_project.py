@@ -24,7 +24,6 @@ ROOMS = (
 UPWARD = {
   ('lora/align.py', 'formats'),
   ('lora/matrices.py', 'formats'),
-  ('model/layers.py', 'lora'),
 }
 
 TOP = {

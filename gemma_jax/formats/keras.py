@@ -22,8 +22,7 @@ import numpy as np
 from gemma_jax import pytree
 from gemma_jax.config.lora import TARGET_PRESETS, LoraConfig
 from gemma_jax.formats import finite
-from gemma_jax.lora import factors
-from gemma_jax.model import layout
+from gemma_jax.model import adapter, layout
 from gemma_jax.model.config import ModelConfig
 
 _MAGIC = b'\x89HDF\r\n\x1a\n'
@@ -241,5 +240,5 @@ def _dtype(dataset: Any) -> np.dtype | None:
 def _shapes(target: str, config: ModelConfig, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Shapes of A and B of a projection, e.g. [N, D, r] and [r, H]."""
   sizes = layout.axis_sizes(config) | {'R': rank}
-  axes = factors.factor_axes(layout.PROJECTION_EQUATIONS[target], 'keras')
+  axes = adapter.factor_axes(layout.PROJECTION_EQUATIONS[target], 'keras')
   return tuple(tuple(sizes[c] for c in letters) for letters in axes)

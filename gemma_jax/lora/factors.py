@@ -25,7 +25,6 @@ into one number an output, so adapters of one shape are interchangeable inputs
 of one compiled program.
 """
 
-import functools
 import math
 import re
 
@@ -34,7 +33,7 @@ import jax.numpy as jnp
 
 from gemma_jax import pytree
 from gemma_jax.config.lora import PROJECTIONS, LoraConfig
-from gemma_jax.model import layout
+from gemma_jax.model import adapter, layout
 from gemma_jax.model.config import ModelConfig
 
 
@@ -47,78 +46,15 @@ def target_paths(lora: LoraConfig) -> dict[str, str]:
   }
 
 
-def factor_axes(equation: str, factorization: str) -> tuple[str, str]:
-  """Axis letters of A and B, R being the rank.
-
-  factor_axes('BTD,NDH->BTNH', 'matrix')    ('DR', 'RNH')
-  factor_axes('BTD,NDH->BTNH', 'keras')     ('NDR', 'RH')
-  """
-  if factorization == 'keras':
-    _, w, _ = _split(equation)
-    return w[:-1] + 'R', 'R' + w[-1]
-  return _inputs(equation) + 'R', 'R' + _outputs(equation)
-
-
 def leaf_axes(config: ModelConfig, lora: LoraConfig, scan_layers: bool = True) -> dict[str, str]:
   """Axis letters of every leaf, by path; as `layout.param_axes`."""
   axes = {}
   for path, equation in target_paths(lora).items():
-    a, b = factor_axes(equation, lora.factorization)
+    a, b = adapter.factor_axes(equation, lora.factorization)
     axes |= {f'{path}/lora_a': a, f'{path}/lora_b': b}
     if lora.dora:
-      axes[f'{path}/lora_magnitude'] = _outputs(equation)
+      axes[f'{path}/lora_magnitude'] = adapter.outputs(equation)
   return layout.in_layers(axes, config, scan_layers)
-
-
-def apply(equation: str, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
-  """x A B, by two products through the rank; the scale is already in B.
-
-  Args:
-    equation: of the projection, e.g. 'BTD,NDH->BTNH'.
-    x: the projection's input, e.g. [B, T, D].
-    lora_a: A; its number of axes tells the factorization.
-    lora_b: B.
-
-  Returns:
-    The update to the projection's output, e.g. [B, T, N, H], in x's dtype.
-  """
-  x_axes, _, out = _split(equation)
-  a, b = _axes_of(equation, lora_a.ndim)
-  mid = ''.join(c for c in out if c in x_axes + a) + 'R'
-  x = jnp.einsum(f'{x_axes},{a}->{mid}', x, lora_a.astype(x.dtype))
-  return _widen(mid, b, out, x, lora_b.astype(x.dtype))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _widen(mid, b, out, x, lora_b):
-  """einsum(x, B) with a gradient of B that copies no wide cotangent.
-
-  Args:
-    mid: axis letters of x = input times A, which end in R.
-    b: those of B.
-    out: those of the projection's output.
-    x: input times A, e.g. [B, T, R].
-    lora_b: B, e.g. [R, N, H].
-
-  JAX's own gradient of B puts the wide cotangent before x, and XLA's CPU
-  backend then makes a transposed copy of it (3 % of a step of the 270M with
-  4 x 256 tokens); with x first it does not. As with any `custom_vjp`, there is
-  no forward-mode differentiation (`jax.jvp`) through it.
-  """
-  return jnp.einsum(f'{mid},{b}->{out}', x, lora_b)
-
-
-def _widen_forward(mid, b, out, x, lora_b):
-  return _widen(mid, b, out, x, lora_b), (x, lora_b)
-
-
-def _widen_backward(mid, b, out, operands, cotangent):
-  x, lora_b = operands
-  d_x = jnp.einsum(f'{out},{b}->{mid}', cotangent, lora_b)
-  return d_x, jnp.einsum(f'{mid},{out}->{b}', x, cotangent)
-
-
-_widen.defvjp(_widen_forward, _widen_backward)
 
 
 def init(
@@ -148,7 +84,7 @@ def init(
   sizes = layout.axis_sizes(config)
   tree = {}
   for path, equation in target_paths(lora).items():
-    a, b = factor_axes(equation, lora.factorization)
+    a, b = adapter.factor_axes(equation, lora.factorization)
     column = tuple(sizes[c] for c in a[:-1])
     target_key = jax.random.fold_in(key, PROJECTIONS.index(path.split('/')[1]))
     limit = _limit(lora, column, equation, sizes)
@@ -166,7 +102,7 @@ def init(
     tree[f'layers/{path}/lora_a'] = lora_a
     tree[f'layers/{path}/lora_b'] = jnp.zeros((config.num_layers, *b_shape), jnp.float32)
     if lora.dora:
-      outputs = (sizes[c] for c in _outputs(equation))
+      outputs = (sizes[c] for c in adapter.outputs(equation))
       tree[f'layers/{path}/lora_magnitude'] = jnp.zeros((config.num_layers, *outputs), jnp.float32)
   tree = pytree.unflatten(tree)
   return tree if scan_layers else layout.unstack_layers(tree)
@@ -181,7 +117,7 @@ def check_rank(config: ModelConfig, lora: LoraConfig) -> None:
   sizes = layout.axis_sizes(config)
   modules = []
   for path, equation in target_paths(lora).items():
-    a, b = factor_axes(equation, lora.factorization)
+    a, b = adapter.factor_axes(equation, lora.factorization)
     side = min(math.prod(sizes[c] for c in a[:-1]), math.prod(sizes[c] for c in b[1:]))
     rank = max(_ranks(config, lora, path))
     if rank > side and not lora.path:
@@ -272,8 +208,8 @@ def merge(params: pytree.Tree, factors: pytree.Tree, scale: float) -> pytree.Tre
     merged = w.astype(jnp.float32) + _delta(module, flat, 1.0)
     if f'{module}/lora_gain' in flat:
       equation, stacked = _equation(module)
-      axes = stacked + _split(equation)[1]
-      inputs = [i for i, c in enumerate(axes) if c in _inputs(equation)]
+      axes = stacked + adapter.split(equation)[1]
+      inputs = [i for i, c in enumerate(axes) if c in adapter.inputs(equation)]
       merged *= jnp.expand_dims(flat[f'{module}/lora_gain'], inputs)
     return merged.astype(w.dtype)
 
@@ -308,13 +244,13 @@ def _norms(module: str, flat: dict[str, jax.Array], base: dict[str, jax.Array]) 
   that nothing of a kernel's size is made but its float32 copy.
   """
   equation, stacked = _equation(module)
-  _, w_axes, _ = _split(equation)
-  outputs = _outputs(equation)
+  _, w_axes, _ = adapter.split(equation)
+  outputs = adapter.outputs(equation)
 
   def norms(leaves):
     w, lora_a, lora_b = (x.astype(jnp.float32) for x in leaves)
-    a, b = _axes_of(equation, lora_a.ndim)
-    inputs = [i for i, c in enumerate(w_axes) if c in _inputs(equation)]
+    a, b = adapter.axes_of(equation, lora_a.ndim)
+    inputs = [i for i, c in enumerate(w_axes) if c in adapter.inputs(equation)]
     products = lambda equation, *x: jnp.einsum(f'{equation}->{outputs}', *x, precision='highest')
     square = jnp.sum(w * w, axis=inputs)
     square += 2.0 * products(f'{w_axes},{a},{b}', w, lora_a, lora_b)
@@ -333,37 +269,14 @@ def _delta(module: str, flat: dict[str, jax.Array], scale: float) -> jax.Array:
   """scale * B A of one projection, in the shape of its kernel; float32."""
   lora_a, lora_b = flat[f'{module}/lora_a'], flat[f'{module}/lora_b']
   equation, stacked = _equation(module)
-  a, b = _axes_of(equation, lora_a.ndim - len(stacked))
-  _, w, _ = _split(equation)
+  a, b = adapter.axes_of(equation, lora_a.ndim - len(stacked))
+  _, w, _ = adapter.split(equation)
   return scale * jnp.einsum(
     f'{stacked}{a},{stacked}{b}->{stacked}{w}',
     lora_a.astype(jnp.float32),
     lora_b.astype(jnp.float32),
     precision='highest',
   )
-
-
-def _split(equation: str) -> tuple[str, str, str]:
-  inputs, out = equation.split('->')
-  x, w = inputs.split(',')
-  return x, w, out
-
-
-def _inputs(equation: str) -> str:
-  """Axes of the kernel that the projection sums over, e.g. 'D'."""
-  x, w, out = _split(equation)
-  return ''.join(c for c in w if c in x and c not in out)
-
-
-def _outputs(equation: str) -> str:
-  """The other axes of the kernel, e.g. 'NH'."""
-  return ''.join(c for c in _split(equation)[1] if c not in _inputs(equation))
-
-
-def _axes_of(equation: str, num_axes: int) -> tuple[str, str]:
-  """`factor_axes` of the factorization whose A has so many axes."""
-  a, b = factor_axes(equation, 'matrix')
-  return (a, b) if len(a) == num_axes else factor_axes(equation, 'keras')
 
 
 def _limit(lora, column, equation, sizes) -> float:
@@ -374,4 +287,4 @@ def _limit(lora, column, equation, sizes) -> float:
   """
   if lora.init == 'keras':
     return math.sqrt(6 / math.prod(column))
-  return 1 / math.sqrt(math.prod(sizes[c] for c in _inputs(equation)))
+  return 1 / math.sqrt(math.prod(sizes[c] for c in adapter.inputs(equation)))

@@ -17,8 +17,7 @@ import numpy as np
 
 from gemma_jax import pytree
 from gemma_jax.config.train import LoraConfig
-from gemma_jax.lora import factors as factors_lib
-from gemma_jax.model import layout
+from gemma_jax.model import adapter, layout
 from gemma_jax.model.config import ModelConfig
 
 
@@ -74,7 +73,7 @@ def truncate(
     root = np.sqrt(s[:, None, :rank])
     a = q_a @ (u[..., :rank] * root)  # [L, inputs, rank]
     b = np.swapaxes(q_b @ (np.swapaxes(vt, 1, 2)[..., :rank] * root), 1, 2)
-    axes = factors_lib.factor_axes(layout.PROJECTION_EQUATIONS[path], 'matrix')
+    axes = adapter.factor_axes(layout.PROJECTION_EQUATIONS[path], 'matrix')
     a_shape, b_shape = ([sizes.get(c, rank) for c in x] for x in axes)
     for name, x, shape in (('lora_a', a, a_shape), ('lora_b', b, b_shape)):
       tree[f'layers/{path}/{name}'] = x.reshape(len(x), *shape).astype(np.float32)

@@ -8,8 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from gemma_jax.lora import factors
-from gemma_jax.model import rows
+from gemma_jax.model import adapter, rows
 
 
 class Einsum(nn.Module):
@@ -38,7 +37,7 @@ class Einsum(nn.Module):
       if self.dropout > 0:
         idle = not self.has_rng('dropout')
         x = nn.Dropout(self.dropout)(x, deterministic=idle)
-      y = y + factors.apply(
+      y = y + adapter.apply(
         self.equation, x, self.get_variable('lora', 'lora_a'), self.get_variable('lora', 'lora_b')
       )
       if self.has_variable('lora', 'lora_magnitude'):

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from gemma_jax import pytree
 from gemma_jax.config.train import TrainConfig
 from gemma_jax.lora import factors as factors_lib
-from gemma_jax.model import layout
+from gemma_jax.model import adapter, layout
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.tpu.chips import Chip
 from gemma_jax.tpu.hlo import Collective
@@ -200,7 +200,7 @@ def _product_flops(letters: str, sizes: dict[str, int]) -> int:
 
 def _factor_flops(equation: str, form: str, sizes: dict[str, int]) -> int:
   """x A, then B, a token; shared axes of the two products count in both."""
-  a, b = factors_lib.factor_axes(equation, form)
+  a, b = adapter.factor_axes(equation, form)
   x, out = equation.split(',')[0], equation.split('->')[1]
   mid = {c for c in out if c in x + a} | {'R'}
   first, second = ({*x, *a}, {*mid, *b})

@@ -14,7 +14,7 @@ import pytest
 from gemma_jax import pytree
 from gemma_jax.config.train import LoraConfig
 from gemma_jax.lora import factors as factors_lib
-from gemma_jax.model import layout, variants
+from gemma_jax.model import adapter, layout, variants
 from gemma_jax.model.transformer import Transformer
 from tests import toy
 
@@ -85,8 +85,8 @@ class TestCounts:
   ],
 )
 def test_factor_axes(equation, matrix, keras):
-  assert factors_lib.factor_axes(equation, 'matrix') == matrix
-  assert factors_lib.factor_axes(equation, 'keras') == keras
+  assert adapter.factor_axes(equation, 'matrix') == matrix
+  assert adapter.factor_axes(equation, 'keras') == keras
 
 
 class TestInit:
@@ -200,14 +200,14 @@ def test_rank_of_the_update(factorization):
 def test_apply_and_deltas_equal_float64_einsum(path, factorization):
   equation = layout.PROJECTION_EQUATIONS[path]
   x_axes, w_axes, _ = axes_of(equation)
-  a_axes, b_axes = factors_lib.factor_axes(equation, factorization)
+  a_axes, b_axes = adapter.factor_axes(equation, factorization)
   sizes = layout.axis_sizes(toy.FULL) | {'B': 2, 'T': 7, 'R': R}
   rng = np.random.default_rng(0)
   x, a, b = (rng.standard_normal([sizes[c] for c in axes]) for axes in (x_axes, a_axes, b_axes))
   product = f'{a_axes},{b_axes}->{w_axes}'
   update = np.einsum(product, a, b)
   x32, a32, b32 = (jnp.asarray(y, jnp.float32) for y in (x, a, b))
-  got = factors_lib.apply(equation, x32, a32, b32)
+  got = adapter.apply(equation, x32, a32, b32)
   toy.assert_close(got, np.einsum(equation, x, update), 1e-5)
   for layers, axis in (('layers', 1), ('layer_5', 0)):
     stack = lambda y, axis=axis: y[None] if axis else y
@@ -220,9 +220,9 @@ def test_apply_and_deltas_equal_float64_einsum(path, factorization):
 
 
 def plain_apply(equation, x, a, b):
-  """`factors.apply` by one einsum, whose gradients are JAX's own."""
+  """`adapter.apply` by one einsum, whose gradients are JAX's own."""
   x_axes, _, out = axes_of(equation)
-  a_axes, b_axes = factors_lib._axes_of(equation, a.ndim)
+  a_axes, b_axes = adapter.axes_of(equation, a.ndim)
   return jnp.einsum(f'{x_axes},{a_axes},{b_axes}->{out}', x, a, b)
 
 
@@ -232,7 +232,7 @@ def test_gradients_of_apply_equal_those_of_one_einsum(path, factorization):
   """Also for adapters mapped over one input, and over an input for each."""
   equation = layout.PROJECTION_EQUATIONS[path]
   x_axes, _, _ = axes_of(equation)
-  a_axes, b_axes = factors_lib.factor_axes(equation, factorization)
+  a_axes, b_axes = adapter.factor_axes(equation, factorization)
   sizes = layout.axis_sizes(toy.FULL) | {'B': 2, 'T': 7, 'R': R}
   rng = np.random.default_rng(1)
 
@@ -254,12 +254,12 @@ def test_gradients_of_apply_equal_those_of_one_einsum(path, factorization):
     return dict(zip('xab', found, strict=True))
 
   for mapped, arrays in ((None, one), ((None, 0, 0), (x[0], a, b)), ((0, 0, 0), (x, a, b))):
-    got = gradients(factors_lib.apply, mapped, arrays)
+    got = gradients(adapter.apply, mapped, arrays)
     toy.assert_close(got, gradients(plain_apply, mapped, arrays), 1e-5)
 
   half = [y.astype(jnp.bfloat16) for y in one]
   want = gradients(plain_apply, None, [y.astype(jnp.float32) for y in half])
-  got = gradients(factors_lib.apply, None, half)
+  got = gradients(adapter.apply, None, half)
   for name, y in got.items():
     assert y.dtype == jnp.bfloat16
     error = np.linalg.norm(np.asarray(y, np.float32) - want[name])
@@ -275,7 +275,7 @@ def test_the_gradient_of_b_copies_no_cotangent():
     return jnp.einsum('BTR,RNH->BTNH', jnp.einsum('BTD,DR->BTR', x, a), b)
 
   def by_apply(b):
-    return factors_lib.apply('BTD,NDH->BTNH', x, a, b)
+    return adapter.apply('BTD,NDH->BTNH', x, a, b)
 
   def largest_copy(function):
     def gradient(b, cotangent):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax.lora import factors as factors_lib
+from gemma_jax.model import adapter
 from gemma_jax.model.layers import Einsum, Embedder, RMSNorm, softcap
 from gemma_jax.model.transformer import Mlp
 from tests import toy
@@ -111,7 +111,7 @@ def test_einsum_adds_the_adapter_that_it_is_given(dtype):
   factors = {'lora_a': a, 'lora_b': b}
   got = einsum.apply({'params': {'w': w}, 'lora': factors}, x)
   assert got.dtype == dtype
-  want = plain + factors_lib.apply('BTD,DF->BTF', x, a, b)
+  want = plain + adapter.apply('BTD,DF->BTF', x, a, b)
   np.testing.assert_array_equal(got, want)
   if dtype == jnp.float32:
     x, w, a, b = (np.asarray(y, np.float64) for y in (x, w, a, b))
