@@ -147,6 +147,7 @@ def loss(model: Transformer, variables: Any, batch: Any, scale: float = 1.0) -> 
     batch['targets'],
     batch['weights'],
     softcap=model.config.final_softcap,
+    plain_gradients=model.plain_gradients,
   )
   return jnp.sum(token_losses) / jnp.sum(batch['weights'])
 

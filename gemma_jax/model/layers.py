@@ -20,11 +20,13 @@ class Einsum(nn.Module):
     equation: e.g. 'BTD,NDH->BTNH'.
     shape: of the kernel, e.g. (N, D, H).
     dropout: rate on the adapter's input; active when a `dropout` key is given.
+    plain_gradients: as in `adapter.apply`.
   """
 
   equation: str
   shape: tuple[int, ...]
   dropout: float = 0.0
+  plain_gradients: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -38,7 +40,11 @@ class Einsum(nn.Module):
         idle = not self.has_rng('dropout')
         x = nn.Dropout(self.dropout)(x, deterministic=idle)
       y = y + adapter.apply(
-        self.equation, x, self.get_variable('lora', 'lora_a'), self.get_variable('lora', 'lora_b')
+        self.equation,
+        x,
+        self.get_variable('lora', 'lora_a'),
+        self.get_variable('lora', 'lora_b'),
+        self.plain_gradients,
       )
       if self.has_variable('lora', 'lora_magnitude'):
         raise ValueError('lora: got magnitudes, expected gains; call lora.with_gains first.')

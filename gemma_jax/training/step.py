@@ -97,6 +97,7 @@ def make_train_step(
       softcap=model.config.final_softcap,
       num_pieces=num_pieces,
       sharding=model.hidden_sharding,
+      plain_gradients=model.plain_gradients,
     )
     return jnp.sum(token_losses)
 
@@ -167,6 +168,7 @@ def make_eval_step(
       softcap=model.config.final_softcap,
       num_pieces=num_pieces,
       sharding=model.hidden_sharding,
+      plain_gradients=model.plain_gradients,
     )
 
   return eval_step
