@@ -141,14 +141,15 @@ def batch(rows: int = 2, length: int = 11, seed: int = 0, vocab_size: int = 53):
 
 def loss(model: Transformer, variables: Any, batch: Any, scale: float = 1.0) -> jax.Array:
   """Nats per supervised token."""
-  total = losses.linear_cross_entropy(
+  token_losses = losses.token_cross_entropy(
     step_lib.hidden_states(model, variables, scale, batch),
     variables['params']['embedder']['input_embedding'],
     batch['targets'],
     batch['weights'],
     softcap=model.config.final_softcap,
+    plain_gradients=model.plain_gradients,
   )
-  return total / jnp.sum(batch['weights'])
+  return jnp.sum(token_losses) / jnp.sum(batch['weights'])
 
 
 class Run(NamedTuple):

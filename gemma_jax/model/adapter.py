@@ -25,7 +25,13 @@ def factor_axes(equation: str, factorization: str) -> tuple[str, str]:
   return inputs(equation) + 'R', 'R' + outputs(equation)
 
 
-def apply(equation: str, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> jax.Array:
+def apply(
+  equation: str,
+  x: jax.Array,
+  lora_a: jax.Array,
+  lora_b: jax.Array,
+  plain_gradients: bool = False,
+) -> jax.Array:
   """x A B, by two products through the rank; the scale is already in B.
 
   Args:
@@ -33,6 +39,8 @@ def apply(equation: str, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> 
     x: the projection's input, e.g. [B, T, D].
     lora_a: A; its number of axes tells the factorization.
     lora_b: B.
+    plain_gradients: leave B's gradient to JAX, for `jax.jvp` and second
+      derivatives; otherwise it is `_widen`'s.
 
   Returns:
     The update to the projection's output, e.g. [B, T, N, H], in x's dtype.
@@ -41,7 +49,10 @@ def apply(equation: str, x: jax.Array, lora_a: jax.Array, lora_b: jax.Array) -> 
   a, b = axes_of(equation, lora_a.ndim)
   mid = ''.join(c for c in out if c in x_axes + a) + 'R'
   x = jnp.einsum(f'{x_axes},{a}->{mid}', x, lora_a.astype(x.dtype))
-  return _widen(mid, b, out, x, lora_b.astype(x.dtype))
+  lora_b = lora_b.astype(x.dtype)
+  if plain_gradients:
+    return jnp.einsum(f'{mid},{b}->{out}', x, lora_b)
+  return _widen(mid, b, out, x, lora_b)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -57,8 +68,7 @@ def _widen(mid, b, out, x, lora_b):
 
   JAX's own gradient of B puts the wide cotangent before x, and XLA's CPU
   backend then makes a transposed copy of it (3 % of a step of the 270M with
-  4 x 256 tokens); with x first it does not. As with any `custom_vjp`, there is
-  no forward-mode differentiation (`jax.jvp`) through it.
+  4 x 256 tokens); with x first it does not.
   """
   return jnp.einsum(f'{mid},{b}->{out}', x, lora_b)
 

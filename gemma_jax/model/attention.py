@@ -146,6 +146,7 @@ class Attention(nn.Module):
   config: ModelConfig
   dropout: float = 0.0
   attend: Attend = attend_by_einsum
+  plain_gradients: bool = False
 
   @nn.compact
   def __call__(
@@ -167,7 +168,7 @@ class Attention(nn.Module):
 
     def project(name, shape):
       equation = PROJECTION_EQUATIONS[f'attn/{name}']
-      return Einsum(equation, shape, self.dropout, name=name)
+      return Einsum(equation, shape, self.dropout, self.plain_gradients, name=name)
 
     q = project('q', (N, D, H))(x)  # [B, T, N, H]
     k = project('k', (K, D, H))(x)  # [B, T, K, H]

@@ -14,17 +14,19 @@ from gemma_jax.model import adapter, rows
 class Einsum(nn.Module):
   """A projection y = x W, plus x A B where the collection `lora` has factors.
 
-  A gain, one number an output, multiplies the sum (DoRA, `factors.with_gains`).
+  A gain, one number an output, multiplies the sum (DoRA, `Lora.variables`).
 
   Attributes:
     equation: e.g. 'BTD,NDH->BTNH'.
     shape: of the kernel, e.g. (N, D, H).
     dropout: rate on the adapter's input; active when a `dropout` key is given.
+    plain_gradients: as in `adapter.apply`.
   """
 
   equation: str
   shape: tuple[int, ...]
   dropout: float = 0.0
+  plain_gradients: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -38,10 +40,14 @@ class Einsum(nn.Module):
         idle = not self.has_rng('dropout')
         x = nn.Dropout(self.dropout)(x, deterministic=idle)
       y = y + adapter.apply(
-        self.equation, x, self.get_variable('lora', 'lora_a'), self.get_variable('lora', 'lora_b')
+        self.equation,
+        x,
+        self.get_variable('lora', 'lora_a'),
+        self.get_variable('lora', 'lora_b'),
+        self.plain_gradients,
       )
       if self.has_variable('lora', 'lora_magnitude'):
-        raise ValueError('lora: got magnitudes, expected gains; call lora.with_gains first.')
+        raise ValueError('lora: got magnitudes, expected gains: give the model what Lora.variables makes.')
       if self.has_variable('lora', 'lora_gain'):
         gain = self.get_variable('lora', 'lora_gain')  # y has B, T before
         gain = jnp.expand_dims(gain, (0, 1))

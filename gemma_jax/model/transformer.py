@@ -33,6 +33,7 @@ class Mlp(nn.Module):
 
   config: ModelConfig
   dropout: float = 0.0
+  plain_gradients: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -40,7 +41,7 @@ class Mlp(nn.Module):
 
     def project(name, shape):
       equation = PROJECTION_EQUATIONS[f'mlp/{name}']
-      return Einsum(equation, shape, self.dropout, name=name)
+      return Einsum(equation, shape, self.dropout, self.plain_gradients, name=name)
 
     gate = jax.nn.gelu(project('gate', (D, F))(x), approximate=True)
     return project('down', (F, D))(gate * project('up', (D, F))(x))
@@ -53,20 +54,20 @@ class Layer(nn.Module):
   dropout: float = 0.0
   hidden_sharding: Any = None
   attend: Attend = attend_by_einsum
+  plain_gradients: bool = False
 
   @nn.compact
   def __call__(self, carry, is_local, layer, context: Context):
     x, kv = carry
     norm = lambda name: RMSNorm(self.config.norm_eps, name=name)
     y = norm('pre_attention_norm')(x)
-    y, kv = Attention(self.config, self.dropout, self.attend, name='attn')(
-      y, is_local, layer, context, kv
-    )
+    attention = Attention(self.config, self.dropout, self.attend, self.plain_gradients, name='attn')
+    y, kv = attention(y, is_local, layer, context, kv)
     if self.config.use_post_norms:
       y = norm('post_attention_norm')(y)
     x = x + y
     y = norm('pre_ffw_norm')(x)
-    y = Mlp(self.config, self.dropout, name='mlp')(y)
+    y = Mlp(self.config, self.dropout, self.plain_gradients, name='mlp')(y)
     if self.config.use_post_norms:
       y = norm('post_ffw_norm')(y)
     x = _constrain(x + y, self.hidden_sharding)
@@ -90,6 +91,10 @@ class Transformer(nn.Module):
     dropout: rate on the adapters' inputs, active when a `dropout` key is given.
     hidden_sharding: sharding of [B, T, D] between layers, or None.
     attend: the attention of whole rows, from `kernels.choose`.
+    plain_gradients: leave every gradient to JAX, so that `jax.jvp`,
+      `jax.hessian` and Hessian-vector products work: no custom gradient of B,
+      attention by einsum whatever `attend` is, and, in the steps, the loss from
+      all logits. Values and gradients are the same up to rounding.
   """
 
   config: ModelConfig
@@ -99,12 +104,14 @@ class Transformer(nn.Module):
   dropout: float = 0.0
   hidden_sharding: Any = None
   attend: Attend = attend_by_einsum
+  plain_gradients: bool = False
 
   def setup(self):
     config = self.config
     self.embedder = Embedder(config.vocab_size, config.embed_dim, self.dtype)
     self.final_norm = RMSNorm(config.norm_eps)
-    arguments = (config, self.dropout, self.hidden_sharding, self.attend)
+    attend = attend_by_einsum if self.plain_gradients else self.attend
+    arguments = (config, self.dropout, self.hidden_sharding, attend, self.plain_gradients)
     if self.scan_layers:
       # prevent_cse guards against a compiler merging the two forward passes; in
       # a scan it cannot, and the guard would cost fusion.

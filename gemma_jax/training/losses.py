@@ -17,6 +17,11 @@ gradient w (g / s - E[y]), made in the same pass: no logit is kept or computed
 twice. Work is proportional to the supervised tokens, not to B T; a tile is read
 (and cast) once for all positions, and stays in cache while they use it.
 
+That gradient is the position's own, so the backward pass only multiplies it by
+the position's cotangent, whatever function of the losses is differentiated. The
+embedding's gradient is a sum over positions, each with its cotangent and its
+whole logsumexp: it takes a second walk, made only if it is asked for.
+
 On a mesh each device walks its own positions (rows over some axes) and its own
 part of the vocabulary (over the others). Devices with more supervised positions
 walk longer, and none waits inside the walk: m, s and g meet after it. Of its
@@ -56,7 +61,7 @@ class _Options(NamedTuple):
   chunk: Chunk | None
 
 
-def linear_cross_entropy(
+def token_cross_entropy(
   hidden: jax.Array,
   embedding: jax.Array,
   targets: jax.Array,
@@ -66,12 +71,18 @@ def linear_cross_entropy(
   num_pieces: int | None = None,
   sharding: NamedSharding | None = None,
   chunk: Chunk | None = None,
+  plain_gradients: bool = False,
 ) -> jax.Array:
-  """Weighted sum of the next-token losses, in nats.
+  """Each supervised position's next-token loss; build any loss on it.
 
-  Differentiable in `hidden` and, if it is being differentiated, in
-  `embedding`; a frozen embedding costs nothing. (A trained one costs a second
-  walk: its gradient needs the whole logsumexp.) `weights` count as constants.
+      total = jnp.sum(token_cross_entropy(hidden, embedding, targets, weights))
+
+  Differentiable once, in reverse, with any cotangents [B, T]: in `hidden` and,
+  if it is being differentiated, in `embedding`; a frozen embedding costs
+  nothing, a trained one a second walk. `weights` count as constants, and where
+  they are 0 there is no gradient, whatever the cotangent. A loss whose
+  coefficients depend on parameters takes a mask of zeros and ones here and
+  multiplies the result.
 
   Args:
     hidden: [B, T, D], after the final norm.
@@ -85,87 +96,102 @@ def linear_cross_entropy(
       vocabulary. None: one device.
     chunk: positions and rows at a time, see `Chunk`; None chooses by the
       platform.
+    plain_gradients: compute all logits [B, T, V] and leave the gradient to JAX:
+      for small models only, but `jax.jvp` and second derivatives work.
 
   Returns:
-    float32 scalar; divide by the sum of the weights for the loss per token.
+    float32 [B, T], weight times nats; 0 where the weight is 0. Their sum over
+    that of the weights is the loss per token.
   """
   options = _Options(softcap, num_pieces, sharding, chunk)
-  weights = jax.lax.stop_gradient(weights)
-  return _loss_sum(options, hidden, embedding, targets, weights)
+  losses = _plain_losses if plain_gradients else _token_losses
+  return losses(options, hidden, embedding, targets, jax.lax.stop_gradient(weights))
 
 
-def token_cross_entropy(
-  hidden: jax.Array,
-  embedding: jax.Array,
-  targets: jax.Array,
-  weights: jax.Array,
-  *,
-  softcap: float | None = None,
-  num_pieces: int | None = None,
-  sharding: NamedSharding | None = None,
-  chunk: Chunk | None = None,
-) -> jax.Array:
-  """Each supervised position's loss, for evaluation (no gradient).
-
-  Arguments as in `linear_cross_entropy`.
-
-  Returns:
-    float32 [B, T], weight times nats; 0 where the weight is 0.
-  """
-  options = _Options(softcap, num_pieces, sharding, chunk)
-  return _on_mesh(options, (), hidden, embedding, targets, weights)['losses']
+def _plain_losses(options, hidden, embedding, targets, weights):
+  """The reference: `_token_losses` from all logits at once."""
+  is_supervised = weights != 0
+  hidden = jnp.where(is_supervised[..., None], hidden, 0)
+  logits, _ = _capped(options, _dot('BTD,VD->BTV', hidden, embedding.astype(hidden.dtype)))
+  logits = logits[..., : options.num_pieces]
+  of_target = jnp.take_along_axis(
+    logits, targets[..., None], axis=-1, mode='fill', fill_value=-jnp.inf
+  )
+  nats = jax.nn.logsumexp(logits, axis=-1) - of_target[..., 0]
+  return jnp.where(is_supervised, weights * nats, 0.0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss_sum(options, hidden, embedding, targets, weights):
-  losses = _on_mesh(options, (), hidden, embedding, targets, weights)
-  return jnp.sum(losses['losses'])
+def _token_losses(options, hidden, embedding, targets, weights):
+  wanted = ('losses',)
+  return _on_mesh(_walk_once, options, wanted, hidden, embedding, targets, weights)['losses']
 
 
-def _loss_sum_forward(options, hidden, embedding, targets, weights):
-  """Loss and gradients in one pass; the embedding's only on demand."""
-  wanted = ['d_hidden']
-  if embedding.perturbed:
-    wanted.append('d_embedding')
+def _token_losses_forward(options, hidden, embedding, targets, weights):
+  """Losses and what the backward pass scales; the embedding's part on demand."""
   arrays = [x.value for x in (hidden, embedding, targets, weights)]
-  found = _on_mesh(options, tuple(wanted), *arrays)
-  gradients = found['d_hidden'], found.get('d_embedding')
-  return jnp.sum(found['losses']), gradients
+  wanted = ('losses', 'd_hidden')
+  if embedding.perturbed:
+    wanted += ('logsumexp', 'slope')
+  results = _on_mesh(_walk_once, options, wanted, *arrays)
+  second_walk = None
+  if embedding.perturbed:
+    second_walk = (*arrays[:3], results['logsumexp'], results['slope'])
+  return results['losses'], (arrays[3], results['d_hidden'], second_walk)
 
 
-def _loss_sum_backward(options, gradients, cotangent):
-  del options
-  scaled = jax.tree.map(lambda g: (cotangent * g.astype(jnp.float32)).astype(g.dtype), gradients)
-  return *scaled, None, None
+def _token_losses_backward(options, residuals, cotangent):
+  weights, d_hidden, second_walk = residuals
+  scale = jnp.where(weights == 0, 0.0, cotangent)[..., None]
+  d_hidden = (scale * d_hidden.astype(jnp.float32)).astype(d_hidden.dtype)
+  d_embedding = None
+  if second_walk is not None:
+    hidden, embedding, targets, *statistics = second_walk
+    d_embedding = _on_mesh(
+      _walk_again,
+      options,
+      ('d_embedding',),
+      *(hidden, embedding, targets, weights, cotangent, *statistics),
+    )['d_embedding']
+  return d_hidden, d_embedding, None, None
 
 
-_loss_sum.defvjp(_loss_sum_forward, _loss_sum_backward, symbolic_zeros=True)
+_token_losses.defvjp(_token_losses_forward, _token_losses_backward, symbolic_zeros=True)
 
 
 def _on_mesh(
-  options: _Options, wanted: tuple[str, ...], *arrays: jax.Array
+  walk: Callable[..., dict[str, jax.Array]],
+  options: _Options,
+  wanted: tuple[str, ...],
+  *arrays: jax.Array,
 ) -> dict[str, jax.Array]:
-  """`_on_device` with its results put together, on every device of the mesh."""
-  _, embedding, *_ = arrays
+  """What `walk` makes on every device of the mesh, put together.
+
+  Args:
+    walk: `_walk_once` or `_walk_again`.
+    options: static.
+    wanted: names of results.
+    *arrays: the walk's; all but the second, the embedding, are divided by rows.
+  """
+  embedding = arrays[1]
   if options.num_pieces is not None and options.num_pieces >= len(embedding):
     options = options._replace(num_pieces=None)
   if options.sharding is None or options.sharding.mesh.size == 1:
-    return _on_device(options, wanted, (), (), *arrays)
+    return walk(options, wanted, (), (), *arrays)
   mesh, rows = options.sharding.mesh, options.sharding.spec[0]
   rows = (rows,) if isinstance(rows, str) else tuple(rows)
   columns = tuple(axis for axis in mesh.axis_names if axis not in rows)
   by_row, by_column = PartitionSpec(rows), PartitionSpec(columns)
-  specs = {'losses': by_row, 'd_hidden': by_row, 'd_embedding': by_column}
   return jax.shard_map(
-    functools.partial(_on_device, options, wanted, rows, columns),
+    functools.partial(walk, options, wanted, rows, columns),
     mesh=mesh,
-    in_specs=(by_row, by_column, by_row, by_row),
-    out_specs={name: specs[name] for name in ('losses', *wanted)},
+    in_specs=(by_row, by_column, *[by_row] * len(arrays[2:])),
+    out_specs={name: by_column if name == 'd_embedding' else by_row for name in wanted},
     check_vma=False,  # the loops' states start equal and do not stay so
   )(*arrays)
 
 
-def _on_device(
+def _walk_once(
   options: _Options,
   wanted: tuple[str, ...],
   row_axes: tuple[str, ...],
@@ -175,44 +201,26 @@ def _on_device(
   targets: jax.Array,
   weights: jax.Array,
 ) -> dict[str, jax.Array]:
-  """Losses [B, T] and the wanted gradients, from one device's shares.
+  """Losses and more of each position, from one device's shares.
 
   Args:
     options: static.
-    wanted: of 'd_hidden', 'd_embedding'.
+    wanted: of 'losses', 'd_hidden' (a loss's gradient), 'logsumexp' and 'slope'
+      (the soft cap's, at the target's logit).
     row_axes: mesh axes over which rows are divided.
     column_axes: mesh axes over which the vocabulary is divided.
     hidden: [B, T, D], this device's rows.
     embedding: [V, D], this device's part of the vocabulary.
     targets: [B, T].
     weights: [B, T].
+
+  Returns:
+    name → float32 [B, T], or of `hidden`'s shape and dtype; 0 where the weight
+    is 0.
   """
-  shape, V = targets.shape, embedding.shape[0]
-  sizes, C_V = _chunk_sizes(options, targets.size)
-  # Supervised positions first, in order; behind them an index past the end,
-  # which reads as zeros of weight 0 and drops what is written.
-  end = targets.size
-  # A walk's last chunk ends less than sizes[-1] behind them, so that no slice
-  # of a chunk is moved back.
-  order = jnp.flatnonzero(weights, size=end + sizes[-1], fill_value=end)
-
-  def gather(x):
-    x = x.reshape(end, *x.shape[len(shape) :])
-    return jnp.take(x, order, axis=0, mode='fill', fill_value=0)
-
-  def scatter(x, like):
-    flat = jnp.zeros((end, *x.shape[1:]), like.dtype)
-    x = x.astype(like.dtype)
-    return flat.at[order].set(x, mode='drop').reshape(like.shape)
-
-  h, y, w = gather(hidden), gather(targets), gather(weights)  # [S, ...]
-  share = _Share(
-    h=h,
-    embedding=embedding,
-    offset=jax.lax.axis_index(column_axes) * V if column_axes else 0,
-    walks=_walks(sizes, jnp.count_nonzero(weights)),
-    tile_rows=min(C_V, V),
-  )
+  del row_axes
+  share = _share(options, column_axes, hidden, embedding, weights)
+  y, w = share.gather(targets), share.gather(weights)  # [S]
   total = lambda x: jax.lax.psum(x, column_axes) if column_axes else x
 
   m, s, g = _statistics(options, share, 'd_hidden' in wanted)
@@ -222,27 +230,46 @@ def _on_device(
   logsumexp = largest + jnp.log(s)
 
   # The target's row, from the device that has it.
-  local = y - share.offset
-  is_here = (local >= 0) & (local < V)
-  row = jnp.take(embedding, jnp.where(is_here, local, 0), axis=0)
+  number, is_here = share.row_of(y)
+  row = jnp.take(embedding, jnp.where(is_here, number, 0), axis=0)
   row = jnp.where(is_here[..., None], row, 0).astype(jnp.float32)
-  target_logit = total(jnp.sum(h.astype(jnp.float32) * row, axis=-1))
+  target_logit = total(jnp.sum(share.h.astype(jnp.float32) * row, axis=-1))
   target_logit, slope = _capped(options, target_logit)
   if options.num_pieces is not None:
     # A target behind the tokens has no probability; who checks losses stops.
     target_logit = jnp.where(y < options.num_pieces, target_logit, -jnp.inf)
 
-  found = {'losses': scatter(w * (logsumexp - target_logit), weights)}
+  results = {'losses': w * (logsumexp - target_logit), 'logsumexp': logsumexp, 'slope': slope}
+  results = {name: share.scatter(x, weights) for name, x in results.items() if name in wanted}
   if 'd_hidden' in wanted:
     d = g * (rescale / s)[..., None] - row * slope[..., None]
-    found['d_hidden'] = scatter(total(d) * w[..., None], hidden)
-  if 'd_embedding' in wanted:
-    d = _embedding_gradient(options, share, logsumexp, w)
-    of_target = -h.astype(jnp.float32) * (w * slope)[..., None]
-    d = d.at[jnp.where(is_here, local, V)].add(of_target, mode='drop')
-    d = jax.lax.psum(d, row_axes) if row_axes else d
-    found['d_embedding'] = d.astype(embedding.dtype)
-  return found
+    results['d_hidden'] = share.scatter(total(d) * w[..., None], hidden)
+  return results
+
+
+def _walk_again(
+  options: _Options,
+  wanted: tuple[str, ...],
+  row_axes: tuple[str, ...],
+  column_axes: tuple[str, ...],
+  hidden: jax.Array,
+  embedding: jax.Array,
+  targets: jax.Array,
+  weights: jax.Array,
+  cotangent: jax.Array,
+  logsumexp: jax.Array,
+  slope: jax.Array,
+) -> dict[str, jax.Array]:
+  """The embedding's gradient; arguments as in `_walk_once`, and its results."""
+  del wanted
+  share = _share(options, column_axes, hidden, embedding, weights)
+  w = share.gather(weights) * share.gather(cotangent)
+  d = _embedding_gradient(options, share, share.gather(logsumexp), w)
+  of_target = -share.h.astype(jnp.float32) * (w * share.gather(slope))[..., None]
+  number, is_here = share.row_of(share.gather(targets))
+  d = d.at[jnp.where(is_here, number, len(embedding))].add(of_target, mode='drop')
+  d = jax.lax.psum(d, row_axes) if row_axes else d
+  return {'d_embedding': d.astype(embedding.dtype)}
 
 
 class _Walk(NamedTuple):
@@ -281,6 +308,8 @@ class _Share(NamedTuple):
   Attributes:
     h: hidden states [S, D], supervised positions first.
     embedding: [V, D].
+    order: int32 [S], where the position stands in [B, T]; behind the supervised
+      ones B T, which reads as zeros and drops what is written.
     offset: number of the embedding's first row in the whole vocabulary.
     walks: chunks that hold a supervised position.
     tile_rows: C_V.
@@ -288,9 +317,25 @@ class _Share(NamedTuple):
 
   h: jax.Array
   embedding: jax.Array
+  order: jax.Array
   offset: jax.Array | int
   walks: list[_Walk]
   tile_rows: int
+
+  def gather(self, x: jax.Array) -> jax.Array:
+    """[B, T, ...] → [S, ...]."""
+    return _gather(x, self.order)
+
+  def scatter(self, x: jax.Array, like: jax.Array) -> jax.Array:
+    """[S, ...] → `like`'s shape and dtype, 0 where nothing is supervised."""
+    B, T, *rest = like.shape
+    flat = jnp.zeros((B * T, *rest), like.dtype)
+    return flat.at[self.order].set(x.astype(like.dtype), mode='drop').reshape(like.shape)
+
+  def row_of(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each token's row of `embedding`, and whether it is on this device."""
+    number = tokens - self.offset
+    return number, (number >= 0) & (number < len(self.embedding))
 
   def visit(self, visit_chunk: Callable[..., Any], state: Any) -> Any:
     """state = visit_chunk(start, size, state) for one chunk after the other."""
@@ -301,6 +346,28 @@ class _Share(NamedTuple):
 
       state = jax.lax.fori_loop(0, walk.count, visit_next, state)
     return state
+
+
+def _share(options, column_axes, hidden, embedding, weights) -> _Share:
+  """One device's share, from its arrays as `_walk_once` has them."""
+  V, end = len(embedding), weights.size
+  sizes, C_V = _chunk_sizes(options, end)
+  # A walk's last chunk ends less than sizes[-1] behind the supervised positions,
+  # so that no slice of a chunk is moved back.
+  order = jnp.flatnonzero(weights, size=end + sizes[-1], fill_value=end)
+  return _Share(
+    h=_gather(hidden, order),
+    embedding=embedding,
+    order=order,
+    offset=jax.lax.axis_index(column_axes) * V if column_axes else 0,
+    walks=_walks(sizes, jnp.count_nonzero(weights)),
+    tile_rows=min(C_V, V),
+  )
+
+
+def _gather(x: jax.Array, order: jax.Array) -> jax.Array:
+  x = x.reshape(-1, *x.shape[2:])
+  return jnp.take(x, order, axis=0, mode='fill', fill_value=0)
 
 
 def _statistics(options: _Options, share: _Share, with_gradient: bool):

@@ -55,8 +55,9 @@ class Model:
   ) -> jax.Array:
     """Weight times next-token loss of every position: float32 [B, T], nats.
 
-    Differentiable in whatever part of the variables is differentiated; weights
-    count as constants. Minus its sum over a row is the log-likelihood of the
+    Differentiable in whatever part of the variables is differentiated, once and
+    in reverse; a transformer with `plain_gradients` allows the rest (`jax.jvp`,
+    second derivatives). Weights count as constants. Minus its sum over a row is the log-likelihood of the
     row's targets, where weights are 0 and 1.
 
     Args:
@@ -73,4 +74,5 @@ class Model:
       softcap=self.transformer.config.final_softcap,
       num_pieces=self.num_pieces,
       sharding=self.transformer.hidden_sharding,
+      plain_gradients=self.transformer.plain_gradients,
     )

@@ -1,8 +1,11 @@
-"""The chunked loss against the plain one, and what it never computes."""
+"""The walk against the plain form, that against optax, and what is never computed."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gemma_jax.config.train import MeshConfig
@@ -30,16 +33,11 @@ def case():
   )
 
 
-def plain(hidden, embedding, targets, weights, softcap=None, num_pieces=None):
-  """Full logits and log_softmax, per position."""
-  logits = jnp.einsum('BTD,VD->BTV', hidden, embedding)
-  if softcap is not None:
-    logits = softcap * jnp.tanh(logits / softcap)
-  if num_pieces is not None:
-    logits = logits[..., :num_pieces]
-  log_probs = jax.nn.log_softmax(logits)
-  picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-  return -weights * picked
+plain = functools.partial(losses.token_cross_entropy, plain_gradients=True)
+
+
+def loss_sum(*args, **options):
+  return jnp.sum(losses.token_cross_entropy(*args, **options))
 
 
 OPTIONS = [{}, {'softcap': 3.0}, {'num_pieces': V - 6}, {'softcap': 3.0, 'num_pieces': V - 6}]
@@ -60,7 +58,7 @@ def test_equals_the_plain_loss_and_both_gradients(case, options, chunk):
   hidden, embedding, targets, weights = case
 
   def chunked_sum(h, e):
-    return 0.3 * losses.linear_cross_entropy(h, e, targets, weights, chunk=chunk, **options)
+    return 0.3 * loss_sum(h, e, targets, weights, chunk=chunk, **options)
 
   def plain_sum(h, e):
     return 0.3 * plain(h, e, targets, weights, **options).sum()
@@ -70,6 +68,79 @@ def test_equals_the_plain_loss_and_both_gradients(case, options, chunk):
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   for got, want in zip(grads, expected_grads, strict=True):
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def curved(losses):
+  """A scalar with another cotangent at each position of [..., B, T], some negative."""
+  coefficients = jnp.cos(jnp.arange(losses.size, dtype=jnp.float32)).reshape(losses.shape)
+  pair = jnp.sum(losses[..., 0, :]) - jnp.sum(losses[..., 1, :])
+  return jnp.sum(jnp.sin(losses) * coefficients) + jax.nn.softplus(0.3 * pair)
+
+
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
+def test_any_function_of_the_losses_has_its_gradients(case, options):
+  hidden, embedding, targets, weights = case
+  weights = weights * 0.7
+
+  def run(losses, **options):
+    loss = lambda h, e: curved(losses(h, e, targets, weights, **options))
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, embedding)
+
+  got = run(losses.token_cross_entropy, chunk=((4, 2), 11), **options)
+  toy.assert_close(got, run(plain, **options), 1e-5)
+
+
+@pytest.mark.parametrize('each', [jax.vmap, lambda f: functools.partial(jax.lax.map, f)])
+def test_mapped_members_have_cotangents_of_their_own(case, each):
+  """Hidden states and embeddings of several models, and one loss of all of them."""
+  hidden, embedding, targets, weights = case
+  many = jnp.stack([hidden, 2 * hidden]), jnp.stack([embedding, -embedding])
+
+  def run(losses):
+    return jax.jit(
+      jax.value_and_grad(lambda xs: curved(each(lambda x: losses(*x, targets, weights))(xs)))
+    )(many)
+
+  got = run(functools.partial(losses.token_cross_entropy, chunk=((4, 2), 11)))
+  toy.assert_close(got, run(plain), 1e-5)
+
+
+@pytest.mark.parametrize('losses', [losses.token_cross_entropy, plain], ids=['walk', 'plain'])
+def test_without_a_weight_there_is_no_gradient_whatever_the_cotangent(case, losses):
+  """The square root of 0 has an infinite slope; NaN stands where nothing counts."""
+  hidden, embedding, targets, weights = case
+  ignored = weights[..., None] == 0
+  noise = jnp.where(ignored, jnp.nan, 0.0)
+  loss = lambda h, e: jnp.sum(jnp.sqrt(losses(h, e, targets, weights)))
+  for grad in jax.grad(loss, (0, 1))(hidden + noise, embedding):
+    assert jnp.isfinite(grad).all()
+  grad = jax.grad(loss)(hidden + noise, embedding)
+  np.testing.assert_array_equal(jnp.where(ignored, grad, 0.0), jnp.zeros_like(grad))
+
+
+def test_losses_that_count_as_constants_have_no_gradient(case):
+  hidden, embedding, targets, weights = case
+
+  @jax.jit
+  def loss(h, e):
+    return h[0, 0, 0] + jnp.sum(
+      jax.lax.stop_gradient(losses.token_cross_entropy(h, e, targets, weights))
+    )
+
+  d_hidden, d_embedding = jax.grad(loss, (0, 1))(hidden, embedding)
+  assert d_hidden[0, 0, 0] == jnp.sum(jnp.abs(d_hidden)) == 1.0
+  assert not d_embedding.any()
+
+
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
+def test_the_plain_form_equals_optax(case, options):
+  hidden, embedding, targets, weights = case
+  logits = jnp.einsum('BTD,VD->BTV', hidden, embedding)
+  if 'softcap' in options:
+    logits = options['softcap'] * jnp.tanh(logits / options['softcap'])
+  logits = logits[..., : options.get('num_pieces')]
+  want = weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  np.testing.assert_allclose(plain(*case, **options), want, atol=1e-5)
 
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
@@ -82,7 +153,7 @@ def test_bfloat16_states_keep_float32_logits_and_loss(case):
   """Logits of about 30 in bfloat16 would be off by a tenth."""
   hidden, embedding, targets, weights = case
   hidden, embedding = (x.astype(jnp.bfloat16) for x in (10 * hidden, 3 * embedding))
-  loss = lambda h, e: losses.linear_cross_entropy(h, e, targets, weights)
+  loss = lambda h, e: loss_sum(h, e, targets, weights)
   value, grads = jax.value_and_grad(loss, (0, 1))(hidden, embedding)
   wide = (x.astype(jnp.float32) for x in (hidden, embedding))
   expected, expected_grads = jax.value_and_grad(loss, (0, 1))(*wide)
@@ -96,7 +167,7 @@ def test_bfloat16_states_keep_float32_logits_and_loss(case):
 
 def test_a_frozen_embedding_gets_no_gradient_buffer(case):
   hidden, embedding, targets, weights = case
-  loss = lambda h, e: losses.linear_cross_entropy(h, e, targets, weights, chunk=((4,), 11))
+  loss = lambda h, e: loss_sum(h, e, targets, weights, chunk=((4,), 11))
   frozen = jax.make_jaxpr(jax.grad(loss, 0))(hidden, embedding)
   trained = jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, embedding)
   buffer = f'f32[{V},{D}] = '
@@ -107,7 +178,7 @@ def test_a_frozen_embedding_gets_no_gradient_buffer(case):
 
 def test_nothing_supervised_gives_zero_and_finite_gradients(case):
   hidden, embedding, targets, _ = case
-  loss = lambda h: losses.linear_cross_entropy(h, embedding, targets, jnp.zeros((B, T)))
+  loss = lambda h: loss_sum(h, embedding, targets, jnp.zeros((B, T)))
   with jax.debug_nans(True):  # nor is there one that is dropped later
     value, grad = jax.value_and_grad(loss)(hidden)
   assert value == 0
@@ -118,8 +189,8 @@ def test_ignores_what_stands_at_unsupervised_positions(case):
   hidden, embedding, targets, weights = case
   noise = jnp.where(weights[..., None] == 0, jnp.nan, 0.0)
   other = jnp.where(weights == 0, 1, targets)
-  a = losses.linear_cross_entropy(hidden, embedding, targets, weights)
-  b = losses.linear_cross_entropy(hidden + noise, embedding, other, weights)
+  a = loss_sum(hidden, embedding, targets, weights)
+  b = loss_sum(hidden + noise, embedding, other, weights)
   assert a == b
 
 
@@ -172,25 +243,11 @@ def test_walks_take_every_position_once_and_little_more(sizes):
     assert supervised <= end <= max(0, supervised + sizes[-1] - 1)
 
 
-def test_vmap_over_hidden_states_equals_a_loop(case):
-  """Several adapters share targets and weights (ganged training)."""
-  hidden, embedding, targets, weights = case
-  many = jnp.stack([hidden, 2 * hidden])
-  loss = lambda h: losses.linear_cross_entropy(h, embedding, targets, weights)
-  values, grads = jax.vmap(jax.value_and_grad(loss))(many)
-  for i in range(2):
-    value, grad = jax.value_and_grad(loss)(many[i])
-    np.testing.assert_allclose(values[i], value, rtol=1e-6)
-    np.testing.assert_allclose(grads[i], grad, atol=1e-6)
-
-
 def test_scan_and_remat_change_nothing(case):
   """Accumulation scans over parts; gradients pass through both."""
   hidden, embedding, targets, weights = case
   loss = jax.checkpoint(
-    lambda h, *xs: losses.linear_cross_entropy(
-      h[None], embedding, *(x[None] for x in xs), chunk=((4,), 11)
-    )
+    lambda h, *xs: loss_sum(h[None], embedding, *(x[None] for x in xs), chunk=((4,), 11))
   )
 
   def total(h):
@@ -216,33 +273,35 @@ def test_a_mesh_changes_neither_loss_nor_gradients(sizes):
   weights = weights.astype(np.float32)
   options = {'softcap': 3.0, 'num_pieces': V - 9}
 
-  plain_options = {'softcap': 3.0, 'num_pieces': V - 9}
-  options = {**plain_options, 'sharding': sharding_lib.batch_sharding(mesh), 'chunk': ((4, 2), 5)}
+  def run(losses):
+    """Gradients of a sum, as a training step takes them; then of any function."""
 
-  def sharded(h, e):
-    return losses.linear_cross_entropy(h, e, targets, weights, **options)
+    def each(h, e):
+      return losses(h, e, targets, weights, **options)
 
-  def expected(h, e):
-    return plain(h, e, targets, weights, **plain_options).sum()
+    @jax.jit
+    def values(hidden, embedding):
+      summed = jax.value_and_grad(lambda h, e: jnp.sum(each(h, e)), (0, 1))
+      of_all = jax.value_and_grad(lambda h, e: curved(jax.vmap(each, (0, None))(h, e)), (0, 1))
+      return (
+        each(hidden[0], embedding),
+        jax.vmap(summed, (0, None))(hidden, embedding),
+        of_all(hidden, embedding),
+      )
 
-  def run(loss):
-    each = jax.vmap(jax.value_and_grad(loss, (0, 1)), (0, None))
-    return jax.jit(each)(hidden, embedding)
+    return values(hidden, embedding)
 
-  toy.assert_close(run(sharded), run(expected), 1e-5)
-  tokens = jax.jit(lambda h: losses.token_cross_entropy(h, embedding, targets, weights, **options))(
-    hidden[0]
+  sharded = functools.partial(
+    losses.token_cross_entropy, sharding=sharding_lib.batch_sharding(mesh), chunk=((4, 2), 5)
   )
-  want = plain(hidden[0], embedding, targets, weights, **plain_options)
-  toy.assert_close(tokens, want, 1e-5)
+  toy.assert_close(run(sharded), run(plain), 1e-5)
 
 
 def test_a_target_that_is_no_token_has_no_finite_loss(case):
   hidden, embedding, targets, weights = case
   b, t = map(int, jnp.argwhere(weights)[0])
   targets = targets.at[b, t].set(V - 2)
-  got = losses.token_cross_entropy(
-    hidden, embedding, targets, weights, num_pieces=V - 6, chunk=((4,), 11)
-  )
-  assert jnp.isinf(got[b, t])
-  assert jnp.isfinite(got.at[b, t].set(0.0)).all()
+  for form in (functools.partial(losses.token_cross_entropy, chunk=((4,), 11)), plain):
+    got = form(hidden, embedding, targets, weights, num_pieces=V - 6)
+    assert jnp.isinf(got[b, t])
+    assert jnp.isfinite(got.at[b, t].set(0.0)).all()
