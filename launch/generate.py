@@ -155,11 +155,11 @@ def main() -> int:
       source.config,
       None if tokenizer is None else tokenizer.vocab_size,
     )
+  sampler = sampler_lib.Sampler.of_base(source, tokenizer)
   weights = _WEIGHTS.value
   params = source.load_params(weights_lib.load_dtype(weights))
   variables = weights_lib.for_adapters(params, loaded, weights)
   del params  # what decoding does not use of it is freed
-  sampler = sampler_lib.Sampler(source.config, tokenizer)
 
   def generate(name, indices, on_tokens=None):
     generation = sampler.generate(

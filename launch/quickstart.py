@@ -87,7 +87,7 @@ def _answers(config, source, adapter: str) -> list[str]:
   variables = weights.for_adapters(
     source.load_params(config.model.dtype), align.load_adapters([adapter], source.config)
   )
-  sampler = sampler_lib.Sampler(source.config, tokenizer)
+  sampler = sampler_lib.Sampler.of_base(source, tokenizer)
   greedy = SamplingConfig(max_new_tokens=_MAX_NEW_TOKENS.value, temperature=0.0)
   texts = []
   for name in (align.BASE, adapter):

@@ -70,6 +70,7 @@ class BaseSource:
     make_tokenizer: makes the tokenizer, or None if there is none.
     read_chat_template: the Jinja template that came with the tokenizer, if one
       did.
+    read_stop_ids: tokens at which its folder says that an answer ends.
     read_trained_with: how the adapter that was merged into it was trained, if
       its folder says so.
   """
@@ -81,6 +82,7 @@ class BaseSource:
   files: tuple[Path, ...]
   make_tokenizer: Callable[[], 'Tokenizer | None']
   read_chat_template: Callable[[], str | None] = lambda: None
+  read_stop_ids: Callable[[], tuple[int, ...]] = lambda: ()
   read_trained_with: Callable[[], 'TrainedWith | None'] = lambda: None
 
   def tokenizer(self) -> 'Tokenizer | None':

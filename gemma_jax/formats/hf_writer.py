@@ -186,8 +186,7 @@ def _write_generation_config(path: Path, source: BaseSource, trained_on: str | N
     return
   shutil.copyfile(own, path)
   config = hf_tokenizer.read_object(path)
-  ids = config.get('eos_token_id')
-  ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+  ids = list(hf_tokenizer.parse_stop_ids(config, own))
   learned = {None: (), 'chat': (1, end_of_turn)}.get(trained_on, (1,))
   missing = [i for i in learned if i not in ids]
   if missing:

@@ -132,8 +132,8 @@ def _sample(run, params, sweep: Sweep, grid: GridConfig, workdir: str) -> None:
     run.source.config,
     run.config.model.scan_layers,
   )
-  sampler = sampler_lib.Sampler(
-    run.source.config, run.tokenizer, scan_layers=run.config.model.scan_layers
+  sampler = sampler_lib.Sampler.of_base(
+    run.source, run.tokenizer, scan_layers=run.config.model.scan_layers
   )
   sampling = SamplingConfig(max_new_tokens=grid.sample_tokens, temperature=0.0)
   names = ['base', *(cell.name for cell in cells)]
