@@ -146,7 +146,7 @@ class BaseSource:
 
     Raises:
       ValueError: a file changed since it was opened, or holds a value that is
-        not finite.
+        not finite, or not in `dtype`.
     """
     dtype = weight_dtype(self, dtype)
     abstract = layout.abstract_params(self.config, dtype, scan_layers)
@@ -207,6 +207,9 @@ class BaseSource:
 
     def fill(start: int, stop: int):
       chunk = tensor.read(start * rows, stop * rows)
+      # Before it is transposed, which is faster too.
+      dtype = parts[0].out.dtype
+      chunk = finite.narrow(chunk, dtype, tensor.name, self.reference, start * rows)
       chunk = chunk.reshape(stop - start, *stored[1:])
       for part in parts:
         part.take(chunk, start)

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gemma_jax.formats import base_source
+from gemma_jax.formats import base_source, finite
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -179,7 +179,8 @@ def write(path: Path, tensors: Mapping[str, 'base_source.StoredTensor'], dtype: 
 
         def copy(start, tensor=tensor, row_bytes=row_bytes, begin=begin):
           stop = min(start + base_source.chunk_rows(tensor.shape), tensor.shape[0])
-          rows = np.ascontiguousarray(tensor.read(start, stop), dtype)
+          rows = finite.narrow(tensor.read(start, stop), dtype, tensor.name, 'output', start)
+          rows = np.ascontiguousarray(rows, dtype)
           _write_at(descriptor, rows.reshape(-1).view(np.uint8), begin + start * row_bytes)
 
         step = base_source.chunk_rows(tensor.shape)
