@@ -21,8 +21,7 @@ _TOKENIZER = flags.DEFINE_string('tokenizer', '', app.TOKENIZER_HELP)
 _ADAPTER = flags.DEFINE_string(
   'adapter',
   '',
-  'PEFT folder or .lora.h5 file to merge into the base (with '
-  '--to=peft: to write as a PEFT folder).',
+  f'{app.ADAPTER_HELP}, to merge into the base (with --to=peft: to write as a PEFT folder).',
 )
 _TO = flags.DEFINE_enum(
   'to', 'hf', ['hf', 'flax', 'peft'], 'Hugging Face folder, Flax release (Orbax), or PEFT adapter.'

@@ -17,7 +17,7 @@ from launch import app
 _MODEL = flags.DEFINE_string('model', 'gemma3_270m', app.MODEL_HELP)
 _TOKENIZER = flags.DEFINE_string('tokenizer', '', app.TOKENIZER_HELP)
 _ADAPTERS = flags.DEFINE_multi_string(
-  'adapter', [], 'PEFT folder; may be repeated. `base` names the base itself.'
+  'adapter', [], f'{app.ADAPTER_HELP}; may be repeated. `base` names the base itself.'
 )
 _DATA = flags.DEFINE_string(
   'data',

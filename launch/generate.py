@@ -37,7 +37,7 @@ _TOKENIZER = flags.DEFINE_string('tokenizer', '', app.TOKENIZER_HELP)
 _ADAPTERS = flags.DEFINE_multi_string(
   'adapter',
   [],
-  'PEFT folder; may be repeated. `base` names the base itself, which several '
+  f'{app.ADAPTER_HELP}; may be repeated. `base` names the base itself, which several '
   'adapters are always compared with.',
 )
 _PROMPTS = flags.DEFINE_multi_string('prompt', [], 'What to answer or continue; may be repeated.')

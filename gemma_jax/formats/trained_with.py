@@ -87,7 +87,8 @@ def choose(by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]
   Args:
     by_adapter: how each was trained, by its name; None where nobody knows. A
       base with a merged adapter is one of them.
-    told: a value for each field of `TrainedWith`, None to take the adapters'.
+    told: a value for each field of `TrainedWith`, None to take the adapters';
+      a seq_len of 0 is None.
 
   Returns:
     The told values, else the adapters' common ones, else the defaults; of
@@ -98,6 +99,7 @@ def choose(by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]
     ValueError: adapters differ in a field that nothing was told of.
   """
   known = {name: t for name, t in by_adapter.items() if t is not None}
+  told = {**told, 'seq_len': told['seq_len'] or None}
   chosen, taken = {}, {}
   for field in dataclasses.fields(TrainedWith):
     values = {name: getattr(t, field.name) for name, t in known.items()}
