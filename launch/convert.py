@@ -10,8 +10,6 @@ logit_update_kept: how much of its update survived rounding, in the weights and
 in the logits of the check. Under 90 % is a warning.
 """
 
-import json
-
 from absl import flags
 
 from launch import app
@@ -50,6 +48,7 @@ _NESTED = flags.DEFINE_bool(
 
 def main() -> int:
   """Runs the command."""
+  from gemma_jax import files
   from gemma_jax.export import convert
 
   if not _OUTPUT.value:
@@ -66,7 +65,7 @@ def main() -> int:
     max_shard_bytes=_MAX_SHARD_BYTES.value,
     nested=_NESTED.value,
   )
-  print(json.dumps(result, allow_nan=False), flush=True)
+  print(files.to_json(result), flush=True)
   return 0
 
 

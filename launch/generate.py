@@ -21,10 +21,10 @@ adapter, prompt and sample:
 
 import dataclasses
 import itertools
-import json
 
 from absl import flags, logging
 
+from gemma_jax import files
 from gemma_jax.data import examples
 from gemma_jax.data.tokenizer import StreamDecoder, Tokenizer
 from launch import app
@@ -232,7 +232,7 @@ def _print_json(name, prompts, generation, tokenizer):
       'tokens': ids,
       'tokens_per_second': generation.tokens_per_second,
     }
-    text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+    text = files.to_json(line, ensure_ascii=False)
     print(text, flush=True)
 
 

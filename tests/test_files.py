@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -67,6 +68,41 @@ def test_json_and_json_lines(root):
   assert json.loads(files.path(f'{root}/one.json').read_text()) == {'a': 7}
   text = files.path(f'{root}/two.jsonl').read_text()
   assert text == '{"b": "가"}\n{"b": 3}\n'
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), float('-inf')])
+def test_no_json_says_what_json_cannot(bad, tmp_path):
+  writer = metrics.MetricsWriter(str(tmp_path / 'run'), 0)
+  writer.write(1, {'loss_nats_per_token': 2.5})
+  value = {'a': 1.5, 'b': {'c': [None, 2, bad]}}
+  place = rf'b\.c\[2\] is {bad}, expected a finite number'
+  for path, write in (
+    ('one.json', lambda: files.write_json(tmp_path / 'one.json', value)),
+    ('two.jsonl, line 2', lambda: files.write_json_lines(tmp_path / 'two.jsonl', [{}, value])),
+    ('one.json', lambda: workdir.write_json(str(tmp_path), 'one.json', value)),
+  ):
+    with pytest.raises(ValueError, match=rf'{path}: {place}'):
+      write()
+  with pytest.raises(ValueError, match=r'metrics\.jsonl, step 2: grad_norm is'):
+    writer.write(2, {'loss_nats_per_token': 2.0, 'grad_norm': bad})
+  writer.close()
+  assert metrics.read(tmp_path / 'run' / 'metrics.jsonl') == [
+    {'step': 1, 'loss_nats_per_token': 2.5}
+  ]
+  assert names(tmp_path)[0] == 'run/metrics.jsonl'
+  assert files.to_json({'missing': None}) == '{"missing": null}'
+
+
+def test_one_function_makes_all_json():
+  """Others make keys and digests of it, which nobody reads."""
+  of_keys = {'config/train.py', 'data/record.py', 'runs/hosts.py', 'sweep/plan.py'}
+  made_by = {
+    str(path.relative_to(ROOT / room))
+    for room in ('gemma_jax', 'launch')
+    for path in (ROOT / room).rglob('*.py')
+    if re.search(r'\bjson\.dumps?\(', path.read_text('utf-8'))
+  }
+  assert made_by == {'files.py', *of_keys}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -18,7 +18,6 @@ a token of the base's own has among them stays.
 
 from collections.abc import Mapping
 import dataclasses
-import json
 import math
 from pathlib import Path
 import shutil
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_jax import files
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.formats import (
   base_source,
@@ -232,5 +232,5 @@ def _write_weights(
 
 
 def _write_json(path: Path, value: Any):
-  text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
+  text = files.to_json(value, path.name, indent=2, sort_keys=True)
   path.write_text(text + '\n', 'utf-8')

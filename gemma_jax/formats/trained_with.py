@@ -11,12 +11,12 @@ worse, and nothing else says so.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
+from gemma_jax import files
 from gemma_jax.config.train import DataConfig
 from gemma_jax.data import templates
 from gemma_jax.formats import hf_safetensors
@@ -46,7 +46,7 @@ class TrainedWith:
 
   def write(self, folder: Path):
     """Writes gemma_jax.json."""
-    text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+    text = files.to_json(dataclasses.asdict(self), NAME, indent=2, sort_keys=True)
     (folder / NAME).write_text(text + '\n', 'utf-8')
 
   @classmethod

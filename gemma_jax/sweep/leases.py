@@ -75,7 +75,7 @@ def take(folder: str | os.PathLike, name: str, expiry_secs: float = EXPIRY_SECS)
   except FileExistsError:
     return None
   with os.fdopen(descriptor, 'w', encoding='utf-8') as f:
-    json.dump(_me(), f)
+    f.write(files.to_json(_me(), path))
   return Lease(path, expiry_secs)
 
 
