@@ -17,7 +17,6 @@ import json
 import math
 import os
 from pathlib import Path
-import tempfile
 from typing import Any
 
 from etils import epath
@@ -201,13 +200,17 @@ def fetch(name: str | os.PathLike) -> Path:
   if copy.exists() or not found:
     return copy
   kept.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as part:
+  with temporary.folder(kept) as part:
+    temporary.remove_leftovers(kept, temporary.NEW, part.path)
     for file in found:
-      to = Path(part) / Path(root).name / os.path.relpath(file, root)
+      to = part.path / Path(root).name / os.path.relpath(file, root)
       to.parent.mkdir(parents=True, exist_ok=True)
       store.get_file(file, str(to))
-    if not kept.exists():  # another process may have been faster
-      os.rename(part, kept)
+    try:
+      part.publish(kept)
+    except OSError:
+      if not copy.exists():  # else another process was faster
+        raise
   return copy
 
 
