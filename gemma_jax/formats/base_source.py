@@ -35,6 +35,16 @@ if TYPE_CHECKING:
 # of a large matrix, so that what transposes them writes long runs.
 CHUNK_ELEMENTS = 1 << 20
 
+# Fields of an architecture that have always been in its fingerprint.
+_FIRST_FIELDS = frozenset(
+  (
+    *('vocab_size', 'embed_dim', 'hidden_dim', 'num_layers', 'num_heads', 'num_kv_heads'),
+    *('head_dim', 'query_scale', 'layer_is_local', 'window_size', 'rope_theta'),
+    *('rope_local_theta', 'rope_scale', 'use_qk_norm', 'use_post_norms', 'attention_softcap'),
+    *('final_softcap', 'norm_eps', 'max_positions'),
+  )
+)
+
 _FINGERPRINT_BLOCKS = 256
 _FINGERPRINT_BLOCK_BYTES = 1 << 16
 
@@ -109,7 +119,7 @@ class BaseSource:
     of a small file, and cheap for a large one. It tells one base from another
     wherever they lie; it does not detect a few flipped bytes.
     """
-    digest = hashlib.sha256(repr(self.config).encode())
+    digest = hashlib.sha256(_described(self.config).encode())
     if not self.files:
       digest.update(self.reference.encode())
     for path in self.files:
@@ -219,6 +229,19 @@ class BaseSource:
       for i in range(0, stored[0], step)
       if any(part.meets(i, i + step) for part in parts)
     ]
+
+
+def _described(config: ModelConfig) -> str:
+  """An architecture as text.
+
+  A field that came later counts where it differs from its default: what was
+  trained before there was one goes on.
+  """
+  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+  for field in dataclasses.fields(config):
+    if field.name not in _FIRST_FIELDS and values[field.name] == field.default:
+      del values[field.name]
+  return f'ModelConfig({", ".join(f"{name}={value!r}" for name, value in values.items())})'
 
 
 def _run(jobs: list[Callable[[], None]], pool: futures.Executor):
