@@ -49,10 +49,12 @@ _NO_FIELD = re.compile(r"Field (\w+) not found .*'([\w.]+)\.(\w+)'")
 _NO_FILE = re.compile(r"Failed loading config file .* '(.*)'", re.DOTALL)
 _BROKEN_FILE = 'Error whilst parsing config file'
 
-# A field of a config in a message: its flag, or its name (no part of a path).
-_FIELD = re.compile(
+# A setting in a message: its flag, its name (no part of a path), or an argument
+# that it begins with.
+_SETTING = re.compile(
   r'--config\.((?:[a-z_0-9]+\.)*[a-z_0-9]+)'
   r'|(?<![\w./\'"-])((?:data|model|lora|optimizer|mesh)\.[a-z_0-9]+)(?![\w/]|\.\w)'
+  r'|^([a-z_]+)(?=: got )'
 )
 # What flags of commands without a config call fields, where not by their names.
 _FLAG_OF = {
@@ -247,15 +249,15 @@ def _own_flags(text: str) -> str:
   launch.evaluate. Beside a config, a flag counts if it was given.
   """
 
-  def own(field: re.Match) -> str:
-    path = field[1] or field[2]
+  def own(setting: re.Match) -> str:
+    path = setting[1] or setting[2] or setting[3]
     for name in (_FLAG_OF.get(path), path.rpartition('.')[2]):
       is_flag = name is not None and name in flags.FLAGS
       if is_flag and ('config' not in flags.FLAGS or flags.FLAGS[name].present):
         return f'--{name}'
-    return field[0]
+    return setting[0]
 
-  return _FIELD.sub(own, text)
+  return _SETTING.sub(own, text)
 
 
 def _explain(text: str) -> str:

@@ -207,6 +207,7 @@ def test_messages_name_the_settings_of_the_command(command, given, shown):
 from absl import flags
 from launch import app, {command}
 flags.FLAGS(['x', *{given.split()}])
+assert app._own_flags('top_p: got 2') == ('--' if {command == 'generate'} else '') + 'top_p: got 2'
 print(app._own_flags('data.template: x; data.path, model.path, (model.tokenizer), model.dtype.')
       + {kept!r})
 """
