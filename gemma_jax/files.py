@@ -10,13 +10,13 @@ A disk gets a temporary file that is flushed and renamed. An object store puts
 an object whole; it can neither rename nor append, so neither is asked of it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import functools
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
-import tempfile
 from typing import Any
 
 from etils import epath
@@ -69,14 +69,51 @@ def write(name: str | os.PathLike, content: str | bytes) -> None:
     os.replace(new, target)
 
 
+def to_json(value: Any, name: str | os.PathLike = 'output', **layout: Any) -> str:
+  """JSON text, with null alone for what is missing: JSON has no NaN or Infinity.
+
+  Args:
+    value: of dicts, lists, strings, numbers, booleans and None.
+    name: of the file or the like, for the message.
+    **layout: `indent`, `sort_keys` and `ensure_ascii` of `json.dumps`.
+
+  Raises:
+    ValueError: a number is NaN or infinite; says which.
+  """
+  try:
+    return json.dumps(value, allow_nan=False, **layout)
+  except ValueError:
+    for place, number in _not_finite(value, ''):
+      raise ValueError(
+        f'{name}: {place or "value"} is {number}, expected a finite number.'
+      ) from None
+    raise
+
+
+def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
+  """('evals[3].loss', nan) of each number that is not finite."""
+  if isinstance(value, float):
+    if not math.isfinite(value):
+      yield place, value
+  elif isinstance(value, Mapping):
+    for key, each in value.items():
+      yield from _not_finite(each, f'{place}.{key}' if place else str(key))
+  elif isinstance(value, list | tuple):
+    for i, each in enumerate(value):
+      yield from _not_finite(each, f'{place}[{i}]')
+
+
 def write_json(name: str | os.PathLike, value: Mapping[str, Any]) -> None:
-  """Writes a JSON object for people to read."""
-  write(name, json.dumps(value, indent=2) + '\n')
+  """Writes a JSON object for people to read; ValueError as `to_json`."""
+  write(name, to_json(value, name, indent=2) + '\n')
 
 
 def write_json_lines(name: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-  """Writes JSON Lines."""
-  write(name, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
+  """Writes JSON Lines; ValueError as `to_json`."""
+  lines = (
+    to_json(row, f'{name}, line {number}', ensure_ascii=False) for number, row in enumerate(rows, 1)
+  )
+  write(name, ''.join(f'{line}\n' for line in lines))
 
 
 def read_text(name: str | os.PathLike) -> str:
@@ -163,13 +200,17 @@ def fetch(name: str | os.PathLike) -> Path:
   if copy.exists() or not found:
     return copy
   kept.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as part:
+  with temporary.folder(kept) as part:
+    temporary.remove_leftovers(kept, temporary.NEW, part.path)
     for file in found:
-      to = Path(part) / Path(root).name / os.path.relpath(file, root)
+      to = part.path / Path(root).name / os.path.relpath(file, root)
       to.parent.mkdir(parents=True, exist_ok=True)
       store.get_file(file, str(to))
-    if not kept.exists():  # another process may have been faster
-      os.rename(part, kept)
+    try:
+      part.publish(kept)
+    except OSError:
+      if not copy.exists():  # else another process was faster
+        raise
   return copy
 
 

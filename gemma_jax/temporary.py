@@ -6,6 +6,9 @@
 
 TOKEN is random and each is made exclusively, so nobody can put a link where a
 writer is going to write: what others planted is neither followed nor removed.
+It ends with a checksum of itself and NAME, so that a file of a user's that is
+merely called alike is told from ours. (A mark inside would come after the
+making, and go before the last rename: what is killed there would have none.)
 A writer holds a lock of the kernel, which ends with its process, however that
 ends. So what a killed one left is known by its name, its owner and its lock.
 """
@@ -13,6 +16,7 @@ ends. So what a killed one left is known by its name, its owner and its lock.
 from collections.abc import Iterator
 import contextlib
 import fcntl
+import hashlib
 import os
 from pathlib import Path
 import re
@@ -49,16 +53,23 @@ class Folder(NamedTuple):
 
 def name(target: Path, kind: str) -> Path:
   """A name beside the target that nobody can guess."""
-  return target.with_name(f'.{target.name}.{secrets.token_hex(8)}.{kind}')
+  drawn = secrets.token_hex(8)
+  return target.with_name(f'.{target.name}.{drawn}{_checksum(target.name, drawn)}.{kind}')
 
 
 def is_temporary(candidate: str, target: str, kind: str) -> bool:
   """Whether a file's name is a temporary one of a target's name.
 
-  A name without a token may be anybody's.
+  Any other, with other digits in place of a token too, may be anybody's.
   """
-  pattern = rf'\.{re.escape(target)}\.[0-9a-f]{{16}}\.{kind}'
-  return re.fullmatch(pattern, candidate) is not None
+  pattern = rf'\.{re.escape(target)}\.([0-9a-f]{{16}})([0-9a-f]{{8}})\.{kind}'
+  match = re.fullmatch(pattern, candidate)
+  return match is not None and match[2] == _checksum(target, match[1])
+
+
+def _checksum(target: str, drawn: str) -> str:
+  """The last 8 digits of a token."""
+  return hashlib.sha256(os.fsencode(f'gemma_jax {target} {drawn}')).hexdigest()[:8]
 
 
 @contextlib.contextmanager

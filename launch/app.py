@@ -27,6 +27,7 @@ import tqdm
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error instead of one line.')
 
 # What commands say of the flags that they share.
+ADAPTER_HELP = 'PEFT folder, or .lora.h5 file of Keras'
 MODEL_HELP = (
   'Base: gemma3_270m, a .gguf file, a Hugging Face or Flax release folder, '
   'hf:OWNER/NAME, or random:VARIANT.'
@@ -46,8 +47,24 @@ USER_ERRORS = (ValueError, OSError, KeyError, FloatingPointError)
 # How ml_collections says what `_explain` says.
 _NO_FIELD = re.compile(r"Field (\w+) not found .*'([\w.]+)\.(\w+)'")
 _NO_FILE = re.compile(r"Failed loading config file .* '(.*)'", re.DOTALL)
-_CONFIG_FLAG = re.compile(r'--config(?:\.[a-z_0-9]+)*\.([a-z_0-9]+)')
 _BROKEN_FILE = 'Error whilst parsing config file'
+
+# A setting in a message: its flag, its name (no part of a path), or an argument
+# that it begins with.
+_SETTING = re.compile(
+  r'--config\.((?:[a-z_0-9]+\.)*[a-z_0-9]+)'
+  r'|(?<![\w./\'"-])((?:data|model|lora|optimizer|mesh)\.[a-z_0-9]+)(?![\w/]|\.\w)'
+  r'|^([a-z_]+)(?=: got )'
+)
+# What flags of commands without a config call fields, where not by their names.
+_FLAG_OF = {
+  'data.path': 'data',
+  'data.global_batch_size': 'batch_size',
+  'data.max_eval_records': 'max_records',
+  'lora.path': 'adapter',
+  'model.path': 'model',
+  'model.dtype': 'weights',
+}
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -226,13 +243,21 @@ def _one_line(e: Exception) -> str:
 
 
 def _own_flags(text: str) -> str:
-  """Advice in the flags of this command, which may have no --config.
+  """A message in the flags of this command, which may have no --config.
 
-  --config.data.seq_len of launch.train is --seq_len of launch.evaluate.
+  data.seq_len, or --config.data.seq_len, of launch.train is --seq_len of
+  launch.evaluate. Beside a config, a flag counts if it was given.
   """
-  if 'config' in flags.FLAGS:
-    return text
-  return _CONFIG_FLAG.sub(lambda flag: f'--{flag[1]}' if flag[1] in flags.FLAGS else flag[0], text)
+
+  def own(setting: re.Match) -> str:
+    path = setting[1] or setting[2] or setting[3]
+    for name in (_FLAG_OF.get(path), path.rpartition('.')[2]):
+      is_flag = name is not None and name in flags.FLAGS
+      if is_flag and ('config' not in flags.FLAGS or flags.FLAGS[name].present):
+        return f'--{name}'
+    return setting[0]
+
+  return _SETTING.sub(own, text)
 
 
 def _explain(text: str) -> str:

@@ -10,8 +10,6 @@ logit_update_kept: how much of its update survived rounding, in the weights and
 in the logits of the check. Under 90 % is a warning.
 """
 
-import json
-
 from absl import flags
 
 from launch import app
@@ -21,8 +19,7 @@ _TOKENIZER = flags.DEFINE_string('tokenizer', '', app.TOKENIZER_HELP)
 _ADAPTER = flags.DEFINE_string(
   'adapter',
   '',
-  'PEFT folder or .lora.h5 file to merge into the base (with '
-  '--to=peft: to write as a PEFT folder).',
+  f'{app.ADAPTER_HELP}, to merge into the base (with --to=peft: to write as a PEFT folder).',
 )
 _TO = flags.DEFINE_enum(
   'to', 'hf', ['hf', 'flax', 'peft'], 'Hugging Face folder, Flax release (Orbax), or PEFT adapter.'
@@ -51,6 +48,7 @@ _NESTED = flags.DEFINE_bool(
 
 def main() -> int:
   """Runs the command."""
+  from gemma_jax import files
   from gemma_jax.export import convert
 
   if not _OUTPUT.value:
@@ -67,7 +65,7 @@ def main() -> int:
     max_shard_bytes=_MAX_SHARD_BYTES.value,
     nested=_NESTED.value,
   )
-  print(json.dumps(result, allow_nan=False), flush=True)
+  print(files.to_json(result), flush=True)
   return 0
 
 

@@ -8,8 +8,6 @@ adapter: adapter, nll (sum, nats), tokens, nll_per_token, perplexity, examples,
 and template and loss_on, with which it was measured.
 """
 
-import json
-
 from absl import flags, logging
 
 from launch import app
@@ -17,7 +15,7 @@ from launch import app
 _MODEL = flags.DEFINE_string('model', 'gemma3_270m', app.MODEL_HELP)
 _TOKENIZER = flags.DEFINE_string('tokenizer', '', app.TOKENIZER_HELP)
 _ADAPTERS = flags.DEFINE_multi_string(
-  'adapter', [], 'PEFT folder; may be repeated. `base` names the base itself.'
+  'adapter', [], f'{app.ADAPTER_HELP}; may be repeated. `base` names the base itself.'
 )
 _DATA = flags.DEFINE_string(
   'data',
@@ -111,7 +109,7 @@ def main() -> int:
     logging.info('%s: %.4f nats/token', name, found.nll_per_token)
     told = {'template': chosen.template, 'loss_on': chosen.loss_on}
     line = {'adapter': name, **found.line(), **told}
-    print(json.dumps(line, allow_nan=False), flush=True)
+    print(files.to_json(line), flush=True)
     for index, nll, tokens in zip(examples.record_ids, found.nll, found.tokens, strict=True):
       rows.append({'adapter': name, 'index': int(index), 'nll': float(nll), 'tokens': int(tokens)})
   if _PER_EXAMPLE.value:

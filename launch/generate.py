@@ -21,10 +21,10 @@ adapter, prompt and sample:
 
 import dataclasses
 import itertools
-import json
 
 from absl import flags, logging
 
+from gemma_jax import files
 from gemma_jax.data import examples
 from gemma_jax.data.tokenizer import StreamDecoder, Tokenizer
 from launch import app
@@ -37,7 +37,7 @@ _TOKENIZER = flags.DEFINE_string('tokenizer', '', app.TOKENIZER_HELP)
 _ADAPTERS = flags.DEFINE_multi_string(
   'adapter',
   [],
-  'PEFT folder; may be repeated. `base` names the base itself, which several '
+  f'{app.ADAPTER_HELP}; may be repeated. `base` names the base itself, which several '
   'adapters are always compared with.',
 )
 _PROMPTS = flags.DEFINE_multi_string('prompt', [], 'What to answer or continue; may be repeated.')
@@ -155,11 +155,11 @@ def main() -> int:
       source.config,
       None if tokenizer is None else tokenizer.vocab_size,
     )
+  sampler = sampler_lib.Sampler.of_base(source, tokenizer)
   weights = _WEIGHTS.value
   params = source.load_params(weights_lib.load_dtype(weights))
   variables = weights_lib.for_adapters(params, loaded, weights)
   del params  # what decoding does not use of it is freed
-  sampler = sampler_lib.Sampler(source.config, tokenizer)
 
   def generate(name, indices, on_tokens=None):
     generation = sampler.generate(
@@ -232,7 +232,7 @@ def _print_json(name, prompts, generation, tokenizer):
       'tokens': ids,
       'tokens_per_second': generation.tokens_per_second,
     }
-    text = json.dumps(line, ensure_ascii=False, allow_nan=False)
+    text = files.to_json(line, ensure_ascii=False)
     print(text, flush=True)
 
 

@@ -10,7 +10,6 @@ token, bootstrap over records; null with fewer than 10). It is about this one
 adapter: another seed would train another.
 """
 
-import json
 import os
 import textwrap
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from ml_collections import config_flags
 import numpy as np
 
+from gemma_jax import files
 from launch import app
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -68,7 +68,7 @@ def main() -> int:
     'answer_adapted': answers[1],
     'difference_interval': interval,
   }
-  print(json.dumps(result, ensure_ascii=False))
+  print(files.to_json(result, ensure_ascii=False))
   return 0
 
 
@@ -87,7 +87,7 @@ def _answers(config, source, adapter: str) -> list[str]:
   variables = weights.for_adapters(
     source.load_params(config.model.dtype), adapter_lib.load_adapters([adapter], source.config)
   )
-  sampler = sampler_lib.Sampler(source.config, tokenizer)
+  sampler = sampler_lib.Sampler.of_base(source, tokenizer)
   greedy = SamplingConfig(max_new_tokens=_MAX_NEW_TOKENS.value, temperature=0.0)
   texts = []
   for name in (adapter_lib.BASE, adapter):

@@ -4,12 +4,11 @@
       --model=random:gemma_2b
 """
 
-import json
-
 from absl import flags
 import jax.numpy as jnp
 from ml_collections import config_flags
 
+from gemma_jax import files
 from launch import app
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -31,7 +30,7 @@ def main() -> int:
   config, _ = adapter.start_from(config, base)
   dtype = config.model.dtype
   found = summary.summarize(config, base.config, jnp.dtype('float32' if dtype == 'auto' else dtype))
-  print(json.dumps(found.to_json()) if _FORMAT.value == 'json' else found.table())
+  print(files.to_json(found.to_json()) if _FORMAT.value == 'json' else found.table())
   return 0
 
 

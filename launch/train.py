@@ -15,7 +15,6 @@ every worker runs the same command (`launch/multihost.py`).
 """
 
 from collections.abc import Callable
-import json
 import os
 
 from absl import flags, logging
@@ -72,6 +71,7 @@ def main() -> int:
 
 
 def _train(config, workdir: str, should_stop: Callable[[], bool]) -> int:
+  from gemma_jax import files
   from gemma_jax.runs import hosts, train
 
   app.set_compilation_cache(config.compilation_cache)
@@ -93,7 +93,7 @@ def _train(config, workdir: str, should_stop: Callable[[], bool]) -> int:
     config.data.template,
   )
   if hosts.is_lead():
-    print(json.dumps(result))
+    print(files.to_json(result))
   return 0
 
 
@@ -101,6 +101,7 @@ def forecast(config) -> int:
   """Prints what the run would need on --topology; 1 if it does not fit."""
   import jax
 
+  from gemma_jax import files
   from gemma_jax.tpu import forecast, topology
 
   if not _DRY_RUN.value:
@@ -110,7 +111,7 @@ def forecast(config) -> int:
   find = forecast.largest_fit if _FIT.value else forecast.forecast
   found = find(config, topology.parse(_TOPOLOGY.value))
   is_text = _FORMAT.value == 'text'
-  print(found.report() if is_text else json.dumps(found.to_json()))
+  print(found.report() if is_text else files.to_json(found.to_json()))
   return 0 if found.fits else 1
 
 

@@ -5,6 +5,8 @@ import gzip
 import json
 import os
 from pathlib import Path
+import re
+import shutil
 import subprocess
 import sys
 
@@ -69,6 +71,41 @@ def test_json_and_json_lines(root):
   assert text == '{"b": "가"}\n{"b": 3}\n'
 
 
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), float('-inf')])
+def test_no_json_says_what_json_cannot(bad, tmp_path):
+  writer = metrics.MetricsWriter(str(tmp_path / 'run'), 0)
+  writer.write(1, {'loss_nats_per_token': 2.5})
+  value = {'a': 1.5, 'b': {'c': [None, 2, bad]}}
+  place = rf'b\.c\[2\] is {bad}, expected a finite number'
+  for path, write in (
+    ('one.json', lambda: files.write_json(tmp_path / 'one.json', value)),
+    ('two.jsonl, line 2', lambda: files.write_json_lines(tmp_path / 'two.jsonl', [{}, value])),
+    ('one.json', lambda: workdir.write_json(str(tmp_path), 'one.json', value)),
+  ):
+    with pytest.raises(ValueError, match=rf'{path}: {place}'):
+      write()
+  with pytest.raises(ValueError, match=r'metrics\.jsonl, step 2: grad_norm is'):
+    writer.write(2, {'loss_nats_per_token': 2.0, 'grad_norm': bad})
+  writer.close()
+  assert metrics.read(tmp_path / 'run' / 'metrics.jsonl') == [
+    {'step': 1, 'loss_nats_per_token': 2.5}
+  ]
+  assert names(tmp_path)[0] == 'run/metrics.jsonl'
+  assert files.to_json({'missing': None}) == '{"missing": null}'
+
+
+def test_one_function_makes_all_json():
+  """Others make keys and digests of it, which nobody reads."""
+  of_keys = {'config/train.py', 'data/record.py', 'runs/hosts.py', 'sweep/plan.py'}
+  made_by = {
+    str(path.relative_to(ROOT / room))
+    for room in ('gemma_jax', 'launch')
+    for path in (ROOT / room).rglob('*.py')
+    if re.search(r'\bjson\.dumps?\(', path.read_text('utf-8'))
+  }
+  assert made_by == {'files.py', *of_keys}
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / 'a.txt'
   files.write(path, 'old')
@@ -86,14 +123,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 TOKEN = '0123456789abcdef'
 
 
-@pytest.mark.parametrize('name', ['.a.txt.tmp', f'.a.txt.{TOKEN}.tmp'])
-def test_a_planted_link_is_neither_followed_nor_removed(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize('is_guessed', [False, True])
+def test_a_planted_link_is_neither_followed_nor_removed(tmp_path, monkeypatch, is_guessed):
   """The second one stands where the writer wanted to make its own."""
-  victim, link = tmp_path / 'victim', tmp_path / name
+  tokens = iter((TOKEN, TOKEN, 'f' * 16))
+  monkeypatch.setattr('secrets.token_hex', lambda _: next(tokens))
+  made = temporary.name(tmp_path / 'a.txt', temporary.FILE)
+  victim, link = tmp_path / 'victim', made if is_guessed else tmp_path / '.a.txt.tmp'
   victim.write_text('precious')
   link.symlink_to(victim)
-  tokens = iter((TOKEN, 'f' * 16))
-  monkeypatch.setattr('secrets.token_hex', lambda _: next(tokens))
   files.write(tmp_path / 'a.txt', 'new')
   assert victim.read_text() == 'precious'
   assert link.is_symlink()
@@ -112,12 +150,14 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(
   assert done.returncode == -9
   (left,) = tmp_path.iterdir()
   assert temporary.is_temporary(left.name, 'a.txt', temporary.FILE)
-  foreign = tmp_path / f'.a.txt.{TOKEN}.tmp'
+  foreign = temporary.name(path, temporary.FILE)
   foreign.write_text('')
-  kept = []
+  alike = tmp_path / f'.a.txt.{TOKEN}.tmp'  # a user's own
+  alike.write_text('mine')
+  kept = [alike]
   if os.geteuid() == 0:
     os.chown(foreign, 12345, -1)
-    kept = [foreign]
+    kept.append(foreign)
 
   with temporary.file(path) as (new, f):
     files.write(path, 'second')
@@ -190,6 +230,28 @@ def test_a_copy_is_fetched_once_and_again_when_it_changed(bucket, tmp_path, monk
   one = files.fetch(f'{bucket}/model/in/weights')
   assert (one.name, one.read_text()) == ('weights', 'abc')
   assert not files.fetch(f'{bucket}/nothing').exists()
+
+
+def test_two_processes_that_fetch_the_same_both_have_it(bucket, tmp_path, monkeypatch):
+  """The other one ends between any check and the rename; one more was killed."""
+  monkeypatch.setenv('HOME', str(tmp_path))
+  files.write(f'{bucket}/raced/config.json', '1')
+  rename, left = os.rename, []
+
+  def overtaken(new, kept):
+    shutil.copytree(new, kept)
+    left.append(temporary.name(Path(kept), temporary.NEW))
+    left[0].mkdir()
+    rename(new, kept)
+
+  monkeypatch.setattr(os, 'rename', overtaken)
+  copy = files.fetch(f'{bucket}/raced')
+  assert names(copy) == ['config.json']
+  monkeypatch.undo()
+  monkeypatch.setenv('HOME', str(tmp_path))
+  shutil.rmtree(copy.parent)
+  assert files.fetch(f'{bucket}/raced') == copy
+  assert list(copy.parent.parent.iterdir()) == [copy.parent]
 
 
 def test_a_local_path_is_its_own_copy(monkeypatch, tmp_path):

@@ -37,12 +37,14 @@ class Estimate(NamedTuple):
       records.
     seeds: S.
     records: N, those with supervised tokens.
+    effective: as how many records of one length they count.
   """
 
   mean: float
   parts: tuple[tuple[float, float], ...]
   seeds: int
   records: int
+  effective: float
 
   @property
   def over(self) -> str:
@@ -136,14 +138,13 @@ def estimate(contrast: np.ndarray, tokens: np.ndarray) -> Estimate | None:
     return None
   by_seed = contrast.sum(1) / tokens.sum()
   mean = float(by_seed.mean())
-  parts = []
+  parts, size = [], effective(tokens)
   if N >= FEWEST_RECORDS:
-    size = effective(tokens)
     residual = (contrast.mean(0) - mean * tokens) / tokens.sum()
     parts.append((float((residual**2).sum() * size / (size - 1)), size - 1))
     if S >= FEWEST_SEEDS:
       parts.append((float(by_seed.var(ddof=1) / S), S - 1))
-  return Estimate(mean, tuple(parts), S, N)
+  return Estimate(mean, tuple(parts), S, N, size)
 
 
 def effective(tokens: np.ndarray) -> float:

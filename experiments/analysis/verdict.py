@@ -30,7 +30,9 @@ from experiments.analysis.intervals import Estimate
 from gemma_jax.sweep.results import Arm, Sweep
 
 # At 30 records whose losses are skewed, 5 % may be 13 % (`intervals.estimate`),
-# and with fewer it is more.
+# and with fewer it is more. Records count as so many of one length: the skew of
+# a mean in which few weigh the most is that of those few, however many others
+# there are.
 RECORDS_FOR_VERDICT = 30
 
 HOLDS = 'holds'
@@ -218,6 +220,9 @@ def _too_few(estimate: Estimate) -> str:
     return (
       f'{estimate.seeds} of its seeds can be compared, expected at least {intervals.FEWEST_SEEDS}'
     )
-  if estimate.records < RECORDS_FOR_VERDICT:
-    return f'there are {estimate.records} test records, expected at least {RECORDS_FOR_VERDICT}'
+  if estimate.effective < RECORDS_FOR_VERDICT:
+    return (
+      f'the {estimate.records} test records count as {estimate.effective:.1f} '
+      f'(long ones weigh more), expected at least {RECORDS_FOR_VERDICT}'
+    )
   return ''

@@ -34,12 +34,15 @@ class Reading(NamedTuple):
   Attributes:
     records: in the order of the source.
     skipped: unusable rows by reason, where they may be skipped.
-    unread: how many records have each of the fields that nothing reads.
   """
 
   records: list[Record]
   skipped: collections.Counter[str]
-  unread: collections.Counter[str]
+
+  @property
+  def unread(self) -> collections.Counter[str]:
+    """How many of the records have each of the fields that nothing reads."""
+    return collections.Counter(name for record in self.records for name in record.unread)
 
   def lines(self) -> list[str]:
     """'unread fields: id × 5,000, lang × 377', and the same of skipped rows."""
@@ -125,7 +128,6 @@ def usable(
   templates.check_name(template)
   records: list[Record] = []
   skipped: collections.Counter[str] = collections.Counter()
-  unread: collections.Counter[str] = collections.Counter()
   for place, row in rows:
     try:
       if isinstance(row, BadRecord):
@@ -146,7 +148,6 @@ def usable(
       skipped[f'does not fit template {template}'] += 1
     else:
       records.append(record)
-      unread.update(record.unread)
   if not records:
     state = 'it is empty'
     if skipped:
@@ -156,7 +157,7 @@ def usable(
       f'{name}: {source} holds no usable record ({state}); expected JSON '
       f'Lines, each with one of {forms.FORMS}.'
     )
-  return Reading(records, skipped, unread)
+  return Reading(records, skipped)
 
 
 def _check_kind(line: bytes, path: str, name: str) -> None:

@@ -28,17 +28,15 @@ class Records:
     heldout: records that share no prompt with `train`, unless the caller named
       an `eval_path` that does.
     skipped: unusable rows of both by reason, when they may be skipped.
-    unread: how many of both have each of the fields that nothing reads.
   """
 
   train: list[Record]
   heldout: list[Record]
   skipped: collections.Counter[str]
-  unread: collections.Counter[str]
 
   def lines(self) -> list[str]:
     """What was skipped and what was not read, for people."""
-    return Reading(self.train, self.skipped, self.unread).lines()
+    return Reading([*self.train, *self.heldout], self.skipped).lines()
 
 
 def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
@@ -53,17 +51,17 @@ def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
   Raises:
     ValueError: a missing source or a bad record, with its place.
   """
-  train, skipped, unread = _load(config.path, 'data.path', 'train', config, tfds_dir)
+  train, skipped = _load(config.path, 'data.path', 'train', config, tfds_dir)
   if config.eval_path or _own_heldout(config.path):
     name = 'data.eval_path' if config.eval_path else 'data.path'
     path = config.eval_path or config.path
-    heldout, *more = _load(path, name, 'heldout', config, tfds_dir)
-    skipped, unread = skipped + more[0], unread + more[1]
+    heldout, more = _load(path, name, 'heldout', config, tfds_dir)
+    skipped += more
   else:
     train, heldout = split(train, source=config.path)
   if config.max_records:
     train = train[: config.max_records]
-  return Records(train, heldout, skipped, unread)
+  return Records(train, heldout, skipped)
 
 
 def of_rows(rows: Sequence[Any], heldout: Sequence[Any] | None, config: DataConfig) -> Records:

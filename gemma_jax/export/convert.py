@@ -12,7 +12,6 @@ A conversion that fails leaves nothing.
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 import re
 from typing import Any
@@ -146,7 +145,7 @@ def convert(
       measured = _verify_logits(new, source, loaded, to, tokens, want, of_base, record)
     record['largest_logit_difference'] = measured
     _warn_of_rounding(record)
-    text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + '\n'
+    text = files.to_json(record, flax_config.RECORD_NAME, indent=2, sort_keys=True) + '\n'
     (new / flax_config.RECORD_NAME).write_text(text, 'utf-8')
     written = sorted(p for p in new.rglob('*') if p.is_file())
     sizes.update({str(p.relative_to(new)): p.stat().st_size for p in written})
@@ -209,7 +208,7 @@ def _write_model(
     'parameters': sum(int(np.prod(shape)) for shape in shapes),
     'model_config': flax_config.to_record(config),
   }
-  text = json.dumps(record, indent=2, sort_keys=True, allow_nan=False) + '\n'
+  text = files.to_json(record, flax_config.RECORD_NAME, indent=2, sort_keys=True) + '\n'
   (new / flax_config.RECORD_NAME).write_text(text, 'utf-8')
   return record
 

@@ -34,6 +34,16 @@ if TYPE_CHECKING:
 # of a large matrix, so that what transposes them writes long runs.
 CHUNK_ELEMENTS = 1 << 20
 
+# Fields of an architecture that have always been in its fingerprint.
+_FIRST_FIELDS = frozenset(
+  (
+    *('vocab_size', 'embed_dim', 'hidden_dim', 'num_layers', 'num_heads', 'num_kv_heads'),
+    *('head_dim', 'query_scale', 'layer_is_local', 'window_size', 'rope_theta'),
+    *('rope_local_theta', 'rope_scale', 'use_qk_norm', 'use_post_norms', 'attention_softcap'),
+    *('final_softcap', 'norm_eps', 'max_positions'),
+  )
+)
+
 _FINGERPRINT_BLOCKS = 256
 _FINGERPRINT_BLOCK_BYTES = 1 << 16
 
@@ -69,6 +79,7 @@ class BaseSource:
     make_tokenizer: makes the tokenizer, or None if there is none.
     read_chat_template: the Jinja template that came with the tokenizer, if one
       did.
+    read_stop_ids: tokens at which its folder says that an answer ends.
     read_trained_with: how the adapter that was merged into it was trained, if
       its folder says so.
   """
@@ -80,6 +91,7 @@ class BaseSource:
   files: tuple[Path, ...]
   make_tokenizer: Callable[[], 'Tokenizer | None']
   read_chat_template: Callable[[], str | None] = lambda: None
+  read_stop_ids: Callable[[], tuple[int, ...]] = lambda: ()
   read_trained_with: Callable[[], 'TrainedWith | None'] = lambda: None
 
   def tokenizer(self) -> 'Tokenizer | None':
@@ -106,7 +118,7 @@ class BaseSource:
     of a small file, and cheap for a large one. It tells one base from another
     wherever they lie; it does not detect a few flipped bytes.
     """
-    digest = hashlib.sha256(repr(self.config).encode())
+    digest = hashlib.sha256(_described(self.config).encode())
     if not self.files:
       digest.update(self.reference.encode())
     for path in self.files:
@@ -143,7 +155,7 @@ class BaseSource:
 
     Raises:
       ValueError: a file changed since it was opened, or holds a value that is
-        not finite.
+        not finite, or not in `dtype`.
     """
     dtype = weight_dtype(self, dtype)
     abstract = layout.abstract_params(self.config, dtype, scan_layers)
@@ -204,6 +216,9 @@ class BaseSource:
 
     def fill(start: int, stop: int):
       chunk = tensor.read(start * rows, stop * rows)
+      # Before it is transposed, which is faster too.
+      dtype = parts[0].out.dtype
+      chunk = finite.narrow(chunk, dtype, tensor.name, self.reference, start * rows)
       chunk = chunk.reshape(stop - start, *stored[1:])
       for part in parts:
         part.take(chunk, start)
@@ -213,6 +228,19 @@ class BaseSource:
       for i in range(0, stored[0], step)
       if any(part.meets(i, i + step) for part in parts)
     ]
+
+
+def _described(config: ModelConfig) -> str:
+  """An architecture as text.
+
+  A field that came later counts where it differs from its default: what was
+  trained before there was one goes on.
+  """
+  values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+  for field in dataclasses.fields(config):
+    if field.name not in _FIRST_FIELDS and values[field.name] == field.default:
+      del values[field.name]
+  return f'ModelConfig({", ".join(f"{name}={value!r}" for name, value in values.items())})'
 
 
 def _run(jobs: list[Callable[[], None]], pool: futures.Executor):

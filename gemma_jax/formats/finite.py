@@ -1,4 +1,4 @@
-"""Refuses weights that are NaN or infinite, as they are read.
+"""Refuses weights that are NaN or infinite, as they are read or cast.
 
 One of them makes every logit NaN, and a loss or a text made of those looks like
 a bad model, not like a bad file.
@@ -34,6 +34,39 @@ def check(values: np.ndarray, name: str, where: str, first_row: int = 0):
     raise ValueError(f'{where}: {reason}')
 
 
+def narrow(
+  values: np.ndarray, dtype: np.dtype, name: str, where: str, first_row: int = 0
+) -> np.ndarray:
+  """Values in a narrower dtype; as they are if it is not narrower.
+
+  Args:
+    values: [rows, ...]; those that are not finite stay so.
+    dtype: bfloat16 ends a little below float32, and rounds what is between to
+      infinity.
+    name: of the tensor.
+    where: the base or the output, for messages.
+    first_row: number of values[0] in the tensor.
+
+  Raises:
+    ValueError: the dtype cannot hold a value; says which.
+  """
+  if dtype.itemsize >= values.itemsize:
+    return values
+  with np.errstate(over='ignore'):
+    narrowed = values.astype(dtype)
+  if _is_finite(narrowed):
+    return narrowed
+  is_lost = np.isfinite(values.astype(np.float32)) & ~np.isfinite(narrowed.astype(np.float32))
+  if is_lost.any():
+    index, place = _first(is_lost, first_row)
+    raise ValueError(
+      f'{where}: tensor {name} is {values[index]:.4g} at {place}, expected at most '
+      f'{float(ml_dtypes.finfo(dtype).max):.4g}, the largest {dtype.name}. Set '
+      '--config.model.dtype=float32.'
+    )
+  return narrowed
+
+
 def problem(values: np.ndarray, name: str, first_row: int = 0) -> str | None:
   """What to say of values that are not all finite; None if they are.
 
@@ -44,11 +77,9 @@ def problem(values: np.ndarray, name: str, first_row: int = 0) -> str | None:
   """
   if _is_finite(values):
     return None
-  (row, *rest), *_ = np.argwhere(~np.isfinite(values.astype(np.float32)))
-  got = float(values[(row, *rest)])
-  place = [int(row) + first_row, *map(int, rest)]
+  index, place = _first(~np.isfinite(values.astype(np.float32)), first_row)
   return (
-    f'tensor {name} is {got} at {place}, expected finite numbers; the file is '
+    f'tensor {name} is {float(values[index])} at {place}, expected finite numbers; the file is '
     'damaged, or its training diverged. Use another checkpoint.'
   )
 
@@ -57,6 +88,12 @@ def _read(tensor: 'StoredTensor', where: str, start: int, stop: int) -> np.ndarr
   values = tensor.read(start, stop)
   check(values, tensor.name, where, start)
   return values
+
+
+def _first(is_bad: np.ndarray, first_row: int) -> tuple[tuple[int, ...], list[int]]:
+  """Where the first bad value is: here, and in the tensor."""
+  index = tuple(map(int, np.argwhere(is_bad)[0]))
+  return index, [index[0] + first_row, *index[1:]]
 
 
 def _is_finite(values: np.ndarray) -> bool:

@@ -80,6 +80,7 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
     files=files,
     make_tokenizer=functools.partial(_tokenizer, folder, config.vocab_size),
     read_chat_template=functools.partial(_chat_template, folder),
+    read_stop_ids=functools.partial(_stop_ids, folder),
     read_trained_with=functools.partial(_trained_with, folder),
   )
 
@@ -175,6 +176,12 @@ def _chat_template(folder: Path) -> str | None:
   from gemma_jax.formats import hf_tokenizer
 
   return hf_tokenizer.chat_template(folder)
+
+
+def _stop_ids(folder: Path) -> tuple[int, ...]:
+  from gemma_jax.formats import hf_tokenizer
+
+  return hf_tokenizer.stop_ids(folder)
 
 
 def _trained_with(folder: Path):

@@ -11,7 +11,7 @@ the folder:
 All are read, and must agree. A token is special if one of them says so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gemma_jax.data.tokenizer import AddedToken, SentencePieceTokenizer
 from gemma_jax.formats import hf_safetensors
 
 CONFIG_NAME = 'tokenizer_config.json'
+GENERATION_NAME = 'generation_config.json'
 _SPECIAL_LISTS = ('additional_special_tokens', 'extra_special_tokens')
 # How transformers may match a token in text otherwise than by its letters.
 _MATCHING = ('lstrip', 'rstrip', 'single_word')
@@ -95,6 +96,35 @@ def chat_template(folder: Path) -> str | None:
     if isinstance(template, str):
       return template
   return None
+
+
+def stop_ids(folder: Path) -> tuple[int, ...]:
+  """The tokens that end an answer, as generation_config.json or config.json says.
+
+  Raises:
+    ValueError: it says so by something other than ids.
+  """
+  for name in (GENERATION_NAME, 'config.json'):
+    if ids := parse_stop_ids(read_object(folder / name), folder / name):
+      return ids
+  return ()
+
+
+def parse_stop_ids(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+  """`eos_token_id` of a JSON object: an id, or several of them.
+
+  Args:
+    config: the object.
+    path: of its file, for the message.
+
+  Raises:
+    ValueError: as `stop_ids`.
+  """
+  value = config.get('eos_token_id')
+  ids = value if isinstance(value, list) else [] if value is None else [value]
+  if not all(type(i) is int for i in ids):
+    raise ValueError(f'{path}: got eos_token_id={value!r:.80}, expected an id or a list of ids.')
+  return tuple(ids)
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,6 @@ a token of the base's own has among them stays.
 
 from collections.abc import Mapping
 import dataclasses
-import json
 import math
 from pathlib import Path
 import shutil
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_jax import files
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.formats import (
   base_source,
@@ -186,8 +186,7 @@ def _write_generation_config(path: Path, source: BaseSource, trained_on: str | N
     return
   shutil.copyfile(own, path)
   config = hf_tokenizer.read_object(path)
-  ids = config.get('eos_token_id')
-  ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+  ids = list(hf_tokenizer.parse_stop_ids(config, own))
   learned = {None: (), 'chat': (1, end_of_turn)}.get(trained_on, (1,))
   missing = [i for i in learned if i not in ids]
   if missing:
@@ -233,5 +232,5 @@ def _write_weights(
 
 
 def _write_json(path: Path, value: Any):
-  text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
+  text = files.to_json(value, path.name, indent=2, sort_keys=True)
   path.write_text(text + '\n', 'utf-8')

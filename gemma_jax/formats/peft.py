@@ -11,7 +11,6 @@ PEFT scales B A by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora;
 `rank_pattern` and `alpha_pattern` override r and lora_alpha by module.
 """
 
-import json
 import math
 import os
 from pathlib import Path
@@ -200,7 +199,7 @@ def write_adapter(
   from safetensors.numpy import save_file
 
   def fill(tmp: Path):
-    text = json.dumps(raw, indent=2, sort_keys=True, allow_nan=False)
+    text = files.to_json(raw, CONFIG_NAME, indent=2, sort_keys=True)
     (tmp / CONFIG_NAME).write_text(text + '\n', 'utf-8')
     save_file(tensors, tmp / WEIGHTS_NAME, metadata={'format': 'pt'})
     if trained_with is not None:

@@ -19,7 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from gemma_jax.formats import base_source
+from gemma_jax import files
+from gemma_jax.formats import base_source, finite
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -165,7 +166,7 @@ def write(path: Path, tensors: Mapping[str, 'base_source.StoredTensor'], dtype: 
       'shape': list(tensor.shape),
       'data_offsets': [offsets[name], position],
     }
-  text = json.dumps(header).encode()
+  text = files.to_json(header).encode()
   text += b' ' * (-len(text) % 8)  # so that the data is aligned
   with path.open('wb') as f:
     f.write(len(text).to_bytes(8, 'little') + text)
@@ -179,7 +180,8 @@ def write(path: Path, tensors: Mapping[str, 'base_source.StoredTensor'], dtype: 
 
         def copy(start, tensor=tensor, row_bytes=row_bytes, begin=begin):
           stop = min(start + base_source.chunk_rows(tensor.shape), tensor.shape[0])
-          rows = np.ascontiguousarray(tensor.read(start, stop), dtype)
+          rows = finite.narrow(tensor.read(start, stop), dtype, tensor.name, 'output', start)
+          rows = np.ascontiguousarray(rows, dtype)
           _write_at(descriptor, rows.reshape(-1).view(np.uint8), begin + start * row_bytes)
 
         step = base_source.chunk_rows(tensor.shape)

@@ -11,12 +11,12 @@ worse, and nothing else says so.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from absl import logging
 
+from gemma_jax import files
 from gemma_jax.config.train import DataConfig
 from gemma_jax.data import templates
 from gemma_jax.formats import hf_safetensors
@@ -46,7 +46,7 @@ class TrainedWith:
 
   def write(self, folder: Path):
     """Writes gemma_jax.json."""
-    text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+    text = files.to_json(dataclasses.asdict(self), NAME, indent=2, sort_keys=True)
     (folder / NAME).write_text(text + '\n', 'utf-8')
 
   @classmethod
@@ -87,7 +87,8 @@ def choose(by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]
   Args:
     by_adapter: how each was trained, by its name; None where nobody knows. A
       base with a merged adapter is one of them.
-    told: a value for each field of `TrainedWith`, None to take the adapters'.
+    told: a value for each field of `TrainedWith`, None to take the adapters';
+      a seq_len of 0 is None.
 
   Returns:
     The told values, else the adapters' common ones, else the defaults; of
@@ -98,6 +99,7 @@ def choose(by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]
     ValueError: adapters differ in a field that nothing was told of.
   """
   known = {name: t for name, t in by_adapter.items() if t is not None}
+  told = {**told, 'seq_len': told['seq_len'] or None}
   chosen, taken = {}, {}
   for field in dataclasses.fields(TrainedWith):
     values = {name: getattr(t, field.name) for name, t in known.items()}

@@ -1,6 +1,7 @@
 """Everything short of training: read, tokenize, compile, check, show, stop."""
 
 import itertools
+import re
 
 import numpy as np
 
@@ -13,8 +14,16 @@ from gemma_jax.runs import prepare as run_lib
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.runs.checkpoint import Checkpoints
 
-# Brackets of control tokens; in plain text they are escaped.
+# Brackets of control tokens.
 _OPEN, _CLOSE = '\u27e8', '\u27e9'
+
+# What of a text could be taken for a mark, or for an escaped one: brackets of
+# control tokens, a square one beside its like or where another may follow (at
+# an end of the text), and a backslash before the code of any of these.
+_MARK = re.compile(
+  rf'[{_OPEN}{_CLOSE}]|(?<![^\[])\[|\[(?![^\[])|(?<![^\]])\]|\](?![^\]])'
+  r'|\\(?=u(?:27e8|27e9|005b|005c|005d))'
+)
 
 
 def dry_run(config: TrainConfig, workdir: str) -> str:
@@ -86,7 +95,8 @@ def _first_batch(run: run_lib.Run, step: int) -> str:
   batch = examples_lib.make_batch(run.data.train, rows, run.config.data.seq_len)
   filled = (batch['segment_ids'] > 0).sum(axis=1)
   lines = [
-    f'batch of step {step}; targets of the loss in [[ ]], control tokens in {_OPEN} {_CLOSE}'
+    f'batch of step {step}; targets of the loss in [[ ]], control tokens in {_OPEN} {_CLOSE} '
+    '(in a text these are \\uXXXX)'
   ]
   for i, row in enumerate(rows):
     lines.append(
@@ -109,15 +119,19 @@ def _marked_text(run, tokens, loss_mask) -> str:
 
 
 def _visible(ids: list[int], tokenizer: Tokenizer | None) -> str:
-  """Text in which a control token cannot be mistaken for its spelling."""
+  """Text in which nothing but a control token looks like one, or like [[ ]]."""
   if tokenizer is None:
     return ' '.join(map(str, ids))
   names = {i: name.strip('<>[]') for name, i in tokenizer.controls.items()}
   texts = []
   for is_control, run_of_ids in itertools.groupby(ids, names.__contains__):
     if is_control:
-      texts += [f'{_OPEN}{names[i]}{_CLOSE}' for i in run_of_ids]
+      texts += [f'{_OPEN}{_escape(names[i])}{_CLOSE}' for i in run_of_ids]
     else:
-      text = tokenizer.decode(run_of_ids)
-      texts.append(text.replace(_OPEN, '\\u27e8').replace(_CLOSE, '\\u27e9'))
+      texts.append(_escape(tokenizer.decode(run_of_ids)))
   return ''.join(texts)
+
+
+def _escape(text: str) -> str:
+  """'[[1, 2]]' → '\\u005b\\u005b1, 2\\u005d\\u005d': no mark stays in it."""
+  return _MARK.sub(lambda mark: f'\\u{ord(mark[0]):04x}', text)

@@ -49,9 +49,15 @@ class MetricsWriter:
     self._board = _Board(self.folder / 'tensorboard', finished_steps + 1 if finished_steps else 0)
 
   def write(self, step: int, values: dict[str, Any]) -> None:
-    """Writes one line; values are numbers, `step` the finished updates."""
+    """Writes one line.
+
+    Args:
+      step: the finished updates.
+      values: finite numbers; what an update that was skipped has not is left out.
+    """
     values = {k: _plain(v) for k, v in values.items()}
-    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    line = files.to_json({'step': step, **values}, f'metrics.jsonl, step {step}')
+    self._file.write(line + '\n')
     self._file.flush()
     self._board.write(
       step,

@@ -1,6 +1,6 @@
 """Decoding: prompts in, new tokens out, with a cache of keys and values.
 
-    sampler = Sampler(config, tokenizer)
+    sampler = Sampler.of_base(source, tokenizer)
     base = weights.prepare({'params': params})
     sampler.generate(base, prompts, SamplingConfig())
 
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import time
 from typing import Any, NamedTuple
 
+from absl import logging
 from flax import struct
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ import numpy as np
 
 from gemma_jax import pytree
 from gemma_jax.data.tokenizer import Tokenizer
+from gemma_jax.formats.base_source import BaseSource
 from gemma_jax.model.attention import Cache, init_cache
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
@@ -108,6 +110,28 @@ class Sampler:
       self._prefill, static_argnames=('cache_length', 'num_samples'), compiler_options=options
     )
     self.decode = jax.jit(self._decode, donate_argnames='state', compiler_options=options)
+
+  @classmethod
+  def of_base(cls, source: BaseSource, tokenizer: Tokenizer | None, **kwargs: Any) -> 'Sampler':
+    """One whose rows also end where the base's folder says.
+
+    Args:
+      source: the base.
+      tokenizer: as in `__init__`, and likewise the other arguments.
+
+    Raises:
+      ValueError: the folder's file is broken.
+    """
+    made = cls(source.config, tokenizer, **kwargs)
+    own = source.read_stop_ids()
+    known = {i for i in own if 0 <= i < made.num_pieces}
+    if unknown := sorted(set(own) - known):
+      logging.warning(
+        'Stop tokens %s of %s are not among its %d tokens, and are passed over',
+        *(', '.join(map(str, unknown)), source.reference, made.num_pieces),
+      )
+    made.stop_ids |= known
+    return made
 
   def generate(
     self,

@@ -16,8 +16,8 @@ import json
 import os
 from pathlib import Path
 import socket
+import tempfile
 import threading
-import uuid
 
 from gemma_jax import files
 
@@ -75,7 +75,7 @@ def take(folder: str | os.PathLike, name: str, expiry_secs: float = EXPIRY_SECS)
   except FileExistsError:
     return None
   with os.fdopen(descriptor, 'w', encoding='utf-8') as f:
-    json.dump(_me(), f)
+    f.write(files.to_json(_me(), path))
   return Lease(path, expiry_secs)
 
 
@@ -96,11 +96,10 @@ def _expired(path: Path, expiry_secs: float) -> bool:
 
 def _now(folder: Path) -> float:
   """The time by the clock that stamps the folder's files."""
-  probe = folder / f'.clock-{uuid.uuid4().hex}'
-  probe.touch()
-  now = probe.stat().st_mtime
-  probe.unlink()
-  return now
+  # Has no name where the system allows it, so that nothing is left of a process
+  # that is killed here.
+  with tempfile.TemporaryFile(dir=folder) as probe:
+    return os.fstat(probe.fileno()).st_mtime
 
 
 def _me() -> dict[str, object]:

@@ -31,7 +31,7 @@ GOOD = [
 def read(path, template='dolly', **kwargs):
   """(records, skipped) of a file."""
   rows = records_lib.read_jsonl(path)
-  return records_lib.usable(rows, template, source=path, **kwargs)[:2]
+  return records_lib.usable(rows, template, source=path, **kwargs)
 
 
 def parsed(*rows):

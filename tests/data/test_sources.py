@@ -182,7 +182,15 @@ def test_unread_fields_of_both_sides_are_counted_by_name(tmp_path):
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
   config = DataConfig(path=path, eval_path=path, skip_bad_records=True)
   found = sources.load_records(config)
-  assert found.unread == {'id': 18, 'lang': 8}
   assert found.lines() == ['unread fields: id × 18, lang × 8']
   reading = sources.load_heldout(path, 'dolly')
   assert reading.lines() == ['unread fields: id × 9, lang × 4']
+
+
+def test_unread_fields_of_records_left_out_are_not_counted(tmp_path):
+  rows = [record(i, id=i, **({'context': 'C', 'lang': 'en'} if i % 2 else {})) for i in range(30)]
+  path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
+  found = sources.load_records(DataConfig(path=path, with_context=False))
+  assert found.lines() == ['unread fields: id × 15']
+  found = sources.load_records(DataConfig(path=path, eval_path=path, max_records=4))
+  assert found.lines() == ['unread fields: id × 34, lang × 17']

@@ -279,7 +279,8 @@ def test_two_common_seeds_are_no_verdict():
     ({'base': False}, 'has no finished cell'),
     ({'seeds': 2}, '2 of its seeds can be compared'),
     ({'seeds': 1}, '1 of its seeds can be compared'),
-    ({'records': 58}, 'there are 29 test records'),
+    ({'records': 58}, 'the 29 test records count as 23.4 (long ones weigh more), expected'),
+    ({'records': 64}, 'the 32 test records count as 26.1'),
     ({'margin': None}, 'fixed no margin'),
     ({'levels': {4: GAIN, 8: GAIN}}, 'rank 8, has learnt nothing'),
   ],
@@ -291,6 +292,21 @@ def test_verdicts_are_withheld(change, why):
   assert f'below rank 8, the reference: {answer.refusal}.' in text
   assert answer.enough is None
   assert {test.state for test in answer.tests} == {''}
+  assert 'is enough' not in text
+
+
+def test_one_long_record_among_many_is_no_verdict():
+  """It has most of the tokens, so that the answer would be about it alone."""
+  sweep = made_sweep.make({4: 0.0, 8: 0.0})
+  answer, _ = answer_of(sweep)
+  assert answer.enough is not None
+  tokens = sweep.cells[0].last[1]
+  before = tokens[0]
+  tokens[0] = 20_000
+  for cell in sweep.cells:
+    cell.last[0][0] *= 20_000 / before
+  answer, text = answer_of(sweep)
+  assert answer.refusal.startswith('the 120 test records count as 1.')
   assert 'is enough' not in text
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from gemma_jax import temporary
 from gemma_jax.formats import atomic_folder
 
 
@@ -53,8 +54,8 @@ def test_killed_writer_is_cleaned_up_after(tmp_path):
   """Killed between its two renames, then once more while it fills."""
   folder = tmp_path / 'adapter'
   write(folder, 'first')
-  os.rename(folder, tmp_path / f'.adapter.{"0" * 16}.old')
-  half = tmp_path / f'.adapter.{"f" * 16}.new'
+  os.rename(folder, temporary.name(folder, temporary.OLD))
+  half = temporary.name(folder, temporary.NEW)
   half.mkdir()
   (half / 'half.txt').write_text('ha')
 
@@ -72,7 +73,16 @@ def test_killed_writer_is_cleaned_up_after(tmp_path):
 
 def test_folders_of_similar_names_are_somebodys(tmp_path):
   folder = tmp_path / 'adapter'
-  names = ('.adapter.old', '.adapter.new', '.adapter.backup.old', '.adapter.0123.old')
+  ours = temporary.name(folder, temporary.NEW).name
+  of_another = temporary.name(tmp_path / 'other', temporary.NEW).name
+  names = (
+    *('.adapter.old', '.adapter.new', '.adapter.backup.old', '.adapter.0123.old'),
+    # As git and others write digits.
+    *(f'.adapter.{"0123456789abcdef" * n}{rest}' for n in (1, 2) for rest in ('.old', '.new')),
+    *(f'.adapter.{"0123456789abcdef01234567"}.{kind}' for kind in ('old', 'new')),
+    ours.replace(ours[9:13], 'beef'),
+    of_another.replace('other', 'adapter'),
+  )
   for name in names:
     (tmp_path / name).mkdir()
     (tmp_path / name / 'mine.txt').write_text('mine')
@@ -146,14 +156,14 @@ def test_kill_9_at_each_rename(tmp_path, number, when):
 
 
 @pytest.mark.parametrize('is_there', [True, False])
-@pytest.mark.parametrize('token', ['', '0123456789abcdef.'])
+@pytest.mark.parametrize('has_token', [False, True])
 @pytest.mark.parametrize('kind', ['new', 'old'])
-def test_a_planted_link_loses_nothing(tmp_path, kind, token, is_there):
+def test_a_planted_link_loses_nothing(tmp_path, kind, has_token, is_there):
   folder = tmp_path / 'adapter'
   victim = tmp_path / 'victim'
   victim.mkdir()
   (victim / 'a.txt').write_text('precious')
-  link = tmp_path / f'.adapter.{token}{kind}'
+  link = temporary.name(folder, kind) if has_token else tmp_path / f'.adapter.{kind}'
   link.symlink_to(victim)
   if is_there:
     write(folder, 'first')
@@ -167,7 +177,7 @@ def test_a_planted_link_loses_nothing(tmp_path, kind, token, is_there):
 @pytest.mark.skipif(os.geteuid() != 0, reason='only root gives files away')
 @pytest.mark.parametrize('kind', ['new', 'old'])
 def test_a_folder_of_another_user_is_neither_removed_nor_put_back(tmp_path, kind):
-  other = tmp_path / f'.adapter.0123456789abcdef.{kind}'
+  other = temporary.name(tmp_path / 'adapter', kind)
   other.mkdir()
   (other / 'a.txt').write_text('not ours')
   os.chown(other, 12345, -1)

@@ -11,10 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_jax import pytree
 from gemma_jax.config.train import MeshConfig
-from gemma_jax.formats import open_base
+from gemma_jax.formats import base_source, open_base
 from gemma_jax.formats.base_source import StoredTensor, chunk_rows
 from gemma_jax.formats.parts import Part
-from gemma_jax.model import layout
+from gemma_jax.model import layout, variants
+from gemma_jax.model.config import ModelConfig
 from gemma_jax.training import sharding as sharding_lib
 from tests import gguf_toy, hf_toy
 
@@ -151,6 +152,25 @@ def test_fingerprint_of_the_architecture_counts():
   config = dataclasses.replace(base.config, rope_theta=9973.0)
   other = dataclasses.replace(base, config=config)
   assert other.fingerprint() != base.fingerprint()
+
+
+def test_fingerprint_is_that_of_earlier_versions():
+  """What was trained goes on, whatever fields architectures get."""
+  base = open_base.open_base('random:tiny3')
+  mark = base.fingerprint()
+  assert mark == '8b15cb57d1ae8eeb027ec7bb6c911c37dfd32cbf83ef8f096540d98738aaee9b'
+
+  @dataclasses.dataclass(frozen=True)
+  class Later(ModelConfig):
+    use_new_norm: bool = False
+
+  config = Later(**dataclasses.asdict(base.config))
+  assert dataclasses.replace(base, config=config).fingerprint() == mark
+  config = dataclasses.replace(config, use_new_norm=True)
+  assert dataclasses.replace(base, config=config).fingerprint() != mark
+  for variant in variants.VARIANTS:
+    config = variants.get(variant)
+    assert base_source._described(config) == repr(config)
 
 
 def test_fingerprint_samples_large_files_evenly(tmp_path):

@@ -40,6 +40,39 @@ def test_a_base_in_a_hugging_face_folder(dtype, bad, tmp_path):
     hf_writer.write_folder(tmp_path / 'again', broken)
 
 
+@pytest.mark.parametrize('scan_layers', [True, False])
+def test_a_weight_beyond_bfloat16(scan_layers, tmp_path):
+  """Finite in its file, infinite once cast."""
+  base = logits_toy.source_of(variants.TINY3)
+  values = base.tensors['layer_1/mlp/up/w'].read(0, 10)  # a view
+  largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+  values[9, 0], values[8, 1] = largest, -np.nextafter(np.float32(largest), np.float32(np.inf))
+  (tmp_path / 'a').mkdir()
+  hf_writer.write_folder(tmp_path / 'a', base)
+  source = open_base.open_base(str(tmp_path / 'a'))
+  assert np.isfinite(source.load_params('bfloat16', scan_layers)['final_norm']['scale']).all()
+  values[9, 3] = np.finfo(np.float32).max
+  (tmp_path / 'b').mkdir()
+  hf_writer.write_folder(tmp_path / 'b', base)
+  source = open_base.open_base(str(tmp_path / 'b'))
+  source.load_params('float32', scan_layers)
+  name = 'model.layers.1.mlp.up_proj.weight'
+  message = (
+    rf'{tmp_path}/b: tensor {name} is 3\.403e\+38 at \[9, 3\], expected at most 3\.39e\+38, '
+    r'the largest bfloat16\. Set --config\.model\.dtype=float32'
+  )
+  with pytest.raises(ValueError, match=message):
+    source.load_params('bfloat16', scan_layers)
+
+
+@pytest.mark.parametrize('writer', [hf_writer, flax_writer])
+def test_a_weight_beyond_bfloat16_is_not_written(writer, tmp_path):
+  base = logits_toy.source_of(variants.TINY)
+  base.tensors['layer_0/mlp/down/w'].read(0, 9)[2, 1] = -np.finfo(np.float32).max  # a view
+  with pytest.raises(ValueError, match=r'tensor .*down.* is -3\.403e\+38 at \[2, 1\]'):
+    writer.write_folder(tmp_path, base, 'bfloat16')
+
+
 def test_a_base_in_gguf(tmp_path):
   tensors = gguf_toy.make_tensors(gguf_toy.GEMMA3)
   tensors['blk.0.ffn_up.weight'][5, 3] = np.nan

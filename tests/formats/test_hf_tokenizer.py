@@ -37,6 +37,28 @@ def decoder(*tokens):
 
 
 @pytest.mark.parametrize(
+  ('contents', 'ids'),
+  [
+    ({}, ()),
+    ({'config': {'eos_token_id': 1}}, (1,)),
+    ({'generation_config': {'eos_token_id': [1, 106]}, 'config': {'eos_token_id': 1}}, (1, 106)),
+    ({'generation_config': {'eos_token_id': None}, 'config': {'eos_token_id': [1, 5]}}, (1, 5)),
+  ],
+)
+def test_stop_ids(contents, ids, tmp_path):
+  assert hf_tokenizer.stop_ids(write(tmp_path, **contents)) == ids
+
+
+@pytest.mark.parametrize('value', ['1', True, [1, 2.0], {'id': 1}])
+def test_stop_ids_that_are_not_ids_are_refused(value, tmp_path):
+  folder = write(tmp_path, generation_config={'eos_token_id': value})
+  with pytest.raises(
+    ValueError, match=r'generation_config\.json: got eos_token_id=.*a list of ids'
+  ):
+    hf_tokenizer.stop_ids(folder)
+
+
+@pytest.mark.parametrize(
   'contents',
   [
     {'tokenizer': {'added_tokens': [TOOL, THINK]}},

@@ -95,6 +95,9 @@ def test_what_was_trained_is_the_default(caplog):
   longer = dataclasses.replace(whole, seq_len=256)
   assert choose({'a': parsing, 'b': longer}, NOTHING) == whole
   assert choose({'base': parsing}, NOTHING) == whole
+  caplog.clear()
+  assert choose({'a': parsing}, NOTHING | {'seq_len': 0}) == whole
+  assert not caplog.text
   assert not caplog.records
 
 

@@ -190,6 +190,32 @@ print(app._own_flags('a --config.data.skip_bad_records=True b '
   )
 
 
+@pytest.mark.parametrize(
+  ('command', 'given', 'shown'),
+  [
+    ('evaluate', '', '--template: x; --data, --model, (--tokenizer), --dtype.'),
+    ('generate', '', '--template: x; data.path, --model, (--tokenizer), --weights.'),
+    ('convert', '', 'data.template: x; data.path, --model, (--tokenizer), --dtype.'),
+    ('summary', '', 'data.template: x; data.path, model.path, (model.tokenizer), model.dtype.'),
+    ('summary', '--model=m', 'data.template: x; data.path, --model, (model.tokenizer), model.d'),
+    ('train', '--workdir=w', 'data.template: x; data.path, model.path, (model.tokenizer), mod'),
+  ],
+)
+def test_messages_name_the_settings_of_the_command(command, given, shown):
+  kept = " /a/data.template model.layers.0 'data.template' data.template/b model.dtype.gz"
+  script = f"""
+from absl import flags
+from launch import app, {command}
+flags.FLAGS(['x', *{given.split()}])
+assert app._own_flags('top_p: got 2') == ('--' if {command == 'generate'} else '') + 'top_p: got 2'
+print(app._own_flags('data.template: x; data.path, model.path, (model.tokenizer), model.dtype.')
+      + {kept!r})
+"""
+  done = subprocess.run([sys.executable, '-c', script], capture_output=True, check=True, text=True)
+  assert done.stdout.startswith(shown)
+  assert done.stdout.endswith(kept + '\n')
+
+
 def test_a_library_task_that_fails_is_logged_without_its_traceback():
   """Orbax writes in tasks; on a full disk several fail, and asyncio tells of each."""
   script = """

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 
@@ -148,7 +149,7 @@ def test_samples_are_labelled():
   assert ends == sorted(ends)
 
 
-def test_tokens_need_no_tokenizer():
+def test_tokens_need_no_tokenizer(tmp_path):
   folder = Path(__file__).parents[1] / 'golden' / 'parity' / 'gemma2'
   flags = [f'--model={folder}', '--tokens=2,5', '--max_new_tokens=5']
   line = json.loads(output_of(*flags, '--format=json', '--weights=float32'))
@@ -159,6 +160,13 @@ def test_tokens_need_no_tokenizer():
   assert [line['tokens']] == expected.tokens
   ids = output_of(*flags, '--weights=bfloat16').split()
   assert len(list(map(int, ids))) <= 5
+  # An answer ends where the base's folder says, too.
+  shutil.copytree(folder, tmp_path / 'base')
+  stop = expected.tokens[0][1]
+  (tmp_path / 'base' / 'generation_config.json').write_text(json.dumps({'eos_token_id': [1, stop]}))
+  out = output_of(*flags, f'--model={tmp_path / "base"}', '--format=json', '--weights=float32')
+  until = expected.tokens[0].index(stop) + 1
+  assert json.loads(out)['tokens'] == expected.tokens[0][:until]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,19 @@ def test_control_tokens_cannot_be_taken_for_text(tmp_path):
   assert shown in text
 
 
+def test_targets_cannot_be_taken_for_brackets_of_a_text(tmp_path):
+  rows = [
+    {'prompt': f'a[[{i}]] b[0] \\n \\u005b [', 'response': '[x] = [[1], [2]] ]'} for i in range(9)
+  ]
+  path = data_toy.write_jsonl(tmp_path / 'records.jsonl', rows)
+  config = run_toy.config(path)
+  config.data.template = 'plain'
+  text = dry_run.dry_run(config.resolve(), str(tmp_path / 'run'))
+  asked = r'a\u005b\u005b{}\u005d\u005d b[0] \n \u005cu005b \u005b'
+  answered = r'[[\u005bx] = \u005b\u005b1], [2\u005d\u005d \u005d⟨eos⟩]]'
+  assert any(f'⟨bos⟩{asked.format(i)}{answered}' in text for i in range(9))
+
+
 def test_says_what_would_become_of_a_finished_run(tmp_path):
   records = run_toy.write_records(tmp_path)
   config = run_toy.config(records, steps=2, eval_every_steps=0)

@@ -247,6 +247,17 @@ def test_stop_ids_come_from_the_tokenizer():
   assert Sampler(config).stop_ids == {1}
 
 
+def test_stop_ids_of_the_base_come_with_them(caplog):
+  source = open_base.open_base('random:tiny3')
+  tokenizer = source.tokenizer()
+  own = dataclasses.replace(source, read_stop_ids=lambda: (7, 259))
+  assert Sampler.of_base(own, tokenizer).stop_ids == {1, 7, 259}
+  assert not caplog.text
+  own = dataclasses.replace(source, read_stop_ids=lambda: (7, -1, 260))
+  assert Sampler.of_base(own, tokenizer).stop_ids == {1, 7}
+  assert 'Stop tokens -1, 260 of random:tiny3 are not among its 260 tokens' in caplog.text
+
+
 def test_rows_beyond_the_tokenizer_are_never_chosen():
   pieces = ByteTokenizer.vocab_size
   config = variants.get('tiny3')

@@ -65,6 +65,18 @@ def test_the_holder_keeps_it_alive(tmp_path):
   lease.release()
 
 
+def test_a_process_killed_while_it_looks_at_the_clock_leaves_nothing(tmp_path):
+  code = (
+    'import os, pathlib, signal; from gemma_jax.sweep import leases; '
+    'kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL); '
+    f'os.fstat = pathlib.Path.stat = kill; leases._now(pathlib.Path({str(tmp_path)!r}))'
+  )
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=False)
+  assert done.returncode == -signal.SIGKILL
+  assert not list(tmp_path.iterdir())
+  assert abs(leases._now(tmp_path) - time.time()) < 2
+
+
 def test_a_killed_process_of_this_machine_holds_nothing(tmp_path):
   code = (
     'import sys, time; from gemma_jax.sweep import leases; '
