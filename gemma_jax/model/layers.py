@@ -47,7 +47,7 @@ class Einsum(nn.Module):
         self.plain_gradients,
       )
       if self.has_variable('lora', 'lora_magnitude'):
-        raise ValueError('lora: got magnitudes, expected gains: give the model what Lora.variables makes.')
+        raise ValueError('lora: got magnitudes, expected gains: use what Lora.variables makes.')
       if self.has_variable('lora', 'lora_gain'):
         gain = self.get_variable('lora', 'lora_gain')  # y has B, T before
         gain = jnp.expand_dims(gain, (0, 1))

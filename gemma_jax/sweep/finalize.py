@@ -116,9 +116,7 @@ def _sample(run, base, sweep: Sweep, grid: GridConfig, workdir: str) -> None:
   loaded = adapter.load_adapters(
     [str(cell.folder / 'adapter') for cell in cells], base.config, base.scan_layers
   )
-  sampler = sampler_lib.Sampler.of_base(
-    base.source, base.tokenizer, scan_layers=base.scan_layers
-  )
+  sampler = sampler_lib.Sampler.of_base(base.source, base.tokenizer, scan_layers=base.scan_layers)
   sampling = SamplingConfig(max_new_tokens=grid.sample_tokens, temperature=0.0)
   names = ['base', *(cell.name for cell in cells)]
   decode = base.tokenizer.decode

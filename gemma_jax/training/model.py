@@ -57,8 +57,8 @@ class Model:
 
     Differentiable in whatever part of the variables is differentiated, once and
     in reverse; a transformer with `plain_gradients` allows the rest (`jax.jvp`,
-    second derivatives). Weights count as constants. Minus its sum over a row is the log-likelihood of the
-    row's targets, where weights are 0 and 1.
+    second derivatives). Weights count as constants. Minus the sum over a row is
+    the log-likelihood of its targets, where weights are 0 and 1.
 
     Args:
       variables: as in `hidden`.
