@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import hashlib
 from typing import Any, Protocol
 
 from absl import logging
@@ -110,8 +111,7 @@ class Dataset:
       parts = sources.load_records(config)
     else:
       parts = sources.of_rows(records, heldout, config)
-    heldout_records = parts.heldout[: config.max_eval_records or None]
-    audit.audit(parts.train, heldout_records).log()
+    audit.audit(parts.train, parts.heldout).log()
     self.config = config
     self.notes = tuple(parts.lines())
     self.train, self.heldout = (
@@ -124,10 +124,18 @@ class Dataset:
         base.config.vocab_size if base.tokenizer is None else base.tokenizer.vocab_size,
         config.parse_control_tokens,
       )
-      for part in (parts.train, heldout_records)
+      for part in (parts.train, parts.heldout)
     )
     self.train.stats.log_warnings('training')
     self.heldout.stats.log_warnings('held-out')
+
+  def fingerprint(self) -> str:
+    """Hex sha256 of all examples, training and held-out."""
+    digest = hashlib.sha256()
+    for part in (self.train, self.heldout):
+      for array in (part.tokens, part.loss_mask, part.offsets):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
   def plan(self, seed: int, batch_size: int = 0) -> row_plan.RowPlan:
     """The rows of every update.

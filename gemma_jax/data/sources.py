@@ -43,8 +43,8 @@ def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
   """Reads the training and the held-out records that a config names.
 
   Args:
-    config: `path`, `eval_path`, `template`, `with_context`, `max_records` and
-      `skip_bad_records` decide.
+    config: `path`, `eval_path`, `template`, `with_context`, `max_records`,
+      `max_eval_records` and `skip_bad_records` decide.
     tfds_dir: where prepared TFDS data sets are kept; '' is
       ~/.cache/gemma_jax/tfds.
 
@@ -59,9 +59,19 @@ def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
     skipped += more
   else:
     train, heldout = split(train, source=config.path)
-  if config.max_records:
-    train = train[: config.max_records]
-  return Records(train, heldout, skipped)
+  return _limited(train, heldout, skipped, config)
+
+
+def _limited(
+  train: list[Record],
+  heldout: list[Record],
+  skipped: collections.Counter[str],
+  config: DataConfig,
+) -> Records:
+  """As many records of each part as the config wants."""
+  return Records(
+    train[: config.max_records or None], heldout[: config.max_eval_records or None], skipped
+  )
 
 
 def of_rows(rows: Sequence[Any], heldout: Sequence[Any] | None, config: DataConfig) -> Records:
@@ -75,16 +85,13 @@ def of_rows(rows: Sequence[Any], heldout: Sequence[Any] | None, config: DataConf
   Raises:
     ValueError: a bad record, with its place.
   """
-  reading = _usable(_placed(rows, 'records'), 'records', 'records', config)
-  train, skipped, unread = reading
+  train, skipped = _usable(_placed(rows, 'records'), 'records', 'memory', config)
   if heldout is None:
     train, kept = split(train)
   else:
-    kept, *more = _usable(_placed(heldout, 'heldout'), 'heldout', 'heldout', config)
-    skipped, unread = skipped + more[0], unread + more[1]
-  if config.max_records:
-    train = train[: config.max_records]
-  return Records(train, kept, skipped, unread)
+    kept, more = _usable(_placed(heldout, 'heldout'), 'heldout', 'memory', config)
+    skipped += more
+  return _limited(train, kept, skipped, config)
 
 
 def load_heldout(
