@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
 
 from absl import app, flags, logging
 import tqdm
@@ -204,6 +205,25 @@ def _set_up_log():
   root.handlers = [handler]
   root.setLevel(standard_logging.INFO)
   logging.set_verbosity(logging.INFO)
+  if not _DEBUG.value:
+    sys.unraisablehook = _without_late_writes(sys.unraisablehook)
+
+
+def _without_late_writes(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+  """`sys.unraisablehook` that passes over what comes after an error that is said.
+
+  Where one write of a checkpoint fails, Orbax closes its event loop, and
+  TensorStore's threads report the other writes to the closed loop.
+  """
+
+  def hook_or_line(unraisable):
+    error = unraisable.exc_value
+    if isinstance(error, RuntimeError) and str(error) == 'Event loop is closed':
+      logging.info('A write of a checkpoint ended after another one had failed.')
+    else:
+      hook(unraisable)
+
+  return hook_or_line
 
 
 def _parse(argv):
