@@ -1,4 +1,4 @@
-"""The walk against the plain form, that against optax, and what is never computed."""
+"""The walk against the plain form, that against optax, and what costs nothing."""
 
 import functools
 
@@ -192,55 +192,6 @@ def test_ignores_what_stands_at_unsupervised_positions(case):
   a = loss_sum(hidden, embedding, targets, weights)
   b = loss_sum(hidden + noise, embedding, other, weights)
   assert a == b
-
-
-def test_work_is_proportional_to_supervised_tokens(case, monkeypatch):
-  """One chunk of 4 and one of 1 hold five positions; no other is visited."""
-  hidden, embedding, targets, _ = case
-  statistics, seen = losses._statistics, []
-
-  def spy(*args):
-    seen.append(statistics(*args))
-    return seen[-1]
-
-  monkeypatch.setattr(losses, '_statistics', spy)
-  weights = np.zeros((B, T), np.float32)
-  weights[1, :5] = 1.0
-  losses.token_cross_entropy(hidden, embedding, targets, jnp.array(weights), chunk=((4, 1), 11))
-  ((m, s, g),) = seen
-  assert m.shape == (B * T + 1,)  # and room for a last chunk
-  np.testing.assert_array_equal(s > 0, [True] * 5 + [False] * (B * T - 4))
-  assert g is None  # evaluation makes no gradient
-
-
-@pytest.mark.parametrize(
-  ('supervised', 'chunks'),
-  [
-    (0, [0, 0]),
-    (1, [0, 1]),
-    (384, [0, 3]),
-    (385, [1, 0]),
-    (511, [1, 0]),
-    (513, [1, 1]),
-    (1020, [2, 0]),
-  ],
-)
-def test_the_rest_of_the_positions_walks_in_smaller_chunks(supervised, chunks):
-  """512 at a time, then 128, and never more positions than 128 would take."""
-  walks = losses._walks((512, 128), jnp.int32(supervised))
-  assert [int(walk.count) for walk in walks] == chunks
-  assert int(walks[1].start) == 512 * chunks[0]
-
-
-@pytest.mark.parametrize('sizes', [(5, 2), (8, 3, 1), (301, 76), (4,)])
-def test_walks_take_every_position_once_and_little_more(sizes):
-  """One walk starts where the one before ends, and no slice is moved back."""
-  for supervised in range(2 * sizes[0] + 2):
-    end = 0
-    for walk in losses._walks(sizes, jnp.int32(supervised)):
-      assert int(walk.start) == end
-      end += int(walk.count) * walk.size
-    assert supervised <= end <= max(0, supervised + sizes[-1] - 1)
 
 
 def test_scan_and_remat_change_nothing(case):
