@@ -111,7 +111,10 @@ def _token_losses_forward(options, hidden, embedding, targets, weights):
 
 def _token_losses_backward(options, residuals, cotangent):
   weights, d_hidden, second_walk = residuals
-  scale = jnp.where(weights == 0, 0.0, cotangent)[..., None]
+  # 0 times infinity is no gradient. (The cotangents of a sum are a constant 1;
+  # then the compiler sees that nothing has to be done here.)
+  is_needed = (weights != 0) | jnp.isfinite(cotangent)
+  scale = jnp.where(is_needed, cotangent, 0.0)[..., None]
   d_hidden = (scale * d_hidden.astype(jnp.float32)).astype(d_hidden.dtype)
   d_embedding = None
   if second_walk is not None:

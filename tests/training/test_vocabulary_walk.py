@@ -1,5 +1,6 @@
 """What is walked through, and what is never computed; test_losses has the numbers."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,3 +58,16 @@ def test_walks_take_every_position_once_and_little_more(sizes):
       assert int(walk.start) == end
       end += int(walk.count) * walk.size
     assert supervised <= end <= max(0, supervised + sizes[-1] - 1)
+
+
+def test_a_sum_scales_no_gradient():
+  """Its cotangents are a constant 1; those of another function are looked at."""
+  hidden, embedding, weights = jnp.ones((3, 7, 5)), jnp.ones((53, 5)), jnp.ones((3, 7))
+  targets = jnp.zeros((3, 7), jnp.int32)
+
+  def program(total):
+    loss = lambda h, w: total(losses.token_cross_entropy(h, embedding, targets, w))
+    return jax.jit(jax.grad(loss)).lower(hidden, weights).compile().as_text()
+
+  assert 'is-finite' not in program(jnp.sum)
+  assert 'is-finite' in program(lambda x: jnp.sum(jnp.sqrt(x)))
