@@ -29,6 +29,11 @@ _TOPOLOGY = flags.DEFINE_string(
   None,
   'With --dry_run: a TPU slice, such as v5e:1x1, with no TPU, data or --workdir (extra tpu).',
 )
+_HELP_CONFIG = flags.DEFINE_bool(
+  'help_config',
+  False,
+  'Print every field of the config, with its value, its choices and its meaning, then stop.',
+)
 
 
 def main() -> int:
@@ -36,6 +41,11 @@ def main() -> int:
   from gemma_jax.runs.evaluate import Stopped
   from gemma_jax.sweep import grid, results, worker
 
+  if _HELP_CONFIG.value:
+    from gemma_jax.config.describe import describe
+
+    print(describe(_CONFIG.value))
+    return 0
   if bool(_TOPOLOGY.value) != _DRY_RUN.value:
     app.fail('--dry_run, --topology: got one, expected both or neither')
   if not _WORKDIR.value and not _DRY_RUN.value:

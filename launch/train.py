@@ -2,11 +2,11 @@
 
   python -m launch.train --config=experiments/quickstart.py --workdir=DIR
 
-Any field of the config (gemma_jax/config/train.py explains them) can be set:
---config.lora.rank=8. The same command again resumes a stopped run, and only
-reports a finished one; with a constant rate, more --config.steps go on from its
-end. --dry_run stops before the first step; with --topology=v5e:2x4 it says what
-the run needs on that TPU slice, from anywhere.
+Any field of the config can be set, --config.lora.rank=8; --help_config explains
+them all. The same command again resumes a stopped run, and only reports a
+finished one; with a constant rate, more --config.steps go on from its end.
+--dry_run stops before the first step; with --topology=v5e:2x4 it says what the
+run needs on that TPU slice, from anywhere.
 The last line on standard output is the result as JSON: steps, tokens, seconds,
 loss_base and loss_adapted (held-out, nats per token, before the first update,
 which is the base's unless --config.lora.path starts from an adapter, and after
@@ -45,11 +45,22 @@ _FIT = flags.DEFINE_bool(
   'fit', False, "With --topology: search the largest batch that fits, from the config's own."
 )
 _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'Of the report with --topology.')
+_HELP_CONFIG = flags.DEFINE_bool(
+  'help_config',
+  False,
+  'Print every field of the config, with its value, its choices and its meaning, then stop.',
+)
 flags.adopt_module_key_flags(multihost)
 
 
 def main() -> int:
   """Runs the command."""
+  if _HELP_CONFIG.value:
+    from gemma_jax.config.describe import describe
+    from gemma_jax.config.train import TrainConfig
+
+    print(describe(_CONFIG.value or TrainConfig()))
+    return 0
   if _CONFIG.value is None:
     app.fail('--config: missing, expected e.g. experiments/dolly_lora.py')
   if _TOPOLOGY.value:

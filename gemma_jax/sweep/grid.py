@@ -15,13 +15,18 @@ from typing import Any
 import jax
 
 from gemma_jax import pytree
-from gemma_jax.config.checks import require
+from gemma_jax.config.checks import check_choices, require
 from gemma_jax.config.train import LoraConfig, TrainConfig
 from gemma_jax.lora import factors
 from gemma_jax.model.config import ModelConfig
 
 RATE_RULES = ('constant', 'over_r', 'over_sqrt_r')
 BASELINES = ('base', 'full')
+
+
+def _of_lora(name: str) -> Any:
+  """The choices of a field of `LoraConfig`, for the axis over its values."""
+  return LoraConfig.__dataclass_fields__[name].metadata
 
 
 @dataclasses.dataclass
@@ -59,13 +64,15 @@ class GridConfig:
   ranks: tuple[int, ...] = ()
   seeds: tuple[int, ...] = ()
   learning_rates: tuple[float, ...] = ()
-  scale_rules: tuple[str, ...] = ()
-  rate_rules: tuple[str, ...] = ()
+  scale_rules: tuple[str, ...] = dataclasses.field(default=(), metadata=_of_lora('scale_rule'))
+  rate_rules: tuple[str, ...] = dataclasses.field(default=(), metadata={'choices': RATE_RULES})
   targets: tuple[str, ...] = ()
-  inits: tuple[str, ...] = ()
-  factorizations: tuple[str, ...] = ()
+  inits: tuple[str, ...] = dataclasses.field(default=(), metadata=_of_lora('init'))
+  factorizations: tuple[str, ...] = dataclasses.field(
+    default=(), metadata=_of_lora('factorization')
+  )
   equal_parameters: bool = False
-  baselines: tuple[str, ...] = ('base',)
+  baselines: tuple[str, ...] = dataclasses.field(default=('base',), metadata={'choices': BASELINES})
   full_learning_rates: tuple[float, ...] = ()
   margin: float = 0.1
   reference: int = 0
@@ -80,10 +87,18 @@ class GridConfig:
     for name, values in zip(AXES, axes, strict=True):
       require(isinstance(values, tuple | list), f'grid.{name}', values, 'a tuple of values')
     require(any(axes), 'grid', (), 'an axis with values', 'Set e.g. --config.grid.ranks="(1,2,4)".')
-    for name, choices in (('rate_rules', RATE_RULES), ('baselines', BASELINES)):
-      for value in getattr(self, name):
-        expected = 'values of ' + ', '.join(choices)
-        require(value in choices, f'grid.{name}', value, expected)
+    check_choices(self, 'grid')
+    for names, kind, expected in (
+      (('ranks', 'seeds'), int, 'integers'),
+      (('learning_rates', 'full_learning_rates'), int | float, 'numbers'),
+      (('targets',), str, 'presets or regexes'),
+    ):
+      for name in names:
+        values = getattr(self, name)
+        is_fine = all(isinstance(x, kind) and not isinstance(x, bool) for x in values)
+        require(is_fine, f'grid.{name}', values, f'a tuple of {expected}')
+    for value in self.targets:
+      LoraConfig(targets=value).check()
     is_share = isinstance(self.margin, float) and 0 < self.margin < 1
     require(is_share, 'grid.margin', self.margin, 'a number in (0, 1)')
     require(
@@ -92,6 +107,8 @@ class GridConfig:
       self.reference,
       f'0 or one of grid.ranks={tuple(self.ranks)}',
     )
+    is_size = isinstance(self.memory_gib, int | float) and self.memory_gib >= 0
+    require(is_size, 'grid.memory_gib', self.memory_gib, 'a number >= 0')
     for name in ('sample_prompts', 'sample_tokens', 'max_gang'):
       value = getattr(self, name)
       is_fine = isinstance(value, int) and value >= 0
