@@ -20,7 +20,8 @@ import numpy as np
 import optax
 
 from gemma_jax import pytree
-from gemma_jax.config.train import OptimizerConfig
+from gemma_jax.config.checks import at_least
+from gemma_jax.config.train import BaseConfig, OptimizerConfig
 from gemma_jax.data import pipeline
 from gemma_jax.data.dataset import Dataset
 from gemma_jax.data.row_plan import RowPlan
@@ -133,6 +134,14 @@ class Trainer:
     Raises:
       ValueError: the first thing that does not fit, with its remedy.
     """
+    for name, size in (('batch_size', batch_size), ('accumulate_steps', accumulate_steps)):
+      at_least(name, size, 1)
+    BaseConfig(remat=remat).check()
+    if lora.trained_base and any(not pattern.startswith('lora') for pattern in trainable):
+      raise ValueError(
+        f'trainable: got {tuple(trainable)} and an adapter that has leaves of its base already, '
+        'expected adapters only; merge it (Lora.merge, launch.convert) and train on that.'
+      )
     base = base.load()
     members = None if lora.is_single else len(lora.configs)
     first = lora.shapes()
@@ -184,9 +193,7 @@ class Trainer:
           'seed': seed,
           'loss_fn': f'{loss_fn.__module__}.{loss_fn.__qualname__}',
           'optimizer': repr(optimizer) if isinstance(optimizer, OptimizerConfig) else None,
-          'learning_rate': np.asarray(learning_rate, np.float64).tolist()
-          if learning_rate
-          else None,
+          'learning_rate': repr(learning_rate),
           'total_steps': total_steps,
         },
       )
@@ -236,7 +243,7 @@ class Trainer:
     self.data = data
     self.plan = plan
     self.total_steps = total_steps
-    self._lora = dataclasses.replace(lora, factors={}, trained_base={})
+    self._lora = dataclasses.replace(lora, factors={})
     self._iterator: Iterator[Any] | None = None
     self._saves: saves.Saves | None = None
     compiled = lambda compile_for: compiler.ByShape(
@@ -421,7 +428,7 @@ class Trainer:
   def _current(self, copy: Callable[[Any], Any]) -> Lora:
     variables = state_lib.join(self.state.trainable, self.frozen)
     trained_base = pytree.prune(self.state.trainable.get('params', {}))
-    factors, trained_base = copy((variables['lora'], trained_base))
+    factors, trained_base = copy((variables['lora'], trained_base or self._lora.trained_base))
     return dataclasses.replace(self._lora, factors=factors, trained_base=trained_base)
 
 
