@@ -114,8 +114,8 @@ def to_numpy(tree: Any) -> Any:
   return jax.tree.map(_whole, tree)
 
 
-def _whole(x: jax.Array) -> np.ndarray:
-  if x.is_fully_addressable or x.is_fully_replicated:
+def _whole(x: jax.Array | np.ndarray) -> np.ndarray:
+  if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
     return np.asarray(x)
   from jax.experimental import multihost_utils
 
