@@ -10,6 +10,7 @@ import numpy as np
 from gemma_jax.data import tokenizer as tokenizer_lib
 from gemma_jax.formats import base_source
 from gemma_jax.formats.base_source import BaseSource, StoredTensor
+from gemma_jax.lora.lora import Lora
 from gemma_jax.model.transformer import Transformer
 
 
@@ -32,12 +33,10 @@ def source_of(config, scale_of_norms=0.3) -> BaseSource:
   )
 
 
-def logits(config, params, tokens, lora=None) -> np.ndarray:
+def logits(config, params, tokens, lora: Lora | None = None) -> np.ndarray:
   """float32 [B, T, V] of the plain forward pass."""
   model = Transformer(config, remat='none')
-  variables = {'params': params}
-  if lora is not None:
-    variables['lora'] = lora
+  variables = {'params': params} if lora is None else lora.variables(params)
 
   @jax.jit
   def forward(variables, tokens):

@@ -18,12 +18,14 @@ import numpy as np
 from gemma_jax import pytree
 from gemma_jax.config.train import LoraConfig, OptimizerConfig
 from gemma_jax.lora import factors as factors_lib
-from gemma_jax.model import layout
+from gemma_jax.lora.lora import Lora
+from gemma_jax.model import adapter, layout
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.training import losses, optimizer, sharding
+from gemma_jax.training import optimizer, sharding
 from gemma_jax.training import state as state_lib
 from gemma_jax.training import step as step_lib
+from gemma_jax.training.model import Model
 
 # Gemma 1's switches: all layers global, one kv head, no caps, two norms.
 PLAIN = ModelConfig(
@@ -139,17 +141,44 @@ def batch(rows: int = 2, length: int = 11, seed: int = 0, vocab_size: int = 53):
   }
 
 
+def lora(
+  config: ModelConfig = FULL,
+  lora_config: LoraConfig = ALL_TARGETS,
+  scan_layers: bool = True,
+  trained_base: Any = None,
+) -> Lora:
+  """`factors` with their configuration and scale."""
+  own = factors(config, lora_config, scan_layers)
+  return Lora(own, np.float32(lora_config.scale), lora_config, trained_base or {})
+
+
+def deltas(factors: Any, scale: float, config: ModelConfig = FULL) -> Any:
+  """scale * B A for every adapted kernel, at the kernel's path; float32.
+
+  It is the merge into a base of zeros. Of DoRA it is the update of the
+  direction, before it is brought to length.
+  """
+  plain = {n: x for n, x in pytree.items(factors) if not n.endswith('/lora_magnitude')}
+  sizes = layout.axis_sizes(config)
+  zeros = {}
+  for name in [n for n in plain if n.endswith('/lora_a')]:
+    layer, block, projection, _ = name.split('/')
+    letters = adapter.split(layout.PROJECTION_EQUATIONS[f'{block}/{projection}'])[1]
+    lead = plain[name].shape[:1] if layer == 'layers' else ()
+    shape = (*lead, *(sizes[c] for c in letters))
+    zeros[f'{layer}/{block}/{projection}/w'] = jnp.zeros(shape, jnp.float32)
+  return factors_lib.merge(pytree.unflatten(zeros), pytree.unflatten(plain), scale)
+
+
+def with_scale(variables: Any, scale: float | jax.Array = 1.0) -> dict[str, Any]:
+  """{'params', 'lora'} as trained → as the model takes them."""
+  return factors_lib.variables(variables['params'], variables.get('lora'), scale)
+
+
 def loss(model: Transformer, variables: Any, batch: Any, scale: float = 1.0) -> jax.Array:
   """Nats per supervised token."""
-  token_losses = losses.token_cross_entropy(
-    step_lib.hidden_states(model, variables, scale, batch),
-    variables['params']['embedder']['input_embedding'],
-    batch['targets'],
-    batch['weights'],
-    softcap=model.config.final_softcap,
-    plain_gradients=model.plain_gradients,
-  )
-  return jnp.sum(token_losses) / jnp.sum(batch['weights'])
+  total, weight, _ = step_lib.token_loss(Model(model), with_scale(variables, scale), batch, None)
+  return total / weight
 
 
 class Run(NamedTuple):
@@ -173,7 +202,7 @@ class Run(NamedTuple):
 
   @property
   def variables(self) -> dict[str, Any]:
-    """{'params', 'lora'} as the model takes them."""
+    """{'params', 'lora'} as trained; see `with_scale`."""
     return state_lib.join(self.state.trainable, self.frozen)
 
 
@@ -209,7 +238,7 @@ def train(
   """
   tx, step, traces = _jitted_step(
     config,
-    (lora_config.scale, lora_config.dropout, seed),
+    (lora_config.dropout, seed),
     dataclasses.astuple(optimizer_config),
     trainable,
     scan_layers,
@@ -217,6 +246,7 @@ def train(
   )
   leaves, frozen = state_lib.split(jax.tree.map(jnp.copy, variables), trainable)
   state = state_lib.init_state(leaves, tx)
+  hyper = step_lib.Hyperparameters(jnp.float32(lora_config.scale))
   if mesh is not None:
     batches = jax.device_put(batches, sharding.batch_sharding(mesh))
     state, frozen = (
@@ -224,7 +254,7 @@ def train(
     )
   metrics = []
   for batch in batches:
-    state, measured = step(state, frozen, batch)
+    state, measured = step(state, hyper, frozen, batch)
     metrics.append(jax.device_get(measured))
   return Run(state, frozen, metrics, len(traces))
 
@@ -232,28 +262,28 @@ def train(
 @functools.cache
 def _jitted_step(config, lora_options, optimizer_options, trainable, scan_layers, mesh):
   """(optimizer, jitted step, a list that grows by one at each trace)."""
-  scale, dropout, seed = lora_options
+  dropout, seed = lora_options
   optimizer_config = OptimizerConfig(*optimizer_options)
   tx = optimizer.make_optimizer(optimizer_config, 100, trainable)
+  schedule = optimizer.make_schedule(optimizer_config, 100)
+  transformer = Transformer(
+    config,
+    scan_layers=scan_layers,
+    dropout=dropout,
+    hidden_sharding=None if mesh is None else sharding.batch_sharding(mesh),
+  )
   step = step_lib.make_train_step(
-    Transformer(
-      config,
-      scan_layers=scan_layers,
-      dropout=dropout,
-      hidden_sharding=None if mesh is None else sharding.batch_sharding(mesh),
-    ),
-    tx,
-    optimizer.make_schedule(optimizer_config, 100),
-    scale=scale,
-    num_pieces=None,
+    Model(transformer),
+    step_lib.token_loss,
+    lambda _: (tx, schedule),
     accumulate_steps=optimizer_config.accumulate_steps,
     seed=seed,
   )
   traces = []
 
-  def counted(state, frozen, batch):
+  def counted(state, hyper, frozen, batch):
     traces.append(1)
-    new_state, metrics = step(state, frozen, batch)
+    new_state, metrics = step(state, hyper, frozen, batch)
     if mesh is not None:  # what the step gives back lies where it was taken
       shardings = sharding.tree_shardings(new_state, config, mesh)
       new_state = jax.lax.with_sharding_constraint(new_state, shardings)

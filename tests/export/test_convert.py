@@ -19,6 +19,7 @@ from gemma_jax.formats import chat_template, hf_writer, open_base, peft
 from gemma_jax.formats.base_source import StoredTensor
 from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.lora import factors as factors_lib
+from gemma_jax.lora.lora import Lora
 from gemma_jax.model import variants
 from tests import gcs_toy, hf_toy, logits_toy, peft_toy, toy
 
@@ -93,8 +94,7 @@ def test_there_and_back_through_both_formats(family, tmp_path):
 def test_merged_model_computes_what_the_adapter_does(to, dtype, tmp_path):
   config, factors = write_adapter(tmp_path / 'a', 'random:tiny3', targets='all')
   result = convert.convert('random:tiny3', str(tmp_path / 'm'), to, str(tmp_path / 'a'), dtype)
-  lora = factors_lib.effective(factors, np.float32(config.scale))
-  want = model_logits('random:tiny3', lora)
+  want = model_logits('random:tiny3', Lora(factors, np.float32(config.scale), config))
   got = model_logits(tmp_path / 'm')
   base = model_logits('random:tiny3')
   toy.assert_close(got, want, 1e-4 if dtype == 'float32' else 0.1)
@@ -143,8 +143,7 @@ def test_keras_factors_become_a_peft_folder(tmp_path):
   write_adapter(tmp_path / 'a', 'random:tiny2', factorization='keras')
   result = convert.convert('random:tiny2', str(tmp_path / 'b'), 'peft', str(tmp_path / 'a'))
   config = open_base.open_base('random:tiny2').config
-  _, want, _ = adapter_lib.read_adapter(tmp_path / 'a', config)
-  _, got, _ = adapter_lib.read_adapter(tmp_path / 'b', config)
+  want, got = (adapter_lib.read(tmp_path / name, config).factors for name in 'ab')
   hf_toy.assert_trees_equal(got, want)
   assert result['parameters'] == pytree.num_params(want)
   assert result['largest_logit_difference'] == 0.0
@@ -242,7 +241,7 @@ def test_the_share_of_an_update_is_that_in_its_direction(tmp_path):
     'random:tiny', str(tmp_path / 'm'), 'hf', str(tmp_path / 'a'), 'bfloat16'
   )
   base = open_base.open_base('random:tiny')
-  merged_ = merged.merge(base, config, factors)
+  merged_ = merged.merge(base, Lora(factors, np.float32(config.scale), config))
   product = square = 0.0
   for path, tensor in base.tensors.items():
     old = tensor.read(0, tensor.shape[0]).astype(np.float64)
@@ -278,8 +277,8 @@ def test_adapter_that_was_merged_in_part_is_refused(verify, tmp_path, monkeypatc
   write_adapter(tmp_path / 'a', 'random:tiny', size=0.002, targets='all')
   merge = merged.merge
 
-  def in_part(source_, config, factors, trained=None):
-    result = merge(source_, config, factors, trained)
+  def in_part(source_, lora):
+    result = merge(source_, lora)
     left = {'layer_1/mlp/up/w': source_.tensors['layer_1/mlp/up/w']}
     return dataclasses.replace(result, tensors={**result.tensors, **left})
 

@@ -10,7 +10,7 @@ from gemma_jax.config.train import LoraConfig
 from gemma_jax.export import streamed
 from gemma_jax.formats import open_base
 from gemma_jax.formats.base_source import StoredTensor
-from gemma_jax.lora import factors as factors_lib
+from gemma_jax.lora.lora import Lora
 from gemma_jax.model import variants
 from tests import hf_toy, logits_toy, peft_toy, toy
 
@@ -28,10 +28,9 @@ def test_equals_the_loaded_model(family, factorization, dora):
     config = LoraConfig(rank=3, alpha=6.0, targets='all', factorization=factorization, dora=dora)
     factors = peft_toy.make_lora(base.config, config)
     factors = jax.tree.map(lambda x: x * np.float32(0.1), factors)
-    lora = factors_lib.effective(factors, np.float32(config.scale))
+    lora = Lora(factors, np.float32(config.scale), config)
   params = base.load_params()
-  applied = lora and factors_lib.with_gains(lora, params)
-  want = logits_toy.logits(base.config, params, TOKENS, applied)
+  want = logits_toy.logits(base.config, params, TOKENS, lora)
   toy.assert_close(streamed.logits(base, TOKENS, lora), want, 1e-5)
 
 

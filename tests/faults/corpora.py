@@ -143,7 +143,7 @@ def _write_adapter(folder: Path) -> None:
 
 
 def _read_adapter(folder: Path) -> None:
-  adapter.read_adapter(folder, peft_toy.MODEL, True)
+  adapter.read(folder, peft_toy.MODEL)
   adapter.read_trained_with(folder)
 
 
@@ -155,7 +155,7 @@ def _write_keras(folder: Path) -> None:
 def _read_keras(folder: Path) -> None:
   from tests.formats import test_keras
 
-  adapter.read_adapter(folder / 'a.lora.h5', test_keras.CONFIGS['gemma2'])
+  adapter.read(folder / 'a.lora.h5', test_keras.CONFIGS['gemma2'])
 
 
 def _write_tokenizer(folder: Path) -> None:

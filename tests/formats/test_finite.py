@@ -105,7 +105,7 @@ def test_an_adapter(bad, tmp_path):
   peft_toy.edit_tensors(folder, change)
   message = rf'adapter_model.safetensors: tensor {name} is {bad} at \[3, 1\]'
   with pytest.raises(ValueError, match=message):
-    adapter.read_adapter(folder, peft_toy.MODEL)
+    adapter.read(folder, peft_toy.MODEL)
 
 
 def test_base_leaves_trained_with_an_adapter(tmp_path):
@@ -115,4 +115,4 @@ def test_base_leaves_trained_with_an_adapter(tmp_path):
   leaves = {'final_norm': {'scale': scale}}
   peft.write_adapter(tmp_path / 'a', lora, config, 'b', leaves)
   with pytest.raises(ValueError, match='tensor final_norm/scale is nan at'):
-    adapter.read_adapter(tmp_path / 'a', peft_toy.MODEL)
+    adapter.read(tmp_path / 'a', peft_toy.MODEL)

@@ -11,10 +11,9 @@ from gemma_jax import pytree
 from gemma_jax.config.train import LoraConfig
 from gemma_jax.export import convert
 from gemma_jax.formats import adapter, keras
-from gemma_jax.lora import factors as factors_lib
 from gemma_jax.model import layout
 from gemma_jax.model.config import ModelConfig
-from tests import hf_toy, logits_toy
+from tests import hf_toy, logits_toy, toy
 
 h5py = pytest.importorskip('h5py')
 
@@ -49,7 +48,7 @@ def test_updates_are_those_of_keras(family):
     factorization='keras',
     init='keras',
   )
-  got = dict(pytree.items(factors_lib.deltas(factors, config.scale)))
+  got = dict(pytree.items(toy.deltas(factors, config.scale, CONFIGS[family])))
   want = {}
   with np.load(GOLDEN / f'{family}.npz') as file:
     for path, x in file.items():
@@ -80,15 +79,15 @@ def test_layers_are_numbered_as_in_the_2b_model():
 def test_adapter_is_recognised_by_its_content(tmp_path):
   path = tmp_path / 'weights'
   shutil.copy(GOLDEN / 'gemma1.lora.h5', path)
-  config, factors, trained = adapter.read_adapter(path, GEMMA1)
+  lora = adapter.read(path, GEMMA1)
   want_config, want = keras.read_lora(path, GEMMA1)
-  assert (config, trained) == (want_config, {})
-  hf_toy.assert_trees_equal(factors, want)
+  assert (lora.config, lora.trained_base) == (want_config, {})
+  hf_toy.assert_trees_equal(lora.factors, want)
   (tmp_path / 'x.lora.h5').write_text('no HDF5')
-  with pytest.raises(ValueError, match='which is no HDF5 file'):
-    adapter.read_adapter(tmp_path / 'x.lora.h5', GEMMA1)
+  with pytest.raises(ValueError, match='which is not an HDF5 file'):
+    adapter.read(tmp_path / 'x.lora.h5', GEMMA1)
   with pytest.raises(ValueError, match='neither a file nor a folder'):
-    adapter.read_adapter(tmp_path / 'nothing', GEMMA1)
+    adapter.read(tmp_path / 'nothing', GEMMA1)
 
 
 def test_it_becomes_a_peft_folder_and_a_merged_model(tmp_path, monkeypatch):
@@ -97,12 +96,12 @@ def test_it_becomes_a_peft_folder_and_a_merged_model(tmp_path, monkeypatch):
   path = str(GOLDEN / 'gemma1.lora.h5')
   result = convert.convert('toy', str(tmp_path / 'peft'), 'peft', path)
   assert result['largest_logit_difference'] < 1e-4
-  config, factors, _ = adapter.read_adapter(tmp_path / 'peft', GEMMA1)
-  assert config.factorization == 'matrix'
-  assert factors['layers']['attn']['q']['lora_a'].shape == (2, 22, 4 * 3)
+  lora = adapter.read(tmp_path / 'peft', GEMMA1)
+  assert lora.config.factorization == 'matrix'
+  assert lora.factors['layers']['attn']['q']['lora_a'].shape == (2, 22, 4 * 3)
   keras_config, keras_factors = keras.read_lora(Path(path), GEMMA1)
-  got = dict(pytree.items(factors_lib.deltas(factors, config.scale)))
-  for name, x in pytree.items(factors_lib.deltas(keras_factors, keras_config.scale)):
+  got = dict(pytree.items(toy.deltas(lora.factors, lora.scale, GEMMA1)))
+  for name, x in pytree.items(toy.deltas(keras_factors, keras_config.scale, GEMMA1)):
     np.testing.assert_allclose(got[name], x, 1e-5, 1e-5, err_msg=name)
   result = convert.convert('toy', str(tmp_path / 'hf'), 'hf', path)
   assert result['largest_logit_difference'] < 1e-3

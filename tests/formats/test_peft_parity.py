@@ -7,7 +7,7 @@ import pytest
 from gemma_jax.config.train import LoraConfig
 from gemma_jax.formats import open_base, peft
 from gemma_jax.formats.trained_with import TrainedWith
-from gemma_jax.lora import factors as factors_lib
+from gemma_jax.lora.lora import Lora
 from tests import hf_toy, logits_toy, peft_toy, toy
 
 torch = pytest.importorskip('torch')
@@ -76,8 +76,7 @@ def test_updates_are_equal(family, options, tmp_path):
 def test_logits_are_equal_active_and_merged(family, options, tmp_path):
   base, config, factors = write(tmp_path / 'a', family, **options)
   params = base.load_params()
-  lora = factors_lib.effective(factors, np.float32(config.scale))
-  lora = factors_lib.with_gains(lora, params)
+  lora = Lora(factors, np.float32(config.scale), config)
   want = logits_toy.logits(base.config, params, TOKENS, lora)
   plain = logits_toy.logits(base.config, params, TOKENS)
   assert np.abs(want - plain).max() > 0.01
@@ -115,8 +114,7 @@ def test_adapter_on_some_layers_there_and_back(dora, tmp_path):
   params = base.load_params()
   config, factors = peft.read_adapter(tmp_path / 'a', base.config)
   assert not factors['layers']['attn']['q']['lora_a'][1].any()
-  lora = factors_lib.effective(factors, np.float32(config.scale))
-  lora = factors_lib.with_gains(lora, params)
+  lora = Lora(factors, np.float32(config.scale), config)
   got = logits_toy.logits(base.config, params, TOKENS, lora)
   toy.assert_close(got, want, 1e-4, 'ours')
   peft.write_adapter(tmp_path / 'b', factors, config, str(folder))

@@ -10,7 +10,6 @@ from gemma_jax.config.train import LoraConfig
 from gemma_jax.export import convert
 from gemma_jax.formats import adapter, open_base, peft, trained_with
 from gemma_jax.formats.trained_with import TrainedWith
-from gemma_jax.lora import align
 from gemma_jax.runs import train
 from tests import run_toy, toy
 
@@ -43,8 +42,8 @@ def test_training_leaves_it_and_peft_form_keeps_it(tmp_path):
     'parse_control_tokens': False,
   }
   base = open_base.open_base('random:tiny3')
-  _, loaded = align.load_adapters([result['adapter']], base.config)
-  assert loaded.trained_with == KOREAN
+  loaded = adapter.load_adapters([result['adapter']], base.config)
+  assert loaded[result['adapter']].trained_with == KOREAN
 
 
 def test_an_adapter_of_others_says_nothing(tmp_path):
@@ -80,7 +79,7 @@ def test_a_broken_file_is_one_line(content, message, tmp_path):
   (tmp_path / 'a' / trained_with.NAME).write_text(content)
   base = open_base.open_base('random:tiny3')
   with pytest.raises(ValueError, match=message) as error:
-    align.load_adapters([folder], base.config)
+    adapter.load_adapters([folder], base.config)
   assert '\n' not in str(error.value)
   assert trained_with.NAME in str(error.value)
 
@@ -159,5 +158,5 @@ def test_a_start_with_another_template_is_said(tmp_path, caplog):
   config.lora.path = write(tmp_path / 'a', KOREAN)
   base = open_base.open_base('random:tiny3')
   with caplog.at_level(logging.WARNING):
-    align.start_from(config.resolve(), base)
+    adapter.start_from(config.resolve(), base)
   assert 'data.template: got dolly, but' in caplog.text

@@ -10,9 +10,8 @@ import pytest
 
 from gemma_jax.config.train import LoraConfig
 from gemma_jax.data import examples
-from gemma_jax.formats import open_base, peft
+from gemma_jax.formats import adapter, open_base, peft
 from gemma_jax.formats.trained_with import TrainedWith
-from gemma_jax.lora import align
 from gemma_jax.model import variants
 from gemma_jax.sampling import weights
 from gemma_jax.sampling.next_token import SamplingConfig
@@ -68,7 +67,7 @@ def expected(folders):
   found = open_base.open_base(MODEL)
   tokenizer = found.tokenizer()
   sampler = Sampler(found.config, tokenizer)
-  loaded = align.load_adapters(folders, found.config)
+  loaded = adapter.load_adapters(folders, found.config)
   variables = weights.for_adapters(found.load_params(), loaded)
   found_tokens = {}
   for name, chosen in variables.items():

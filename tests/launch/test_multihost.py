@@ -131,11 +131,11 @@ def main(argv):
   config = run_toy.config(argv[1])
   run_toy.set_fields(config, {fields})
   made = run_lib.prepare(config.resolve())
-  rows = sharding.local_rows(made.mesh, 4)
+  rows = sharding.local_rows(made.base.mesh, 4)
   assert len(rows) < 4
   seen = [
-    hosts.to_numpy(sharding.put_batch(batch, made.mesh, 4))
-    for _, batch in pipeline.train_batches(made.train, made.plan, 0, 12, rows)
+    hosts.to_numpy(sharding.put_batch(batch, made.base.mesh, 4))
+    for _, batch in pipeline.train_batches(made.data.train, made.plan, 0, 12, rows)
   ]
   if hosts.is_lead():
     np.savez(argv[2], **{{n: np.stack([b[n] for b in seen]) for n in seen[0]}})
@@ -177,7 +177,7 @@ def test_global_batches_are_those_of_one_process(records, tmp_path, processes):
   with np.load(out) as seen:
     for step in range(12):
       rows = run.plan.rows(step)
-      batch = examples.make_batch(run.train, rows, run.plan.seq_len)
+      batch = examples.make_batch(run.data.train, rows, run.plan.seq_len)
       assert batch.keys() == seen.keys()
       for name, x in batch.items():
         np.testing.assert_array_equal(seen[name][step], x, err_msg=name)

@@ -9,7 +9,7 @@ import pytest
 
 from gemma_jax import pytree
 from gemma_jax.config.train import LoraConfig
-from gemma_jax.formats import peft
+from gemma_jax.formats import adapter, peft
 from gemma_jax.lora import align, factors
 from gemma_jax.model import layout
 from gemma_jax.model.transformer import Transformer
@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def loaded(folders):
-  return align.load_adapters(folders, CONFIG)
+  return adapter.load_adapters(folders, CONFIG)
 
 
 @pytest.fixture(scope='module')
@@ -61,8 +61,10 @@ def hidden():
 
 
 def test_they_come_with_the_base_in_front_and_share_one_shape(loaded, folders):
-  assert [a.name for a in loaded] == [align.BASE, *folders]
-  shapes = [{name: (x.shape, x.dtype) for name, x in pytree.items(a.effective)} for a in loaded]
+  assert list(loaded) == [adapter.BASE, *folders]
+  shapes = [
+    {name: (x.shape, x.dtype) for name, x in pytree.items(lora.factors)} for lora in loaded.values()
+  ]
   assert shapes[0] == shapes[1] == shapes[2]
   assert shapes[0]['layers/attn/q/lora_a'] == ((3, 13, 5), jnp.float32)
   assert len(shapes[0]) == 14
@@ -70,14 +72,14 @@ def test_they_come_with_the_base_in_front_and_share_one_shape(loaded, folders):
 
 def test_each_computes_what_it_computes_alone_in_one_program(loaded, hidden):
   params = toy.base(CONFIG)
-  outputs = [hidden(adapter.variables(params)) for adapter in loaded]
+  outputs = [hidden(lora.variables(params)) for lora in loaded.values()]
   assert len(hidden.traces) == 1
   trained = jax.tree.map(lambda x: x, params)
   trained['layers']['attn']['v']['w'] = jnp.full((3, 2, 13, 14), 0.1)
   bases = (params, params, trained)
   np.testing.assert_array_equal(outputs[0], hidden({'params': params}))
   alone = [
-    hidden({'params': base, 'lora': factors.effective(toy.factors(CONFIG, config), config.scale)})
+    hidden(factors.variables(base, toy.factors(CONFIG, config), config.scale))
     for base, config in zip(bases[1:], LORA_CONFIGS.values(), strict=True)
   ]
   for got, want in zip(outputs[1:], alone, strict=True):
@@ -86,8 +88,10 @@ def test_each_computes_what_it_computes_alone_in_one_program(loaded, hidden):
 
 
 def test_no_folder_gives_the_base_alone(hidden):
-  (base,) = align.load_adapters([], CONFIG)
-  assert base == (align.BASE, {}, {}, None)
+  loaded = adapter.load_adapters([], CONFIG)
+  base = loaded.pop(adapter.BASE)
+  assert not loaded
+  assert (base.factors, base.trained_base, base.trained_with) == ({}, {}, None)
   params = toy.base(CONFIG)
   np.testing.assert_array_equal(hidden(base.variables(params)), hidden({'params': params}))
 
@@ -95,7 +99,7 @@ def test_no_folder_gives_the_base_alone(hidden):
 def test_an_adapter_of_another_architecture_is_refused(folders):
   other = dataclasses.replace(CONFIG, embed_dim=11)
   with pytest.raises(ValueError, match=str(folders[0])):
-    align.load_adapters(folders, other)
+    adapter.load_adapters(folders, other)
 
 
 class TestReplaceLeaves:

@@ -9,13 +9,13 @@ import pytest
 
 from gemma_jax import pytree
 from gemma_jax.config.train import LoraConfig, OptimizerConfig
-from gemma_jax.formats import peft
-from gemma_jax.lora import align
+from gemma_jax.formats import adapter, peft
 from gemma_jax.lora import factors as factors_lib
 from gemma_jax.model import layout
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.sampling import weights
-from gemma_jax.training import optimizer, step
+from gemma_jax.training import optimizer
+from gemma_jax.training.model import Model
 from tests import toy
 
 pytestmark = [
@@ -50,8 +50,8 @@ def hidden():
   return jax.jit(lambda variables: model.apply(variables, tokens))
 
 
-def gains(params, factors):
-  return factors_lib.with_gains(factors_lib.effective(factors, SCALE), params)
+def adapted(params, factors, scale=SCALE):
+  return factors_lib.variables(params, factors, scale)
 
 
 def lengths(params, module):
@@ -82,7 +82,7 @@ def test_magnitudes_start_as_the_lengths_of_the_base(config, scan_layers):
 def test_a_new_adapter_is_the_base_up_to_the_rounding_of_a_norm(hidden, params, config):
   start = factors_lib.init(jax.random.key(0), toy.FULL, config)
   start = factors_lib.with_magnitudes(start, params)
-  got = hidden({'params': params, 'lora': gains(params, start)})
+  got = hidden(adapted(params, start))
   toy.assert_close(got, hidden({'params': params}), 1e-5)
 
 
@@ -91,19 +91,19 @@ def test_a_magnitude_of_zero_is_plain_lora_to_the_bit(hidden, params):
   factors = pytree.map_with_name(
     lambda name, x: 0 * x if name.endswith('magnitude') else x, factors
   )
-  got = hidden({'params': params, 'lora': gains(params, factors)})
+  got = hidden(adapted(params, factors))
   plain = toy.factors(toy.FULL, dataclasses.replace(CONFIG, dora=False))
-  want = hidden({'params': params, 'lora': factors_lib.effective(plain, SCALE)})
+  want = hidden(adapted(params, plain))
   np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize('config', [CONFIG, KERAS], ids=['matrix', 'keras'])
 def test_merged_equals_adapter_and_has_its_lengths(hidden, params, config):
   factors = toy.factors(toy.FULL, config)
-  adapted = hidden({'params': params, 'lora': gains(params, factors)})
+  beside = hidden(adapted(params, factors))
   merged = factors_lib.merge(params, factors, SCALE)
-  toy.assert_close(hidden({'params': merged}), adapted, 1e-4)
-  assert np.abs(hidden({'params': params}) - adapted).max() > 0.1
+  toy.assert_close(hidden({'params': merged}), beside, 1e-4)
+  assert np.abs(hidden({'params': params}) - beside).max() > 0.1
   for name, m in magnitudes(factors).items():
     got = lengths(merged, name.removesuffix('/lora_magnitude'))
     toy.assert_close(got, np.abs(m), 1e-5, name)
@@ -112,23 +112,20 @@ def test_merged_equals_adapter_and_has_its_lengths(hidden, params, config):
 def test_scanned_equals_unrolled_and_streamed(params):
   """Gains are a layer's own, and the same wherever they are computed."""
   factors = toy.factors(toy.FULL, CONFIG)
-  scanned = layout.unstack_layers(gains(params, factors))
-  unrolled = gains(layout.unstack_layers(params), layout.unstack_layers(factors))
+  scanned = layout.unstack_layers(adapted(params, factors)['lora'])
+  layers, of_layers = layout.unstack_layers(params), layout.unstack_layers(factors)
+  unrolled = adapted(layers, of_layers)['lora']
   toy.assert_close(scanned, unrolled, 1e-6)
-  one = factors_lib.with_gains(
-    factors_lib.effective(layout.unstack_layers(factors)['layer_1'], SCALE),
-    layout.unstack_layers(params)['layer_1'],
-  )
+  one = adapted(layers['layer_1'], of_layers['layer_1'])['lora']
   toy.assert_close(one, unrolled['layer_1'], 1e-6)
 
 
 def test_adapters_train_side_by_side_under_vmap(params):
   """Losses and gradients of a batch of adapters are those of each alone."""
-  model, batch = Transformer(toy.FULL), toy.batch()
+  model, batch = Model(Transformer(toy.FULL)), toy.batch()
 
   def loss(factors):
-    variables = {'params': params, 'lora': factors}
-    return jnp.sum(step.hidden_states(model, variables, SCALE, batch))
+    return jnp.sum(model.hidden(adapted(params, factors), batch))
 
   first = toy.factors(toy.FULL, dataclasses.replace(CONFIG, targets='q|o'))
   second = jax.tree.map(lambda x: 0.5 * x, first)
@@ -146,8 +143,8 @@ def test_adapters_train_side_by_side_under_vmap(params):
 
 
 def test_the_model_does_not_take_magnitudes_for_gains(hidden, params):
-  factors = factors_lib.effective(toy.factors(toy.FULL, CONFIG), SCALE)
-  with pytest.raises(ValueError, match=r'call lora\.with_gains first'):
+  factors = toy.factors(toy.FULL, CONFIG)
+  with pytest.raises(ValueError, match='got magnitudes, expected gains: use what Lora.variables'):
     hidden({'params': params, 'lora': factors})
 
 
@@ -166,21 +163,23 @@ def test_beside_other_adapters_in_one_program(hidden, params, tmp_path):
   configs = {'dora': CONFIG, 'plain': LoraConfig(rank=2, targets='qv')}
   for name, config in configs.items():
     peft.write_adapter(tmp_path / name, toy.factors(toy.FULL, config), config, 'toy')
-  loaded = align.load_adapters([str(tmp_path / name) for name in configs], toy.FULL)
-  shapes = [jax.tree.map(jnp.shape, a.variables(params)) for a in loaded]
+  paths = [str(tmp_path / name) for name in configs]
+  loaded = adapter.load_adapters(paths, toy.FULL)
+  variables = {name: lora.variables(params) for name, lora in loaded.items()}
+  shapes = [jax.tree.map(jnp.shape, each) for each in variables.values()]
   assert shapes[0] == shapes[1] == shapes[2]
   decoded = weights.for_adapters(params, loaded)
-  for adapter in loaded:
-    toy.assert_equal(decoded[adapter.name]['lora'], adapter.variables(params)['lora'])
-  base, dora, plain = (hidden(a.variables(params)) for a in loaded)
+  for name, each in variables.items():
+    toy.assert_equal(decoded[name]['lora'], each['lora'])
+  base, dora, plain = map(hidden, variables.values())
   np.testing.assert_array_equal(base, hidden({'params': params}))
   factors = toy.factors(toy.FULL, CONFIG)
-  alone = factors_lib.with_gains(factors_lib.effective(factors, CONFIG.scale), params)
-  toy.assert_close(dora, hidden({'params': params, 'lora': alone}), 1e-6)
+  alone = adapted(params, factors, CONFIG.scale)
+  toy.assert_close(dora, hidden(alone), 1e-6)
   config = configs['plain']
   factors = toy.factors(toy.FULL, config)
-  alone = factors_lib.effective(factors, config.scale)
-  toy.assert_close(plain, hidden({'params': params, 'lora': alone}), 1e-6)
+  alone = adapted(params, factors, config.scale)
+  toy.assert_close(plain, hidden(alone), 1e-6)
 
 
 class TestRanks:
@@ -202,11 +201,10 @@ class TestRanks:
 
   def test_training_leaves_the_padding_at_zero(self, params):
     tree = factors_lib.init(jax.random.key(0), toy.FULL, self.config)
-    model, batch = Transformer(toy.FULL), toy.batch()
+    model, batch = Model(Transformer(toy.FULL)), toy.batch()
 
     def loss(factors):
-      variables = {'params': params, 'lora': factors}
-      return jnp.sum(step.hidden_states(model, variables, 1.0, batch))
+      return jnp.sum(model.hidden(adapted(params, factors, 1.0), batch))
 
     grads = jax.jit(jax.grad(loss))(tree)['layers']['attn']['q']
     assert np.all(grads['lora_b'][0, :2] != 0)

@@ -1,7 +1,6 @@
 """The adapter: its counts, its start, its application and its merging."""
 
 import dataclasses
-import functools
 import itertools
 import math
 import re
@@ -185,7 +184,7 @@ def test_rank_of_the_update(factorization):
   config = dataclasses.replace(toy.FULL, embed_dim=37)
   factors = toy.factors(config, all_targets(factorization))
   heads = {'attn/q': config.num_heads, 'attn/k': 2, 'attn/v': 2}
-  deltas = pytree.items(factors_lib.deltas(factors, 2.0))
+  deltas = pytree.items(toy.deltas(factors, 2.0, config))
   assert len(deltas) == 7
   for name, delta in deltas:
     for layer in np.asarray(delta, np.float64):
@@ -197,94 +196,23 @@ def test_rank_of_the_update(factorization):
 
 @pytest.mark.parametrize('factorization', FACTORIZATIONS)
 @pytest.mark.parametrize('path', layout.PROJECTION_EQUATIONS)
-def test_apply_and_deltas_equal_float64_einsum(path, factorization):
+def test_an_update_equals_float64_einsum(path, factorization):
   equation = layout.PROJECTION_EQUATIONS[path]
-  x_axes, w_axes, _ = axes_of(equation)
+  _, w_axes, _ = adapter.split(equation)
   a_axes, b_axes = adapter.factor_axes(equation, factorization)
-  sizes = layout.axis_sizes(toy.FULL) | {'B': 2, 'T': 7, 'R': R}
+  sizes = layout.axis_sizes(toy.FULL) | {'R': R}
   rng = np.random.default_rng(0)
-  x, a, b = (rng.standard_normal([sizes[c] for c in axes]) for axes in (x_axes, a_axes, b_axes))
-  product = f'{a_axes},{b_axes}->{w_axes}'
-  update = np.einsum(product, a, b)
-  x32, a32, b32 = (jnp.asarray(y, jnp.float32) for y in (x, a, b))
-  got = adapter.apply(equation, x32, a32, b32)
-  toy.assert_close(got, np.einsum(equation, x, update), 1e-5)
+  a, b = (rng.standard_normal([sizes[c] for c in axes]) for axes in (a_axes, b_axes))
+  update = np.einsum(f'{a_axes},{b_axes}->{w_axes}', a, b)
+  a32, b32 = (jnp.asarray(y, jnp.float32) for y in (a, b))
   for layers, axis in (('layers', 1), ('layer_5', 0)):
     stack = lambda y, axis=axis: y[None] if axis else y
     factors = pytree.unflatten(
       {f'{layers}/{path}/lora_a': stack(a32), f'{layers}/{path}/lora_b': stack(b32)}
     )
-    got = factors_lib.deltas(factors, 1.7)
+    got = toy.deltas(factors, 1.7)
     want = pytree.unflatten({f'{layers}/{path}/w': 1.7 * stack(update)})
     toy.assert_close(got, want, 1e-5)
-
-
-plain_apply = functools.partial(adapter.apply, plain_gradients=True)
-
-
-def one_einsum(equation, x, a, b):
-  """`adapter.apply` without the product of the rank between."""
-  x_axes, _, out = axes_of(equation)
-  a_axes, b_axes = adapter.axes_of(equation, a.ndim)
-  return jnp.einsum(f'{x_axes},{a_axes},{b_axes}->{out}', x, a, b)
-
-
-@pytest.mark.parametrize('factorization', FACTORIZATIONS)
-@pytest.mark.parametrize('path', layout.PROJECTION_EQUATIONS)
-def test_gradients_of_apply_equal_those_of_one_einsum(path, factorization):
-  """Also for adapters mapped over one input, and over an input for each."""
-  equation = layout.PROJECTION_EQUATIONS[path]
-  x_axes, _, _ = axes_of(equation)
-  a_axes, b_axes = adapter.factor_axes(equation, factorization)
-  sizes = layout.axis_sizes(toy.FULL) | {'B': 2, 'T': 7, 'R': R}
-  rng = np.random.default_rng(1)
-
-  def draw(axes, summed):  # so that outputs are of order one
-    scale = math.prod(sizes[c] for c in summed) ** -0.5
-    values = rng.standard_normal([3, *(sizes[c] for c in axes)])
-    return jnp.asarray(scale * values, jnp.float32)
-
-  x = draw(x_axes, '')
-  a, b = draw(a_axes, set(a_axes) & set(x_axes)), draw(b_axes, 'R')
-  one = x[0], a[0], b[0]
-
-  def gradients(function, mapped, arrays):
-    function = functools.partial(function, equation)
-    if mapped:
-      function = jax.vmap(function, mapped)
-    total = lambda *arrays: jnp.sum(jnp.sin(function(*arrays)))
-    found = jax.jit(jax.grad(total, (0, 1, 2)))(*arrays)
-    return dict(zip('xab', found, strict=True))
-
-  for mapped, arrays in ((None, one), ((None, 0, 0), (x[0], a, b)), ((0, 0, 0), (x, a, b))):
-    want = gradients(one_einsum, mapped, arrays)
-    toy.assert_close(gradients(adapter.apply, mapped, arrays), want, 1e-5)
-    toy.assert_close(gradients(plain_apply, mapped, arrays), want, 1e-5)
-
-  half = [y.astype(jnp.bfloat16) for y in one]
-  want = gradients(one_einsum, None, [y.astype(jnp.float32) for y in half])
-  got = gradients(adapter.apply, None, half)
-  for name, y in got.items():
-    assert y.dtype == jnp.bfloat16
-    error = np.linalg.norm(np.asarray(y, np.float32) - want[name])
-    assert error <= 0.02 * np.linalg.norm(want[name]), name
-
-
-def test_the_gradient_of_b_copies_no_cotangent():
-  """JAX's own does: it would be moved for its tokens to come first."""
-  x, a, b = jnp.ones((4, 256, 64)), jnp.ones((64, R)), jnp.ones((R, 4, 256))
-  shape = (4, 256, 4, 256)
-
-  def largest_copy(apply):
-    def gradient(b, cotangent):
-      return jax.vjp(lambda b: apply('BTD,NDH->BTNH', x, a, b), b)[1](cotangent)
-
-    program = jax.jit(gradient).lower(b, jnp.ones(shape)).compile().as_text()
-    copies = re.findall(r'\[([\d,]+)\]\S* copy\(', program)
-    return max(math.prod(map(int, copy.split(','))) for copy in copies)
-
-  assert largest_copy(plain_apply) == math.prod(shape)
-  assert largest_copy(adapter.apply) < math.prod(shape)
 
 
 @pytest.fixture(scope='module')
@@ -303,7 +231,7 @@ def params():
 @pytest.mark.parametrize('factorization', FACTORIZATIONS)
 def test_a_new_adapter_leaves_the_output_bit_equal(hidden, params, factorization):
   factors = init(toy.FULL, all_targets(factorization))
-  got = hidden({'params': params, 'lora': factors_lib.effective(factors, 5.0)})
+  got = hidden(factors_lib.variables(params, factors, 5.0))
   np.testing.assert_array_equal(got, hidden({'params': params}))
 
 
@@ -311,7 +239,7 @@ def test_a_new_adapter_leaves_the_output_bit_equal(hidden, params, factorization
 def test_merged_equals_adapter_and_differs_from_base(hidden, params, factorization):
   factors = toy.factors(toy.FULL, all_targets(factorization))
   scale = all_targets(factorization).scale
-  adapted = hidden({'params': params, 'lora': factors_lib.effective(factors, scale)})
+  adapted = hidden(factors_lib.variables(params, factors, scale))
   merged = hidden({'params': factors_lib.merge(params, factors, scale)})
   toy.assert_close(merged, adapted, 1e-4)
   assert np.abs(merged - hidden({'params': params})).max() > 0.1
@@ -322,7 +250,7 @@ class TestMerge:
     base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     factors = toy.factors()
     merged = dict(pytree.items(factors_lib.merge(base, factors, 0.01)))
-    deltas = dict(pytree.items(factors_lib.deltas(factors, 0.01)))
+    deltas = dict(pytree.items(toy.deltas(factors, 0.01)))
     for name, w in pytree.items(base):
       want = w
       if name in deltas:
@@ -332,7 +260,8 @@ class TestMerge:
 
   def test_asks_for_the_highest_precision(self):
     """A TPU would otherwise multiply float32 in bfloat16."""
-    jaxpr = str(jax.make_jaxpr(lambda f: factors_lib.deltas(f, 1.0))(toy.factors()))
+    merge = lambda params, factors: factors_lib.merge(params, factors, 1.0)
+    jaxpr = str(jax.make_jaxpr(merge)(toy.base(), toy.factors()))
     count = lambda text: jaxpr.count(text)
     assert count('dot_general') == 7
     assert count('precision=(Precision.HIGHEST, Precision.HIGHEST)') == 7
@@ -348,10 +277,12 @@ class TestMerge:
       factors_lib.merge(params, unrolled, 1.0)
 
 
-def test_effective_scales_b_alone():
+def test_variables_scale_b_alone(params):
   factors = toy.factors()
+  made = factors_lib.variables(params, factors, 0.5)
+  assert made['params'] is params
   for (name, got), (_, x) in itertools.zip_longest(
-    pytree.items(factors_lib.effective(factors, 0.5)), pytree.items(factors)
+    pytree.items(made['lora']), pytree.items(factors)
   ):
     scale = np.float32(0.5 if name.endswith('lora_b') else 1.0)
     np.testing.assert_array_equal(got, x * scale, err_msg=name)
@@ -360,3 +291,97 @@ def test_effective_scales_b_alone():
 def test_targets_by_path():
   paths = factors_lib.target_paths(LoraConfig(targets='q|down'))
   assert paths == {'attn/q': 'BTD,NDH->BTNH', 'mlp/down': 'BTF,FD->BTD'}
+
+
+def test_no_factors_are_the_base(params):
+  for nothing in ({}, None):
+    assert factors_lib.variables(params, nothing, 1.0) == {'params': params}
+
+
+@pytest.mark.parametrize('scan_layers', [True, False])
+def test_variables_of_another_form_are_refused(scan_layers):
+  """The model would find no factors and compute the base."""
+  base, own = toy.base(scan_layers=scan_layers), toy.factors(scan_layers=not scan_layers)
+  forms = ('unrolled', 'scanned') if scan_layers else ('scanned', 'unrolled')
+  message = '%s adapter for a %s base, expected one form; see layout' % forms
+  with pytest.raises(ValueError, match=message):
+    factors_lib.variables(base, own, 1.0)
+
+
+class TestFit:
+  """Factors against the architecture and the form of a base, by shapes alone."""
+
+  @pytest.mark.parametrize('factorization', FACTORIZATIONS)
+  @pytest.mark.parametrize('scan_layers', [True, False])
+  @pytest.mark.parametrize('dora', [False, True])
+  def test_what_init_makes_fits(self, factorization, scan_layers, dora):
+    config = all_targets(factorization, dora=dora)
+    make = lambda: factors_lib.init(jax.random.key(0), toy.FULL, config, scan_layers)
+    factors_lib.check_fit(toy.FULL, jax.eval_shape(make), scan_layers)
+
+  def test_any_rank_fits(self):
+    ranks = LoraConfig(rank=2, targets='qv', ranks={'layer_1/.*': 5})
+    factors_lib.check_fit(toy.FULL, init(toy.FULL, ranks), True)
+    factors_lib.check_fit(toy.FULL, {}, True)
+
+  @pytest.mark.parametrize('factorization', FACTORIZATIONS)
+  @pytest.mark.parametrize(
+    ('change', 'leaf'),
+    [
+      ({'embed_dim': 15}, 'attn/k/lora_a of shape .* expected .*15'),
+      ({'hidden_dim': 19}, 'mlp/down/lora_a of shape .* expected .*19'),
+      ({'head_dim': 16}, 'attn/k/lora_b of shape .* expected .*16'),
+      ({'num_heads': 4}, 'attn/(o/lora_a|q/lora_a|q/lora_b) of shape .* expected .*4'),
+      ({'num_layers': 4, 'layer_is_local': ()}, 'attn/k/lora_a of shape .* expected .4'),
+    ],
+  )
+  def test_another_base_is_refused(self, change, leaf, factorization):
+    own = toy.factors(lora_config=all_targets(factorization))
+    other = dataclasses.replace(toy.FULL, **change)
+    with pytest.raises(ValueError, match=f'lora: got layers/{leaf}.*belongs to another base'):
+      factors_lib.check_fit(other, own, True)
+
+  def test_magnitudes_of_another_base_are_refused(self):
+    own = toy.factors(lora_config=LoraConfig(rank=R, targets='down', dora=True))
+    own['layers']['mlp']['down']['lora_magnitude'] = jnp.ones((3, 17))
+    message = r'down/lora_magnitude of shape \[3, 17\], expected \[3, 13\]'
+    with pytest.raises(ValueError, match=message):
+      factors_lib.check_fit(toy.FULL, own, True)
+
+  @pytest.mark.parametrize('scan_layers', [True, False])
+  def test_another_form_is_refused(self, scan_layers):
+    own = toy.factors(scan_layers=not scan_layers)
+    got, want = ('layer_0', 'layers') if scan_layers else ('layers', 'layer_0')
+    message = f'got a leaf {got}/attn/k/lora_a, expected one at {want}/attn/k.*scan_layers'
+    with pytest.raises(ValueError, match=message):
+      factors_lib.check_fit(toy.FULL, own, scan_layers)
+
+  @pytest.mark.parametrize(
+    'name',
+    ['layers/attn/q/w', 'layers/attn/z/lora_a', 'layer_3/attn/q/lora_a', 'lora_a', 'x/lora_b'],
+  )
+  def test_leaves_of_no_adapter_are_refused(self, name):
+    own = pytree.unflatten({name: jnp.ones((3, 13, R))})
+    with pytest.raises(ValueError, match=f'got a leaf {name}, expected one at'):
+      factors_lib.check_fit(toy.FULL, own, not name.startswith('layer_'))
+
+  def test_a_b_without_its_a_is_refused(self):
+    own = toy.factors(lora_config=LoraConfig(rank=R, targets='q'))
+    del own['layers']['attn']['q']['lora_a']
+    with pytest.raises(ValueError, match='attn/q'):
+      factors_lib.check_fit(toy.FULL, own, True)
+
+
+@pytest.mark.parametrize(
+  ('name', 'shape', 'axis'),
+  [
+    ('layers/attn/q/lora_a', (3, 13, R), 2),
+    ('layers/attn/q/lora_b', (3, R, 10, 14), 1),
+    ('layer_0/attn/q/lora_b', (R, 10, 14), 0),
+    ('params/lora/layers/attn/q/lora_b', (3, R, 10, 14), 1),
+    ('layers/attn/q/lora_magnitude', (3, 10, 14), None),
+    ('layers/attn/q/w', (3, 10, 13, 14), None),
+  ],
+)
+def test_where_the_rank_stands(name, shape, axis):
+  assert factors_lib.rank_axis(name, np.zeros(shape)) == axis

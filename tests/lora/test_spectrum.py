@@ -5,7 +5,6 @@ import pytest
 
 from gemma_jax import pytree
 from gemma_jax.config.train import LoraConfig
-from gemma_jax.lora import factors as factors_lib
 from gemma_jax.lora import spectrum
 from tests import toy
 
@@ -15,10 +14,10 @@ CONFIGS = [
 ]
 
 
-def updates(factors, scale):
+def updates(lora):
   """Path → scale B A as matrices [L, inputs, outputs], float64."""
   found = {}
-  for name, x in pytree.items(factors_lib.deltas(factors, scale)):
+  for name, x in pytree.items(toy.deltas(lora.factors, lora.scale)):
     x = np.asarray(x, np.float64)
     path = name.removeprefix('layers/').removesuffix('/w')
     if path == 'attn/o':  # [L, N, H, D]
@@ -31,14 +30,12 @@ def updates(factors, scale):
 
 @pytest.fixture(params=CONFIGS, ids=['matrix', 'keras'])
 def adapter(request):
-  config = request.param
-  return config, toy.factors(lora_config=config)
+  return toy.lora(lora_config=request.param)
 
 
 def test_values_are_those_of_the_update(adapter):
-  config, factors = adapter
-  got = spectrum.singular_values(factors, config, toy.FULL)
-  for path, update in updates(factors, config.scale).items():
+  got = spectrum.singular_values(adapter, toy.FULL)
+  for path, update in updates(adapter).items():
     want = np.linalg.svd(update, compute_uv=False)
     k = got[path].shape[-1]
     n = min(k, want.shape[-1])
@@ -49,7 +46,7 @@ def test_values_are_those_of_the_update(adapter):
 def test_scanned_and_unrolled_agree():
   config = CONFIGS[0]
   scanned, unrolled = (
-    spectrum.singular_values(toy.factors(lora_config=config, scan_layers=scan), config, toy.FULL)
+    spectrum.singular_values(toy.lora(lora_config=config, scan_layers=scan), toy.FULL)
     for scan in (True, False)
   )
   toy.assert_close(unrolled, scanned, 1e-12)
@@ -58,10 +55,10 @@ def test_scanned_and_unrolled_agree():
 @pytest.mark.parametrize('rank', [1, 2, 3])
 def test_truncation_is_the_best_of_its_rank(adapter, rank):
   """|dW - cut|_F^2 is the sum of the squares that were left out."""
-  config, factors = adapter
-  cut = spectrum.truncate(factors, config, toy.FULL, rank)
-  after = updates(cut, 1.0)
-  for path, update in updates(factors, config.scale).items():
+  cut = spectrum.truncate(adapter, toy.FULL, rank)
+  assert (cut.scale, cut.config.scale, cut.config.rank) == (1, 1, rank)
+  after = updates(cut)
+  for path, update in updates(adapter).items():
     values = np.linalg.svd(update, compute_uv=False)
     left_out = (values[:, rank:] ** 2).sum(-1)
     missing = ((update - after[path]) ** 2).sum((-1, -2))
@@ -70,9 +67,9 @@ def test_truncation_is_the_best_of_its_rank(adapter, rank):
 
 
 def test_a_truncation_of_dora_is_refused():
-  config = LoraConfig(rank=3, targets='qv', dora=True)
+  lora = toy.lora(lora_config=LoraConfig(rank=3, targets='qv', dora=True))
   with pytest.raises(ValueError, match='do not fit another dW'):
-    spectrum.truncate({}, config, toy.FULL, 1)
+    spectrum.truncate(lora, toy.FULL, 1)
 
 
 def test_effective_rank():

@@ -1,7 +1,7 @@
 """A planted rank is found: by the losses, by the spectra, by truncation.
 
 The teacher is the base plus an update of rank 2 to one kernel. Students of
-ranks 1 to 4, trained as a gang, see the teacher's whole distribution at every
+ranks 1 to 4, trained at once, see the teacher's whole distribution at every
 position: each row is there once for each token of the vocabulary, weighted by
 the teacher's probability of that token. So the least loss is the teacher's
 entropy, without any noise.
@@ -14,14 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax.config.train import LoraConfig, OptimizerConfig, TrainConfig
-from gemma_jax.lora import align, spectrum
+from gemma_jax.config.train import LoraConfig, OptimizerConfig
 from gemma_jax.lora import factors as factors_lib
+from gemma_jax.lora import spectrum
+from gemma_jax.lora.lora import Lora
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.runs import batched
-from gemma_jax.training import optimizer
+from gemma_jax.training import batched, optimizer
 from gemma_jax.training import state as state_lib
 from gemma_jax.training import step as step_lib
+from gemma_jax.training.model import Model
 from tests import toy
 
 TEACHER_RANK = 2
@@ -30,7 +31,7 @@ STEPS = 1500
 MODEL = dataclasses.replace(
   toy.PLAIN, vocab_size=29, embed_dim=7, hidden_dim=11, num_layers=1, num_heads=2, head_dim=4
 )
-CONFIG = TrainConfig(optimizer=OptimizerConfig(learning_rate=3e-2, schedule='cosine'))
+OPTIMIZER = OptimizerConfig(learning_rate=3e-2, schedule='cosine')
 
 
 def settings(rank):
@@ -56,7 +57,7 @@ def lesson(model, params, rows=6, length=7):
     'segment_ids': np.ones_like(tokens),
     'positions': np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
   }
-  hidden = step_lib.hidden_states(model, {'params': params, 'lora': teacher()}, 1.0, batch)
+  hidden = model.hidden({'params': params, 'lora': teacher()}, batch)
   logits = hidden @ params['embedder']['input_embedding'].T
   p = np.asarray(jax.nn.softmax(logits), np.float64)  # [rows, length, V]
   entropy = -(p * np.log(p)).sum(-1).mean()
@@ -69,53 +70,49 @@ def lesson(model, params, rows=6, length=7):
 
 @pytest.fixture(scope='module')
 def learnt():
-  """(rank → its factors, function of factors → excess loss)."""
-  model, params = Transformer(MODEL, remat='none'), toy.base(MODEL)
+  """(rank → its adapter, function of an adapter → excess loss)."""
+  model, params = Model(Transformer(MODEL, remat='none')), toy.base(MODEL)
   batch, entropy = lesson(model, params)
-  initial = [factors_lib.init(jax.random.key(0), MODEL, settings(rank)) for rank in RANKS]
-  trainable, frozen = state_lib.split(
-    {'params': params, 'lora': batched.stack(align.align(initial))}, ('lora/',)
+  initial = [
+    Lora(factors_lib.init(jax.random.key(0), MODEL, config), np.float32(config.scale), config)
+    for config in map(settings, RANKS)
+  ]
+  lora = Lora.stack(initial)
+  trainable, frozen = state_lib.split({'params': params, 'lora': lora.factors}, ('lora/',))
+  hyper = step_lib.Hyperparameters(lora.scale)
+  tx = optimizer.make_optimizer(OPTIMIZER, STEPS, ('lora/',))
+  step = batched.map_train_step(
+    step_lib.make_train_step(model, step_lib.token_loss, lambda _: (tx, None))
   )
-  K = len(RANKS)
-  members = batched.Members(
-    scale=jnp.ones(K),
-    learning_rate=jnp.full(K, CONFIG.optimizer.learning_rate),
-    seed=jnp.zeros(K, jnp.int32),
-  )
-  tx = optimizer.make_optimizer(CONFIG.optimizer, STEPS, ('lora/',))
-  step = batched.make_train_step(model, CONFIG, STEPS, num_pieces=None)
 
   @jax.jit
   def train(state):
-    advance = lambda state, _: (step(state, members, frozen, batch)[0], None)
+    advance = lambda state, _: (step(state, hyper, frozen, batch)[0], None)
     return jax.lax.scan(advance, state, length=STEPS)[0]
 
   state = train(batched.init_state(trainable, tx))
-  factors = {
-    rank: jax.device_get(batched.cut(batched.member(state.trainable['lora'], i), rank))
-    for i, rank in enumerate(RANKS)
-  }
-  eval_step = jax.jit(step_lib.make_eval_step(model, scale=1.0, num_pieces=None))
+  trained = dataclasses.replace(lora, factors=jax.device_get(state.trainable['lora']))
+  losses = jax.jit(model.token_losses)
 
-  def excess(tree):
-    losses = eval_step({'params': params, 'lora': tree}, batch)
-    return float(losses.sum() / batch['weights'].sum()) - entropy
+  def excess(lora):
+    total = losses(lora.variables(params), batch).sum()
+    return float(total / batch['weights'].sum()) - entropy
 
-  return factors, excess
+  return dict(zip(RANKS, trained.members(), strict=True)), excess
 
 
 def test_the_loss_has_its_floor_at_the_teachers_rank(learnt):
-  factors, excess = learnt
-  losses = {rank: excess(tree) for rank, tree in factors.items()}
+  loras, excess = learnt
+  losses = {rank: excess(lora) for rank, lora in loras.items()}
   assert losses[1] > 1e-2
   for rank in (2, 3, 4):
     assert abs(losses[rank]) < 1e-3, losses
 
 
 def test_spectra_show_as_many_values_as_the_teacher_has(learnt):
-  factors, _ = learnt
+  loras, _ = learnt
   for rank in (2, 3, 4):
-    values = spectrum.singular_values(factors[rank], settings(rank), MODEL)
+    values = spectrum.singular_values(loras[rank], MODEL)
     (found,) = values['mlp/down']
     np.testing.assert_allclose(found[:2], [2, 1], rtol=0.05)
     assert np.all(found[2:] < 0.05), found
@@ -123,10 +120,10 @@ def test_spectra_show_as_many_values_as_the_teacher_has(learnt):
 
 def test_truncation_agrees(learnt):
   """Cut to the teacher's rank costs nothing; below it, what training has."""
-  factors, excess = learnt
-  cut = {rank: excess(spectrum.truncate(factors[4], settings(4), MODEL, rank)) for rank in RANKS}
-  assert abs(cut[4] - excess(factors[4])) < 1e-5
+  loras, excess = learnt
+  cut = {rank: excess(spectrum.truncate(loras[4], MODEL, rank)) for rank in RANKS}
+  assert abs(cut[4] - excess(loras[4])) < 1e-5
   assert abs(cut[2] - cut[4]) < 1e-3
   assert abs(cut[3] - cut[4]) < 1e-3
   # The best of rank 1 in loss is at least as good as the best in |dW|.
-  assert cut[1] > 0.999 * excess(factors[1]) > 1e-2
+  assert cut[1] > 0.999 * excess(loras[1]) > 1e-2

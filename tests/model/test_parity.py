@@ -25,6 +25,7 @@ from gemma_jax.model.transformer import Transformer
 from gemma_jax.training import optimizer
 from gemma_jax.training import state as state_lib
 from gemma_jax.training import step as step_lib
+from gemma_jax.training.model import Model
 from tests import toy
 
 GOLDEN = Path(__file__).parents[1] / 'golden' / 'parity'
@@ -106,18 +107,19 @@ class Adapted(NamedTuple):
 def adapted(name: str, tag: str) -> Adapted:
   family = load(name)
   lora_config, factors = peft.read_adapter(family.folder / f'adapter_{tag}', family.config)
-  model = Transformer(family.config)
+  model = Model(Transformer(family.config))
 
-  def run(variables):
-    scale = lora_config.scale
-    hidden = step_lib.hidden_states(model, variables, scale, family.batch)
+  def run(params, factors):
+    variables = factors_lib.variables(params, factors, lora_config.scale)
+    hidden = model.hidden(variables, family.batch)
     logits = model.apply(variables, hidden, method='logits')
-    return logits, toy.loss(model, variables, family.batch, scale)
+    loss, weight, _ = step_lib.token_loss(model, variables, family.batch, None)
+    return logits, loss / weight
 
   run = jax.jit(run)
-  logits, loss = run({'params': family.params, 'lora': factors})
-  start = factors_lib.effective(factors, np.float32(0))
-  start_logits, _ = run({'params': family.params, 'lora': start})
+  logits, loss = run(family.params, factors)
+  start = pytree.map_with_name(lambda name, x: 0 * x if name.endswith('lora_b') else x, factors)
+  start_logits, _ = run(family.params, start)
   reference = load_file(family.folder / f'ref_{tag}.safetensors')
   return Adapted(lora_config, factors, logits, loss, start_logits, reference)
 
@@ -134,18 +136,16 @@ def trained(name: str, tag: str) -> tuple[list[np.ndarray], Any]:
   tx = optimizer.make_optimizer(config, 4, patterns)
   trainable, frozen = state_lib.split({'params': family.params, 'lora': adapter.factors}, patterns)
   state = state_lib.init_state(trainable, tx)
+  schedule = optimizer.make_schedule(config, 4)
   step = jax.jit(
     step_lib.make_train_step(
-      Transformer(family.config),
-      tx,
-      optimizer.make_schedule(config, 4),
-      scale=adapter.lora_config.scale,
-      num_pieces=None,
+      Model(Transformer(family.config)), step_lib.token_loss, lambda _: (tx, schedule)
     )
   )
+  hyper = step_lib.Hyperparameters(jnp.float32(adapter.lora_config.scale))
   losses = []
   for i in range(4):
-    state, metrics = step(state, frozen, family.batch)
+    state, metrics = step(state, hyper, frozen, family.batch)
     losses.append(np.asarray(metrics['loss']))
     if i == 0:
       # The first moment starts at zero: it is (1 - b1) times the gradient.

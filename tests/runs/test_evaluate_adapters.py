@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gemma_jax.data import dataset
 from gemma_jax.formats.base_source import BaseSource
+from gemma_jax.model.transformer import Transformer
 from gemma_jax.runs import evaluate_adapters, train
-from gemma_jax.runs import prepare as run_lib
 from tests import data_toy, run_toy
 
 
@@ -40,13 +41,13 @@ def test_gives_the_losses_of_training(trained):
 def test_a_second_adapter_costs_no_compilation(trained, monkeypatch):
   config, result = trained
   traces = []
-  original = run_lib.Transformer.__call__
+  original = Transformer.__call__
 
   def counting(self, *arguments, **options):
     traces.append(1)
     return original(self, *arguments, **options)
 
-  monkeypatch.setattr(run_lib.Transformer, '__call__', counting)
+  monkeypatch.setattr(Transformer, '__call__', counting)
   evaluate(config, ['base'])
   alone = len(traces)
   traces.clear()
@@ -70,7 +71,7 @@ def test_records_are_scored_whole_unless_a_length_is_given(trained, tmp_path, mo
   path = data_toy.write_jsonl(tmp_path / 'long.jsonl', rows)
 
   def score(seq_len, rows=512):
-    monkeypatch.setattr(run_lib, 'DEFAULT_SEQ_LEN', rows)
+    monkeypatch.setattr(dataset, 'DEFAULT_SEQ_LEN', rows)
     config = run_toy.config(path)
     config.data.seq_len = seq_len
     config.data.global_batch_size = 4

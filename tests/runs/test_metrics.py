@@ -3,7 +3,6 @@
 import json
 import struct
 import threading
-import time
 
 from tensorboardX.proto import event_pb2
 
@@ -46,21 +45,6 @@ def test_a_run_that_begins_anew_drops_all_lines(tmp_path):
 
 def test_a_missing_file_has_no_rows(tmp_path):
   assert metrics.read(tmp_path / 'metrics.jsonl') == []
-
-
-def test_the_wait_for_each_item_is_timed():
-  def slow_second():
-    yield 7, 'a'
-    time.sleep(0.05)
-    yield 8, 'b'
-
-  waits, started = [], time.perf_counter()
-  for wait_secs, step, name in metrics.timed(slow_second()):
-    waits.append(wait_secs)
-    assert (step, name) in ((7, 'a'), (8, 'b'))
-    time.sleep(0.03)  # work between items is not waiting
-  assert len(waits) == 2 and waits[1] >= 0.05
-  assert time.perf_counter() - started - sum(waits) >= 0.06
 
 
 def test_peak_memory_is_in_bytes():

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from gemma_jax import pytree
+from gemma_jax.data import dataset
 from gemma_jax.runs import evaluate_adapters
 from gemma_jax.runs import prepare as run_lib
+from gemma_jax.runs.base import activation_dtype
 from tests import data_toy, run_toy
 
 
@@ -18,7 +20,7 @@ def run(tmp_path_factory):
 
 
 def test_abstract_state_is_what_a_start_would_make(run):
-  state, frozen = run.abstract
+  state, frozen = run.program.abstract
   assert not [n for n, _ in pytree.items(state.trainable) if 'params' in n]
   assert not [n for n, _ in pytree.items(frozen) if 'lora' in n]
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.trainable))
@@ -50,7 +52,7 @@ def test_tensor_shards_beyond_the_heads_are_refused(run):
   config = run_toy.config(run.config.data.path)
   config.mesh.tensor, config.mesh.fsdp = 8, 1
   with pytest.raises(ValueError, match=r'mesh\.tensor: got 8.*divisor'):
-    run_lib.prepare(config.resolve()).abstract  # noqa: B018
+    run_lib.prepare(config.resolve()).check()
 
 
 def test_rows_must_divide_over_the_mesh(run):
@@ -61,29 +63,30 @@ def test_rows_must_divide_over_the_mesh(run):
 
 
 def test_activation_dtype_follows_the_mesh(run):
-  assert run_lib.activation_dtype('auto', run.mesh) == np.float32
-  assert run_lib.activation_dtype('bfloat16', run.mesh) == jnp.bfloat16
+  assert activation_dtype('auto', run.base.mesh) == np.float32
+  assert activation_dtype('bfloat16', run.base.mesh) == jnp.bfloat16
 
 
 def test_vocabulary_padding_is_known(run):
-  assert run.num_pieces == 260
-  assert run.source.config.vocab_size == 263
+  assert run.base.num_pieces == 260
+  assert run.base.config.vocab_size == 263
 
 
 def test_rows_are_as_long_as_the_base_allows(run, monkeypatch, caplog):
   """Unless the user gave a length, which is refused where it is too long."""
   config = run_toy.config(run.given.data.path)
   config.data.seq_len = 0
-  program = run_lib.prepare_program(config.resolve())
-  assert program.given.data.seq_len == program.config.data.seq_len == 512
+  outline = run_lib.outline(config.resolve())
+  assert outline.given.data.seq_len == outline.config.data.seq_len == 512
   assert not caplog.records[1:]  # beside that of the mesh
-  monkeypatch.setattr(run_lib, 'DEFAULT_SEQ_LEN', 1024)
-  longer = run_lib.prepare_program(config.resolve())
-  assert longer.abstract_batch()['tokens'].shape == (2, 512)
+  monkeypatch.setattr(dataset, 'DEFAULT_SEQ_LEN', 1024)
+  longer = run_lib.outline(config.resolve())
+  batch = run_lib.abstract_batch(longer.program(steps=1), longer.config)
+  assert batch['tokens'].shape == (2, 512)
   assert 'Rows have 512 positions' in caplog.text
   config.data.seq_len = 1024
   with pytest.raises(ValueError, match=r'data\.seq_len: got 1024.*at most 512'):
-    run_lib.prepare_program(config.resolve())
+    run_lib.outline(config.resolve())
 
 
 def test_ids_of_rows_that_are_no_tokens_are_refused(tmp_path):

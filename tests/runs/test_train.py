@@ -17,9 +17,10 @@ from gemma_jax import files, pytree
 from gemma_jax.config.train import LoraConfig
 from gemma_jax.formats import open_base, peft
 from gemma_jax.model import variants
-from gemma_jax.runs import checksums, metrics, train
+from gemma_jax.runs import checksums, metrics, train, trainer
 from gemma_jax.runs import prepare as run_lib
 from gemma_jax.runs import workdir as workdir_lib
+from gemma_jax.runs.program import Program
 from tests import gcs_toy, hf_toy, peft_toy, run_toy
 
 ROOT = Path(__file__).parents[2]
@@ -217,12 +218,12 @@ def test_more_steps_need_the_checkpoint(finished, records, tmp_path):
 def test_an_evaluation_at_an_earlier_end_does_not_stop_a_run_early(finished, records, tmp_path):
   """At step 7, off the schedule of every 3; it would be the second in a row."""
   run = run_lib.prepare(run_toy.config(records, steps=10, early_stopping_evals=2).resolve())
-  trainer = train.Trainer.__new__(train.Trainer)
-  trainer.run = run
-  trainer.found = {'evals': {'0': 3.0, '3': 2.0, '6': 2.5, '7': 2.6}}
-  assert not trainer.stops_early()
-  trainer.found['evals']['9'] = 2.4
-  assert trainer.stops_early()
+  outputs = train.RunOutputs.__new__(train.RunOutputs)
+  outputs.run = run
+  outputs.notes = {'evals': {'0': 3.0, '3': 2.0, '6': 2.5, '7': 2.6}}
+  assert outputs.goes_on()
+  outputs.notes['evals']['9'] = 2.4
+  assert not outputs.goes_on()
 
 
 @pytest.mark.parametrize('content', [None, '', '{"config": {"see'])
@@ -372,7 +373,7 @@ def test_trained_base_leaf_is_written_beside_the_adapter(records, tmp_path):
   config = config.resolve()
   train.train(config, str(tmp_path))
   trained = peft.read_trained_base(tmp_path / 'adapter')
-  source = run_lib.prepare(config).source
+  source = run_lib.prepare(config).base.source
   before = source.load_params('float32', scan_layers=False)
   change = trained['layer_1']['attn']['v']['w'] - np.asarray(before['layer_1']['attn']['v']['w'])
   assert jax.tree.leaves(jax.tree.map(np.shape, trained)) != []
@@ -399,7 +400,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(records, tmp_path):
 
 
 def test_one_bad_batch_is_skipped_and_a_resumed_run_knows(records, tmp_path, monkeypatch):
-  original = train.pipeline.train_batches
+  original = trainer.pipeline.train_batches
 
   def poisoned(*arguments):
     for step, batch in original(*arguments):
@@ -411,7 +412,7 @@ def test_one_bad_batch_is_skipped_and_a_resumed_run_knows(records, tmp_path, mon
         batch = {**batch, 'weights': jax.device_put(weights, where)}
       yield step, batch
 
-  monkeypatch.setattr(train.pipeline, 'train_batches', poisoned)
+  monkeypatch.setattr(trainer.pipeline, 'train_batches', poisoned)
   config = run_toy.config(records, max_skipped_batches=1).resolve()
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
   result = train.train(config, str(whole))
@@ -428,13 +429,13 @@ def test_one_bad_batch_is_skipped_and_a_resumed_run_knows(records, tmp_path, mon
 
 def test_one_compilation_of_each_step(records, tmp_path, monkeypatch):
   compiled = []
-  original = run_lib.compile_step
+  original = Program._compile
 
-  def counting(name, *arguments):
+  def counting(self, name, *arguments):
     compiled.append(name)
-    return original(name, *arguments)
+    return original(self, name, *arguments)
 
-  monkeypatch.setattr(run_lib, 'compile_step', counting)
+  monkeypatch.setattr(Program, '_compile', counting)
   with jax.log_compiles(False):
     train.train(run_toy.config(records).resolve(), str(tmp_path))
   assert sorted(compiled) == ['evaluation step', 'training step']

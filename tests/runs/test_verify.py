@@ -37,7 +37,7 @@ def save_again(workdir, step, change):
   config = json.loads((workdir / 'run.json').read_text())['config']
   run = run_lib.prepare(config_lib.from_dict(config).resolve())
   checkpoints = Checkpoints(str(workdir), read_only=True)
-  state = checkpoints.restore(step, run.abstract[0])
+  state = checkpoints.restore(step, run.program.abstract[0])
   notes = checkpoints.read_notes(step)
   checkpoints.close()
   shutil.rmtree(workdir / 'checkpoints' / str(step))

@@ -16,7 +16,8 @@ from gemma_jax import pytree
 from gemma_jax.config.train import LoraConfig, MeshConfig
 from gemma_jax.data.tokenizer import ByteTokenizer
 from gemma_jax.formats import open_base
-from gemma_jax.lora import align, factors
+from gemma_jax.lora import align
+from gemma_jax.lora.lora import Lora
 from gemma_jax.model import layout, variants
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.sampling import next_token as next_token_lib
@@ -79,17 +80,13 @@ def generated(sampling, name='tiny3'):
 def make_adapters():
   """The base, one of rank 2 on q and v, one of rank 3 on all projections."""
   config = variants.get('tiny3')
-  trees = [
-    {},
-    toy.factors(config, LoraConfig(rank=2)),
-    toy.factors(config, LoraConfig(rank=3, targets='all')),
-  ]
   trained = {'final_norm': {'scale': np.full(34, 0.7, np.float32)}}
-  names = ['base', 'A', 'B']
-  return [
-    align.Adapter(*parts)
-    for parts in zip(names, align.align(trees), [{}, trained, {}], strict=True)
+  loras = [
+    Lora({}, np.float32(1), LoraConfig()),
+    toy.lora(config, LoraConfig(rank=2), trained_base=trained),
+    toy.lora(config, LoraConfig(rank=3, targets='all')),
   ]
+  return dict(zip(('base', 'A', 'B'), align.align(loras), strict=True))
 
 
 def traces_during(function):
@@ -224,8 +221,8 @@ def test_logits_that_are_not_finite_stop_it():
   broken = jax.tree.map(lambda x: x, ready())
   scale = broken['params']['final_norm']['scale']
   broken['params']['final_norm']['scale'] = scale.at[3].set(jnp.nan)
-  made = toy.factors(variants.get('tiny3'), LoraConfig(rank=2))
-  lora = factors.with_gains(factors.effective(made, np.float32(1)), base()['params'])
+  made = toy.lora(variants.get('tiny3'), LoraConfig(rank=2))
+  lora = made.variables(base()['params'])['lora']
   nothing = jax.tree.map(jnp.zeros_like, lora)
   # A base among adapters has one of zeros, and is not to be blamed for theirs.
   for with_, blamed in (
@@ -275,18 +272,17 @@ def test_adapters_are_switched_without_a_trace():
   variables = weights_lib.for_adapters(base()['params'], made)
   other_prompts = [[2, 7, 9], [2, 11], [2, *range(60, 82)]]
 
-  def generate(adapter, prompts=PROMPTS, sampling=GREEDY):
-    chosen = variables[adapter.name]
-    return sampler().generate(chosen, prompts, sampling).tokens
+  def generate(name, prompts=PROMPTS, sampling=GREEDY):
+    return sampler().generate(variables[name], prompts, sampling).tokens
 
-  for adapter in made[:2]:
-    generate(adapter)
+  for name in ('base', 'A'):
+    generate(name)
   tokens = {}
 
   def switch():
-    tokens.update({adapter.name: generate(adapter) for adapter in made})
+    tokens.update({name: generate(name) for name in made})
     # Nor does it take one to read prompts of similar length, or to draw.
-    tokens['other'] = generate(made[2], other_prompts, WARM)
+    tokens['other'] = generate('B', other_prompts, WARM)
 
   assert traces_during(switch) == 0
   assert tokens['base'] == generated(GREEDY)
@@ -294,9 +290,9 @@ def test_adapters_are_switched_without_a_trace():
 
 
 def test_an_adapter_equals_its_merged_base():
-  adapter = make_adapters()[2]
+  adapter = make_adapters()['B']
   params = base()['params']
-  merged = {'params': factors.merge(params, adapter.effective, 1.0)}
+  merged = {'params': adapter.merge(params)}
   got, want = (
     sampler().generate(weights_lib.prepare(variables), PROMPTS, WARM).tokens
     for variables in (adapter.variables(params), merged)
@@ -308,7 +304,7 @@ def test_the_adapter_of_zeros_changes_no_bit():
   tokens, segment_ids = prompts_lib.pad(PROMPTS)
   settings = Settings.of(WARM, range(len(PROMPTS)))
   states = []
-  zeros = {**ready(), 'lora': make_adapters()[0].effective}
+  zeros = {**ready(), 'lora': make_adapters()['base'].factors}
   for variables in (ready(), zeros):
     state = sampler().prefill(variables, tokens, segment_ids, settings, cache_length=112)
     state, _, _ = sampler().decode(variables, state, settings, np.int32(sampler_lib.DECODE_TOKENS))

@@ -1,5 +1,6 @@
 """Bases for decoding: the same model, shared leaves, the cost of int8."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -13,7 +14,6 @@ from gemma_jax import pytree
 from gemma_jax.config.train import LoraConfig
 from gemma_jax.formats import open_base
 from gemma_jax.lora import align
-from gemma_jax.lora.align import Adapter
 from gemma_jax.model import layout
 from gemma_jax.model.rows import Rows
 from gemma_jax.model.transformer import Transformer
@@ -79,12 +79,12 @@ def test_scanned_and_unrolled_quantize_alike():
 
 
 def test_adapters_share_the_base_unless_they_trained_some_of_it():
-  config = LoraConfig(rank=2)
-  trees = align.align([{}, toy.factors(lora_config=config)])
+  plain = toy.lora(lora_config=LoraConfig(rank=2))
+  base, a = align.align([dataclasses.replace(plain, factors={}), plain])
   kernel = {'layers': {'mlp': {'up': {'w': np.ones((3, 13, 17), np.float32)}}}}
   made = weights.for_adapters(
     toy.base(),
-    [Adapter('base', trees[0], {}), Adapter('A', trees[1], {}), Adapter('B', trees[1], kernel)],
+    {'base': base, 'A': a, 'B': dataclasses.replace(a, trained_base=kernel)},
     'int8',
   )
   rows = {name: jax.tree.leaves(v['rows']) for name, v in made.items()}

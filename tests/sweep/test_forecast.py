@@ -6,7 +6,7 @@ import math
 import pytest
 
 from gemma_jax.config.train import TrainConfig
-from gemma_jax.runs import batched
+from gemma_jax.runs import prepare
 from gemma_jax.sweep import forecast, plan
 from gemma_jax.sweep.grid import GridConfig, SweepConfig
 from gemma_jax.tpu import hlo, topology
@@ -49,9 +49,10 @@ class TestGang:
 
   def test_a_kernel_is_read_once_for_all_members(self, found):
     """No array holds one for each; activations do stand there K times."""
-    config, size = found.together.program.config, len(RANKS)
-    program = batched.Gang([config] * size, found.together.program)
-    text = program.compile_train_step().as_text()
+    outline, size = found.together.outline, len(RANKS)
+    program = outline.program(1, size)
+    batch = prepare.abstract_batch(program, outline.config)
+    text = program.compile_train_step(batch).as_text()
     assert 'splash_mha_fwd' in text and 'splash_mha_dkv' in text
     D, F, V = SMALL.embed_dim, SMALL.hidden_dim, SMALL.vocab_size
     shapes = hlo.arrays(text)
@@ -93,7 +94,7 @@ def test_the_command_prints_the_gain():
     '--config.grid.seeds=(0,)',
   )
   assert done.returncode == 0, done.stderr
-  assert 'a gang of 25 adapters' in done.stdout  # 32 is too large for tiny3
+  assert '25 adapters at once' in done.stdout  # 32 is too large for tiny3
   assert done.stdout.strip().endswith('times as fast')
 
 

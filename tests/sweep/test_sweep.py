@@ -15,7 +15,7 @@ import pytest
 from gemma_jax import files
 from gemma_jax.formats import peft, trained_with
 from gemma_jax.model.variants import get as variant
-from gemma_jax.runs import batched, metrics, train
+from gemma_jax.runs import metrics, prepare, train
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.runs.evaluate import Stopped
 from gemma_jax.sweep import grid, plan, results, worker
@@ -365,7 +365,7 @@ def test_gangs_are_split_by_memory(records, caplog):
   configs = [c.config.resolve() for c in cells if c.kind == 'lora' and c.axes['seed'] == 0]
   caplog.set_level('INFO')
   assert plan.split(configs) == [[0, 1, 2, 3, 4, 5]]
-  three = plan.peak_bytes(batched.Gang([configs[2]] * 3), 1 << 40)
+  three = plan.peak_bytes(prepare.outline(configs[2]), 3, 1 << 40)
   found = plan.split(configs, limit_bytes=three)
   assert found == [[0, 1, 2], [3, 4, 5]]
   assert '6 cells are trained as 2 gangs' in caplog.text

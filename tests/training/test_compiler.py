@@ -15,6 +15,7 @@ from gemma_jax.model.transformer import Transformer
 from gemma_jax.training import compiler, optimizer, sharding
 from gemma_jax.training import state as state_lib
 from gemma_jax.training import step as step_lib
+from gemma_jax.training.model import Model
 from tests import toy
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -37,10 +38,11 @@ class Compiled:
     leaves, frozen = state_lib.split({**variables, 'lora': factors}, ('lora/',))
     state = jax.eval_shape(lambda t: state_lib.init_state(t, tx), leaves)
     step = step_lib.make_train_step(
-      Transformer(config, remat=remat), tx, lambda step: 1.0, scale=1.0, num_pieces=None
+      Model(Transformer(config, remat=remat)), step_lib.token_loss, lambda _: (tx, None)
     )
+    hyper = step_lib.Hyperparameters(jax.ShapeDtypeStruct((), jnp.float32))
     step = jax.jit(step, donate_argnums=0, compiler_options=options)
-    self.program = step.lower(state, frozen, toy.batch(1, length)).compile()
+    self.program = step.lower(state, hyper, frozen, toy.batch(1, length)).compile()
     self.analysis = self.program.memory_analysis()
     self.state_bytes = pytree.num_bytes(state)
     self.base_bytes = pytree.num_bytes(frozen)
@@ -111,18 +113,29 @@ def test_a_host_has_the_memory_that_the_kernel_says():
   assert 0.5 * total < limit < total
 
 
-def test_a_step_has_a_program_for_each_length_that_it_meets():
+def test_a_step_has_a_program_for_each_form_of_batch_that_it_meets():
   compiled = []
 
-  def compile_for(length):
-    compiled.append(length)
-    batch = {'tokens': jax.ShapeDtypeStruct((2, length), jnp.int32)}
-    double = jax.jit(lambda factor, batch: factor * batch['tokens'])
+  def compile_for(batch):
+    compiled.append(jax.tree.map(lambda x: (x.shape, x.dtype.name), batch))
+    double = jax.jit(lambda factor, batch: jax.tree.map(lambda x: factor * x, batch))
     return double.lower(3, batch).compile()
 
-  step = compiler.ByLength(compile_for, 8)
-  assert compiled == [8]  # before any batch is there
+  step = compiler.ByShape(compile_for)
+  assert compiled == []
+  # From shapes, before any batch is there.
+  step.program({'tokens': jax.ShapeDtypeStruct((2, 8), jnp.int32)})
   for length in (4, 8, 4):
     tokens = jnp.arange(2 * length).reshape(2, length)
-    np.testing.assert_array_equal(step(3, {'tokens': tokens}), 3 * tokens)
-  assert compiled == [8, 4]
+    np.testing.assert_array_equal(step(3, {'tokens': tokens})['tokens'], 3 * tokens)
+  by_length = [{'tokens': ((2, length), 'int32')} for length in (8, 4)]
+  assert compiled == by_length
+  # Another dtype, another structure: a program of their own.
+  step(3, {'tokens': tokens.astype(jnp.float32)})
+  step(3, {'pair': (tokens, tokens)})
+  step(3, {'tokens': tokens})
+  assert compiled == [
+    *by_length,
+    {'tokens': ((2, 4), 'float32')},
+    {'pair': (((2, 4), 'int32'), ((2, 4), 'int32'))},
+  ]

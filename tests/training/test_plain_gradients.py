@@ -13,6 +13,7 @@ from gemma_jax.model.transformer import Transformer
 from gemma_jax.training import optimizer, sharding
 from gemma_jax.training import state as state_lib
 from gemma_jax.training import step as step_lib
+from gemma_jax.training.model import Model
 from tests import toy
 
 pytestmark = [
@@ -47,14 +48,14 @@ class Problem:
 
   def __init__(self, plain_gradients: bool, attend=None):
     options = {} if attend is None else {'attend': attend}
-    self.model = Transformer(CONFIG, plain_gradients=plain_gradients, **options)
+    self.model = Model(Transformer(CONFIG, plain_gradients=plain_gradients, **options))
     self.base = toy.base(CONFIG)
     self.batch = toy.batch(length=7, vocab_size=CONFIG.vocab_size)
     self.factors, self.unravel = ravel_pytree(toy.factors(CONFIG, RANK_1))
 
   def loss(self, factors: jax.Array) -> jax.Array:
     variables = {'params': self.base, 'lora': self.unravel(factors)}
-    return toy.loss(self.model, variables, self.batch)
+    return toy.loss(self.model.transformer, variables, self.batch)
 
 
 @pytest.fixture(scope='module')
@@ -138,15 +139,16 @@ def test_the_base_has_the_same_gradients():
 def test_both_steps_follow_the_model(plain, vector, forward):
   """The training step's own gradient is differentiated: d |g| = g H v / |g|."""
   tx = optimizer.make_optimizer(OptimizerConfig(), 100, ('lora/',))
-  options = {'scale': 1.0, 'num_pieces': None}
-  step = step_lib.make_train_step(plain.model, tx, lambda step: 1.0, **options)
-  eval_step = step_lib.make_eval_step(plain.model, **options)
+  step = step_lib.make_train_step(plain.model, step_lib.token_loss, lambda _: (tx, None))
+  eval_step = step_lib.make_eval_step(plain.model)
+  hyper = step_lib.Hyperparameters(jnp.float32(1))
 
   def metrics(factors):
     variables = {'params': plain.base, 'lora': plain.unravel(factors)}
     trainable, frozen = state_lib.split(variables, ('lora/',))
-    _, metrics = step(state_lib.init_state(trainable, tx), frozen, plain.batch)
-    mean = jnp.sum(eval_step(variables, plain.batch)) / jnp.sum(plain.batch['weights'])
+    _, metrics = step(state_lib.init_state(trainable, tx), hyper, frozen, plain.batch)
+    losses = eval_step(trainable, hyper, frozen, plain.batch)
+    mean = jnp.sum(losses) / jnp.sum(plain.batch['weights'])
     return metrics['loss'], metrics['grad_norm'], mean
 
   got = jax.jit(lambda x, v: jax.jvp(metrics, (x,), (v,)))(plain.factors, vector)

@@ -8,19 +8,23 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gemma_jax import pytree
 from gemma_jax.config.train import LoraConfig, OptimizerConfig
-from gemma_jax.lora import factors
 from gemma_jax.model import layout
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.training import optimizer, vocabulary_walk
 from gemma_jax.training import state as state_lib
 from gemma_jax.training import step as step_lib
+from gemma_jax.training.model import Model
+from gemma_jax.training.step import Hyperparameters
 from tests import toy
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
+
+HYPER = Hyperparameters(jnp.float32(1))
 
 
 def variables(dtype=jnp.float32, scan_layers=True):
@@ -33,7 +37,14 @@ def variables(dtype=jnp.float32, scan_layers=True):
 @functools.cache
 def evaluate():
   """(variables, batch) → losses [B, T], factors taken as they are."""
-  return jax.jit(step_lib.make_eval_step(Transformer(toy.FULL), scale=1.0, num_pieces=None))
+  eval_step = jax.jit(step_lib.make_eval_step(Model(Transformer(toy.FULL))))
+  return lambda variables, batch, scale=1.0: eval_step(*whole(variables, scale), batch)
+
+
+def whole(variables, scale=1.0):
+  """What a step takes before its batch, all of it in the first argument."""
+  holes = jax.tree.map(lambda _: optax.MaskedNode(), variables)
+  return variables, Hyperparameters(jnp.float32(scale)), holes
 
 
 @pytest.fixture(scope='module')
@@ -76,11 +87,10 @@ def test_it_learns(run):
 def test_metrics(run):
   batch = toy.batch(rows=6)
   start = variables(jnp.bfloat16)
-  start['lora'] = factors.effective(start['lora'], toy.ALL_TARGETS.scale)
-  losses = evaluate()(start, batch)
+  losses = evaluate()(start, batch, toy.ALL_TARGETS.scale)
   tokens = batch['weights'].sum()
   toy.assert_close(run.losses[0], losses.sum() / tokens, 1e-5)
-  assert run.metrics[0]['supervised_tokens'] == tokens
+  assert run.metrics[0]['weight'] == tokens
   assert all(m['learning_rate'] == np.float32(0.01) for m in run.metrics)
 
 
@@ -162,9 +172,9 @@ class TestDropout:
   def test_evaluation_is_without(self):
     programs = {
       str(
-        jax.make_jaxpr(
-          step_lib.make_eval_step(Transformer(toy.FULL, dropout=rate), scale=2.0, num_pieces=None)
-        )(variables(), toy.batch())
+        jax.make_jaxpr(step_lib.make_eval_step(Model(Transformer(toy.FULL, dropout=rate))))(
+          *whole(variables(), 2.0), toy.batch()
+        )
       )
       for rate in (0.0, 0.5)
     }
@@ -219,10 +229,10 @@ def test_no_step_holds_the_logits_of_a_batch(trainable):
   tx = optimizer.make_optimizer(OptimizerConfig(), 3, trainable)
   leaves, frozen = state_lib.split(tree, trainable)
   step = step_lib.make_train_step(
-    Transformer(config), tx, lambda step: 1.0, scale=1.0, num_pieces=None
+    Model(Transformer(config)), step_lib.token_loss, lambda _: (tx, None)
   )
   state = jax.eval_shape(lambda t: state_lib.init_state(t, tx), leaves)
-  jaxpr = jax.make_jaxpr(step)(state, frozen, toy.batch(rows, length))
+  jaxpr = jax.make_jaxpr(step)(state, HYPER, frozen, toy.batch(rows, length))
   with_vocabulary = {
     math.prod(s) // config.vocab_size for s in shapes_in(jaxpr.jaxpr) if config.vocab_size in s
   }
@@ -240,10 +250,10 @@ def test_a_frozen_bases_gradient_is_not_even_traced(monkeypatch):
   tx = optimizer.make_optimizer(OptimizerConfig(), 3, ('lora/',))
   leaves, frozen = state_lib.split(tree, ('lora/',))
   step = step_lib.make_train_step(
-    Transformer(toy.FULL), tx, lambda step: 1.0, scale=1.0, num_pieces=None
+    Model(Transformer(toy.FULL)), step_lib.token_loss, lambda _: (tx, None)
   )
   state = jax.eval_shape(lambda t: state_lib.init_state(t, tx), leaves)
-  out = jax.make_jaxpr(step)(state, frozen, toy.batch())
+  out = jax.make_jaxpr(step)(state, HYPER, frozen, toy.batch())
   D, F, V = toy.FULL.embed_dim, toy.FULL.hidden_dim, toy.FULL.vocab_size
   shapes = set(shapes_in(out.jaxpr))
   # Down's kernel is read in this shape and never written in it.
@@ -254,32 +264,31 @@ def test_a_frozen_bases_gradient_is_not_even_traced(monkeypatch):
 def test_an_adapter_of_the_other_form_is_refused():
   """The model would find no factors and compute the base."""
   config = toy.PLAIN
-  model = Transformer(config, scan_layers=True, remat='none')
+  eval_step = step_lib.make_eval_step(Model(Transformer(config, scan_layers=True, remat='none')))
   variables = {
     'params': toy.base(config),
     'lora': toy.factors(config, toy.ALL_TARGETS, scan_layers=False),
   }
   with pytest.raises(ValueError, match='unrolled adapter for a scanned base'):
-    step_lib.hidden_states(model, variables, 1.0, toy.batch(2, 7))
+    eval_step(*whole(variables), toy.batch(2, 7))
 
 
 @pytest.fixture(scope='module')
 def skipping_step():
   """A jitted step that leaves out what is not finite, and a state for it."""
   tx = optimizer.make_optimizer(toy.ADAMW, 10, ('lora/',))
+  schedule = optimizer.make_schedule(toy.ADAMW, 10)
   step = step_lib.make_train_step(
-    Transformer(toy.FULL),
-    tx,
-    optimizer.make_schedule(toy.ADAMW, 10),
-    scale=1.0,
-    num_pieces=None,
+    Model(Transformer(toy.FULL)),
+    step_lib.token_loss,
+    lambda _: (tx, schedule),
     skip_nonfinite=True,
   )
   trainable, frozen = state_lib.split(variables(), ('lora/',))
   step = jax.jit(step)
   # Moments that are not zero, so that a change of them would be seen.
-  state, _ = step(state_lib.init_state(trainable, tx), frozen, toy.batch())
-  return lambda state, batch: step(state, frozen, batch), state
+  state, _ = step(state_lib.init_state(trainable, tx), HYPER, frozen, toy.batch())
+  return lambda state, batch: step(state, HYPER, frozen, batch), state
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf])
