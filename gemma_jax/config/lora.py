@@ -48,7 +48,8 @@ class LoraConfig(Freezable):
 
   def __hash__(self) -> int:
     """Of a frozen one, which is a static part of the pytree `lora.Lora`."""
-    return hash(repr(self))
+    fields = (getattr(self, field.name) for field in dataclasses.fields(self))
+    return hash(tuple(frozenset(x.items()) if isinstance(x, dict) else x for x in fields))
 
   @property
   def scale(self) -> float:

@@ -44,10 +44,11 @@ def read(path: str | os.PathLike, model_config: ModelConfig, scan_layers: bool =
       architecture or has an unsupported option.
   """
   path = files.fetch(path)
-  trained_base, trained_with = {}, None
+  trained_base, reference, trained_with = {}, '', None
   if path.is_dir():
     config, factors = peft.read_adapter(path, model_config, scan_layers)
     trained_base = peft.read_trained_base(path)
+    reference = peft.read_base_name(path)
     trained_with = TrainedWith.read(path)
   elif keras.is_hdf5(path):
     config, factors = keras.read_lora(path, model_config, scan_layers)
@@ -57,7 +58,7 @@ def read(path: str | os.PathLike, model_config: ModelConfig, scan_layers: bool =
       f'adapter: got {str(path)!r}, which is {kind}; expected a PEFT folder '
       '(adapter_config.json) or a .lora.h5 file of Keras.'
     )
-  return Lora(factors, np.float32(config.scale), config, trained_base, trained_with=trained_with)
+  return Lora(factors, np.float32(config.scale), config, trained_base, reference, trained_with)
 
 
 def write(folder: str | os.PathLike, lora: Lora) -> None:

@@ -221,6 +221,12 @@ that file: with only the adapter they do not compute the trained model.
 """
 
 
+def read_base_name(folder: str | os.PathLike) -> str:
+  """The base that an adapter was made for, as its writer called it; '' if it does not say."""
+  name = hf_safetensors.read_json(Path(folder) / CONFIG_NAME).get('base_model_name_or_path')
+  return name if isinstance(name, str) else ''
+
+
 def read_trained_base(folder: str | os.PathLike) -> pytree.Tree:
   """Base leaves trained along with an adapter, float32; {} if there are none.
 

@@ -162,13 +162,13 @@ class Lora:
     return factors_lib.merge(params, self.factors, self.scale)
 
   def members(self) -> list['Lora']:
-    """The K adapters, each of its own rank."""
+    """The K adapters, each with its own targets and of its own rank."""
     if self.is_single:
       return [self]
     return [
       dataclasses.replace(
         self,
-        factors=align.cut(align.member(self.factors, i), config.rank),
+        factors=align.cut(_own(align.member(self.factors, i), config), config.rank),
         scale=self.scale[i],
         config=config,
       )
@@ -180,3 +180,13 @@ class Lora:
       raise ValueError(
         f'lora: got {len(self.config)} adapters to {verb}, expected one; see `Lora.members`.'
       )
+
+
+def _own(factors: pytree.Tree, config: LoraConfig) -> pytree.Tree:
+  """Factors without the zeros that `align` put where an adapter has none."""
+  leaves = {}
+  for name, x in pytree.items(factors):
+    *_, target, leaf = name.split('/')
+    if target in config.target_names and (config.dora or leaf != 'lora_magnitude'):
+      leaves[name] = x
+  return pytree.unflatten(leaves)

@@ -192,7 +192,8 @@ def _checked(returned: Any) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     named |= {f'sum of {name}': pair[0], f'weight of {name}': pair[1]}
   arrays = {}
   for name, x in named.items():
-    if jnp.shape(x) or not jnp.issubdtype(jnp.result_type(x), jnp.number):
+    is_array = hasattr(x, 'dtype') or isinstance(x, int | float)
+    if not is_array or jnp.shape(x) or not jnp.issubdtype(jnp.result_type(x), jnp.number):
       raise ValueError(f'loss_fn: got {_kind(x)} for the {name}, {expected}')
     arrays[name] = jnp.asarray(x, jnp.float32)
   pairs = {name: (arrays[f'sum of {name}'], arrays[f'weight of {name}']) for name in metrics}

@@ -302,8 +302,8 @@ def test_no_factors_are_the_base(params):
 def test_variables_of_another_form_are_refused(scan_layers):
   """The model would find no factors and compute the base."""
   base, own = toy.base(scan_layers=scan_layers), toy.factors(scan_layers=not scan_layers)
-  forms = ('unrolled', 'scanned') if scan_layers else ('scanned', 'unrolled')
-  message = '%s adapter for a %s base, expected one form; see layout' % forms
+  got, want = ('unrolled', 'scanned') if scan_layers else ('scanned', 'unrolled')
+  message = f'{got} adapter for a {want} base, expected one form; see layout'
   with pytest.raises(ValueError, match=message):
     factors_lib.variables(base, own, 1.0)
 
@@ -332,7 +332,7 @@ class TestFit:
       ({'hidden_dim': 19}, 'mlp/down/lora_a of shape .* expected .*19'),
       ({'head_dim': 16}, 'attn/k/lora_b of shape .* expected .*16'),
       ({'num_heads': 4}, 'attn/(o/lora_a|q/lora_a|q/lora_b) of shape .* expected .*4'),
-      ({'num_layers': 4, 'layer_is_local': ()}, 'attn/k/lora_a of shape .* expected .4'),
+      ({'num_layers': 4, 'layer_is_local': (True,) * 4}, 'attn/k/lora_a of shape .* expected .4'),
     ],
   )
   def test_another_base_is_refused(self, change, leaf, factorization):

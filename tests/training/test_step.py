@@ -311,3 +311,135 @@ def test_a_finite_update_is_not_left_out(skipping_step):
     pytree.items(after.trainable), pytree.items(state.trainable), strict=True
   ):
     assert np.all(np.asarray(x) != np.asarray(old)), name
+
+
+PAIRS = {'chosen': toy.batch(4, seed=1), 'rejected': toy.batch(4, seed=2)}
+
+
+def margin_loss(model, variables, batch, key):
+  """A loss of pairs whose rows weigh differently, with two metrics of its own."""
+  log_likelihoods = [
+    -jnp.sum(model.token_losses(variables, batch[name], key), axis=-1)
+    for name in ('chosen', 'rejected')
+  ]
+  margin = log_likelihoods[0] - log_likelihoods[1]
+  weights = jnp.sum(batch['chosen']['weights'], axis=-1)
+  rows = jnp.float32(len(margin))
+  metrics = {'margin': (jnp.sum(margin), rows), 'wins': (jnp.sum(margin > 0), rows)}
+  return jnp.sum(-weights * jax.nn.log_sigmoid(margin)), jnp.sum(weights), metrics
+
+
+class TestLossOfYourOwn:
+  """Any sum, weight and metrics, of a batch of any structure."""
+
+  def run(self, parts, loss_fn=margin_loss, batch=PAIRS, steps=2):
+    tx = optimizer.make_optimizer(toy.ADAMW, 10, ('lora/',))
+    step = jax.jit(
+      step_lib.make_train_step(
+        Model(Transformer(toy.FULL)), loss_fn, lambda _: (tx, None), accumulate_steps=parts
+      )
+    )
+    trainable, frozen = state_lib.split(variables(), ('lora/',))
+    state = state_lib.init_state(trainable, tx)
+    measured = []
+    for _ in range(steps):
+      state, metrics = step(state, HYPER, frozen, batch)
+      measured.append(jax.device_get(metrics))
+    return state, measured
+
+  def test_four_parts_are_one(self):
+    (whole, metrics), (parts, of_parts) = self.run(1), self.run(4)
+    names = {'loss', 'weight', 'tokens', 'grad_norm', 'learning_rate', 'margin', 'wins'}
+    for got, want in zip(of_parts, metrics, strict=True):
+      assert got.keys() == want.keys() == names
+      assert np.isnan(got.pop('learning_rate')) and np.isnan(want.pop('learning_rate'))
+      toy.assert_close(got, want, 1e-5)
+    toy.assert_close(parts.trainable, whole.trainable, 1e-5)
+
+  def test_metrics_are_what_the_loss_says_of_the_whole_batch(self):
+    _, (metrics, after) = self.run(4)
+    eval_step = step_lib.make_eval_step(Model(Transformer(toy.FULL)), margin_loss)
+    total, weight, pairs = jax.jit(eval_step)(*whole(variables()), PAIRS)
+    toy.assert_close(metrics['loss'], total / weight, 1e-5)
+    assert metrics['weight'] == weight == PAIRS['chosen']['weights'].sum()
+    for name, (x, w) in pairs.items():
+      assert w == 4
+      toy.assert_close(metrics[name], x / w, 1e-5)
+    # Tokens are those of both halves of a pair, read in any part.
+    count = sum(int((half['segment_ids'] > 0).sum()) for half in PAIRS.values())
+    assert metrics['tokens'] == count
+    assert after['loss'] < metrics['loss']
+
+  def test_a_batch_without_token_rows_counts_none(self):
+    def norm(model, variables, batch, key):
+      del model, key
+      b = variables['lora']['layers']['attn']['q']['lora_b']
+      rows, (extra, _) = batch
+      return jnp.sum(b**2) * jnp.sum(rows) + jnp.sum(extra), jnp.sum(rows), {}
+
+    batch = (jnp.arange(4.0), (jnp.ones((4, 3)), jnp.zeros((4, 2, 2), jnp.int32)))
+    (whole, metrics), (parts, of_parts) = (self.run(n, norm, batch, steps=1) for n in (1, 2))
+    assert metrics[0]['tokens'] == of_parts[0]['tokens'] == 0
+    assert metrics[0]['weight'] == 6
+    toy.assert_close(parts.trainable, whole.trainable, 1e-5)
+
+  def test_a_weight_of_zero_divides_nothing(self):
+    def empty(model, variables, batch, key):
+      total, _, _ = step_lib.token_loss(model, variables, batch, key)
+      return 0 * total, 0.0, {'nothing': (0, 0)}
+
+    _, (metrics,) = self.run(2, empty, toy.batch(4), steps=1)
+    assert (metrics['loss'], metrics['grad_norm'], metrics['nothing']) == (0, 0, 0)
+    assert metrics['nothing'].dtype == np.float32
+
+  def test_a_weight_below_one_is_divided_by(self):
+    scaled = 0.25
+
+    def light(model, variables, batch, key):
+      total, weight, _ = step_lib.token_loss(model, variables, batch, key)
+      small = scaled / weight
+      return total * small, weight * small, {'half': (0.125, 0.25)}
+
+    _, (got,) = self.run(1, light, toy.batch(4), steps=1)
+    _, (want,) = self.run(1, step_lib.token_loss, toy.batch(4), steps=1)
+    toy.assert_close(
+      [got[n] for n in ('loss', 'grad_norm')], [want['loss'], want['grad_norm']], 1e-5
+    )
+    assert (got['weight'], got['half']) == (scaled, 0.5)
+
+  @pytest.mark.parametrize(
+    ('returned', 'message'),
+    [
+      (lambda x: x, r'got an array \[\] of float32'),
+      (lambda x: None, 'got NoneType'),
+      (lambda x: (x, x), 'got a tuple of 2'),
+      (lambda x: [x, x, {}], 'got list'),
+      (lambda x: (x, x, [('a', x)]), 'got a tuple of 3'),
+      (lambda x: (x[None], x, {}), r'got an array \[1\] of float32 for the sum'),
+      (lambda x: (x, jnp.ones((2, 11)), {}), r'got an array \[2, 11\] of float32 for the weight'),
+      (lambda x: (x > 0, x, {}), r'got an array \[\] of bool for the sum'),
+      (lambda x: (x, x, {'a': x}), r"got an array \[\] of float32 for the metric 'a'"),
+      (lambda x: (x, x, {'a': (x, x, x)}), "got a tuple of 3 for the metric 'a'"),
+      (lambda x: (x, x, {'a': (x[None], x)}), r'got an array \[1\] of float32 for the sum of a'),
+      (lambda x: (x, x, {'a': (x, x[None])}), r'got an array \[1\] .* for the weight of a'),
+      (lambda x: (x, 'all', {}), 'got str for the weight'),
+      (lambda x: (x, None, {}), 'got NoneType for the weight'),
+      (lambda x: (x, {'a': x}, {}), 'got dict for the weight'),
+      (lambda x: (x, x, {'loss': (x, x)}), "got a metric named 'loss', expected none of"),
+      (lambda x: (x, x, {'tokens': (x, x)}), "got a metric named 'tokens', expected none of"),
+    ],
+  )
+  def test_a_loss_that_returns_something_else_is_refused(self, returned, message):
+    def loss_fn(model, variables, batch, key):
+      return returned(step_lib.token_loss(model, variables, batch, key)[0])
+
+    model, batch = Model(Transformer(toy.FULL)), toy.batch()
+    tx = optimizer.make_optimizer(toy.ADAMW, 10, ('lora/',))
+    step = step_lib.make_train_step(model, loss_fn, lambda _: (tx, None))
+    trainable, frozen = state_lib.split(variables(), ('lora/',))
+    state = jax.eval_shape(lambda t: state_lib.init_state(t, tx), trainable)
+    with pytest.raises(ValueError, match=f'^loss_fn: {message}'):
+      jax.eval_shape(step, state, HYPER, frozen, batch)
+    eval_step = step_lib.make_eval_step(model, loss_fn)
+    with pytest.raises(ValueError, match=f'^loss_fn: {message}'):
+      jax.eval_shape(eval_step, trainable, HYPER, frozen, batch)
