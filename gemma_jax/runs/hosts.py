@@ -107,15 +107,15 @@ def progress_bar(**options: Any) -> tqdm.tqdm:
 
 
 def to_numpy(tree: Any) -> Any:
-  """Arrays of any sharding → NumPy arrays, on every process.
+  """Arrays of any sharding, or NumPy's → NumPy arrays, on every process.
 
   All processes have to ask at the same place.
   """
   return jax.tree.map(_whole, tree)
 
 
-def _whole(x: jax.Array) -> np.ndarray:
-  if x.is_fully_addressable or x.is_fully_replicated:
+def _whole(x: jax.Array | np.ndarray) -> np.ndarray:
+  if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
     return np.asarray(x)
   from jax.experimental import multihost_utils
 
