@@ -1,11 +1,11 @@
 """What does a rank-8 adapter on q and v learn from Dolly 15k?
 
-Question   how far does the held-out loss of Gemma 3 270M fall in the first
-           hundreds of updates on 14k instruction records?
+Question   how far does the held-out loss of Gemma 3 270M fall in the first few
+           hundred updates on 14k instruction records?
 Command    python -m launch.train --config=experiments/dolly_lora.py \\
              --workdir=DIR [--config.data.path=databricks-dolly-15k.jsonl]
            (the default fetches the official file and prepares it with TFDS)
-Cost       about 8 s a step of 512 positions on two cores, 3 GiB
+Cost       about 8 s per step of 512 positions on two cores, 3 GiB
 Result     1.957 -> 1.872 nats/token after 100 steps; see experiments/README.md
 """
 

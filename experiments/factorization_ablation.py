@@ -1,8 +1,8 @@
 """One A for all heads, or one for each?
 
 Question   the paper's factors (A [D, r], B [r, N, H]) against those of Keras's
-           EinsumDense (A [N, D, r], B [r, H]) with as many parameters: which
-           learns more from Dolly?
+           EinsumDense (A [N, D, r], B [r, H]) with the same number of
+           parameters: which learns more from Dolly?
 Command    python -m launch.sweep \\
              --config=experiments/factorization_ablation.py --workdir=DIR
 Cost       see experiments/README.md#shipped-ablations

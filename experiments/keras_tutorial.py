@@ -1,4 +1,4 @@
-"""The Keras tutorial "Fine-tune Gemma with LoRA", its recipe.
+"""The recipe of the Keras tutorial "Fine-tune Gemma with LoRA".
 
 Question   does the same recipe (Keras's factorization and initial A, scale 1,
            AdamW 5e-5 with decay 0.01, loss on every token, rows of one padded
@@ -8,11 +8,11 @@ Command    python -m launch.train --config=experiments/keras_tutorial.py \\
            or the same recipe on the 270M:
            python -m launch.train \\
              --config=experiments/keras_tutorial.py:gemma3_270m --workdir=DIR
-           sampling as there: launch.generate --temperature=1 --top_k=5
-Cost       one epoch of 1000 rows of 256 positions; not run to its end yet
+           sampling as in the tutorial: launch.generate --temperature=1 --top_k=5
+Cost       one epoch of 1000 rows of 256 positions; not run to completion yet
 Result     1,363,968 adapter parameters on Gemma 1 2B, as published
-Differs    the 1000 rows are the first of the training split; with data.path
-           the .jsonl file itself and a data.eval_path they are the file's
+Differs    the 1000 rows are the first of the training split; if data.path is
+           the .jsonl file itself and there is a data.eval_path, the file's first
 Source     ai.google.dev/gemma/docs/core/lora_tuning (the official tutorial)
 """
 
@@ -20,7 +20,7 @@ from gemma_jax.config.train import BaseConfig, DataConfig, LoraConfig, Optimizer
 
 
 def get_config(model: str = 'random:gemma_2b') -> TrainConfig:
-  """The recipe for a model reference, given behind the file's colon."""
+  """The recipe for a model reference, given after a colon behind the file name."""
   return TrainConfig(
     epochs=1,
     model=BaseConfig(path=model),

@@ -16,7 +16,7 @@ from gemma_jax.config.train import TrainConfig
 
 
 def get_config(path: str = 'ChatbotData.csv') -> TrainConfig:
-  """`dolly_lora` on the Korean pairs; they are short, so are the rows."""
+  """`dolly_lora` on the Korean pairs, in short rows since the pairs are short."""
   config = dolly_lora.get_config()
   return dataclasses.replace(
     config,

@@ -1,7 +1,7 @@
 """Does a rank-8 adapter teach the smallest Gemma how to answer a traveller?
 
 Question   can 355 question/answer records change what a 270M base says about
-           Seoul, measured on 40 held-out records that are no paraphrases?
+           Seoul, measured on 40 held-out records that are not paraphrases?
 Command    bash launch/quickstart.sh
 Cost       see experiments/README.md#quickstart
 Result     see experiments/README.md#quickstart

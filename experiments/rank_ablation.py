@@ -7,9 +7,9 @@ Command    python -m launch.sweep --config=experiments/rank_ablation.py \\
              --workdir=DIR [--config.data.path=databricks-dolly-15k.jsonl]
            python -m experiments.report DIR
 Design     five seeds and rates half a decade apart over two decades: what a
-           claim asks for. One seed and fewer updates make a look, which
-           --config.grid.seeds and --config.steps give. Gradients are not
-           clipped: their norm goes as the scale times the root of the rank, so
+           claim needs. For a first look, one seed and fewer updates do
+           (--config.grid.seeds and --config.steps). Gradients are not clipped:
+           their norm goes as the scale times the root of the rank, so
            one bound would clip small ranks and leave large ones alone.
 Cost       five days on two cores (an estimate), see
            experiments/README.md#rank-ablation
@@ -36,6 +36,6 @@ def get_config() -> SweepConfig:
     ),
   )
   config.optimizer.clip_norm = 0.0
-  # One row of 512 in each update, as there; all held-out records.
+  # One row of 512 positions in each update, as in dolly_lora; all held-out records.
   config.data.max_eval_records = 0
   return config

@@ -3,9 +3,9 @@
   python -m experiments.report DIR
 
 Writes DIR/report/: report.html (needs no network and no other file),
-results.csv (a line a cell), records.csv (a line a held-out record, with its
-loss under every cell: publish it with a result, so that others can measure it
-again), and every figure as SVG and PNG. Prints their paths.
+results.csv (one line per trial), records.csv (one line per held-out record, with
+its loss under every trial: publish it with a result, so that others can analyse
+it again), and every figure as SVG and PNG. Prints their paths.
 """
 
 import base64
@@ -21,18 +21,18 @@ from gemma_jax import files
 from gemma_jax.formats import open_base
 from gemma_jax.sweep import manifest, results
 
-# The largest number of adapters that one similarity map holds legibly.
+# The most adapters that one similarity map shows legibly.
 _MAX_SIMILAR = 12
 
 
 def write(workdir: str) -> list[Path]:
-  """Writes the report of a sweep that has a finished cell.
+  """Writes the report of a sweep that has a finished trial.
 
   Returns:
-    Paths of what was written, the page first.
+    Paths of the files written, the page first.
 
   Raises:
-    ValueError: the folder is no sweep's, or no adapter has been trained.
+    ValueError: the folder is not a sweep's, or no adapter has been trained.
   """
   sweep = results.read(workdir)
   table = arms.rows(sweep)
@@ -43,23 +43,25 @@ def write(workdir: str) -> list[Path]:
   html_path, rows = folder / 'report.html', folder / 'results.csv'
   records = folder / 'records.csv'
   files.write(html_path, page(sweep, table, answers, pictures))
-  tables.write_cells(sweep, table, answers, rows)
+  tables.write_trials(sweep, table, answers, rows)
   tables.write_records(sweep, records)
   return [html_path, rows, records, *sorted((folder / 'figures').iterdir())]
 
 
 def _directions(sweep, table) -> dict[str, spectra.Directions]:
-  """Of all seeds of the largest rank, and of each other rank's first."""
+  """Directions of all seeds of the largest rank, and of each other rank's first seed."""
   largest = max(table, key=lambda row: row.rank)
-  cells = [row.cells[0] for row in table if row is not largest]
-  cells = [*cells, *largest.cells][-_MAX_SIMILAR:]
+  trials = [row.trials[0] for row in table if row is not largest]
+  trials = [*trials, *largest.trials][-_MAX_SIMILAR:]
   config = sweep.manifest['config']['model']
   try:
     source = open_base.open_base(config['path'], config['tokenizer'])
   except ValueError as e:  # moved, or on another machine
-    print(f'Without the base the similarity of directions is left out ({e})', file=sys.stderr)
+    print(
+      f'The base is missing, so the similarity of directions is left out ({e})', file=sys.stderr
+    )
     return {}
-  return {c.name: spectra.directions(c, source.config) for c in cells}
+  return {trial.name: spectra.directions(trial, source.config) for trial in trials}
 
 
 def _figures(sweep, table, answers, folder: Path) -> dict[str, tuple[str, dict]]:
@@ -89,7 +91,7 @@ def _figures(sweep, table, answers, folder: Path) -> dict[str, tuple[str, dict]]
 
 def page(sweep, table, answers, pictures) -> str:
   """The page, with the figures of `_figures`."""
-  waiting = [cell for cell in sweep.cells if not cell.has_ended]
+  waiting = [trial for trial in sweep.trials if not trial.has_ended]
   pairs = compare.pairs(sweep, table)
   answer = ''.join(
     f'<p class="answer">{_text(text)}</p>'
@@ -103,12 +105,12 @@ def page(sweep, table, answers, pictures) -> str:
     ('Truncated or trained', _truncation(sweep, table)),
     ('By category', _categories(sweep, table, answers)),
     ('Sample answers', _samples(sweep)),
-    ('Failed cells', _failed(sweep)),
-    ('Cells', f'<pre>{_text(results.table(sweep))}</pre>'),
+    ('Failed trials', _failed(sweep)),
+    ('Trials', f'<pre>{_text(results.table(sweep))}</pre>'),
     ('Configuration and fingerprints', _configuration(sweep)),
   ]
   if waiting:
-    note = f'{len(waiting)} cells have not ended: this is a part of the sweep.'
+    note = f'{len(waiting)} trials have not ended: this report covers part of the sweep.'
     sections.insert(0, ('Not finished', f'<p>{note}</p>'))
   body = ''.join(
     f'<section><h2>{title}</h2>{content}</section>' for title, content in sections if content
@@ -127,7 +129,7 @@ def _arms(sweep, table, answers) -> str:
       [
         row.label,
         f'{row.parameters:,}',
-        f'{row.cells[0].entry["scale"]:.4g}',
+        f'{row.trials[0].entry["scale"]:.4g}',
         f'{row.rate:g}{" (at the edge of the grid)" if row.at_edge else ""}',
         '-' if row.clipped is None else words.percent(row.clipped),
         f'{row.validation:.4f}',
@@ -136,30 +138,33 @@ def _arms(sweep, table, answers) -> str:
         f'{test.excess.upper():+.4f}' if is_bounded else '-',
         words.detectable(test, answer) if is_bounded else '-',
         f'{row.seconds:.0f}',
-        len(row.cells),
+        len(row.trials),
         states.get(row.arm, '-'),
       ]
     )
   for kind in ('base', 'full'):
-    for cells in (
-      sweep.chosen(kind).values() if kind == 'full' else [[cell] for cell in sweep.finished('base')]
+    for trials in (
+      sweep.chosen(kind).values()
+      if kind == 'full'
+      else [[trial] for trial in sweep.finished('base')]
     ):
       means = [
-        sum(c.loss(sweep.part(part)) for c in cells) / len(cells) for part in ('validation', 'test')
+        sum(trial.loss(sweep.part(part)) for trial in trials) / len(trials)
+        for part in ('validation', 'test')
       ]
       rows.append(
         [
           {'base': 'base model', 'full': 'all of these kernels'}[kind],
-          f'{cells[0].entry["trainable_parameters"]:,}',
+          f'{trials[0].entry["trainable_parameters"]:,}',
           '-',
-          f'{cells[0].axes["learning_rate"]:g}' if kind == 'full' else '-',
+          f'{trials[0].axes["learning_rate"]:g}' if kind == 'full' else '-',
           '-',
           *(f'{mean:.4f}' for mean in means),
           '-',
           '-',
           '-',
           '-',
-          len(cells),
+          len(trials),
           '-',
         ]
       )
@@ -173,7 +178,7 @@ def _arms(sweep, table, answers) -> str:
     'test loss',
     'deficit from the reference [95 %]',
     'upper 95 % bound of deficit - margin',
-    'detectable with a power of 80 %',
+    'detectable at a power of 80 %',
     'seconds',
     'seeds',
     'verdict',
@@ -190,7 +195,7 @@ def _pairs(pairs) -> str:
     ]
     for pair in pairs
   ]
-  head = ['arms', 'difference [95 %, each by itself]', 'p, Holm for all']
+  head = ['arms', 'difference [95 %, each by itself]', 'p, Holm-corrected']
   return _table(head, rows) if rows else ''
 
 
@@ -219,7 +224,9 @@ def _categories(sweep, table, answers) -> str:
     ]
     for each in compare.categories(sweep, table, answers)
   ]
-  note = '<p>To be looked at: each interval holds by itself, and some of many stray by chance.</p>'
+  note = (
+    '<p>For exploration: each interval holds by itself, and among many some miss by chance.</p>'
+  )
   head = [
     'category',
     'records',
@@ -248,8 +255,8 @@ def _samples(sweep) -> str:
 
 
 def _failed(sweep) -> str:
-  rows = [[c.name, c.error] for c in sweep.cells if c.error is not None]
-  return _table(['cell', 'why'], rows) if rows else '<p>None.</p>'
+  rows = [[trial.name, trial.error] for trial in sweep.trials if trial.error is not None]
+  return _table(['trial', 'why'], rows) if rows else '<p>None.</p>'
 
 
 def _configuration(sweep) -> str:
@@ -339,7 +346,7 @@ _PAGE = """<!DOCTYPE html>
 
 
 def main(arguments: list[str]) -> int:
-  """Runs the command; one line on standard error where something is wrong."""
+  """Runs the command; prints one line on standard error if something is wrong."""
   if len(arguments) != 1 or arguments[0].startswith('-'):
     print(__doc__.strip(), file=sys.stderr)
     return 0 if arguments == ['--help'] else 1

@@ -2,7 +2,7 @@
 
 Question   scale constant, alpha / r or alpha / sqrt r (rsLoRA): with each
            rank at its own best rate, does the rule still matter? alpha is 2, so
-           that all of them agree at rank 1.
+           that the three rules agree at rank 1.
 Command    python -m launch.sweep --config=experiments/scale_ablation.py \\
              --workdir=DIR
 Cost       see experiments/README.md#shipped-ablations

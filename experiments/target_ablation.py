@@ -1,8 +1,9 @@
 """Which projections should carry LoRA, at equal parameters?
 
-Question   q and v, all of attention, or all seven projections: with as many
-           trainable parameters, which wins on Dolly? Ranks of the latter two
-           are solved from those of q and v (on the 270M 21 gives 4 for all).
+Question   q and v, all of attention, or all seven projections: with the same
+           number of trainable parameters, which wins on Dolly? The ranks of the
+           latter two are solved from those of q and v (on the 270M, rank 21 for
+           q and v gives rank 4 for all seven).
 Command    python -m launch.sweep --config=experiments/target_ablation.py \\
              --workdir=DIR
 Cost       see experiments/README.md#shipped-ablations

@@ -1,6 +1,6 @@
-"""The translation sequel, Korean to English; the other way round is its base.
+"""The translation sequel, Korean to English; it starts from the opposite direction's config.
 
-Question   is the way back easier for a model that has read more English?
+Question   is this direction easier for a model that has read more English?
 Command    python -m launch.train \\
              --config=experiments/translate_ko_en.py:PATH \\
              --workdir=DIR     with PATH as in translate_en_ko.py
@@ -13,5 +13,5 @@ from gemma_jax.config.train import TrainConfig
 
 
 def get_config(path: str = 'kor.txt') -> TrainConfig:
-  """`translate_en_ko` with the languages changed over."""
+  """`translate_en_ko` with the two languages swapped."""
   return translate_en_ko.get_config(path, template='ko_en')

@@ -20,13 +20,14 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
 
 from absl import app, flags, logging
 import tqdm
 
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error instead of one line.')
 
-# What commands say of the flags that they share.
+# Help for the flags that several commands share.
 ADAPTER_HELP = 'PEFT folder, or .lora.h5 file of Keras'
 MODEL_HELP = (
   'Base: gemma3_270m, a .gguf file, a Hugging Face or Flax release folder, '
@@ -34,29 +35,29 @@ MODEL_HELP = (
 )
 TOKENIZER_HELP = 'tokenizer.model to use instead of the one of the base.'
 
-# What in them is read as text, and is no name of a file.
+# Flags whose values are text rather than file names.
 _TEXT_FLAGS = ('prompt',)
 
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-# What a user's input or a full disk raises, with a message of its own;
+# What a user's input or a full disk raises, with a message that stands alone;
 # anything else is shown with the name of its type.
 USER_ERRORS = (ValueError, OSError, KeyError, FloatingPointError)
 
-# How ml_collections says what `_explain` says.
+# Messages of ml_collections that `_explain` rewrites.
 _NO_FIELD = re.compile(r"Field (\w+) not found .*'([\w.]+)\.(\w+)'")
 _NO_FILE = re.compile(r"Failed loading config file .* '(.*)'", re.DOTALL)
 _BROKEN_FILE = 'Error whilst parsing config file'
 
-# A setting in a message: its flag, its name (no part of a path), or an argument
-# that it begins with.
+# A setting in a message: its flag, its name (not part of a path), or an argument
+# at the start of the message.
 _SETTING = re.compile(
   r'--config\.((?:[a-z_0-9]+\.)*[a-z_0-9]+)'
   r'|(?<![\w./\'"-])((?:data|model|lora|optimizer|mesh)\.[a-z_0-9]+)(?![\w/]|\.\w)'
   r'|^([a-z_]+)(?=: got )'
 )
-# What flags of commands without a config call fields, where not by their names.
+# Flags that name a field differently, in commands without a config.
 _FLAG_OF = {
   'data.path': 'data',
   'data.global_batch_size': 'batch_size',
@@ -85,7 +86,7 @@ def run(main: Callable[[], int | None]) -> None:
         fail(_one_line(e))
       fail(f'{type(e).__name__}: {_one_line(e)} (--debug shows where)')
 
-  # Text is UTF-8, whatever the locale says.
+  # Text is UTF-8, whatever the locale.
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(encoding='utf-8', errors='backslashreplace')
@@ -99,8 +100,8 @@ def fail(message: str) -> None:
   print(f'error: {message}', file=sys.stderr, flush=True)
   jax = sys.modules.get('jax')  # not imported for this
   if jax is not None and jax.distributed.is_initialized():
-    # A regular exit would wait for the others, who may wait for this one. The
-    # coordinator goes last: what all refuse, all have the time to say.
+    # A regular exit would wait for the other processes, which may wait for this
+    # one. The coordinator exits last, so that all have time to report their error.
     time.sleep(jax.process_index() == 0)
     os._exit(1)
   sys.exit(1)
@@ -122,11 +123,11 @@ def set_compilation_cache(folder: str) -> None:
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
   """Makes SIGTERM and Ctrl-C ask for a stop; a second one ends at once.
 
-  Python runs a signal's handler between two of its own instructions, so not
-  before a compilation or a step is over, and then once for all that have come.
-  A thread, told by the system's handler, does not wait for that: it says that
-  the signal was heard, and ends the process at the second one with 128 plus its
-  number, the code that a shell gives to what a signal has ended.
+  Python runs a signal's handler between two of its own instructions, so only
+  after a running compilation or step, and then once for all pending signals.
+  A thread, woken by the system's handler, does not wait for that: it reports the
+  signal, and at the second one ends the process with 128 plus the signal's
+  number, the exit code that a shell gives to a process ended by a signal.
 
   Yields:
     should_stop(), true once a signal has come.
@@ -139,7 +140,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     with numbers:
       while number := numbers.recv(1):
         if number[0] not in _STOP_SIGNALS:
-          continue  # another one that Python handles
+          continue  # another signal, which Python handles
         if stopping.is_set():
           os._exit(128 + number[0])
         stopping.set()
@@ -149,8 +150,8 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
           'one ends at once.\n'
         )
 
-  # Undone in the opposite order, each as soon as there is something to undo:
-  # Ctrl-C may come between any two lines.
+  # Undone in reverse order, each registered as soon as there is something to undo:
+  # Ctrl-C may arrive between any two lines.
   with contextlib.ExitStack() as undo:
     undo.enter_context(from_handler)
     watcher = threading.Thread(target=watch, daemon=True)
@@ -161,7 +162,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
     signal.set_wakeup_fd(from_handler.fileno(), warn_on_full_buffer=False)
     for each in _STOP_SIGNALS:
       undo.callback(signal.signal, each, signal.getsignal(each))
-      # A handler of Python's, or the system would not call Python's at all.
+      # Without a Python handler the system would not call Python's own at all.
       signal.signal(each, lambda number, frame: None)
     yield stopping.is_set
 
@@ -171,7 +172,7 @@ def _say_at_once(text: str) -> None:
 
   Not through sys.stderr, whose lock another thread may hold for long.
   """
-  with contextlib.suppress(OSError):  # nobody is left to read it
+  with contextlib.suppress(OSError):  # there may be no reader left
     _, writable, _ = select.select([], [2], [], 0)
     if writable:
       os.write(2, text.encode())
@@ -180,8 +181,8 @@ def _say_at_once(text: str) -> None:
 class _Log(standard_logging.Handler):
   """Our log lines on standard error, above a progress bar if there is one.
 
-  Of the libraries below us only warnings are shown, in a line each: Orbax logs
-  thirty lines a checkpoint, and the traceback of what it raises as well.
+  Of the libraries below us only warnings are shown, in one line each: Orbax logs
+  thirty lines per checkpoint, and the traceback of whatever it raises.
   """
 
   def __init__(self, tracebacks: bool = False):
@@ -189,7 +190,7 @@ class _Log(standard_logging.Handler):
     self._tracebacks = tracebacks
 
   def emit(self, record):
-    # asyncio, of the standard library, tells of tasks that failed in theirs.
+    # The standard library's asyncio reports tasks that failed in those libraries.
     ours = '-packages' not in record.pathname and record.name != 'asyncio'
     if not ours and not self._tracebacks:
       record.exc_info = record.exc_text = None
@@ -204,6 +205,25 @@ def _set_up_log():
   root.handlers = [handler]
   root.setLevel(standard_logging.INFO)
   logging.set_verbosity(logging.INFO)
+  if not _DEBUG.value:
+    sys.unraisablehook = _without_late_writes(sys.unraisablehook)
+
+
+def _without_late_writes(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+  """`sys.unraisablehook` that passes over what comes after an error that is said.
+
+  Where one write of a checkpoint fails, Orbax closes its event loop, and
+  TensorStore's threads report the other writes to the closed loop.
+  """
+
+  def hook_or_line(unraisable):
+    error = unraisable.exc_value
+    if isinstance(error, RuntimeError) and str(error) == 'Event loop is closed':
+      logging.info('A write of a checkpoint ended after another one had failed.')
+    else:
+      hook(unraisable)
+
+  return hook_or_line
 
 
 def _parse(argv):
@@ -225,9 +245,9 @@ def _parse(argv):
 
 
 def _as_text(value: str | list[str]) -> str | list[str]:
-  """UTF-8 where the locale could not say what a flag's bytes are.
+  """Decodes as UTF-8 a flag whose bytes the locale could not decode.
 
-  File names need no such thing: they go back to the system as they came.
+  File names need no decoding: they go back to the system unchanged.
   """
   if isinstance(value, list):
     return [_as_text(each) for each in value]
@@ -243,10 +263,10 @@ def _one_line(e: Exception) -> str:
 
 
 def _own_flags(text: str) -> str:
-  """A message in the flags of this command, which may have no --config.
+  """Rewrites a message in the flags of this command, which may have no --config.
 
   data.seq_len, or --config.data.seq_len, of launch.train is --seq_len of
-  launch.evaluate. Beside a config, a flag counts if it was given.
+  launch.evaluate. In a command with a config, a flag is named if it was given.
   """
 
   def own(setting: re.Match) -> str:
@@ -261,16 +281,16 @@ def _own_flags(text: str) -> str:
 
 
 def _explain(text: str) -> str:
-  """What is wrong with --config; any other message as it is."""
-  if found := _NO_FIELD.search(text):
-    field, module, name = found.groups()
+  """Says what is wrong with --config; leaves any other message unchanged."""
+  if match := _NO_FIELD.search(text):
+    field, module, name = match.groups()
     fields = dataclasses.fields(getattr(importlib.import_module(module), name))
     return (
       f'--config: got the field {field!r}, expected one of {", ".join(f.name for f in fields)}.'
     )
-  if found := _NO_FILE.search(text):
+  if match := _NO_FILE.search(text):
     return (
-      f'--config: got {found[1]!r}, which is no file; expected an experiment '
+      f'--config: got {match[1]!r}, which is not a file; expected an experiment '
       'file with get_config(), e.g. experiments/dolly_lora.py.'
     )
   if _BROKEN_FILE in text:  # followed by a traceback

@@ -3,11 +3,11 @@
   python -m launch.convert --model=gemma3_270m --adapter=DIR/adapter \\
       --to=hf --output=my_gemma
 
-The output is read again, its weights and logits compared, before the folder
-appears. One JSON line on standard output: output, files, bytes, parameters,
-dtype, largest_logit_difference, and of a merged adapter update_kept and
+Before the folder appears, the output is read back and its weights and logits are
+compared. One JSON line on standard output: output, files, bytes, parameters,
+dtype, largest_logit_difference, and for a merged adapter update_kept and
 logit_update_kept: how much of its update survived rounding, in the weights and
-in the logits of the check. Under 90 % is a warning.
+in the logits of the check. Less than 90 % is a warning.
 """
 
 from absl import flags
@@ -26,23 +26,29 @@ _TO = flags.DEFINE_enum(
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'New or empty folder.')
 _DTYPE = flags.DEFINE_enum(
-  'dtype', 'auto', ['auto', 'float32', 'bfloat16'], "Of the weights written; auto: the base's own."
+  'dtype',
+  'auto',
+  ['auto', 'float32', 'bfloat16'],
+  "Of the weights written; auto is the base's own.",
 )
 _VERIFY = flags.DEFINE_enum(
   'verify',
   'on',
   ['on', 'off'],
-  'Read the output again and compare weights '
+  'Read the output back and compare weights '
   'and logits. off is for huge models; merged weights are compared anyway.',
 )
 _MAX_SHARD_BYTES = flags.DEFINE_integer(
-  'max_shard_bytes', 5_000_000_000, 'Largest file of weights (--to=hf).', lower_bound=1
+  'max_shard_bytes',
+  5_000_000_000,
+  'Size of the largest weight file, in bytes (--to=hf).',
+  lower_bound=1,
 )
 _NESTED = flags.DEFINE_bool(
   'nested',
   False,
-  'Names of arrays as nested dicts, as some readers expect; '
-  'not flat, as in the release (--to=flax).',
+  'Store array names as nested dicts, as some readers expect, '
+  'rather than flat as in the release (--to=flax).',
 )
 
 

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the scripts: makes .venv once, installs what is asked for, and
-# installs again only when setup.py has changed.
+# Sourced by the scripts: makes .venv once, installs the extras asked for, and
+# reinstalls only when setup.py has changed.
 #
 #   ensure_environment EXTRAS        e.g. ensure_environment gemma3-270m,test
 #
@@ -26,7 +26,7 @@ ensure_environment() {
   VENV=${VENV:-.venv}
   stamp=$VENV/.installed
   wanted="$extras $(cksum < setup.py)"
-  # Extras add up: what an earlier call has installed stays.
+  # Extras add up: what an earlier call installed stays.
   if [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp"; then
     return 0
   fi

@@ -5,7 +5,7 @@
 
 One JSON line on standard output for the base (without --adapter) or for each
 adapter: adapter, nll (sum, nats), tokens, nll_per_token, perplexity, examples,
-and template and loss_on, with which it was measured.
+and the template and loss_on that it was measured with.
 """
 
 from absl import flags, logging
@@ -23,30 +23,29 @@ _DATA = flags.DEFINE_string(
   'JSON Lines file, sample:NAME (its held-out records) or tfds:NAME (its validation split).',
 )
 _TEMPLATE = flags.DEFINE_string(
-  'template', None, "For text records; default: the adapters' own, without one dolly."
+  'template', None, "For text records; default: the adapters' own, or dolly without an adapter."
 )
 _LOSS_ON = flags.DEFINE_enum(
   'loss_on',
   None,
   ['response', 'all'],
-  "Tokens that count; default: the adapters' own, without one response.",
+  "Tokens that count; default: the adapters' own, or response without an adapter.",
 )
 _PARSE_CONTROL_TOKENS = flags.DEFINE_bool(
   'parse_control_tokens',
   None,
-  'Control tokens that a text spells become these tokens; default: as the '
-  'adapters were trained, without one they stay text.',
+  'Parse control tokens that a text spells; default: as the adapters were '
+  'trained, or off without an adapter.',
 )
 _SEQ_LEN = flags.DEFINE_integer(
   'seq_len',
   None,
-  'Cut records to so many tokens; default: they are scored whole, as far as '
-  'the base has positions.',
+  'Cut records to this many tokens; default: score them whole, as far as the base has positions.',
 )
 _SKIP_BAD_RECORDS = flags.DEFINE_bool('skip_bad_records', False, 'Drop and count unusable records.')
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 4, 'Rows at a time.')
 _MAX_RECORDS = flags.DEFINE_integer(
-  'max_records', 0, 'Use only the first so many records; 0 is all.'
+  'max_records', 0, 'Use only this many of the first records; 0 is all.'
 )
 _PER_EXAMPLE = flags.DEFINE_string(
   'per_example',
@@ -71,7 +70,7 @@ def main() -> int:
   per_example = files.absolute(_PER_EXAMPLE.value)
   is_there = files.is_remote(per_example) or per_example.parent.is_dir()
   if _PER_EXAMPLE.value and not is_there:
-    app.fail(f'--per_example: {per_example.parent} is no folder, expected one')
+    app.fail(f'--per_example: {per_example.parent} is not a folder, expected one')
   app.set_compilation_cache('')
   names = _ADAPTERS.value or [adapter.BASE]
   source = open_base.open_base(_MODEL.value, _TOKENIZER.value)
@@ -105,12 +104,14 @@ def main() -> int:
   config.data.global_batch_size = _BATCH_SIZE.value
   config.data.max_eval_records = _MAX_RECORDS.value
   rows = []
-  for name, examples, found in evaluate_adapters.evaluate_adapters(config.resolve(), names, source):
-    logging.info('%s: %.4f nats/token', name, found.nll_per_token)
+  for name, examples, result in evaluate_adapters.evaluate_adapters(
+    config.resolve(), names, source
+  ):
+    logging.info('%s: %.4f nats/token', name, result.nll_per_token)
     told = {'template': chosen.template, 'loss_on': chosen.loss_on}
-    line = {'adapter': name, **found.line(), **told}
+    line = {'adapter': name, **result.line(), **told}
     print(files.to_json(line), flush=True)
-    for index, nll, tokens in zip(examples.record_ids, found.nll, found.tokens, strict=True):
+    for index, nll, tokens in zip(examples.record_ids, result.nll, result.tokens, strict=True):
       rows.append({'adapter': name, 'index': int(index), 'nll': float(nll), 'tokens': int(tokens)})
   if _PER_EXAMPLE.value:
     files.write_json_lines(per_example, rows)

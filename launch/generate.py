@@ -4,10 +4,10 @@
       --prompt='What should I do on a trip to Seoul?' --stream
   python -m launch.generate --adapter=A --adapter=B --prompt=Hi --format=json
 
-With one adapter its text alone is decoded; with several, the base's too, first
-(`--adapter=base` names it). Standard output carries the text, in labelled
-blocks where there are several, or with --format=json one line for each
-adapter, prompt and sample:
+With one adapter only its text is decoded; with several, the base's comes first
+(`--adapter=base` names it). Standard output carries the text, in labelled blocks
+if there are several, or with --format=json one line for each adapter, prompt and
+sample:
 
   adapter            the folder, or base
   prompt             the text, or the token ids
@@ -29,7 +29,7 @@ from gemma_jax.data import examples
 from gemma_jax.data.tokenizer import StreamDecoder, Tokenizer
 from launch import app
 
-# Tokens of a continuation, if the base has so many positions left.
+# Tokens of a continuation, if the base has that many positions left.
 _DEFAULT_LENGTH = 128
 
 _MODEL = flags.DEFINE_string('model', 'gemma3_270m', app.MODEL_HELP)
@@ -44,20 +44,20 @@ _PROMPTS = flags.DEFINE_multi_string('prompt', [], 'What to answer or continue; 
 _TOKENS = flags.DEFINE_multi_string(
   'tokens',
   [],
-  'Ids in place of a prompt, taken as they are (no BOS is added): 2,5,7; may be repeated.',
+  'Token ids in place of a prompt, used unchanged (no BOS is added): 2,5,7; may be repeated.',
 )
 _TEMPLATE = flags.DEFINE_string(
   'template',
   None,
   'Text around each prompt: dolly, chat, plain (none), korean, en_ko or ko_en; '
-  "default: each adapter's own, without one dolly. The base takes that of the "
-  'adapter merged into it, else of the first adapter.',
+  "default: each adapter's own, or dolly without an adapter. The base takes that of "
+  'the adapter merged into it, else that of the first adapter.',
 )
 _PARSE_CONTROL_TOKENS = flags.DEFINE_bool(
   'parse_control_tokens',
   None,
-  'Control tokens that a prompt spells become these tokens; default: as each '
-  'adapter was trained, without one they stay text.',
+  'Parse control tokens that a prompt spells; default: as each adapter was '
+  'trained, or off without an adapter.',
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   'max_new_tokens',
@@ -68,23 +68,25 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy; larger is more random.')
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0 is all.')
 _TOP_P = flags.DEFINE_float(
-  'top_p', 1.0, 'Draw from the most likely tokens whose probabilities reach p together.'
+  'top_p', 1.0, 'Draw from the most likely tokens whose probabilities together reach p.'
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
 _NUM_SAMPLES = flags.DEFINE_integer(
   'num_samples',
   1,
-  'Continuations of each prompt, which is read once; needs a temperature.',
+  'Continuations of each prompt, which is read once; needs a temperature above 0.',
   lower_bound=1,
 )
-_STREAM = flags.DEFINE_bool('stream', False, 'Print text as it comes, one prompt after the other.')
+_STREAM = flags.DEFINE_bool(
+  'stream', False, 'Print text as it is decoded, one prompt after another.'
+)
 _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'Of the output.')
 _WEIGHTS = flags.DEFINE_enum(
   'weights',
   'auto',
   ['auto', 'float32', 'bfloat16', 'int8'],
   'Of the base in memory; auto is as in its file (dequantized: float32). int8 '
-  'is the fastest, and rounds: 255 values for each output channel.',
+  'is the fastest, and rounds to 255 values for each output channel.',
 )
 _COMPILATION_CACHE = flags.DEFINE_string(
   'compilation_cache', '', 'Folder of compiled programs; off keeps none.'
@@ -116,11 +118,11 @@ def main() -> int:
   if num_samples > 1 and not sampling.temperature:
     app.fail(
       f'--num_samples: got {num_samples} with --temperature=0, expected a '
-      'temperature above 0; greedy samples are all the same'
+      'temperature above 0; greedy samples are all alike'
     )
   app.set_compilation_cache(_COMPILATION_CACHE.value)
 
-  # All that can be wrong is found before the weights are read.
+  # Bad input is reported before the weights are read.
   source = open_base.open_base(_MODEL.value, _TOKENIZER.value)
   tokenizer = source.tokenizer()
   prompts = [*_PROMPTS.value, *map(_parse_ids, _TOKENS.value)]
@@ -159,7 +161,7 @@ def main() -> int:
   weights = _WEIGHTS.value
   params = source.load_params(weights_lib.load_dtype(weights))
   variables = weights_lib.for_adapters(params, loaded, weights)
-  del params  # what decoding does not use of it is freed
+  del params  # frees what decoding does not use
 
   def generate(name, indices, on_tokens=None):
     generation = sampler.generate(
@@ -203,7 +205,7 @@ def main() -> int:
 
 
 class _Printer:
-  """Prints new tokens as text; as ids where there is no tokenizer."""
+  """Prints new tokens as text, or as ids if there is no tokenizer."""
 
   def __init__(self, tokenizer):
     self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
@@ -217,7 +219,7 @@ class _Printer:
     print(text, end='', flush=True)
 
   def end(self):
-    """What is left of a character, and the end of the line."""
+    """Prints what is left of a character, and ends the line."""
     print('' if self._decoder is None else self._decoder.flush(), flush=True)
 
 
@@ -240,13 +242,11 @@ def _parse_ids(text: str) -> list[int]:
   try:
     return [int(part) for part in text.split(',')]
   except ValueError:
-    raise ValueError(
-      f'--tokens: got {text!r}, expected ids with commas between them: 2,5,7.'
-    ) from None
+    raise ValueError(f'--tokens: got {text!r}, expected ids separated by commas: 2,5,7.') from None
 
 
 def _default_length(room: int) -> int:
-  """Of continuations: 128 tokens, or as many as there is room for, if any."""
+  """Default length of continuations: 128 tokens, or as many as there is room for, if any."""
   if not 0 < room < _DEFAULT_LENGTH:
     return _DEFAULT_LENGTH
   logging.warning(

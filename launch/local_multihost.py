@@ -3,17 +3,17 @@
   python -m launch.local_multihost --processes=2 --devices=4 -- \\
       python -m launch.train --config=FILE --workdir=DIR
 
-Each process has so many CPU devices of its own and gets the flags of
+Each process has --devices CPU devices of its own and gets the flags of
 `launch/multihost.py` added. Standard output is that of process 0; on standard
 error each line begins with the number of its process.
 
-A process that dies takes the others with it: they are aborted, no handler of
-theirs runs. So all are started again, up to --max_restarts times, unless the
-first to end reported an error of the user's (exit code 1) or that a signal
-stopped the run (75). Signals go on to all processes.
+A process that dies takes the others with it: they are aborted, and none of their
+handlers runs. So all are restarted, up to --max_restarts times, unless the first
+to end reported a user error (exit code 1) or that a signal stopped the run (75).
+Signals are passed on to all processes.
 
-Exit code: 0 if all had it, else that of the process that ended first, in a
-shell's notation (137 for a SIGKILL).
+Exit code: 0 if every process returned 0, else that of the process that ended
+first, in a shell's notation (137 for a SIGKILL).
 """
 
 from collections.abc import Sequence
@@ -28,23 +28,23 @@ import time
 from absl import app, flags
 
 _PROCESSES = flags.DEFINE_integer('processes', 2, 'How many.', lower_bound=1)
-_DEVICES = flags.DEFINE_integer('devices', 4, 'CPU devices of each.', lower_bound=1)
+_DEVICES = flags.DEFINE_integer('devices', 4, 'CPU devices of each process.', lower_bound=1)
 _MAX_RESTARTS = flags.DEFINE_integer(
-  'max_restarts', 3, 'How often all are started again.', lower_bound=0
+  'max_restarts', 3, 'How often all processes may be restarted.', lower_bound=0
 )
 
 _USER_ERROR, _RESUMABLE = 1, 75
 _HEARTBEAT_SECS = 10
-# By then a process whose peer has died has been aborted.
+# By then a process whose peer died has been aborted.
 _GRACE_SECS = 3 * _HEARTBEAT_SECS
 
 
 def threads(devices: int) -> int:
-  """How many threads XLA needs for so many CPU devices: the value of NPROC.
+  """How many threads XLA needs for this many CPU devices: the value of NPROC.
 
-  XLA takes the larger of the cores and the devices. A device that waits in a
-  collective keeps its thread, so with few cores all can wait while the one
-  that they wait for has none left to compute with; after 40 s XLA aborts.
+  XLA starts as many threads as the larger of cores and devices. A device that
+  waits in a collective keeps its thread, so with few cores all can wait while the
+  one they wait for has no thread left to compute with; after 40 s XLA aborts.
   """
   return max(2 * devices, os.cpu_count() or 1)
 
@@ -73,7 +73,7 @@ class Job:
         env=environment,
         stdout=None if i == 0 else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # a Ctrl-C comes to them from us, once
+        start_new_session=True,  # we pass Ctrl-C on to them, once
       )
       for i in range(processes)
     ]
@@ -86,12 +86,12 @@ class Job:
       log.start()
 
   def wait(self) -> int:
-    """Waits until every process has ended; the job's exit code."""
+    """Waits until every process has ended; returns the job's exit code."""
     codes = [None]
     while None in codes and not any(codes):
       time.sleep(0.05)
       codes = [process.poll() for process in self.processes]
-    # Of several that ended at once, one that was killed is the cause.
+    # If several ended at once, the one that was killed is the cause.
     first = min(code for code in codes if code is not None)
     first = first if first < 0 else max(code or 0 for code in codes)
     deadline = time.monotonic() + _GRACE_SECS
@@ -106,14 +106,14 @@ class Job:
     return 128 - first if first < 0 else first
 
   def send(self, number: int) -> None:
-    """Sends a signal to every process that runs."""
+    """Sends a signal to every running process."""
     for process in self.processes:
       if process.poll() is None:
         process.send_signal(number)
 
 
 def run(command: Sequence[str], processes: int, devices: int, max_restarts: int) -> int:
-  """Runs a command to its end, restarts included; its exit code."""
+  """Runs a command to its end, restarts included; returns its exit code."""
   stopped = []
   job = None
 
@@ -132,7 +132,7 @@ def run(command: Sequence[str], processes: int, devices: int, max_restarts: int)
       return code
     _say(f'a process ended with exit code {code}')
     if restarts < max_restarts:
-      _say(f'starting all again ({restarts + 1} of {max_restarts})')
+      _say(f'restarting all of them ({restarts + 1} of {max_restarts})')
   return code
 
 

@@ -1,7 +1,7 @@
-"""Joins this process to the others of its run, by flags or by the TPU's word.
+"""Joins this process to the others of its run, by flags or by what the TPU says.
 
-On a Cloud TPU VM nothing has to be said: every worker of a slice runs the same
-command, and the environment tells each who it is. Elsewhere:
+On a Cloud TPU VM no flags are needed: every worker of a slice runs the same
+command, and the environment tells each its place. Elsewhere:
 
   --coordinator_address=HOST:PORT --num_processes=2 --process_id=0
 """
@@ -18,30 +18,30 @@ from absl import flags, logging
 _COORDINATOR = flags.DEFINE_string(
   'coordinator_address',
   None,
-  'HOST:PORT of process 0. Default: what a TPU VM says of itself; elsewhere there is one process.',
+  'HOST:PORT of process 0. Default: as the TPU VM reports; elsewhere there is one process.',
 )
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes run this command.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 _TIMEOUT_SECS = flags.DEFINE_integer(
-  'join_timeout_secs', 300, 'How long to wait for the others at the start.'
+  'join_timeout_secs', 300, 'How long to wait for the other processes at the start.'
 )
 _HEARTBEAT_SECS = flags.DEFINE_integer(
   'heartbeat_timeout_secs',
   60,
-  'After so much silence a process counts as dead, and the others are aborted.',
+  'After this long without a sign of life a process counts as dead, and the others are aborted.',
 )
 
 
 def join() -> None:
-  """Connects to the others; returns at once where there are none.
+  """Connects to the other processes; returns at once if there are none.
 
-  Comes before anything that makes JAX look for devices.
+  Must run before anything that makes JAX look for devices.
 
-  Where the coordinator or another process does not come before the time-out,
-  this process says so and ends with exit code 1.
+  If the coordinator or another process does not join before the time-out, this
+  process says so and ends with exit code 1.
 
   Raises:
-    ValueError: flags that do not go together.
+    ValueError: the flags do not go together.
   """
   address = _COORDINATOR.value
   given = [f.value is not None for f in (_NUM_PROCESSES, _PROCESS_ID)]
@@ -63,7 +63,7 @@ def join() -> None:
     raise ValueError(f'--coordinator_address: got {address!r}, expected HOST:PORT.')
   import jax  # late, so that signals are handled early
 
-  # JAX itself would abort the process, and say it in a stack trace.
+  # JAX itself would abort the process with a stack trace.
   timer = threading.Timer(_TIMEOUT_SECS.value, _give_up)
   timer.daemon = True
   timer.start()
@@ -79,7 +79,7 @@ def join() -> None:
   except (ValueError, OSError) as e:
     if address is not None:
       raise
-    # A TPU that is not Cloud's, or not one of several: a notebook's, say.
+    # Not a Cloud TPU VM, or not one of several: a notebook's TPU, say.
     logging.info('This TPU names no other workers (%s).', e)
   finally:
     timer.cancel()
@@ -88,10 +88,10 @@ def join() -> None:
 
 
 def _give_up() -> NoReturn:
-  """Ends the process with one line; it may wait in native code."""
+  """Ends the process with one line, even if it waits in native code."""
   print(
     f'error: --coordinator_address: not all of the {_NUM_PROCESSES.value or ""}'
-    f' processes came to {_COORDINATOR.value or "the first TPU worker"} within '
+    f' processes reached {_COORDINATOR.value or "the first TPU worker"} within '
     f'{_TIMEOUT_SECS.value} s; is this command running for each of them?',
     file=sys.stderr,
     flush=True,

@@ -6,8 +6,8 @@ Prints the parameter table, the base's and the adapted answer to one question
 (greedy), and the held-out loss before and after. The last line is the result of
 launch.train with `answer_base`, `answer_adapted` and `difference_interval`, the
 paired 95 % interval of the held-out difference (adapted minus base, nats per
-token, bootstrap over records; null with fewer than 10). It is about this one
-adapter: another seed would train another.
+token, bootstrap over records; null with fewer than 10). It holds for this one
+adapter: another seed would train a different one.
 """
 
 import os
@@ -97,7 +97,7 @@ def _answers(config, source, adapter: str) -> list[str]:
 
 
 def _interval(workdir: str, step: int) -> tuple[list[float] | None, str]:
-  """The interval of the difference from the base's loss, and it in words."""
+  """The interval of the difference from the base's loss, and the same in words."""
   from gemma_jax.runs import evaluate
   from gemma_jax.runs import workdir as workdir_lib
 
@@ -108,7 +108,7 @@ def _interval(workdir: str, step: int) -> tuple[list[float] | None, str]:
   )
   if interval is None:
     fewest = evaluate.FEWEST_RECORDS
-    return None, f'{len(base)} held-out records, no interval below {fewest}'
+    return None, f'{len(base)} held-out records, no interval with fewer than {fewest}'
   low, high = interval
   return [low, high], (
     f'one seed, so over the {len(base)} records alone: 95 % interval of the '

@@ -29,8 +29,10 @@ def main() -> int:
   base = open_base.open_base(config.model.path)
   config, _ = adapter.start_from(config, base)
   dtype = config.model.dtype
-  found = summary.summarize(config, base.config, jnp.dtype('float32' if dtype == 'auto' else dtype))
-  print(files.to_json(found.to_json()) if _FORMAT.value == 'json' else found.table())
+  result = summary.summarize(
+    config, base.config, jnp.dtype('float32' if dtype == 'auto' else dtype)
+  )
+  print(files.to_json(result.to_json()) if _FORMAT.value == 'json' else result.table())
   return 0
 
 

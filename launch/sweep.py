@@ -2,12 +2,12 @@
 
   python -m launch.sweep --config=experiments/rank_ablation.py --workdir=DIR
 
-The same command again goes on after a stop or a kill; on another machine that
-shares the folder it takes part. Any field can be set, e.g.
+The same command resumes after a stop or a kill; run on another machine that
+shares the folder, it takes part. Any field can be set, e.g.
 --config.grid.ranks="(1,4,16)" --config.data.path=FILE. Standard output is the
-table of cells; `python -m experiments.report DIR` makes the report. --dry_run
---topology=v5e:1x1 says how many cells would train at once on that TPU slice,
-what they need there and what training them together gains, from anywhere.
+table of trials; `python -m experiments.report DIR` makes the report. --dry_run
+--topology=v5e:1x1 says, on any machine, how many trials would train at once on
+that TPU slice, what they need there and what training them together gains.
 """
 
 import os
@@ -29,6 +29,11 @@ _TOPOLOGY = flags.DEFINE_string(
   None,
   'With --dry_run: a TPU slice, such as v5e:1x1, with no TPU, data or --workdir (extra tpu).',
 )
+_HELP_CONFIG = flags.DEFINE_bool(
+  'help_config',
+  False,
+  'Print every field of the config, with its value, its choices and its meaning, then stop.',
+)
 
 
 def main() -> int:
@@ -36,6 +41,11 @@ def main() -> int:
   from gemma_jax.runs.evaluate import Stopped
   from gemma_jax.sweep import grid, results, worker
 
+  if _HELP_CONFIG.value:
+    from gemma_jax.config.describe import describe
+
+    print(describe(_CONFIG.value))
+    return 0
   if bool(_TOPOLOGY.value) != _DRY_RUN.value:
     app.fail('--dry_run, --topology: got one, expected both or neither')
   if not _WORKDIR.value and not _DRY_RUN.value:
@@ -57,22 +67,22 @@ def main() -> int:
     return app.EXIT_RESUMABLE
   print(results.table(sweep))
   if not sweep.finished('lora') and not sweep.finished('full'):
-    app.fail('sweep: every cell failed; the table above says why')
+    app.fail('sweep: every trial failed; the table above says why')
   return 0
 
 
 def forecast(config) -> int:
-  """Prints what the gangs would need on --topology; 1 if one does not fit."""
+  """Prints what batched adapters would need on --topology; 1 if a batch does not fit."""
   import jax
 
   from gemma_jax.sweep import forecast
   from gemma_jax.tpu import topology
 
-  # The slice is compiled for, not used; what this machine has is left alone.
+  # The slice is compiled for, not used; this machine's own devices are left alone.
   jax.config.update('jax_platforms', 'cpu')
-  found = forecast.forecast(config, topology.parse(_TOPOLOGY.value))
-  print('\n\n'.join(each.report() for each in found))
-  return 0 if all(each.together.fits for each in found) else 1
+  forecasts = forecast.forecast(config, topology.parse(_TOPOLOGY.value))
+  print('\n\n'.join(each.report() for each in forecasts))
+  return 0 if all(each.together.fits for each in forecasts) else 1
 
 
 if __name__ == '__main__':

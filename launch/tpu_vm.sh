@@ -7,10 +7,10 @@
 #        --workdir=gs://bucket/mine
 #
 # Actions
-#   run      create and setup as needed, then start; the same again resumes
+#   run      create and setup as needed, then start; the same command resumes
 #   create   the slice, and wait for it
 #   setup    copy this checkout and install it, pinned, on all workers
-#   start    the command behind --, in tmux on all workers
+#   start    the command after --, in tmux on all workers
 #   status   the slice's state; what each worker does
 #   logs     the last lines of one worker's log (--follow to stay)
 #   stop     ask the command to save and end (Ctrl-C in each tmux)
@@ -21,14 +21,14 @@
 #   --type           v5e-8, v5p-8, v6e-8, v4-8 ...; chips for v5e and v6e, cores
 #                    for v3, v4 and v5p
 #   --spot           cheaper, may be preempted
-#   --queued         ask by a queued resource instead of at once
+#   --queued         request a queued resource instead of an immediate one
 #   --runtime        image; default by type
 #   --worker         for logs; default 0
 #   --follow         for logs
 #   --print          show the gcloud commands and run none
 #
 # Needs gcloud, logged in, and git. A run that is to survive a preemption keeps
-# its workdir in gs://; training resumes from what it finds there.
+# its workdir in gs://; training resumes from there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -41,7 +41,7 @@ fail() {
   exit 1
 }
 
-# gcloud, or what it would be called with.
+# Calls gcloud, or with --print shows the command.
 run_gcloud() {
   if [ -n "$print" ]; then
     printf 'gcloud'
@@ -91,7 +91,7 @@ runtime_version() {
   esac
 }
 
-# The slice's state, or nothing if there is none. --print knows none.
+# The slice's state, or nothing if there is none (always so with --print).
 state() {
   [ -n "$print" ] && return
   gcloud compute tpus tpu-vm describe "$name" "${where[@]}" \
@@ -142,7 +142,7 @@ delete() {
   fi
 }
 
-# Creates what is missing; replaces what was preempted.
+# Creates the slice if it is missing; replaces a preempted one.
 ensure_slice() {
   local now
   if [ -n "$queued" ]; then
@@ -167,7 +167,7 @@ ensure_slice() {
   create
 }
 
-# Code under a running command is not replaced.
+# Does not replace code under a running command.
 setup() {
   local archive=${TMPDIR:-/tmp}/gemma_jax-$name.tar.gz install
   [ -n "$print" ] || pack "$archive"
@@ -189,7 +189,7 @@ uv pip install --quiet --no-deps -e ."
   on_workers all "$install"
 }
 
-# What git tracks, as it lies here, and new files that it does not ignore.
+# Files that git tracks, as they are here, and new ones that it does not ignore.
 pack() {
   local file
   git ls-files -z --cached --others --exclude-standard |
@@ -198,10 +198,10 @@ pack() {
     done | tar -czf "$1" --no-recursion --null -T -
 }
 
-# A worker that runs the command already is left alone.
+# A worker that already runs the command is left alone.
 start() {
   local command inner
-  [ ${#command_line[@]} -gt 0 ] || fail 'no command: expected one behind --'
+  [ ${#command_line[@]} -gt 0 ] || fail 'no command: expected one after --'
   command=$(printf '%q ' "${command_line[@]}")
   inner="cd ~/gemma_jax; export PATH=\$PWD/.venv/bin:\$PATH
 { date; echo $(printf '%q' "$command"); $command; echo exit code \$?; } \
@@ -267,7 +267,7 @@ esac
 
 case $action in
   run)
-    [ ${#command_line[@]} -gt 0 ] || fail 'no command: expected one behind --'
+    [ ${#command_line[@]} -gt 0 ] || fail 'no command: expected one after --'
     ensure_slice
     setup
     start ;;

@@ -2,13 +2,13 @@
 
   python -m launch.train --config=experiments/quickstart.py --workdir=DIR
 
-Any field of the config (gemma_jax/config/train.py explains them) can be set:
---config.lora.rank=8. The same command again resumes a stopped run, and only
-reports a finished one; with a constant rate, more --config.steps go on from its
-end. --dry_run stops before the first step; with --topology=v5e:2x4 it says what
-the run needs on that TPU slice, from anywhere.
+Any field of the config can be set: --config.lora.rank=8; --help_config explains
+them all. The same command resumes a stopped run, and only reports a finished
+one; with a constant rate, a larger --config.steps continues from its end.
+--dry_run stops before the first step; with --topology=v5e:2x4 it says, on any
+machine, what the run needs on that TPU slice.
 The last line on standard output is the result as JSON: steps, tokens, seconds,
-loss_base and loss_adapted (held-out, nats per token, before the first update,
+loss_base and loss_adapted (held-out, nats per token: before the first update,
 which is the base's unless --config.lora.path starts from an adapter, and after
 the last), loss_best, adapter (its folder), peak_memory_bytes. On a TPU slice
 every worker runs the same command (`launch/multihost.py`).
@@ -42,14 +42,25 @@ _TOPOLOGY = flags.DEFINE_string(
   'such as v5e:2x4 or 2xv5e:4x4, with no TPU, data or --workdir (extra tpu).',
 )
 _FIT = flags.DEFINE_bool(
-  'fit', False, "With --topology: search the largest batch that fits, from the config's own."
+  'fit', False, "With --topology: search for the largest batch that fits, from the config's own."
 )
 _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'Of the report with --topology.')
+_HELP_CONFIG = flags.DEFINE_bool(
+  'help_config',
+  False,
+  'Print every field of the config, with its value, its choices and its meaning, then stop.',
+)
 flags.adopt_module_key_flags(multihost)
 
 
 def main() -> int:
   """Runs the command."""
+  if _HELP_CONFIG.value:
+    from gemma_jax.config.describe import describe
+    from gemma_jax.config.train import TrainConfig
+
+    print(describe(_CONFIG.value or TrainConfig()))
+    return 0
   if _CONFIG.value is None:
     app.fail('--config: missing, expected e.g. experiments/dolly_lora.py')
   if _TOPOLOGY.value:
@@ -65,7 +76,7 @@ def main() -> int:
     app.set_compilation_cache(config.compilation_cache)
     print(dry_run.dry_run(config, workdir))
     return 0
-  # Before the imports, which take their time.
+  # Before the imports, which take a while.
   with app.stop_on_signal() as should_stop:
     return _train(config, workdir, should_stop)
 
@@ -106,13 +117,13 @@ def forecast(config) -> int:
 
   if not _DRY_RUN.value:
     app.fail('--topology: got one without --dry_run, expected both')
-  # The slice is compiled for, not used; what this machine has is left alone.
+  # The slice is compiled for, not used; this machine's own devices are left alone.
   jax.config.update('jax_platforms', 'cpu')
   find = forecast.largest_fit if _FIT.value else forecast.forecast
-  found = find(config, topology.parse(_TOPOLOGY.value))
+  result = find(config, topology.parse(_TOPOLOGY.value))
   is_text = _FORMAT.value == 'text'
-  print(found.report() if is_text else files.to_json(found.to_json()))
-  return 0 if found.fits else 1
+  print(result.report() if is_text else files.to_json(result.to_json()))
+  return 0 if result.fits else 1
 
 
 if __name__ == '__main__':

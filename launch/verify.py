@@ -1,9 +1,9 @@
-"""Checks the checkpoints of a run, and on demand its arithmetic.
+"""Checks the checkpoints of a run, and on request its arithmetic.
 
   python -m launch.verify runs/mine [--replay]
 
-A line per step on standard output; exit code 1 if one of them is bad. --replay
-computes the newest step once more from the one before and compares all bits.
+One line per checkpointed step on standard output; exit code 1 if one is bad.
+--replay recomputes the newest step from the one before and compares all bits.
 """
 
 import sys
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-  # CLI form: the workdir stands alone.
+  # The workdir may be given without its flag.
   if len(sys.argv) > 1 and not sys.argv[1].startswith('-'):
     sys.argv[1] = f'--workdir={sys.argv[1]}'
   app.run(main)

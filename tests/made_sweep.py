@@ -92,13 +92,13 @@ def make(
 def write(sweep, workdir) -> str:
   """The folder that `results.read` reads this sweep from."""
   workdir = str(workdir)
-  for cell in sweep.cells:
-    folder = manifest.cell_folder(workdir, cell.name)
+  for cell in sweep.trials:
+    folder = manifest.trial_folder(workdir, cell.name)
     os.makedirs(folder)
     nll, tokens = cell.last
     workdir_lib.write_heldout(folder, STEP, range(len(nll)), nll, tokens)
     workdir_lib.write_json(folder, 'result.json', cell.result)
   files.write_json_lines(f'{workdir}/heldout.jsonl', sweep.heldout)
-  entries = [cell.entry for cell in sweep.cells]
+  entries = [cell.entry for cell in sweep.trials]
   workdir_lib.write_json(workdir, manifest.NAME, {**sweep.manifest, 'cells': entries})
   return workdir

@@ -22,19 +22,19 @@ class Row:
   Attributes:
     label: 'rank 4', with the other axes that vary.
     arm: its axes.
-    cells: one a seed.
+    trials: one per seed.
     rate: the learning rate that validation chose.
-    at_edge: whether that is the lowest or the highest that was tried, so that
-      a better one may lie beyond.
+    at_edge: whether that is the lowest or the highest rate tried, so that a
+      better one may lie beyond.
     clipped: share of the updates whose gradient was clipped, mean over seeds;
-      None where clipping is off.
+      None if clipping is off.
     validation: mean loss over seeds, nats per token.
     test: the same on the test records.
   """
 
   label: str
   arm: Arm
-  cells: list[Outcome]
+  trials: list[Outcome]
   rate: float
   at_edge: bool
   clipped: float | None
@@ -43,47 +43,47 @@ class Row:
 
   @property
   def rank(self) -> int:
-    """Of the adapters."""
+    """Rank of the adapters."""
     return dict(self.arm)['rank']
 
   @property
   def parameters(self) -> int:
     """Trainable ones."""
-    return self.cells[0].entry['trainable_parameters']
+    return self.trials[0].entry['trainable_parameters']
 
   @property
   def seconds(self) -> float:
-    """Of training, mean over seeds."""
-    return float(np.mean([cell.result['seconds'] for cell in self.cells]))
+    """Seconds of training, mean over seeds."""
+    return float(np.mean([trial.result['seconds'] for trial in self.trials]))
 
 
 def rows(sweep: Sweep) -> list[Row]:
-  """All arms with a finished cell, fewest parameters first.
+  """Returns all arms with a finished trial, fewest parameters first.
 
   Raises:
-    ValueError: no adapter has been trained to its end.
+    ValueError: no adapter has been trained to completion.
   """
   chosen = sweep.chosen()
   if not chosen:
     raise ValueError(
-      f'{sweep.folder}: got no finished cell with an adapter, expected at '
+      f'{sweep.folder}: got no finished trial with an adapter, expected at '
       'least one. Run launch.sweep on it until some have finished.'
     )
   validation, test = sweep.part('validation'), sweep.part('test')
-  mean = lambda cells, part: float(np.mean([c.loss(part) for c in cells]))
+  mean = lambda trials, part: float(np.mean([trial.loss(part) for trial in trials]))
   names = labels(sweep)
   table = [
     Row(
       label=names[arm],
       arm=arm,
-      cells=cells,
-      rate=cells[0].axes['learning_rate'],
-      at_edge=_at_edge(sweep, cells[0]),
-      clipped=_clipped(cells, clip_norm(sweep)),
-      validation=mean(cells, validation),
-      test=mean(cells, test),
+      trials=trials,
+      rate=trials[0].axes['learning_rate'],
+      at_edge=_at_edge(sweep, trials[0]),
+      clipped=_clipped(trials, clip_norm(sweep)),
+      validation=mean(trials, validation),
+      test=mean(trials, test),
     )
-    for arm, cells in chosen.items()
+    for arm, trials in chosen.items()
   ]
   return sorted(table, key=lambda row: (row.parameters, row.label))
 
@@ -91,47 +91,47 @@ def rows(sweep: Sweep) -> list[Row]:
 def paired(which: np.ndarray, *terms: tuple[float, list[Outcome]]) -> Estimate | None:
   """The mean of a weighted sum of losses, paired by seed and record.
 
-      paired(test, (1, cells), (-1, others))    the mean of their difference
+      paired(test, (1, trials), (-1, others))    the mean of their difference
 
   Args:
     which: records [N] that count.
-    terms: (weight, cells, one a seed). The base's cell has no seed and goes
-      with each; seeds that a term lacks are left out.
+    terms: (weight, trials), one trial per seed. The base's trial has no seed and
+      is paired with each; seeds that a term lacks are left out.
 
   Returns:
-    None where the terms have no seed in common.
+    The estimate, or None if the terms have no seed in common.
   """
-  by_seed = [{cell.axes.get('seed'): cell for cell in cells} for _, cells in terms]
-  seeded = [cells for cells in by_seed if None not in cells]
+  by_seed = [{trial.axes.get('seed'): trial for trial in trials} for _, trials in terms]
+  seeded = [trials for trials in by_seed if None not in trials]
   seeds = sorted(set.intersection(*map(set, seeded)))
   contrast = np.zeros((len(seeds), int(which.sum())))
-  for (weight, _), cells in zip(terms, by_seed, strict=True):
+  for (weight, _), trials in zip(terms, by_seed, strict=True):
     for i, seed in enumerate(seeds):
-      contrast[i] += weight * cells.get(seed, cells.get(None)).last[0][which]
+      contrast[i] += weight * trials.get(seed, trials.get(None)).last[0][which]
   return intervals.estimate(contrast, terms[0][1][0].last[1][which])
 
 
 def families(sweep: Sweep) -> dict[Arm, list[Arm]]:
-  """Other axes than rank → the arms planned with them, largest rank first.
+  """Axes other than rank → the arms planned with them, largest rank first.
 
-  Ranks that the base cannot have were refused before anything was trained:
-  they are left out.
+  Ranks that the base cannot have were rejected before anything was trained and
+  are left out.
   """
   arms: dict[Arm, list[Arm]] = {}
-  for cell in sweep.cells:
-    if cell.kind == 'lora' and cell.entry['trainable_parameters']:
-      family = arms.setdefault(others(cell.arm), [])
-      if cell.arm not in family:
-        family.append(cell.arm)
+  for trial in sweep.trials:
+    if trial.kind == 'lora' and trial.entry['trainable_parameters']:
+      family = arms.setdefault(others(trial.arm), [])
+      if trial.arm not in family:
+        family.append(trial.arm)
   return {family: sorted(each, key=lambda arm: -dict(arm)['rank']) for family, each in arms.items()}
 
 
 def lost_seeds(sweep: Sweep, row: Row) -> list[int]:
-  """Planned seeds without a result at the chosen rate: they failed there."""
+  """Returns the planned seeds without a result at the chosen rate: they failed there."""
   planned = {
-    cell.axes['seed'] for cell in sweep.cells if (cell.kind, cell.arm) == ('lora', row.arm)
+    trial.axes['seed'] for trial in sweep.trials if (trial.kind, trial.arm) == ('lora', row.arm)
   }
-  return sorted(planned - {cell.axes['seed'] for cell in row.cells})
+  return sorted(planned - {trial.axes['seed'] for trial in row.trials})
 
 
 def others(arm: Arm) -> Arm:
@@ -140,7 +140,7 @@ def others(arm: Arm) -> Arm:
 
 
 def labels(sweep: Sweep) -> dict[Arm, str]:
-  """Of all planned arms: 'rank 4', or 'qv, rank 4' where targets vary too."""
+  """Labels of all planned arms: 'rank 4', or 'qv, rank 4' if targets vary too."""
   planned = [arm for family in families(sweep).values() for arm in family]
   values: dict[str, set[Any]] = {}
   for name, value in itertools.chain(*planned):
@@ -153,20 +153,20 @@ def labels(sweep: Sweep) -> dict[Arm, str]:
 
 
 def clip_norm(sweep: Sweep) -> float:
-  """The bound of the gradient's norm; 0 where nothing is clipped."""
+  """The bound of the gradient's norm; 0 if gradients are not clipped."""
   return sweep.manifest['config']['optimizer']['clip_norm']
 
 
 def _at_edge(sweep: Sweep, chosen: Outcome) -> bool:
   tried = {
-    cell.axes['learning_rate']
-    for cell in sweep.cells
-    if (cell.kind, cell.arm) == (chosen.kind, chosen.arm) and cell.has_ended
+    trial.axes['learning_rate']
+    for trial in sweep.trials
+    if (trial.kind, trial.arm) == (chosen.kind, chosen.arm) and trial.has_ended
   }
   return chosen.axes['learning_rate'] in (min(tried), max(tried))
 
 
-def _clipped(cells: list[Outcome], bound: float) -> float | None:
-  shares = [cell.clipped(bound) for cell in cells]
+def _clipped(trials: list[Outcome], bound: float) -> float | None:
+  shares = [trial.clipped(bound) for trial in trials]
   known = [share for share in shares if share is not None]
   return float(np.mean(known)) if known else None

@@ -1,4 +1,4 @@
-"""Arms side by side, to be looked at: pairs, categories, cut adapters.
+"""Arms side by side, for exploration: pairs, categories, truncated adapters.
 
 None of these is a verdict (`verdict`).
 """
@@ -17,14 +17,14 @@ from gemma_jax.sweep.results import Arm, Outcome, Sweep
 
 
 class Pair(NamedTuple):
-  """Two arms that differ in other axes than the rank.
+  """Two arms that differ in axes other than the rank.
 
   Attributes:
     first: an arm.
     second: the arm that its loss is compared with.
     difference: first minus second; None if no seed has both.
-    p: that it is 0, corrected for all pairs by Holm's method; None where the
-      difference has none.
+    p: p-value that it is 0, corrected for all pairs by Holm's method; None if the
+      difference has no p-value.
   """
 
   first: Row
@@ -36,14 +36,14 @@ class Pair(NamedTuple):
 def pairs(sweep: Sweep, table: list[Row]) -> list[Pair]:
   """All pairs of arms at the same rank, or at the same budget.
 
-  With `equal_parameters` a budget has another rank on each target set: the
-  smallest ranks belong together, and so on up.
+  With `equal_parameters` a budget means a different rank for each target set: the
+  smallest ranks are paired, then the next, and so on.
   """
   budget = {
     arm: i for family in arms.families(sweep).values() for i, arm in enumerate(reversed(family))
   }
   compared = [
-    (a, b, arms.paired(sweep.part('test'), (1, a.cells), (-1, b.cells)))
+    (a, b, arms.paired(sweep.part('test'), (1, a.trials), (-1, b.trials)))
     for a, b in itertools.combinations(table, 2)
     if budget[a.arm] == budget[b.arm]
   ]
@@ -89,15 +89,15 @@ def categories(sweep: Sweep, table: list[Row], answers: list[Answer]) -> list[di
           'category': name,
           'records': int(which.sum()),
           'label': row.label,
-          'test': float(np.mean([cell.loss(which) for cell in row.cells])),
-          'deficit': reference and arms.paired(which, (1, row.cells), (-1, reference.cells)),
+          'test': float(np.mean([trial.loss(which) for trial in row.trials])),
+          'deficit': reference and arms.paired(which, (1, row.trials), (-1, reference.trials)),
         }
       )
   return lines
 
 
 def truncation(sweep: Sweep, table: list[Row]) -> list[dict[str, Any]]:
-  """Test loss at each rank: trained there, and cut to it from the largest.
+  """Test loss at each rank: trained at it, and truncated to it from the largest.
 
   Returns:
     Dicts of `label`, `others` (the label without its rank), `rank`,
@@ -106,11 +106,11 @@ def truncation(sweep: Sweep, table: list[Row]) -> list[dict[str, Any]]:
   """
   test = sweep.part('test')
   by_arm: dict[Arm, list[Outcome]] = {}
-  for cell in sweep.finished('truncated'):
-    by_arm.setdefault(cell.arm, []).append(cell)
+  for trial in sweep.finished('truncated'):
+    by_arm.setdefault(trial.arm, []).append(trial)
   trained = {row.arm: row for row in table}
   lines = []
-  for arm, cells in by_arm.items():
+  for arm, trials in by_arm.items():
     own = tuple(item for item in arm if item[0] != 'from_rank')
     row = trained.get(own)
     if row is None:
@@ -122,8 +122,8 @@ def truncation(sweep: Sweep, table: list[Row]) -> list[dict[str, Any]]:
         'rank': row.rank,
         'from_rank': dict(arm)['from_rank'],
         'trained': row.test,
-        'truncated': float(np.mean([cell.loss(test) for cell in cells])),
-        'difference': arms.paired(test, (1, cells), (-1, row.cells)),
+        'truncated': float(np.mean([trial.loss(test) for trial in trials])),
+        'difference': arms.paired(test, (1, trials), (-1, row.trials)),
       }
     )
   return sorted(lines, key=lambda each: (each['others'], each['rank']))

@@ -1,8 +1,9 @@
 """The report's figures, each in a light and a dark version.
 
 Lines of ranks take their colours from viridis, cut so that all of them stand
-out on their ground, and a marker each, so that no one needs to tell colours;
-maps use cividis. Both are made for colour-blind readers. Sizes suit a phone.
+out from the background, and a marker each, so that nobody has to tell colours
+apart; maps use cividis. Both are made for colour-blind readers. Sizes suit a
+phone.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ Draw = Callable[[plt.Figure, dict], None]
 
 @contextlib.contextmanager
 def theme(name: str):
-  """Matplotlib's settings for a theme; yields its colours."""
+  """Applies Matplotlib's settings for a theme; yields its colours."""
   colours = THEMES[name]
   ink, ground = colours['ink'], colours['ground']
   settings = {
@@ -63,13 +64,13 @@ def theme(name: str):
 def all_figures(
   sweep: Sweep, table: list[Row], answers: list[Answer], directions: dict[str, dict]
 ) -> dict[str, tuple[str, Draw]]:
-  """Name → (caption, draw); those for which a sweep has no data are left out.
+  """Name → (caption, draw); figures for which a sweep has no data are left out.
 
   Args:
     sweep: with a finished adapter.
     table: of `arms.rows`.
     answers: of `verdict.answers`.
-    directions: cell's name → `spectra.directions`, for what is compared.
+    directions: trial's name → `spectra.directions`, for the adapters compared.
   """
   found: dict[str, tuple[str, Draw]] = {}
   bars = bars_caption(answers)
@@ -82,7 +83,7 @@ def all_figures(
     lambda figure, theme: draw_losses(figure, theme, table, answers, 'parameters'),
   )
   found['loss_by_seconds'] = (
-    f"Test loss against seconds of training (a gang member's share, mean over seeds). {bars}",
+    f"Test loss against seconds of training (a batched adapter's share, mean over seeds). {bars}",
     lambda figure, theme: draw_losses(figure, theme, table, answers, 'seconds'),
   )
   found['learning_curves'] = (
@@ -92,10 +93,10 @@ def all_figures(
   cut = compare.truncation(sweep, table)
   if cut:
     found['truncation'] = (
-      'Adapters trained at a rank, and the largest one cut to it by SVD.',
+      'Adapters trained at a rank, and the largest one truncated to it by SVD.',
       lambda figure, theme: _truncation(figure, theme, cut),
     )
-  largest = max(table, key=lambda row: row.rank).cells[0]
+  largest = max(table, key=lambda row: row.rank).trials[0]
   for path in largest.spectrum():
     found[f'spectrum_{path.replace("/", "_")}'] = (
       f'Singular values of the update to {path}, {largest.name}.',
@@ -116,7 +117,7 @@ def all_figures(
     found['similarity'] = (
       f'Shared input directions (of the {spectra.DIRECTIONS} strongest; 0 '
       f'none, 1 all, {spectra.by_chance(directions[largest.name]):.3f} by '
-      'chance). Cells of one seed start from nested factors and share some '
+      'chance). Trials of one seed start from nested factors and share some '
       'from the start.',
       lambda figure, theme: _similarity(figure, theme, directions),
     )
@@ -136,7 +137,7 @@ def colours(theme: dict, count: int) -> np.ndarray:
 
 
 def bars_caption(answers: list[Answer]) -> str:
-  """What the bars of `draw_losses` are; '' where there are none."""
+  """What the bars of `draw_losses` are; '' if there are none."""
   over = {
     test.deficit.over
     for answer in answers
@@ -191,7 +192,7 @@ def draw_losses(figure, theme, table, answers, what) -> None:
     {
       'rank': 'rank',
       'parameters': 'trainable parameters',
-      'seconds': 'seconds of training (ranks beside the points)',
+      'seconds': 'seconds of training (ranks next to the points)',
     }[what]
   )
   axes.set_ylabel('test loss, nats per token')
@@ -220,7 +221,7 @@ def _curves(figure, theme, sweep, table) -> None:
   for row, colour, marker in zip(
     table, colours(theme, len(table)), MARKERS * len(table), strict=False
   ):
-    losses = row.cells[0].losses
+    losses = row.trials[0].losses
     points = {s: nll.sum() / tokens.sum() for s, (nll, tokens) in losses.items()}
     if base:
       nll, tokens = base[0].last
@@ -277,7 +278,7 @@ def _while_training(figure, theme, table, measure, name) -> None:
   for row, colour, marker in zip(
     table, colours(theme, len(table)), MARKERS * len(table), strict=False
   ):
-    points = measure(row.cells[0])
+    points = measure(row.trials[0])
     axes.plot(
       points.keys(), points.values(), marker=marker, color=colour, label=row.label, markersize=4
     )

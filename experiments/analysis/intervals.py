@@ -2,7 +2,7 @@
 
 Both models are measured on the same records and trained from the same seeds, so
 what makes a record hard or a seed lucky cancels in the difference of a pair.
-Seeds and records would both be others the next time, so both count as drawn.
+Seeds and records would both differ the next time, so both count as drawn.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from gemma_jax.runs.evaluate import FEWEST_RECORDS
 # With two seeds, their spread is one number: t has one degree of freedom.
 FEWEST_SEEDS = 3
 
-# What a claim asks for. With three or four seeds the caveat is said.
+# What a claim needs. With three or four seeds the report adds a caveat.
 FEW_SEEDS = 5
 
-# Smaller p-values are not told apart.
+# Smaller p-values are not distinguished.
 LEAST_P = 1e-9
 
 BOTH = 'seeds and records'
@@ -87,7 +87,7 @@ class Estimate(NamedTuple):
     return float(optimize.brentq(excess, LEAST_P, 1.0))
 
   def detectable(self, power: float = 0.8) -> float:
-    """The distance from a bound that a one-sided test at 5 % would see.
+    """The distance from a bound that a one-sided test at 5 % would detect.
 
     The textbook's (z_0.95 + z_0.80) * error, with quantiles of t.
     """
@@ -111,16 +111,16 @@ def estimate(contrast: np.ndarray, tokens: np.ndarray) -> Estimate | None:
 
   The variance is the sum of two parts: that of the seeds' means over S, and
   that of the records' over N (a ratio of sums: Cochran 1977, chapter 6, with
-  Kish's effective number for N, as long records weigh more). What a record
-  does at one seed is in both, so the sum errs upwards.
+  Kish's effective number for N, as long records weigh more). What is
+  particular to a record at one seed is in both, so the sum errs upwards.
 
   Simulated, a one-sided 5 % is in truth 3 to 5 %, from 3 seeds and 30 records
   on, whichever part is the larger (`tests/experiments`). A bootstrap that
   draws seeds and records (Owen 2007, arXiv 0712.1111) has (S - 1) / S of the
   seeds' part and no t: with three seeds its 5 % are 9 to 11 %. Satterthwaite's
   degrees of freedom give 7 % there, and 1.5 % for 0.1 %, so that no correction
-  for many p-values would hold. None of them helps where few records have most
-  of a loss: with exponential ones 5 % are 10 to 13 % of 30 to 50 records and 7
+  for many p-values would hold. None of them helps if a few records have most
+  of the loss: with exponential ones 5 % are 10 to 13 % of 30 to 50 records and 7
   to 8 % of 380.
 
   Args:
@@ -129,7 +129,7 @@ def estimate(contrast: np.ndarray, tokens: np.ndarray) -> Estimate | None:
     tokens: supervised tokens [N].
 
   Returns:
-    None where there is nothing to average, or a loss is not finite.
+    The estimate, or None if there is nothing to average or a loss is not finite.
   """
   counts = np.asarray(tokens) > 0
   contrast, tokens = np.asarray(contrast)[:, counts], tokens[counts]
@@ -153,7 +153,7 @@ def effective(tokens: np.ndarray) -> float:
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-  """p-values corrected for being many: Holm, Scand. J. Statist. 6, 1979.
+  """p-values corrected for multiple tests: Holm, Scand. J. Statist. 6, 1979.
 
   The chance of one false claim among all of them stays at the level, whatever
   the dependence between them.

@@ -1,4 +1,4 @@
-"""A sweep's results as CSV, to be published with what is said of them."""
+"""A sweep's results as CSV, to be published with the claims made from them."""
 
 import csv
 from pathlib import Path
@@ -9,13 +9,13 @@ from experiments.analysis.verdict import Answer
 from gemma_jax.sweep.results import Sweep
 
 
-def write_cells(sweep: Sweep, table: list[Row], answers: list[Answer], path: Path) -> None:
-  """A line a cell; losses in nats per token."""
+def write_trials(sweep: Sweep, table: list[Row], answers: list[Answer], path: Path) -> None:
+  """Writes one line per trial, under the column `cell`; losses in nats per token."""
   parts = {name: sweep.part(name) for name in ('validation', 'test')}
-  chosen = {cell.name: row for row in table for cell in row.cells}
+  chosen = {trial.name: row for row in table for trial in row.trials}
   states = verdict.states(answers)
   bound = arms.clip_norm(sweep)
-  axes = sorted({name for cell in sweep.cells for name in cell.axes})
+  axes = sorted({name for trial in sweep.trials for name in trial.axes})
   with path.open('w', newline='', encoding='utf-8') as f:
     writer = csv.writer(f)
     writer.writerow(
@@ -36,36 +36,36 @@ def write_cells(sweep: Sweep, table: list[Row], answers: list[Answer], path: Pat
         'error',
       ]
     )
-    for cell in sweep.cells:
-      done, row = cell.result is not None, chosen.get(cell.name)
-      clipped = cell.clipped(bound)
+    for trial in sweep.trials:
+      done, row = trial.result is not None, chosen.get(trial.name)
+      clipped = trial.clipped(bound)
       writer.writerow(
         [
-          cell.name,
-          cell.kind,
-          *(cell.axes.get(name, '') for name in axes),
-          cell.entry.get('scale', ''),
-          cell.entry.get('rate', ''),
-          cell.entry['trainable_parameters'],
-          *(cell.loss(part) if done else '' for part in parts.values()),
-          cell.result.get('seconds', '') if done else '',
+          trial.name,
+          trial.kind,
+          *(trial.axes.get(name, '') for name in axes),
+          trial.entry.get('scale', ''),
+          trial.entry.get('rate', ''),
+          trial.entry['trainable_parameters'],
+          *(trial.loss(part) if done else '' for part in parts.values()),
+          trial.result.get('seconds', '') if done else '',
           '' if clipped is None else clipped,
           int(row is not None),
           int(row.at_edge) if row else '',
           states.get(row.arm, '') if row else '',
-          cell.error or '',
+          trial.error or '',
         ]
       )
 
 
 def write_records(sweep: Sweep, path: Path) -> None:
-  """A line a held-out record: what it is, and its nll under every cell."""
-  cells = [cell for cell in sweep.cells if cell.result is not None]
-  tokens = cells[0].last[1]
+  """Writes one line per held-out record: what it is, and its nll under every trial."""
+  trials = [trial for trial in sweep.trials if trial.result is not None]
+  tokens = trials[0].last[1]
   with path.open('w', newline='', encoding='utf-8') as f:
     writer = csv.writer(f)
     names = ('index', 'part', 'category')
-    writer.writerow([*names, 'tokens', *(f'nll {c.name}' for c in cells)])
+    writer.writerow([*names, 'tokens', *(f'nll {trial.name}' for trial in trials)])
     for i, record in enumerate(sweep.heldout):
-      losses = (f'{cell.last[0][i]:.9g}' for cell in cells)
+      losses = (f'{trial.last[0][i]:.9g}' for trial in trials)
       writer.writerow([*(record[n] for n in names), tokens[i], *losses])

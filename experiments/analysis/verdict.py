@@ -4,22 +4,22 @@
     gain    = loss of the base - loss of the reference
     a rank holds if the upper 95 % bound of  deficit - margin * gain  is below 0
 
-The reference is a planned rank of the same other axes, whatever its loss; it
-(`grid.reference`, the largest if none is named) and the margin, a share, are
-fixed before. One contrast of three
-losses, paired by seed and record, is bounded, so that the gain's own error
-counts (as in trials with a placebo beside the reference: Pigeot et al.,
-Statistics in Medicine 22, 2003), and only once the gain itself is above 0.
+The reference is a planned rank with the same other axes, whatever its loss; both
+it (`grid.reference`, the largest if none is named) and the margin, a share, are
+fixed in advance. One contrast of three losses, paired by seed and record, is
+bounded, so that the gain's own error counts (as in clinical trials with a placebo
+beside the reference: Pigeot et al., Statistics in Medicine 22, 2003), and only
+once the gain itself is above 0.
 
-Testing stops at the first rank that does not hold. With the order fixed before,
-each test has the full level, and the chance that any rank is wrongly called
-enough is still 5 % (Maurer, Hothorn and Lehmacher 1995): no smaller rank changes
-what is said of a larger one. A rank that does not hold is not shown to be too
-small either: it is undecided.
+Testing stops at the first rank that does not hold. With the order fixed in
+advance, each test has the full level, and the chance that any rank is wrongly
+called enough is still 5 % (Maurer, Hothorn and Lehmacher 1995): no smaller rank
+changes what is said of a larger one. A rank that does not hold is not shown to be
+too small either: it is undecided.
 
-Where other axes vary too there is no verdict: one for each of their choices, each
-at the full level, would be wrong somewhere more often than it says. Nor is there
-one where a seed failed: those that are left are the lucky ones.
+If other axes vary too, there is no verdict: one for each of their choices, each
+at the full level, would be wrong somewhere more often than it claims. Nor is
+there one if a seed failed: the seeds that are left are the lucky ones.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ from experiments.analysis.intervals import Estimate
 from gemma_jax.sweep.results import Arm, Sweep
 
 # At 30 records whose losses are skewed, 5 % may be 13 % (`intervals.estimate`),
-# and with fewer it is more. Records count as so many of one length: the skew of
-# a mean in which few weigh the most is that of those few, however many others
-# there are.
+# and with fewer it is more. Records count as an effective number of one length:
+# the skew of a mean in which few records weigh the most is that of those few,
+# however many others there are.
 RECORDS_FOR_VERDICT = 30
 
 HOLDS = 'holds'
@@ -50,29 +50,29 @@ class Test:
     row: the arm, if some of it has finished.
     deficit: from the reference; None if no seed has both.
     excess: deficit - margin * gain, likewise; None without a base or margin.
-    why_not: why the two cannot be compared, or ''.
+    unsupported_reason: why the two cannot be compared, or ''.
     state: HOLDS, FAILS, NOT_REACHED (a larger rank did not hold),
-      NOT_COMPARABLE, or '' where there is no verdict at all.
+      NOT_COMPARABLE, or '' if there is no verdict at all.
   """
 
   label: str
   row: Row | None
   deficit: Estimate | None
   excess: Estimate | None
-  why_not: str
+  unsupported_reason: str
   state: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What is said of the ranks that share their other axes.
+  """The verdict on the ranks that share their other axes.
 
   Attributes:
     reference: label of that rank.
     row: that arm, if some of it has finished.
     margin: share of the gain.
     gain: of the reference over the base, or None.
-    refusal: why there is no verdict, or ''.
+    unsupported_reason: why there is no verdict, or ''.
     tests: of the smaller ranks, largest first.
   """
 
@@ -80,7 +80,7 @@ class Answer:
   row: Row | None
   margin: float | None
   gain: Estimate | None
-  refusal: str
+  unsupported_reason: str
   tests: list[Test]
 
   @property
@@ -97,7 +97,7 @@ class Answer:
 
 
 def answers(sweep: Sweep, table: list[Row]) -> list[Answer]:
-  """One for each choice of the other axes.
+  """Returns one answer for each choice of the other axes.
 
   Args:
     sweep: with a finished adapter.
@@ -108,11 +108,11 @@ def answers(sweep: Sweep, table: list[Row]) -> list[Answer]:
   made = [_answer(sweep, family, by_arm, labels) for family in families]
   if len(made) == 1:
     return made
-  refusal = f'other axes vary too, and {len(made)} verdicts would each claim by itself'
+  reason = f'other axes vary too, and {len(made)} verdicts would each claim by itself'
   return [
     dataclasses.replace(
       answer,
-      refusal=answer.refusal or refusal,
+      unsupported_reason=answer.unsupported_reason or reason,
       tests=[dataclasses.replace(test, state='') for test in answer.tests],
     )
     for answer in made
@@ -139,35 +139,35 @@ def _answer(
   named = grid.get('reference') or dict(family[0])['rank']
   first, *smaller = [a for a in family if dict(a)['rank'] <= named] or family
   row, base = by_arm.get(first), sweep.finished('base')
-  # A sweep whose manifest has none fixed none before.
+  # A sweep whose manifest has no margin fixed none in advance.
   margin = grid.get('margin')
   which = sweep.part('test')
-  gain = arms.paired(which, (1, base), (-1, row.cells)) if row and base else None
+  gain = arms.paired(which, (1, base), (-1, row.trials)) if row and base else None
   tests = [_test(sweep, labels[arm], arm, by_arm.get(arm), row, base, margin) for arm in smaller]
-  refusal = ''
+  reason = ''
   if dict(first)['rank'] != named:
-    refusal = f'the reference, rank {named}, is not among its ranks'
+    reason = f'the reference, rank {named}, is not among its ranks'
   elif row is None or not sweep.has_ended(first):
-    refusal = f'the reference, {labels[first]}, has not finished'
+    reason = f'the reference, {labels[first]}, has not finished'
   elif lost := arms.lost_seeds(sweep, row):
-    refusal = f'{len(lost)} of the seeds of the reference, {labels[first]}, failed'
+    reason = f'{len(lost)} of the seeds of the reference, {labels[first]}, failed'
   elif not base:
-    refusal = (
-      'the base, from which the gain is measured, has no finished cell (there '
+    reason = (
+      'the base, from which the gain is measured, has no finished trial (there '
       'is none without "base" in grid.baselines)'
     )
   elif margin is None:
-    refusal = 'its manifest fixed no margin before'
+    reason = 'its manifest fixed no margin in advance'
   elif gain is None:
-    refusal = f'a loss of the base or of {labels[first]} is not finite'
-  elif why_not := _too_few(gain):
-    refusal = why_not
+    reason = f'a loss of the base or of {labels[first]} is not finite'
+  elif too_few := _too_few(gain):
+    reason = too_few
   elif gain.upper(0.05) <= 0:
-    refusal = (
-      f'the reference, {labels[first]}, has learnt nothing that can be '
-      'measured here: its gain over the base is not above 0'
+    reason = (
+      f'the reference, {labels[first]}, has learnt nothing measurable: '
+      'its gain over the base is not above 0'
     )
-  return Answer(labels[first], row, margin, gain, refusal, tests if refusal else _sequence(tests))
+  return Answer(labels[first], row, margin, gain, reason, tests if reason else _sequence(tests))
 
 
 def _test(
@@ -181,23 +181,23 @@ def _test(
 ) -> Test:
   which = sweep.part('test')
   if row is None:
-    return Test(label, None, None, None, 'no cell of it has finished')
+    return Test(label, None, None, None, 'no trial of it has finished')
   if reference is None:
     return Test(label, row, None, None, 'the reference has not finished')
-  deficit = arms.paired(which, (1, row.cells), (-1, reference.cells))
+  deficit = arms.paired(which, (1, row.trials), (-1, reference.trials))
   excess = None
   if base and margin is not None:
-    excess = arms.paired(which, (1, row.cells), (margin - 1, reference.cells), (-margin, base))
-  why_not = ''
+    excess = arms.paired(which, (1, row.trials), (margin - 1, reference.trials), (-margin, base))
+  reason = ''
   if not sweep.has_ended(arm):
-    why_not = 'not all of its cells have ended'
+    reason = 'not all of its trials have ended'
   elif lost := arms.lost_seeds(sweep, row):
-    why_not = f'{len(lost)} of its seeds failed, and those left are no fair sample'
+    reason = f'{len(lost)} of its seeds failed, and those left are not a fair sample'
   elif deficit is None:
-    why_not = 'it has no seed in common with the reference'
+    reason = 'it has no seed in common with the reference'
   elif excess is not None:
-    why_not = _too_few(excess)
-  return Test(label, row, deficit, excess, why_not)
+    reason = _too_few(excess)
+  return Test(label, row, deficit, excess, reason)
 
 
 def _sequence(tests: list[Test]) -> list[Test]:
@@ -207,7 +207,7 @@ def _sequence(tests: list[Test]) -> list[Test]:
     state = NOT_REACHED
     if is_open:
       state = NOT_COMPARABLE
-      if not test.why_not:
+      if not test.unsupported_reason:
         state = HOLDS if test.excess.upper() < 0 else FAILS
       is_open = state == HOLDS
     decided.append(dataclasses.replace(test, state=state))

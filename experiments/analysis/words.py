@@ -1,4 +1,4 @@
-"""A sweep's result in words: what limits it first, then what it shows."""
+"""A sweep's result in words: first what limits it, then what it shows."""
 
 from collections.abc import Iterable
 
@@ -25,15 +25,15 @@ def paragraphs(
 
 
 def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
-  """What the numbers rest on, and what limits them; a sentence each."""
+  """What the numbers rest on and what limits them, in one sentence each."""
   records = int(sweep.part('test').sum())
-  seeds = sorted({len(row.cells) for row in table})
-  tokens = table[0].cells[0].last[1][sweep.part('test')]
+  seeds = sorted({len(row.trials) for row in table})
+  tokens = table[0].trials[0].last[1][sweep.part('test')]
   sentences = [
     f'Measured on {records} test records, which count as '
     f'{intervals.effective(tokens):.0f} (long ones weigh more), and '
     f'{" to ".join(map(str, seeds[:: len(seeds) - 1 or 1]))} '
-    f'{"seed" if seeds[-1] == 1 else "seeds"} an arm.'
+    f'{"seed" if seeds[-1] == 1 else "seeds"} per arm.'
   ]
   failed = [row.label for row in table if arms.lost_seeds(sweep, row)]
   if failed:
@@ -48,7 +48,7 @@ def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
     )
   elif few := _with_fewer(table, intervals.FEW_SEEDS):
     sentences.append(
-      f'A claim asks for {intervals.FEW_SEEDS} seeds: with fewer ({few}), '
+      f'A claim needs {intervals.FEW_SEEDS} seeds: with fewer ({few}), '
       'their spread is hardly known.'
     )
   edge = [row.label for row in table if row.at_edge]
@@ -68,8 +68,10 @@ def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
 
 
 def _ranks(answer: Answer) -> str:
-  if answer.refusal:
-    return f'No verdict on ranks below {answer.reference}, the reference: {answer.refusal}.'
+  if answer.unsupported_reason:
+    return (
+      f'No verdict on ranks below {answer.reference}, the reference: {answer.unsupported_reason}.'
+    )
   text = [
     f'The margin is {percent(answer.margin)} of what {answer.reference}, the '
     f'reference, gains over the base ({answer.gain} nats per token).'
@@ -89,7 +91,7 @@ def _ranks(answer: Answer) -> str:
       f'{stop.excess.upper():+.4f}, its deficit {stop.deficit}.'
     )
   elif stop:
-    text.append(f'{_upper(stop.label)} cannot be compared: {stop.why_not}.')
+    text.append(f'{_upper(stop.label)} cannot be compared: {stop.unsupported_reason}.')
   rest = [t.label for t in answer.tests if t.state == verdict.NOT_REACHED]
   if rest:
     text.append(f'Not reached, and so undecided: {_list(rest)}.')
@@ -109,7 +111,7 @@ def _power(answer: Answer) -> list[str]:
     return []
   seen = ', '.join(f'{detectable(test, answer)} at {test.label}' for test in tested)
   text = [
-    'With a power of 80 % this design calls a rank enough whose deficit lies below the '
+    'With a power of 80 % this design calls a rank enough if its deficit lies below the '
     f'margin by {seen}.'
   ]
   last, margin = tested[-1], answer.margin * answer.gain.mean
@@ -122,9 +124,9 @@ def _power(answer: Answer) -> list[str]:
 
 
 def detectable(test: Test, answer: Answer) -> str:
-  """'0.0041 (4 % of the gain)'; no share of a gain that is not known."""
+  """'0.0041 (4 % of the gain)'; without the share if the gain is not known."""
   size = test.excess.detectable()
-  if answer.refusal:
+  if answer.unsupported_reason:
     return f'{size:.4f}'
   return f'{size:.4f} ({percent(size / answer.gain.mean)} of the gain)'
 
@@ -136,7 +138,7 @@ def percent(share: float) -> str:
 
 def _pairs(pairs: list[Pair]) -> str:
   known = [pair for pair in pairs if pair.p is not None]
-  text = f'Pairs of arms that differ in other axes than the rank: {len(pairs)}.'
+  text = f'Pairs of arms that differ in axes other than the rank: {len(pairs)}.'
   if not known:
     return f'{text} None of them has a p-value.'
   told = [pair for pair in known if pair.p < 0.05]
@@ -152,7 +154,7 @@ def _pairs(pairs: list[Pair]) -> str:
 
 
 def _with_fewer(table: list[Row], seeds: int) -> str:
-  few = [row.label for row in table if len(row.cells) < seeds]
+  few = [row.label for row in table if len(row.trials) < seeds]
   return 'all arms' if len(few) == len(table) else _list(few)
 
 
@@ -161,5 +163,5 @@ def _list(labels: Iterable[str]) -> str:
 
 
 def _upper(text: str) -> str:
-  """Starts a sentence; the names of settings stay as they are."""
+  """Capitalizes the start of a sentence; names of settings stay as they are."""
   return text.replace('rank', 'Rank', 1) if text.startswith('rank') else text

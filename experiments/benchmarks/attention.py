@@ -6,7 +6,7 @@ The heads are those of Gemma 3 270M (4 of queries, 1 of keys and values, 256
 wide), float32. A row is `full` of one segment, or `packed` with segments as
 long as records are (log-normal, some 120 tokens on average). Each kernel is
 compiled once and runs in turn with the other; prints a JSON line for each row:
-median milliseconds a layer, their ratio, and seconds to compile.
+median milliseconds per layer, their ratio, and seconds to compile.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def measure(length: int, segments: str, window: int | None, repeats: int) -> dic
 
 
 def _layers(attend, window, q, k, v, context):
-  """Gradients through a scan; layers are computed again, as in training."""
+  """Gradients through a scan; layers are recomputed, as in training."""
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def layer(carry, _):

@@ -12,17 +12,17 @@ from gemma_jax.model.config import ModelConfig
 def train_flops(config: ModelConfig, rows: int, length: int, supervised: int) -> float:
   """Floating-point operations that one update of full rows cannot do without.
 
-  A product of n tokens with a kernel takes 2 n parameters. The kernels are
-  frozen: forward, and backward to the activations, 2 products each. The loss is
-  the same for the supervised tokens with the embedding. Attention has two
-  products of each token with the keys it sees, L N H wide, and twice that
-  backward. What is computed again to save memory does not count, nor do the
+  A product of n tokens with a kernel of P parameters takes 2 n P operations. The
+  kernels are frozen, so each has 2 products: forward, and backward to the
+  activations. The loss is the same with the embedding, for the supervised tokens.
+  Attention has two products of each token with the keys it sees, L N H wide, and
+  twice that backward. Recomputation to save memory does not count, nor do the
   adapter (0.1 %) and norms.
 
   Args:
     config: the architecture.
     rows: B.
-    length: T, all of it tokens of one document.
+    length: T; each row is one document.
     supervised: tokens in the loss.
   """
   sizes = layout.axis_sizes(config)
@@ -48,7 +48,7 @@ def gemm_rate(seconds: float = 2.0) -> float:
   """The machine's float32 rate in FLOP/s: the best of a large NumPy product.
 
   NumPy calls OpenBLAS, the fastest library measured here, so that a share of
-  this rate flatters nobody.
+  this rate is not flattering.
   """
   n = 2048
   rng = np.random.default_rng(0)

@@ -1,14 +1,13 @@
 """What is measured: each suite's cases, and the job of every contestant.
 
-A job is a dict that any program here understands, whoever wrote the library
-that it drives:
+A job is a dict that any program here understands, whichever library it drives:
 
   kind      'train' or 'decode'
   model     a Hugging Face folder, the same weights for all
   records   token records (JSON Lines); batch_size of them make an update, each
             is used once, all padded to the longest of their batch, or packed
             into rows of `row_tokens`
-  steps     updates at most; 0 is all records
+  steps     most updates; 0 is all records
   dtype     of the base
   prompt    ids to continue greedily by new_tokens
   weights   of the base while decoding
@@ -58,7 +57,7 @@ class Inputs:
     vocab_size: ids that generated records are drawn from.
     lengths: rows x length of the full-row cases.
     steps: updates of a full-row run.
-    max_records: use only the first so many records; 0 is all.
+    max_records: use only this many of the first records; 0 is all.
     new_tokens: to decode.
   """
 
@@ -90,7 +89,7 @@ def train_suite(inputs: Inputs) -> list[Case]:
 
 
 def _records_case(inputs: Inputs) -> Case:
-  """As many updates for us, by packed rows, as the peers' batches make."""
+  """Packs rows so that we make as many updates as the peers' batches do."""
   lines = Path(inputs.records).read_text('utf-8').rstrip('\n').split('\n')
   lines = lines[: inputs.max_records or None]
   path = Path(inputs.folder) / f'records_{len(lines)}.jsonl'
@@ -106,7 +105,7 @@ def _records_case(inputs: Inputs) -> Case:
     'steps': 0,
     'batch_size': batch_size,
   }
-  # A document fills a slot less than it has tokens; packing leaves some empty.
+  # A document fills one slot less than it has tokens; packing leaves some empty.
   row = max(-(-(sum(lengths) - len(lines)) // updates), max(lengths))
   packed = {**job, 'batch_size': 1, 'row_tokens': -(-row // 32) * 32}
   return Case(
@@ -145,7 +144,7 @@ def compile_suite(inputs: Inputs) -> list[Case]:
 
 
 def decode_suite(inputs: Inputs) -> list[Case]:
-  """Greedy continuation of one prompt, without reading it."""
+  """Greedy continuation of one prompt; reading the prompt is not timed."""
   rng = np.random.default_rng(0)
   prompt = [2, *rng.integers(4, inputs.vocab_size, 17).tolist()]
   job = {'kind': 'decode', 'model': inputs.model, 'prompt': prompt, 'new_tokens': inputs.new_tokens}

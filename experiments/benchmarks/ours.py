@@ -29,7 +29,7 @@ def train(job):
     losses.append(metrics.loss)
     seconds.append(time.perf_counter() - started)
     first = first or time.perf_counter() - protocol.STARTED
-    # A document fills a slot less than it has tokens.
+    # A document fills one slot less than it has tokens.
     ends = int(batch['segment_ids'].max(axis=1).sum())
     tokens.append(int(metrics.tokens) + ends)
     supervised += int(metrics.weight)
@@ -37,7 +37,7 @@ def train(job):
 
 
 def _config(job, folder):
-  """The job's config, with a held-out file, lest one be taken off it."""
+  """The job's config, with a held-out file, so that none of its records are held out."""
   from gemma_jax.config.train import (
     BaseConfig,
     DataConfig,
@@ -84,7 +84,7 @@ def decode(job):
 
 
 def set_cache(jax, cache: str) -> None:
-  """Compiled programs of earlier runs, or a folder without any."""
+  """Sets the compilation cache: that of earlier runs, or an empty folder."""
   folder = Path.home() / '.cache' / 'gemma_jax' / 'benchmarks'
   if cache == 'cold':
     folder = Path(tempfile.mkdtemp())

@@ -17,7 +17,7 @@ def load(job):
 
 
 def train(job):
-  """LoRA on q and v, AdamW, one update a padded batch."""
+  """LoRA on q and v, AdamW, one update per padded batch."""
   config = peft.LoraConfig(
     r=protocol.RANK,
     lora_alpha=protocol.RANK,
@@ -52,7 +52,7 @@ def train(job):
 
 
 def decode(job):
-  """Greedy `generate`; the time of the prompt and first token taken off."""
+  """Greedy `generate`; the time of the prompt and first token is subtracted."""
   model = load(job).eval()
   prompt = torch.tensor([job['prompt']])
 

@@ -1,4 +1,4 @@
-"""What every contestant does alike: its job in, its result out.
+"""What every contestant shares: its job in, its result out.
 
     python SCRIPT '{"kind": "train", ...}'
 
@@ -22,7 +22,7 @@ LEARNING_RATE = 1e-4
 
 
 def main(train: Callable[[Any], Any], decode: Callable[[Any], Any] | None = None) -> None:
-  """Runs the job of the command line and prints its result."""
+  """Runs the job given on the command line and prints its result."""
   job = json.loads(sys.argv[1])
   result = {'train': train, 'decode': decode}[job['kind']](job)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -74,7 +74,7 @@ def summarize_training(
   """The result of a training job, from every update's time.
 
   The first update may compile, so speed is that of the others: of all of them
-  together where records differ in length, of the median one otherwise.
+  together if records differ in length, of the median one otherwise.
 
   Args:
     job: as given.

@@ -5,8 +5,8 @@
       --node_modules=DIR --gguf=F.gguf --output=DIR
 
 Each contestant runs in a fresh process, in alternation (A B C A B C ...), so
-that what else the machine does falls on all alike. A peer whose interpreter is
-not named is left out. Prints a table for each case, with medians and their
+that other load on the machine affects all of them alike. A peer whose interpreter
+is not given is left out. Prints a table for each case, with medians and their
 ratios to the best peer, and writes results.json, table.md and plot.png after
 every run; a second call with the same --output adds its rounds to the first's.
 
@@ -31,13 +31,13 @@ _MODEL = flags.DEFINE_string(
   'model', None, 'Hugging Face folder with the weights (launch.convert).'
 )
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder of the results.')
-_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Of all contestants.', 1)
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Runs of each contestant.', 1)
 _CASE = flags.DEFINE_string('case', '', 'Only cases with this text in their name.')
 _RECORDS = flags.DEFINE_string(
-  'records', '', 'Token records of the train suite; none leaves it out.'
+  'records', '', 'Token records for the case of real records; if unset, the case is left out.'
 )
 _MAX_RECORDS = flags.DEFINE_integer(
-  'max_records', 0, 'Use only the first so many of --records; 0 is all.'
+  'max_records', 0, 'Use only this many of the first --records; 0 is all.'
 )
 _STEPS = flags.DEFINE_integer('steps', 6, 'Updates of a run of full rows.', 1)
 _NEW_TOKENS = flags.DEFINE_integer('new_tokens', 128, 'To decode.', 1)
@@ -125,7 +125,7 @@ def _run(program, job) -> dict:
   """A contestant's result, from a fresh process.
 
   Raises:
-    ValueError: it failed; with the end of what it wrote.
+    ValueError: it failed; the message has the end of its output.
   """
   command, environment = program
   done = subprocess.run(
@@ -156,9 +156,9 @@ def _earlier(output: Path, case: jobs.Case) -> dict[str, list]:
   """Results of the same case that an earlier call left."""
   path = output / 'results.json'
   if path.is_file():
-    for found in json.loads(path.read_text('utf-8'))['cases']:
-      if found['name'] == case.name:
-        return found['results']
+    for earlier in json.loads(path.read_text('utf-8'))['cases']:
+      if earlier['name'] == case.name:
+        return earlier['results']
   return {}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.benchmarks.jobs import OURS, Case
 
-Results = Mapping[str, Sequence[Mapping[str, Any]]]  # by label, one a round
+Results = Mapping[str, Sequence[Mapping[str, Any]]]  # by label, one per round
 
 
 def rows(case: Case, results: Results) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ def write(folder: Path, facts: Mapping[str, Any], measured: Sequence[tuple[Case,
 
 
 def _plot(path: Path, measured: Sequence[tuple[Case, Results]]) -> None:
-  """A bar for each contestant, a panel for each case; points are rounds."""
+  """Draws a panel for each case, with a bar for each contestant and a point for each round."""
   import matplotlib
 
   matplotlib.use('Agg')

@@ -18,9 +18,34 @@ def at_least(name: str, got: Any, low: int, remedy: str = ''):
   require(is_integer and got >= low, name, got, f'an integer >= {low}', remedy)
 
 
-def one_of(name: str, got: Any, choices: tuple[str, ...]):
-  """Requires one of the choices."""
-  require(got in choices, name, got, 'one of ' + ', '.join(choices))
+def choice(default: str, *choices: str) -> Any:
+  """A dataclass field that takes one of some words, the default among them.
+
+  They stand here alone: `check_choices` checks them, and `config.describe`
+  shows them. (A `Literal` would be clearer, but `config_flags` cannot override
+  a field of such a type from the command line.)
+  """
+  return dataclasses.field(default=default, metadata={'choices': choices})
+
+
+def check_choices(config: Any, prefix: str, remedies: dict[str, str] | None = None):
+  """Requires one of its words in every `choice` of a dataclass.
+
+  Args:
+    config: whose fields are checked; of a tuple, every value.
+    prefix: in front of their names, e.g. 'model'.
+    remedies: what to do about a value, by value.
+  """
+  for field in dataclasses.fields(config):
+    choices = field.metadata.get('choices')
+    if choices is None:
+      continue
+    value = getattr(config, field.name)
+    for each in value if isinstance(value, tuple | list) else (value,):
+      is_known = isinstance(each, str) and each in choices
+      remedy = (remedies or {}).get(str(each), '')
+      name = f'{prefix}.{field.name}'
+      require(is_known, name, each, 'one of ' + ', '.join(choices), remedy)
 
 
 def check_regex(name: str, pattern: Any):

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 
-from gemma_jax.config.checks import Freezable, at_least, check_regex, one_of, require
+from gemma_jax.config.checks import Freezable, at_least, check_choices, check_regex, choice, require
 
 # Which projections a preset name stands for; a regex over these names works
 # as well, e.g. targets='q|v|gate'.
@@ -37,10 +37,10 @@ class LoraConfig(Freezable):
 
   rank: int = 8
   alpha: float = 16.0
-  scale_rule: str = 'alpha_over_r'
+  scale_rule: str = choice('alpha_over_r', 'constant', 'alpha_over_r', 'alpha_over_sqrt_r')
   targets: str = 'qv'
-  factorization: str = 'matrix'
-  init: str = 'peft'
+  factorization: str = choice('matrix', 'matrix', 'keras')
+  init: str = choice('peft', 'peft', 'keras')
   dropout: float = 0.0
   dora: bool = False
   path: str = ''
@@ -78,9 +78,7 @@ class LoraConfig(Freezable):
       check_regex('lora.ranks', pattern)
     at_least('lora.rank', self.rank, 1, 'To evaluate the base alone, pass no adapter.')
     require(0 < self.alpha < math.inf, 'lora.alpha', self.alpha, 'a number > 0')
-    one_of('lora.scale_rule', self.scale_rule, ('constant', 'alpha_over_r', 'alpha_over_sqrt_r'))
-    one_of('lora.factorization', self.factorization, ('matrix', 'keras'))
-    one_of('lora.init', self.init, ('peft', 'keras'))
+    check_choices(self, 'lora')
     require(0 <= self.dropout < 1, 'lora.dropout', self.dropout, 'a rate in [0, 1)')
     choices = f'{", ".join(TARGET_PRESETS)} or a regex over {PROJECTIONS}'
     try:

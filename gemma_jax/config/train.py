@@ -16,7 +16,7 @@ import json
 import math
 from typing import Any
 
-from gemma_jax.config.checks import Freezable, at_least, check_regex, one_of, require
+from gemma_jax.config.checks import Freezable, at_least, check_choices, check_regex, choice, require
 from gemma_jax.config.lora import LoraConfig
 
 
@@ -41,25 +41,15 @@ class BaseConfig(Freezable):
 
   path: str = 'gemma3_270m'
   tokenizer: str = ''
-  dtype: str = 'auto'
-  activation_dtype: str = 'auto'
+  dtype: str = choice('auto', 'auto', 'bfloat16', 'float32')
+  activation_dtype: str = choice('auto', 'auto', 'bfloat16', 'float32')
   scan_layers: bool = True
-  attention: str = 'auto'
-  remat: str = 'auto'
+  attention: str = choice('auto', 'auto', 'einsum', 'blocks', 'splash', 'cudnn')
+  remat: str = choice('auto', 'auto', 'full', 'dots', 'none')
 
   def check(self):
     require(bool(self.path), 'model.path', self.path, 'a model reference')
-    for name in ('dtype', 'activation_dtype'):
-      value = getattr(self, name)
-      require(
-        value in ('auto', 'bfloat16', 'float32'),
-        f'model.{name}',
-        value,
-        'one of auto, bfloat16, float32',
-        'float16 overflows in Gemma.' if value == 'float16' else '',
-      )
-    one_of('model.remat', self.remat, ('auto', 'full', 'dots', 'none'))
-    one_of('model.attention', self.attention, ('auto', 'einsum', 'blocks', 'splash', 'cudnn'))
+    check_choices(self, 'model', {'float16': 'float16 overflows in Gemma.'})
 
 
 @dataclasses.dataclass
@@ -81,7 +71,7 @@ class OptimizerConfig(Freezable):
   """
 
   learning_rate: float = 5e-5
-  schedule: str = 'constant'
+  schedule: str = choice('constant', 'constant', 'linear', 'cosine')
   warmup_steps: int = 0
   weight_decay: float = 0.0
   b1: float = 0.9
@@ -97,7 +87,7 @@ class OptimizerConfig(Freezable):
       self.learning_rate,
       'a number > 0',
     )
-    one_of('optimizer.schedule', self.schedule, ('constant', 'linear', 'cosine'))
+    check_choices(self, 'optimizer')
     at_least('optimizer.warmup_steps', self.warmup_steps, 0)
     for name in ('weight_decay', 'clip_norm'):
       value = getattr(self, name)
@@ -163,7 +153,7 @@ class DataConfig(Freezable):
   path: str = 'sample:seoul_travel'
   eval_path: str = ''
   template: str = 'dolly'
-  loss_on: str = 'response'
+  loss_on: str = choice('response', 'response', 'all')
   parse_control_tokens: bool = False
   seq_len: int = 0
   global_batch_size: int = 4
@@ -176,7 +166,7 @@ class DataConfig(Freezable):
 
   def check(self):
     require(bool(self.path), 'data.path', self.path, 'a file or tfds:NAME')
-    one_of('data.loss_on', self.loss_on, ('response', 'all'))
+    check_choices(self, 'data')
     at_least('data.seq_len', self.seq_len, 0)
     require(self.seq_len != 1, 'data.seq_len', 1, '0 or an integer >= 2')
     at_least('data.global_batch_size', self.global_batch_size, 1)

@@ -1,7 +1,7 @@
 """What is wrong with a set of records, though each of them is well-formed.
 
-A held-out record that also stands in training measures memory. Two texts are
-alike if they differ in case, width, space and punctuation only:
+A held-out record that is also in training measures memory. Two texts are alike if
+they differ only in case, width, space and punctuation:
 
     'Where is the palace?'   'where  is the PALACE'   both 'whereisthepalace'
 """
@@ -25,10 +25,10 @@ class Audit:
   Attributes:
     empty_prompts: training records that ask nothing.
     repeated: training records that equal an earlier one.
-    leaked: held-out records that stand in training word for word.
-    alike: further held-out records that are alike one in training.
-    asked: further held-out records whose question stands in training, with
-      another answer.
+    leaked: held-out records that are in training word for word.
+    alike: further held-out records that are like one in training.
+    asked: further held-out records whose question is in training, with another
+      answer.
     num_train: training records.
     num_heldout: held-out records.
   """
@@ -42,19 +42,19 @@ class Audit:
   num_heldout: int
 
   def log(self) -> None:
-    """A warning for each kind that was found."""
+    """Logs a warning for each kind of problem."""
     for ids, total, what in (
       (self.empty_prompts, self.num_train, 'training records have no prompt'),
       (self.repeated, self.num_train, 'training records repeat another one'),
       (
         self.leaked,
         self.num_heldout,
-        'held-out records also stand in training, word for word; their loss measures memory',
+        'held-out records are also in training, word for word; their loss measures memory',
       ),
       (
         self.alike,
         self.num_heldout,
-        'further held-out records also stand in training but for case, space and punctuation',
+        'further held-out records are in training except for case, space and punctuation',
       ),
       (self.asked, self.num_heldout, 'further held-out records ask what a training record asks'),
     ):
@@ -65,7 +65,7 @@ class Audit:
 
 
 def audit(train: Sequence[Record], heldout: Sequence[Record]) -> Audit:
-  """Compares records with each other; linear in their text."""
+  """Compares records with each other, in time linear in their text."""
   texts = [_texts(record) for record in train]
   exact, normal = set(), set()
   repeated = []

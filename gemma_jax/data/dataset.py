@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import hashlib
 from typing import Any, Protocol
 
 from absl import logging
@@ -12,12 +13,12 @@ from gemma_jax.data import audit, examples, pipeline, row_plan, sources
 from gemma_jax.data.examples import Batch, Examples
 from gemma_jax.data.tokenizer import Tokenizer
 
-# Positions in a row where `seq_len` is 0 and the base has as many.
+# Positions in a row if `seq_len` is 0 and the base has that many.
 DEFAULT_SEQ_LEN = 512
 
 
 class Base(Protocol):
-  """What records have to know of a base.
+  """What records have to know about a base.
 
   Attributes:
     reference: where it came from.
@@ -34,7 +35,7 @@ class Base(Protocol):
 
 
 def row_length(seq_len: int, base: Base) -> int:
-  """Positions in a row; 0 becomes 512, or as many as the base has.
+  """Returns the positions in a row; 0 becomes 512, or as many as the base has.
 
   Raises:
     ValueError: a row is longer than the base's positions.
@@ -65,7 +66,7 @@ class Dataset:
   Attributes:
     train: training examples.
     heldout: held-out examples.
-    notes: which records were skipped and which fields not read, for people.
+    notes: which records were skipped and which fields were not read, for people.
     config: a checked `DataConfig`; its `seq_len` is a number of positions.
   """
 
@@ -86,10 +87,10 @@ class Dataset:
 
     Args:
       records: a source as `DataConfig.path` names it, rows as dicts in any form
-        that such a source has, or all settings at once.
+        that such a source may have, or a whole `DataConfig`.
       base: gives the tokenizer and the number of positions.
-      heldout: rows to measure on, with rows as `records`; default: a part of
-        them by a hash of their prompts.
+      heldout: rows to measure on, if `records` are rows; default: part of them,
+        chosen by a hash of their prompts.
       **fields: of `DataConfig`: seq_len, template, loss_on, packing, ...
 
     Raises:
@@ -110,8 +111,7 @@ class Dataset:
       parts = sources.load_records(config)
     else:
       parts = sources.of_rows(records, heldout, config)
-    heldout_records = parts.heldout[: config.max_eval_records or None]
-    audit.audit(parts.train, heldout_records).log()
+    audit.audit(parts.train, parts.heldout).log()
     self.config = config
     self.notes = tuple(parts.lines())
     self.train, self.heldout = (
@@ -124,16 +124,24 @@ class Dataset:
         base.config.vocab_size if base.tokenizer is None else base.tokenizer.vocab_size,
         config.parse_control_tokens,
       )
-      for part in (parts.train, heldout_records)
+      for part in (parts.train, parts.heldout)
     )
     self.train.stats.log_warnings('training')
     self.heldout.stats.log_warnings('held-out')
+
+  def fingerprint(self) -> str:
+    """Hex sha256 of all examples, training and held-out."""
+    digest = hashlib.sha256()
+    for part in (self.train, self.heldout):
+      for array in (part.tokens, part.loss_mask, part.offsets):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
   def plan(self, seed: int, batch_size: int = 0) -> row_plan.RowPlan:
     """The rows of every update.
 
     Args:
-      seed: of their order, unless `order_seed` is one.
+      seed: of their order, unless `order_seed` is set.
       batch_size: rows in an update; 0 is `global_batch_size`.
     """
     config = self.config

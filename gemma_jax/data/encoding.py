@@ -4,9 +4,9 @@
     document    Piece(BOS), Piece([10, 11], 'Hi'), Piece([20], 'Hello'),
                 Piece(EOS, is_answer, is_target)
 
-The spelling of a control token in a text stays plain characters, and is
-counted, unless the caller asks for it to be parsed: a text that was rendered
-elsewhere (`<bos><start_of_turn>user\n...`) then becomes what it spells.
+A control token spelled out in a text stays plain characters, and is counted,
+unless the caller asks for it to be parsed: a text that was rendered elsewhere
+(`<bos><start_of_turn>user\n...`) then becomes the tokens that it spells.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -29,8 +29,8 @@ class _Finder:
   """Finds the control tokens that a text spells."""
 
   def __init__(self, controls: Mapping[str, int]):
-    """One pattern serves Gemma's own; names of other forms stand before it."""
-    # A row without a text (`tokenizer`) has a name that no text means.
+    """Compiles one pattern for Gemma's own, preceded by names of other forms."""
+    # A row without a text (`tokenizer`) has a name that no text refers to.
     named = [name for name, i in controls.items() if name != f'<row {i}>']
     spaced = {name.replace(SPACE, ' '): name for name in named}
     names = spaced | {name: name for name in named}
@@ -41,7 +41,7 @@ class _Finder:
     self._pattern = re.compile('|'.join([*map(re.escape, apart), _USUAL]))
 
   def find(self, text: str) -> Iterator[tuple[int, int, str]]:
-    """(start, end, name) of each, the longest at its place, in order."""
+    """Yields (start, end, name) of each, the longest at its place, in order."""
     start = 0
     while match := self._pattern.search(text, start):
       name = self._names.get(match[0])
@@ -52,7 +52,7 @@ class _Finder:
       start = match.end()
 
 
-# A finder takes some time to make.
+# Finders are cached: one takes a while to make.
 _finders: MutableMapping[Tokenizer, _Finder] = weakref.WeakKeyDictionary()
 
 
@@ -79,7 +79,7 @@ class Document(NamedTuple):
 
   Attributes:
     pieces: in order.
-    spells_controls: a text of it spells a control token.
+    spells_controls: whether one of its texts spells a control token.
   """
 
   pieces: list[Piece]
@@ -93,8 +93,8 @@ class Document(NamedTuple):
     """Tokens and loss mask, int32 [n].
 
     Args:
-      loss_on: 'response', or 'all' for every token but the first and those of
-        answers that are shown and not learned.
+      loss_on: 'response', or 'all' for every token except the first and those of
+        answers that are shown but not learned.
     """
     counts = {
       'response': lambda span: span.is_target,
@@ -115,9 +115,9 @@ def encode(
 
   Args:
     rendered: spans of each document.
-    tokenizer: all of its cores work at once.
-    parse_controls: turn control tokens that a text spells into their ids; a
-      BOS in front, or an EOS at the end, is then not added again.
+    tokenizer: encodes all texts at once, on all cores.
+    parse_controls: turn control tokens that a text spells into their ids; a BOS
+      at the start or an EOS at the end is then not added again.
   """
   finder = _finder(tokenizer)
   spelled = [any(any(finder.find(s.text)) for s in spans if not s.is_control) for spans in rendered]
@@ -140,9 +140,9 @@ def encode(
 
 
 def _closed(pieces: list[Piece], tokenizer: Tokenizer) -> list[Piece]:
-  """Adds BOS, and EOS after an answer, unless a text has spelled them.
+  """Adds BOS, and EOS after an answer, unless a text spells them.
 
-  White space beyond those goes.
+  White space outside of those is removed.
   """
   said = [i for i, piece in enumerate(pieces) if piece.span.text.strip()]
   if said and pieces[said[0]].ids == [tokenizer.bos_id]:
@@ -182,7 +182,7 @@ def _part(span: Span, part: Range) -> Span:
   first, last = part
 
   def within(ranges):
-    # Also an empty one: its place among the others is its priority.
+    # Empty ranges are kept too: the place in the list is the priority.
     cut = ((max(a, first), min(b, last)) for a, b in ranges)
     return tuple((a - first, max(b, a) - first) for a, b in cut)
 

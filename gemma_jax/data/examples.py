@@ -46,7 +46,7 @@ class Example(NamedTuple):
   loss_mask: np.ndarray
 
 
-# Shares of the records above which a loss to seq_len is a warning.
+# Shares of the records above which losses to seq_len give a warning.
 _MOST_LOST_PROMPTS = 0.01
 _MOST_TRUNCATED = 0.05
 
@@ -59,21 +59,21 @@ class ExampleStats:
   """What became of the records.
 
   Attributes:
-    records: read.
+    records: number of records read.
     examples: records that are left.
     tokens: in the examples, BOS and EOS included.
     supervised_tokens: of them, those that count in the loss.
     truncated: examples that lost tokens to fit seq_len.
     lost_prompts: of them, those that lost part of what precedes the response.
-    lost_supervised_tokens: that would count in a row that is long enough.
-    unlearnable: records left out in which nothing counts.
-    too_long: records left out since seq_len leaves no room for their question,
+    lost_supervised_tokens: those that would count in a long enough row.
+    unlearnable: records left out because nothing in them counts.
+    too_long: records left out because seq_len leaves no room for their question,
       or for anything that counts.
     duplicates: examples that equal an earlier one (they are kept).
     spelling_controls: records whose text spells a control token.
     parsed_controls: whether these became control tokens.
-    seq_len: that was given.
-    template: that was given.
+    seq_len: as given.
+    template: as given.
   """
 
   records: int
@@ -103,7 +103,7 @@ class ExampleStats:
     )
 
   def warnings(self, name: str) -> list[str]:
-    """What a user should know of the records `name` before training."""
+    """What a user should know about the records `name` before training."""
     lines = []
     if self.truncated > _MOST_TRUNCATED * self.records:
       total = self.supervised_tokens + self.lost_supervised_tokens
@@ -123,7 +123,7 @@ class ExampleStats:
     if self.unlearnable:
       lines.append(
         f'{self.unlearnable:,} of {self.records:,} records are left out: '
-        'nothing of them counts in the loss (loss_mask or weights of 0)'
+        'nothing in them counts in the loss (loss_mask or weights of 0)'
       )
     if self.spelling_controls and not self.parsed_controls:
       lines.append(
@@ -170,7 +170,7 @@ class Examples(Sequence[Example]):
 
   @property
   def slots(self) -> np.ndarray:
-    """int64 [N]: the places each example takes in a row, n - 1."""
+    """int64 [N]: the slots that each example takes in a row, n - 1."""
     return np.diff(self.offsets) - 1
 
 
@@ -186,18 +186,18 @@ def make_examples(
   """Tokenizes records.
 
   A text record becomes BOS + prompt + response + EOS, each span tokenized by
-  itself; EOS is a target. A token record is taken as it is.
+  itself; EOS is a target. A token record is used unchanged.
 
   Args:
     records: to be tokenized.
     tokenizer: may be None if all records are token records.
     template: for text records.
-    loss_on: 'response', or 'all' for every token but the first. The loss mask
-      of a token record wins over it; without one every token from 1 on counts.
+    loss_on: 'response', or 'all' for every token except the first. The loss mask
+      of a token record overrides it; without one every token from 1 on counts.
     seq_len: longest document in tokens; see `truncation` for texts. Token
       records are cut at their end.
-    vocab_size: tokens there are, which bounds the ids of token records: those
-      of the model's tokenizer, or, if it has none, the rows of its embedding.
+    vocab_size: number of tokens, which bounds the ids of token records: that of
+      the model's tokenizer or, if it has none, the rows of its embedding.
     parse_control_tokens: turn control tokens that a text spells into their ids.
 
   Returns:
@@ -239,7 +239,7 @@ def make_examples(
     raise ValueError(
       f'data: none of {len(records)} records has a supervised token within '
       f'data.seq_len={seq_len} ({counts["too_long"]} are too long for it, '
-      f'{counts["unlearnable"]} have a loss_mask or weights of 0 alone); '
+      f'{counts["unlearnable"]} have a loss_mask or weights of only 0); '
       'expected at least one.'
     )
   stats = ExampleStats(
@@ -274,7 +274,7 @@ def prompt_tokens(
 def _advice(template: str) -> str:
   """What to do about control tokens that a text spells."""
   if template == 'chat':  # renders the turns itself
-    return f'Use {_PARSE} if they are meant, and give texts without turns'
+    return f'Use {_PARSE} if they are meant as control tokens, and give texts without turns'
   return f'Use --config.data.template=chat on texts that are not rendered yet, or {_PARSE}'
 
 
@@ -290,8 +290,8 @@ def make_row(examples: Examples, example_ids: Sequence[int], seq_len: int) -> Ba
   """Lays documents side by side; the module's docstring shows a row.
 
   Args:
-    examples: where the documents are.
-    example_ids: which of them, in this order; none makes an empty row.
+    examples: holds the documents.
+    example_ids: which of them, in this order; none gives an empty row.
     seq_len: T.
 
   Returns:
@@ -321,7 +321,7 @@ def make_row(examples: Examples, example_ids: Sequence[int], seq_len: int) -> Ba
 
 
 def make_batch(examples: Examples, rows: Iterable[Sequence[int]], seq_len: int) -> Batch:
-  """Stacks `make_row` of each row: the same names, [B, T]."""
+  """Stacks `make_row` of each row; the same names, [B, T]."""
   made = [make_row(examples, row, seq_len) for row in rows]
   return {name: np.stack([row[name] for row in made]) for name in made[0]}
 

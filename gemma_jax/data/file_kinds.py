@@ -1,7 +1,7 @@
 """What a file of records is, if it is not JSON Lines.
 
-It is said by name, and the file is refused whole: read line by line, with bad
-lines skipped, other kinds would lose most of their rows.
+The error names the kind, and the whole file is rejected: read line by line, with
+bad lines skipped, other kinds would lose most of their rows.
 """
 
 from collections.abc import Sequence
@@ -37,14 +37,14 @@ _COLUMN = re.compile(r'"?[\w .()-]{1,40}"?')
 
 
 def other_than_json_lines(first_line: bytes, suffixes: Sequence[str] = ()) -> str:
-  """What a file is that begins so; '' for JSON Lines.
+  """Returns what kind of file begins like this; '' for JSON Lines.
 
       instruction,response      'CSV, ...'
       [                         'a JSON array, ...'
       {"prompt": "Hi", ...}     ''
 
   Args:
-    first_line: the first that is not blank, or the beginning of a long one.
+    first_line: the first line that is not blank, or the beginning of a long one.
     suffixes: of the file's name, ['.csv', '.gz'].
   """
   for magic, name in _MAGIC:
@@ -53,7 +53,7 @@ def other_than_json_lines(first_line: bytes, suffixes: Sequence[str] = ()) -> st
   for mark, name in _ENCODINGS:
     if first_line.startswith(mark):
       return _recode(name)
-  if b'\x00' in first_line[:2]:  # no mark, but characters of two bytes
+  if b'\x00' in first_line[:2]:  # no byte order mark, but characters of two bytes
     return _recode('UTF-16')
   text = first_line.decode(errors='replace').strip()
   if text.startswith(('[', '{')):
@@ -71,7 +71,7 @@ def other_than_json_lines(first_line: bytes, suffixes: Sequence[str] = ()) -> st
 
 
 def _other_json(text: str, is_whole: bool) -> str:
-  """JSON that is not an object a line."""
+  """JSON that is not one object per line."""
   value = _parse(text)
   if text.startswith('['):
     if isinstance(value, list) and not all(isinstance(x, dict) for x in value):
@@ -81,7 +81,7 @@ def _other_json(text: str, is_whole: bool) -> str:
     return ''
   if _parse(text.removesuffix(',')) is not None:
     return 'JSON objects with commas between them; take the commas out'
-  return 'a JSON value over several lines; write a record a line'
+  return 'a JSON value over several lines; write one record per line'
 
 
 def _table(name: str, header: str) -> str:

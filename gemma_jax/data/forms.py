@@ -8,14 +8,14 @@
 
 A text may come with a "context" (or "input"), a "system" text, a "history" of
 [question, answer] pairs, and a "category". Known names are read in any case
-("Context"), and a value that is null or NaN is a missing one. Messages are an
-optional system message, then user and model (or assistant) in turns, ending
-with a model; an answer of weight 0 is shown and not learned.
+("Context"), and a value that is null or NaN counts as missing. Messages are an
+optional system message, then user and model (or assistant) in turns, ending with
+a model; an answer of weight 0 is shown but not learned.
 
-Nothing is dropped in silence. What changes the text and no template can say is
-refused (tools and their calls, reasoning, images), and so are a row that is two
+Nothing is dropped silently. Fields that change the text but that no template can
+render are rejected (tools and their calls, reasoning, images), as are a row of two
 forms at once and a known field where it has no meaning. The names of all other
-fields go into `Record.unread`, to be counted and said.
+fields go into `Record.unread`, to be counted and reported.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ _ROLES = {'system': SYSTEM, 'user': USER, 'model': MODEL, 'assistant': MODEL}
 _ANSWER = ('response', 'output')
 _CONTEXT = ('context', 'input')
 
-# Part of what a model is shown, or has to say.
+# Fields that are part of what a model is shown or has to say.
 _UNSAYABLE = (
   'tools',
   'functions',
@@ -49,7 +49,7 @@ _UNSAYABLE = (
   'videos',
 )
 
-# They change what is shown or learned wherever they stand.
+# Fields that change what is shown or learned, wherever they appear.
 _MEANT = (*_CONTEXT, 'system', 'history', 'loss_mask')
 
 _KNOWN = frozenset(
@@ -87,11 +87,11 @@ def parse(row: Any, template: str) -> Record:
   """Reads a row of any form.
 
   Args:
-    row: what JSON gave.
+    row: a parsed JSON value.
     template: its name; it decides the direction of a pair of sentences.
 
   Raises:
-    BadRecord: the row has none of the forms, or says what cannot be read.
+    BadRecord: the row has none of the forms, or something in it cannot be read.
     ValueError: a pair of sentences with a template that does not translate.
   """
   if not isinstance(row, dict):
@@ -126,7 +126,7 @@ def parse(row: Any, template: str) -> Record:
 
 
 def kind(value: Any) -> str:
-  """A value in an error message: its type, and its text if that is short."""
+  """Describes a value in an error message: its type, and its text if that is short."""
   text = repr(value)
   name = type(value).__name__
   return f'{name} {text}' if len(text) <= 40 else name
@@ -157,10 +157,10 @@ class _Fields:
     return name in self._values
 
   def take(self, *names: str) -> Any:
-    """The value of a field that goes by several names; None without it."""
+    """The value of a field that goes by several names; None if it is missing."""
     there = [name for name in names if self.has(name)]
     self._taken |= set(there)
-    # An empty text beside another says nothing.
+    # An empty text next to another one is ignored.
     there = [n for n in there if self._values[n] != ''] or there[:1]
     for other in there[1:]:
       if self._values[other] != self._values[there[0]]:
@@ -187,11 +187,11 @@ class _Fields:
     return value
 
   def optional_text(self, *names: str) -> str:
-    """The same; '' where it is missing."""
+    """Like `text`, but '' if the field is missing."""
     return self.text(*names) if any(map(self.has, names)) else ''
 
   def answer(self, *names: str) -> str:
-    """A text that is to be learned, so that it must say something."""
+    """A text that is to be learned, which must not be blank."""
     text = self.text(*names)
     if not text.strip():
       name = self._quoted(next(filter(self.has, names)))
@@ -199,16 +199,16 @@ class _Fields:
     return text
 
   def refuse(self, names: Sequence[str]) -> None:
-    """BadRecord if one of these holds anything."""
+    """Raises BadRecord if one of these fields holds anything."""
     for name in names:
       if self.take(name) not in (None, '', [], {}):
         raise BadRecord(
           f'field {self._quoted(name)} cannot be rendered by the templates',
-          '; take it out, or write what it says into the text',
+          '; take it out, or write its content into the text',
         )
 
   def refuse_untaken(self, place: str) -> None:
-    """BadRecord if a field that is meant to change the text was not read."""
+    """Raises BadRecord if a field that is meant to change the text was not read."""
     for name in _MEANT:
       if name not in self._taken and self.take(name) not in (None, '', []):
         raise BadRecord(
@@ -217,7 +217,7 @@ class _Fields:
         )
 
   def missing(self, name: str) -> BadRecord:
-    """The error for a field that is not there, or null."""
+    """The error for a field that is missing or null."""
     is_null = name in map(str.lower, self._row)
     return BadRecord(
       f'field "{self._prefix}{name}" is {"null" if is_null else "missing"}',
@@ -225,7 +225,7 @@ class _Fields:
     )
 
   def unread(self) -> list[str]:
-    """The fields that nobody took, as they are spelled."""
+    """The fields that nothing has read, as they are spelled."""
     return [self._spelled[n] for n in self._values if n not in self._taken]
 
   def _quoted(self, name: str) -> str:
@@ -295,8 +295,7 @@ def _read_messages(fields: _Fields, template: str) -> Record:
 
 
 def _message(fields: _Fields, role: str) -> Turn:
-  """A message as a turn; whether its role stands in the right place is seen
-  by the caller."""
+  """A message as a turn; the caller checks whether its role is in the right place."""
   fields.refuse(_UNSAYABLE)
   weight = fields.take('weight')
   if weight not in (None, 0, 1):
@@ -304,7 +303,7 @@ def _message(fields: _Fields, role: str) -> Turn:
   if role != MODEL and weight:
     raise BadRecord(
       f'a message of the role {role} has the weight 1',
-      '; answers alone are learned (data.loss_on=all learns every token)',
+      '; only answers are learned (data.loss_on=all learns every token)',
     )
   is_target = role == MODEL and weight != 0
   text = fields.answer('content') if is_target else fields.text('content')
@@ -336,7 +335,7 @@ def _read_pair(fields: _Fields, template: str) -> Record:
 
 
 def _single(fields: _Fields, question: str, answer: str, is_instruction: bool = False) -> Record:
-  """One question and its answer, after what comes before them."""
+  """One question and its answer, preceded by system text and history."""
   before = []
   if system := fields.optional_text('system'):
     before.append(Turn(SYSTEM, system))
@@ -351,7 +350,7 @@ def _single(fields: _Fields, question: str, answer: str, is_instruction: bool = 
 
 
 def _history(fields: _Fields) -> list[Turn]:
-  """Earlier turns; their answers are learned, as those of messages are."""
+  """Earlier turns; their answers are learned, like those in messages."""
   history = fields.take('history')
   if history in (None, ''):
     return []
@@ -376,9 +375,9 @@ class _Form(NamedTuple):
 
   Attributes:
     name: for messages.
-    needs: what a complete row has: of each group one field.
+    needs: what a complete row has: one field of each group.
     read: makes the record.
-    lead: fields that begin it, beside the first group of `needs`.
+    lead: fields that mark a row as this form, besides the first group of `needs`.
   """
 
   name: str

@@ -8,8 +8,8 @@ import numpy as np
 from gemma_jax.data import row_plan as row_plan_lib
 from gemma_jax.data.examples import Batch, Examples, make_batch
 
-# A batch is laid out in well under a millisecond: a few in advance are enough
-# to hide it behind a step, and more would only hold memory.
+# Laying out a batch takes well under a millisecond: a few in advance are enough
+# to hide that behind a step, and more would only take memory.
 _THREADS = 2
 _BATCHES_AHEAD = 8
 
@@ -24,8 +24,8 @@ def train_batches(
 ) -> Iterator[tuple[int, Any]]:
   """Batches of steps start_step, start_step + 1, ..., read ahead by threads.
 
-  A batch depends on the plan and its step alone, so a run that starts at step
-  n sees what an uninterrupted one would.
+  A batch depends only on the plan and its step, so a run that starts at step n
+  sees what an uninterrupted one would.
 
       global_batch_size 4      plan.rows(s) = [a, b, c, d]
       rows (0, 1)              (s, batch of [a, b])
@@ -35,18 +35,18 @@ def train_batches(
     examples: those whose slots the plan was made from.
     plan: rows of each step.
     start_step: first step, the number of finished updates.
-    stop_step: one past the last step; None goes on without end.
+    stop_step: one past the last step; None goes on forever.
     rows: those of the global batch that this process needs; None is all.
-    place: what becomes of a batch at last, in a thread: it is put on the
-      devices, say, while they are at work on another.
+    place: called on each batch, in a thread: puts it on the devices, say, while
+      they work on another.
 
   Yields:
-    (step, place(batch)), batch being the arrays of `examples.make_row` with
-    the rows in front, [len(rows), T]; T is the plan's seq_len or, where rows
+    (step, place(batch)), where batch has the arrays of `examples.make_row` with
+    a leading axis of rows, [len(rows), T]; T is the plan's seq_len or, if rows
     are padded, `row_plan.batch_length`.
   """
   rows = range(plan.global_batch_size) if rows is None else rows
-  # Lengths of grain are C long; 2**40 steps take a while.
+  # grain stores lengths as C long; 2**40 steps take a while.
   stop = 2**40 if stop_step is None else stop_step
 
   def load(step: int) -> tuple[int, Any]:
@@ -74,9 +74,9 @@ def eval_batches(
     examples: to evaluate on.
     seq_len: T.
     batch_size: B; the last batch is filled with empty rows.
-    packing: several examples in a row, or each in a row of its own; these are
-      cut to `row_plan.batch_length`.
-    rows_multiple: of which the number of rows in a batch must be a multiple.
+    packing: several examples in a row, or each in a row of its own, cut to
+      `row_plan.batch_length`.
+    rows_multiple: the number of rows in a batch is a multiple of it.
 
   Yields:
     (batch, example_ids): the arrays of `examples.make_row`, [B, T], and int32
@@ -107,7 +107,7 @@ def eval_batches(
 
 
 def _read_ahead(start: int, stop: int, load) -> Iterator:
-  """load(start), load(start + 1), ... computed by threads, in order."""
+  """Yields load(start), load(start + 1), ..., computed by threads, in order."""
   import grain
 
   if start >= stop:

@@ -38,18 +38,18 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-  """A text or a list of token ids, and what is known of it.
+  """A text or a list of token ids, and what is known about it.
 
   Attributes:
     turns: at most one system turn, then user, model, user, ...; ends with a
       user where the answer is still to come; () for token ids.
-    is_instruction: the user's text says what to do and what it is to be done
-      with stands in its context; otherwise it may be both in one.
+    is_instruction: the user's text says what to do, and its context holds what
+      to do it with; otherwise the text may be both in one.
     tokens: ids, or None for a text.
     loss_mask: 0 or 1 for each id; None counts every token from 1 on.
     category: for results by category; may be empty.
-    key: of what precedes the last answer: records with equal keys stand on
-      one side of a split.
+    key: of what precedes the last answer: records with equal keys go to the same
+      side of a split.
     unread: names of the fields that nothing reads, such as `id` or
       `messages[].name`.
   """
@@ -69,13 +69,13 @@ class Record:
 
   @property
   def system(self) -> str | None:
-    """What holds for all turns; None where there is no system turn."""
+    """The text that holds for all turns; None if there is no system turn."""
     has_one = bool(self.turns) and self.turns[0].role == SYSTEM
     return self.turns[0].text if has_one else None
 
   @property
   def dialogue(self) -> tuple[Turn, ...]:
-    """user, model, user, ...: the turns without the system's."""
+    """The turns without the system's: user, model, user, ..."""
     return self.turns if self.system is None else self.turns[1:]
 
   @property
@@ -87,7 +87,7 @@ class Record:
   def question(self) -> str:
     """What precedes the last answer, for people; '' for token ids.
 
-    Several turns are told apart by their roles.
+    Several turns are labelled with their roles.
     """
     is_answered = bool(self.turns) and self.turns[-1].role == MODEL
     asked = self.turns[:-1] if is_answered else self.turns

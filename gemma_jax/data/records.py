@@ -18,11 +18,11 @@ from gemma_jax.data import file_kinds, forms, templates
 from gemma_jax.data.forms import BadRecord
 from gemma_jax.data.record import Record
 
-# Some millions of tokens; and what JSON of that size can become in memory (a
-# list of empty lists) stays below 200 MB.
+# A few million tokens; and whatever JSON of that size becomes in memory (a list of
+# empty lists, at worst) stays below 200 MB.
 _MAX_LINE_BYTES = 1 << 23
 
-# Of the first line, this much says what kind of file it is.
+# This much of the first line tells what kind of file it is.
 _HEAD_BYTES = 1 << 16
 
 SKIP_FLAG = '--config.data.skip_bad_records=True'
@@ -33,7 +33,7 @@ class Reading(NamedTuple):
 
   Attributes:
     records: in the order of the source.
-    skipped: unusable rows by reason, where they may be skipped.
+    skipped: unusable rows by reason, if they may be skipped.
   """
 
   records: list[Record]
@@ -60,17 +60,17 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
       yields         ('a.jsonl line 1', {'prompt': '1 + 1 =', 'response': '2'})
 
   Args:
-    path: of this machine, or gs://.
+    path: on this machine, or gs://.
     name: the setting that holds the path, for error messages.
 
   Yields:
-    (place, row) for each line that is not blank; the row is what JSON says, or
-    a BadRecord where the line is no JSON.
+    (place, row) for each line that is not blank; the row is the parsed JSON, or a
+    BadRecord if the line is not JSON.
 
   Raises:
-    ValueError: no such file, one of another kind, its compression is broken,
-      or a line is longer than any record. Memory is that of a line, whatever
-      the file expands to.
+    ValueError: no such file, one of another kind, its compression is broken, or
+      a line is longer than any record. Memory in use is that of one line,
+      whatever the file expands to.
   """
   file = files.path(path)
   if not file.is_file():
@@ -80,7 +80,7 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
     )
   with file.open('rb') as raw:
     opened = {'.gz': gzip.open, '.xz': lzma.open}.get(file.suffix)
-    # An object store's own readline takes no limit.
+    # An object store's own readline does not take a limit.
     lines = opened(raw) if opened else io.BufferedReader(raw)
     number, is_known = 0, False
     try:
@@ -94,13 +94,13 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
         if len(line) > _MAX_LINE_BYTES:
           raise ValueError(
             f'{name}: {path} line {number} is longer than {_MAX_LINE_BYTES:,} '
-            'bytes; expected JSON Lines, a record a line.'
+            'bytes; expected JSON Lines, one record per line.'
           )
         if line.strip():
           yield f'{path} line {number}', _parse(line)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
       raise ValueError(
-        f'{name}: {path} cannot be read after line {number}: {e}. Is it whole?'
+        f'{name}: {path} cannot be read after line {number}: {e}. Is it complete?'
       ) from None
 
 
@@ -120,7 +120,7 @@ def usable(
     name: the setting that named the source, for error messages.
     source: the source itself, for error messages.
     skip_bad_records: count unusable rows instead of stopping at the first.
-    skip_flag: how the command at hand is told to skip, for error messages.
+    skip_flag: the flag of the command at hand for it, for error messages.
 
   Raises:
     ValueError: a bad row (with its place), no row, or no usable row.
@@ -184,10 +184,10 @@ def _parse(line: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  """A JSON object; BadRecord where a key stands in it twice."""
+  """A JSON object; BadRecord if it has a key twice."""
   value = dict(pairs)
   if len(value) < len(pairs):
     counts = collections.Counter(key for key, _ in pairs)
     twice = counts.most_common(1)[0][0]
-    raise BadRecord('a field stands twice in an object', f' ("{twice}")')
+    raise BadRecord('a field occurs twice in an object', f' ("{twice}")')
   return value

@@ -1,4 +1,4 @@
-"""Which examples stand in which row of which step: a pure function of the seed.
+"""Which examples are in which row of which step: a pure function of the seed.
 
 Epoch e has its own order, a permutation drawn from (seed, e). Its examples are
 packed into rows, and the rows of epochs 0, 1, 2, ... follow each other without
@@ -24,17 +24,17 @@ import numpy as np
 
 Row = tuple[int, ...]
 
-# Examples that are packed together; at 512 positions some 600 rows of Dolly.
+# Examples that are packed together; at 512 positions, some 600 rows of Dolly.
 WINDOW = 2048
 
-# Examples of at least this share of a row are placed first, the longest of all
-# at the start, since they are hard to place; the others keep the order drawn,
-# so that they meet other examples in every epoch.
+# Examples of at least this share of a row are placed first, longest first, since
+# they are hard to place; the others keep the order drawn, so that they share rows
+# with different examples in every epoch.
 LONG = 0.25
 
 
 class RowPlan:
-  """Rows of example ids for every step; thread-safe, computed when asked."""
+  """Rows of example ids for every step; thread-safe, computed on demand."""
 
   def __init__(
     self,
@@ -47,8 +47,8 @@ class RowPlan:
     """Describes the plan; nothing is computed yet.
 
     Args:
-      slots: places that each example takes in a row, `Examples.slots`.
-      seq_len: places in a row.
+      slots: slots that each example takes in a row, `Examples.slots`.
+      seq_len: slots in a row.
       global_batch_size: rows in a step, over all hosts.
       seed: of the order.
       packing: several examples in a row, or each in a row of its own.
@@ -78,7 +78,7 @@ class RowPlan:
       return [self._row(i) for i in range(first, first + self.global_batch_size)]
 
   def length(self, rows: Sequence[Row]) -> int:
-    """Places that a batch of these rows is given; see `batch_length`."""
+    """Slots per row in a batch of these rows; see `batch_length`."""
     return self.seq_len if self._packing else batch_length(rows, self._slots, self.seq_len)
 
   def epoch_rows(self, epoch: int) -> list[Row]:
@@ -93,7 +93,7 @@ class RowPlan:
       return self._ends[epoch + 1] - self._ends[epoch]
 
   def steps_for_epochs(self, epochs: float) -> int:
-    """Steps until every example was seen `epochs` times, at least 1.
+    """Steps until every example has been seen `epochs` times, at least 1.
 
     The last step may reach into the next epoch.
     """
@@ -139,7 +139,7 @@ def eval_rows(slots: Sequence[int], seq_len: int, packing: bool = True) -> dict[
       slots (5, 3, 20, 2), seq_len 8      {32: [(2,)], 8: [(0, 1), (3,)]}
 
   Args:
-    slots: places that each example takes.
+    slots: slots that each example takes.
     seq_len: length of most rows.
     packing: several examples in a row, or each in a row of its own.
   """
@@ -154,10 +154,10 @@ def eval_rows(slots: Sequence[int], seq_len: int, packing: bool = True) -> dict[
 
 
 def batch_length(rows: Sequence[Row], slots: Sequence[int], seq_len: int) -> int:
-  """The shortest of seq_len, a half, a quarter and an eighth that holds rows.
+  """The shortest of seq_len, its half, quarter and eighth that holds the rows.
 
-  Rows of one example each would otherwise be padding for the most part; a few
-  lengths are a few compiled programs.
+  Rows of one example each would otherwise be mostly padding; a few lengths mean
+  only a few compiled programs.
 
       slots (5, 3, 2, 4), seq_len 16      rows (1,) (2,) → 4     (0,) (1,) → 8
   """
@@ -175,16 +175,16 @@ def pack(ids: Sequence[int], slots: Sequence[int], seq_len: int) -> list[Row]:
 
   Args:
     ids: examples in the order in which they are placed.
-    slots: places that each takes, by id.
-    seq_len: places in a row.
+    slots: slots that each takes, by id.
+    seq_len: slots in a row.
 
   Returns:
     Rows of ids; every id once.
   """
   rows: list[list[int]] = []
   with_room: list[list[int]] = [[] for _ in range(seq_len + 1)]
-  # Bit r is set where some row has room for r more: a successor query on an
-  # int costs less than a tree at these sizes.
+  # Bit r is set if some row has room for r more: a successor query on an int
+  # costs less than a tree at these sizes.
   rooms = 0
   for i in ids:
     need = int(slots[i])
@@ -204,5 +204,5 @@ def pack(ids: Sequence[int], slots: Sequence[int], seq_len: int) -> list[Row]:
 
 
 def fill(rows: Sequence[Row], slots: Sequence[int], seq_len: int) -> float:
-  """The share of places that hold an example."""
+  """The share of slots that hold an example."""
   return sum(int(slots[i]) for row in rows for i in row) / (len(rows) * seq_len)

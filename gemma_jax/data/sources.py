@@ -27,7 +27,7 @@ class Records:
     train: records, in the order of their source.
     heldout: records that share no prompt with `train`, unless the caller named
       an `eval_path` that does.
-    skipped: unusable rows of both by reason, when they may be skipped.
+    skipped: unusable rows of both by reason, if they may be skipped.
   """
 
   train: list[Record]
@@ -35,7 +35,7 @@ class Records:
   skipped: collections.Counter[str]
 
   def lines(self) -> list[str]:
-    """What was skipped and what was not read, for people."""
+    """Which records were skipped and which fields were not read, for people."""
     return Reading([*self.train, *self.heldout], self.skipped).lines()
 
 
@@ -43,8 +43,8 @@ def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
   """Reads the training and the held-out records that a config names.
 
   Args:
-    config: `path`, `eval_path`, `template`, `with_context`, `max_records` and
-      `skip_bad_records` decide.
+    config: `path`, `eval_path`, `template`, `with_context`, `max_records`,
+      `max_eval_records` and `skip_bad_records` decide.
     tfds_dir: where prepared TFDS data sets are kept; '' is
       ~/.cache/gemma_jax/tfds.
 
@@ -59,32 +59,39 @@ def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
     skipped += more
   else:
     train, heldout = split(train, source=config.path)
-  if config.max_records:
-    train = train[: config.max_records]
-  return Records(train, heldout, skipped)
+  return _limited(train, heldout, skipped, config)
+
+
+def _limited(
+  train: list[Record],
+  heldout: list[Record],
+  skipped: collections.Counter[str],
+  config: DataConfig,
+) -> Records:
+  """Keeps as many records of each part as the config asks for."""
+  return Records(
+    train[: config.max_records or None], heldout[: config.max_eval_records or None], skipped
+  )
 
 
 def of_rows(rows: Sequence[Any], heldout: Sequence[Any] | None, config: DataConfig) -> Records:
-  """The same of rows in memory.
+  """Does the same for rows in memory.
 
   Args:
     rows: dicts, as the lines of a file would be.
-    heldout: rows to measure on; None holds a part of `rows` out.
+    heldout: rows to measure on; None holds out a part of `rows`.
     config: as in `load_records`; its paths do not matter.
 
   Raises:
     ValueError: a bad record, with its place.
   """
-  reading = _usable(_placed(rows, 'records'), 'records', 'records', config)
-  train, skipped, unread = reading
+  train, skipped = _usable(_placed(rows, 'records'), 'records', 'memory', config)
   if heldout is None:
     train, kept = split(train)
   else:
-    kept, *more = _usable(_placed(heldout, 'heldout'), 'heldout', 'heldout', config)
-    skipped, unread = skipped + more[0], unread + more[1]
-  if config.max_records:
-    train = train[: config.max_records]
-  return Records(train, kept, skipped, unread)
+    kept, more = _usable(_placed(heldout, 'heldout'), 'heldout', 'memory', config)
+    skipped += more
+  return _limited(train, kept, skipped, config)
 
 
 def load_heldout(
@@ -104,7 +111,7 @@ def load_heldout(
     name: the setting that holds the path, for error messages.
     tfds_dir: as in `load_records`.
     skip_bad_records: count unusable rows instead of stopping at the first.
-    skip_flag: how the command at hand is told to, for error messages.
+    skip_flag: the flag of the command at hand for it, for error messages.
 
   Raises:
     ValueError: a missing source or a bad record, with its place.
@@ -119,22 +126,21 @@ def split(
   """Holds out the records whose prompt hashes below `fraction`.
 
   Whether a record is held out depends on its own prompt alone, not on the
-  machine, the order or the other records, so that a prompt never stands on
-  both sides and a growing file keeps its held-out records. (The same question
-  as a prompt and as messages is two prompts; the audit finds it.) Where this
-  would
-  leave a side empty, the prompt with the least or greatest hash moves over.
+  machine, the order or the other records, so that a prompt is never on both sides
+  and a growing file keeps its held-out records. (The same question as a prompt and
+  as messages is two prompts; the audit reports it.) If this would leave a side
+  empty, the prompt with the least or greatest hash moves over.
 
   Args:
     records: at least two different prompts.
-    fraction: of the prompts, expected.
+    fraction: expected share of the prompts.
     source: name in the error message.
 
   Returns:
     (train, held-out), each in the order given.
 
   Raises:
-    ValueError: all records have one prompt.
+    ValueError: all records have the same prompt.
   """
   places = [_place(record) for record in records]
   different = sorted(set(places))
@@ -191,7 +197,7 @@ def _usable(
   config: DataConfig,
   skip_flag: str = records_lib.SKIP_FLAG,
 ) -> Reading:
-  """The records of (place, row) that a config wants."""
+  """The records of (place, row) that a config asks for."""
   reading = records_lib.usable(
     rows,
     template=config.template,
@@ -205,7 +211,7 @@ def _usable(
   without = [record for record in reading.records if not record.context]
   if not without:
     raise ValueError(
-      f'{name}: every record of {source} has a context and '
+      f'{name}: every record of {source} has a context, but '
       'data.with_context is False; nothing is left.'
     )
   return reading._replace(records=without)
@@ -230,8 +236,7 @@ def _rows(path: str, name: str, part: str, tfds_dir: str) -> Iterator[tuple[str,
 
     dataset, _, local = rest.partition(':')
     split_name = 'validation' if part == 'heldout' else 'train'
-    found = tfds_lib.read_split(dataset, split_name, local, tfds_dir)
-    for i, record in enumerate(found):
+    for i, record in enumerate(tfds_lib.read_split(dataset, split_name, local, tfds_dir)):
       yield f'{path} {split_name} record {i}', record
   else:
     yield from records_lib.read_jsonl(path, name)

@@ -1,7 +1,7 @@
 """Records to spans: which text a model reads, and which it must produce.
 
 A template turns a `Record` into a list of `Span`s. Training renders the whole
-record; generation renders one that still waits for its answer, with the same
+record; generation renders one that still lacks its answer, with the same
 function, so the two cannot drift apart.
 
     template 'dolly', a record of the turns user 'Hi' and model 'Hello'
@@ -28,7 +28,7 @@ import functools
 from gemma_jax.data import tokenizer as tokenizer_lib
 from gemma_jax.data.record import MODEL, Record, Turn, asking
 
-# Templates that say themselves what is to be done.
+# Templates that say by themselves what to do.
 TRANSLATIONS = ('en_ko', 'ko_en')
 
 # The first character of a part of a text, and one past its last.
@@ -44,8 +44,8 @@ class Span:
     is_control: `text` is a control token, to be inserted by its id.
     is_answer: a model says it.
     is_target: the model learns to produce it.
-    spare: the characters that may be shortened where the row is too short.
-    last_spare: those that may be too, once `spare` is used up.
+    spare: the characters that may be cut if the row is too short.
+    last_spare: those that may be cut too, once `spare` is used up.
   """
 
   text: str
@@ -71,7 +71,7 @@ def render_prompt(template: str, prompt: str) -> list[Span]:
 
 
 def check_name(template: str):
-  """Raises a ValueError that lists the templates if there is none so named."""
+  """Raises a ValueError that lists the templates if there is none of this name."""
   _template(template)
 
 
@@ -83,10 +83,10 @@ def _single(
   Args:
     record: has no earlier turns.
     name: of the template.
-    before: the text in front of the question.
-    context: in front of the context, where there is one; None joins the two
-      as paragraphs.
-    after: in front of the answer.
+    before: the text before the question.
+    context: before the context, if there is one; None joins the two as
+      paragraphs.
+    after: before the answer.
   """
   question, *answers = record.dialogue
   if len(answers) > 1:
@@ -98,7 +98,7 @@ def _single(
   if name in TRANSLATIONS and (record.system or record.context):
     raise ValueError(
       f'data.template: got {name!r} for a record with a system text or a '
-      'context, expected a sentence alone: they would be translated with it. '
+      'context, expected only a sentence: they would be translated with it. '
       'Take them out.'
     )
   text = _Text(record.is_instruction)
@@ -113,9 +113,9 @@ def _single(
 def _chat(record: Record) -> list[Span]:
   """Gemma's turns.
 
-  As the released chat template says them: the system's text stands in front of
-  the first user's as it is, with an empty line between them, and every other
-  text is stripped.
+  As in the released chat template: the system's text comes before the first
+  user's, unchanged, with an empty line between them, and every other text is
+  stripped.
   """
   start = Span(tokenizer_lib.START_OF_TURN, is_control=True)
   end = Span(tokenizer_lib.END_OF_TURN, is_control=True)
@@ -138,7 +138,7 @@ def _chat(record: Record) -> list[Span]:
 
 
 class _Text:
-  """The text of a prompt, and which of its characters may be given up."""
+  """The text of a prompt, and which of its characters may be cut."""
 
   def __init__(self, is_instruction: bool):
     self._is_instruction = is_instruction
@@ -147,17 +147,17 @@ class _Text:
     self._last_spare: list[Range] = []
 
   def add(self, text: str) -> None:
-    """Text that stays."""
+    """Adds text that stays."""
     self._text += text
 
   def ask(self, turn: Turn, before: str | None, strip: bool = False) -> None:
-    """A question and its context.
+    """Adds a question and its context.
 
     Args:
       turn: the user's.
-      before: in front of the context; None is an empty line, where there is a
-        question to be told apart from.
-      strip: white space at both ends.
+      before: text before the context; None is an empty line, if there is a
+        question to separate it from.
+      strip: whether to strip white space at both ends.
     """
     if before is None:
       before = '\n\n' if turn.text else ''
@@ -169,7 +169,7 @@ class _Text:
       start -= len(text) - len(text.lstrip())
       text = text.strip()
     self._text += text
-    # What a question is about goes first.
+    # What a question is about is cut first.
     self._spare += self._placed(about, start)
     last = self._last_spare if self._is_instruction else self._spare
     last += self._placed(asked, start)

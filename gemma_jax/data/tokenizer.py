@@ -6,7 +6,7 @@ template inserts their ids with `control_id`. Nothing here adds BOS or EOS.
 
 A fine-tuned model may have tokens of its own, which a Hugging Face folder names
 beside tokenizer.model (`AddedToken`). Those marked special are control tokens;
-the others are found in text, as transformers finds them.
+the others are matched in text, as in transformers.
 """
 
 import abc
@@ -23,9 +23,9 @@ START_OF_TURN = '<start_of_turn>'
 END_OF_TURN = '<end_of_turn>'
 
 # Which pieces are control tokens, by their names. Some releases store them as
-# user-defined pieces, which SentencePiece would find in text, as it could a
-# normal one; they are loaded as control pieces, whatever the file says. Other
-# user-defined pieces (HTML tags, runs of spaces, tabs and newlines) are text.
+# user-defined pieces, which SentencePiece would match in text like normal ones;
+# they are loaded as control pieces, whatever the file says. Other user-defined
+# pieces (HTML tags, runs of spaces, tabs and newlines) are text.
 _CONTROL_NAME = re.compile(
   r'<(pad|eos|bos|unk|mask|2mass|unused\d+)>'
   r'|<(start|end)_of_\w+>|<\w+_soft_token>'
@@ -42,9 +42,9 @@ class AddedToken(NamedTuple):
   """A token that is named beside the SentencePiece model.
 
   Attributes:
-    id: a row of the embedding, behind the model's pieces or one of them.
+    id: a row of the embedding, after the model's pieces or one of them.
     content: its text.
-    special: it is a control token, never parsed from text.
+    special: whether it is a control token, never parsed from text.
   """
 
   id: int
@@ -53,7 +53,7 @@ class AddedToken(NamedTuple):
 
 
 class Tokenizer(abc.ABC):
-  """What the data pipeline and the sampler ask of a tokenizer.
+  """What the data pipeline and the sampler need of a tokenizer.
 
   Attributes:
     vocab_size: number of tokens; ids are in [0, vocab_size).
@@ -80,24 +80,24 @@ class Tokenizer(abc.ABC):
     """
 
   def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
-    """`encode` of each text; on all cores where the tokenizer can."""
+    """`encode` of each text; on all cores if the tokenizer can."""
     return [self.encode(text) for text in texts]
 
   @abc.abstractmethod
   def token_bytes(self, token_id: int) -> bytes:
     """UTF-8 bytes that a token stands for; b'' for a control token.
 
-    A token may hold a part of a character only. ValueError for an id outside
+    A token may hold only a part of a character. ValueError for an id outside
     [0, vocab_size).
     """
 
   @abc.abstractmethod
   def control_id(self, name: str) -> int:
-    """Id of a control token, e.g. '<start_of_turn>'; ValueError if none."""
+    """Id of a control token, e.g. '<start_of_turn>'; ValueError if there is none."""
 
   @property
   def controls(self) -> Mapping[str, int]:
-    """Ids of the control tokens by their spelling, `<bos>` for one."""
+    """Ids of the control tokens by their spelling, e.g. `<bos>`."""
     return {}
 
   @abc.abstractmethod
@@ -106,7 +106,7 @@ class Tokenizer(abc.ABC):
 
   @property
   def end_of_turn_id(self) -> int | None:
-    """Id of '<end_of_turn>', or None where there are no turns."""
+    """Id of '<end_of_turn>', or None if there are no turns."""
     try:
       return self.control_id(END_OF_TURN)
     except ValueError:
@@ -130,7 +130,7 @@ class StreamDecoder:
       ids of '가' as bytes       EA   B0   80
       push returns               ''   ''   '가'
 
-  All that `push` and a last `flush` return, joined, equals `decode` of all ids.
+  What `push` and a final `flush` return, joined, equals `decode` of all ids.
   """
 
   def __init__(self, tokenizer: Tokenizer):
@@ -138,11 +138,11 @@ class StreamDecoder:
     self._utf8 = codecs.getincrementaldecoder('utf-8')('replace')
 
   def push(self, ids: Iterable[int]) -> str:
-    """The text that these further ids complete; may be empty."""
+    """Returns the text that these further ids complete; may be empty."""
     return self._utf8.decode(b''.join(map(self._tokenizer.token_bytes, ids)))
 
   def flush(self) -> str:
-    """What is left at the end: U+FFFD for an unfinished character."""
+    """Returns what is left at the end: U+FFFD for an unfinished character."""
     return self._utf8.decode(b'', final=True)
 
 
@@ -156,14 +156,14 @@ class SentencePieceTokenizer(Tokenizer):
 
     Args:
       model_proto: serialized SentencePiece ModelProto. `self.model_proto` is
-        the same bytes, or, where `added` names other tokens than its pieces, a
-        model that holds these too.
+        the same bytes or, if `added` names tokens other than its pieces, a model
+        that holds these too.
       source: its name in error messages.
       added: tokens named beside the model, see the module.
 
     Raises:
-      ValueError: not a SentencePiece model, not laid out as Gemma's (PAD 0,
-        EOS 1, BOS 2, UNK 3), or an added token whose spelling another has.
+      ValueError: not a SentencePiece model, not laid out like Gemma's (PAD 0,
+        EOS 1, BOS 2, UNK 3), or an added token has the spelling of another.
     """
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2
@@ -171,9 +171,9 @@ class SentencePieceTokenizer(Tokenizer):
     proto = sentencepiece_model_pb2.ModelProto()
     try:
       proto.ParseFromString(model_proto)
-    except Exception as e:  # protobuf raises types of its own
+    except Exception as e:  # protobuf raises its own types
       raise _not_a_model(source, model_proto, e) from None
-    # protobuf gives the bytes of a text that is not UTF-8.
+    # protobuf returns bytes for a text that is not UTF-8.
     bad = next((i for i, x in enumerate(proto.pieces) if not isinstance(x.piece, str)), None)
     if bad is not None:
       raise ValueError(
@@ -186,7 +186,7 @@ class SentencePieceTokenizer(Tokenizer):
     self._retyped = _retype(proto.pieces, added) + [
       (i, USER_DEFINED)
       for i in sorted(named)
-      # Read without `added`, the name would make it a control token.
+      # If read without `added`, its name would make it a control token.
       if proto.pieces[i].type == USER_DEFINED and is_control_name(proto.pieces[i].piece)
     ]
     by_name = _make_control(proto.pieces, named)
@@ -199,7 +199,7 @@ class SentencePieceTokenizer(Tokenizer):
       self._pieces = sentencepiece.SentencePieceProcessor(
         model_proto=(proto.SerializeToString() if self._retyped or by_name else model_proto)
       )
-    except Exception as e:  # SentencePiece too
+    except Exception as e:  # so does SentencePiece
       raise _not_a_model(source, model_proto, e) from None
     got = tuple(getattr(self._pieces, f'{name}_id')() for name in ('pad', 'eos', 'bos', 'unk'))
     if got != (self.pad_id, self.eos_id, self.bos_id, self.unk_id):
@@ -217,7 +217,7 @@ class SentencePieceTokenizer(Tokenizer):
     file = files.path(path)
     if not file.is_file():
       raise ValueError(
-        f'tokenizer: got {str(path)!r}, which is no file; expected a '
+        f'tokenizer: got {str(path)!r}, which is not a file; expected a '
         'SentencePiece tokenizer.model. Set --config.model.tokenizer=PATH.'
       )
     return cls(file.read_bytes(), str(path), added)
@@ -301,11 +301,11 @@ class ByteTokenizer(Tokenizer):
 def build_model_proto(
   pieces: Sequence[str], scores: Sequence[float], types: Sequence[int]
 ) -> bytes:
-  """A SentencePiece BPE model from the vocabulary in a GGUF file.
+  """Builds a SentencePiece BPE model from the vocabulary in a GGUF file.
 
   GGUF stores runs of U+2581 as literal spaces, which SentencePiece would never
   match since it turns every space of a text into U+2581: they are mapped back,
-  unless that spelling is a piece already.
+  unless that spelling is already a piece.
 
   Args:
     pieces: `tokenizer.ggml.tokens`, in the order of their ids.
@@ -318,15 +318,15 @@ def build_model_proto(
     whitespace kept, byte fallback; PAD 0, EOS 1, BOS 2, UNK 3.
 
   Raises:
-    ValueError: the lists differ in length, are too short, or hold what is no
-      piece, score or type.
+    ValueError: the lists differ in length, are too short, or hold something that
+      is not a piece, score or type.
   """
   from sentencepiece import sentencepiece_model_pb2
 
   if not 4 <= len(pieces) == len(scores) == len(types):
     raise ValueError(
       f'vocabulary: got {len(pieces)} pieces, {len(scores)} scores and '
-      f'{len(types)} types, expected as many of each and at least 4.'
+      f'{len(types)} types, expected the same number of each and at least 4.'
     )
   for name, values, is_fine, expected in (
     ('piece', pieces, lambda x: isinstance(x, str), 'a string'),
@@ -372,11 +372,11 @@ def _add(pieces: Any, added: Sequence[AddedToken], source: str) -> set[int]:
   """Spells pieces as `added` says, and appends those that are not there yet.
 
   Rows between the last piece and an added token become control tokens without
-  a text.
+  text.
 
   Returns:
-    Ids of the tokens that it spelled or appended: of these the flag alone says
-    whether they are control tokens, not the name.
+    Ids of the tokens that it spelled or appended: for these only the flag, not
+    the name, says whether they are control tokens.
   """
   new = [token._replace(content=token.content.replace(' ', SPACE)) for token in sorted(added)]
   new = [
@@ -388,8 +388,8 @@ def _add(pieces: Any, added: Sequence[AddedToken], source: str) -> set[int]:
   for token in new:
     if ids.setdefault(token.content, token.id) != token.id:
       raise ValueError(
-        f'{source}: added token {token.content!r} has id {token.id}, but so is '
-        f'spelled token {ids[token.content]}; expected one id for a spelling.'
+        f'{source}: added token {token.content!r} has id {token.id}, but token '
+        f'{ids[token.content]} has the same spelling; expected one id per spelling.'
       )
     for i in range(len(pieces), token.id + 1):
       pieces.add(piece=f'<row {i}>', score=0.0, type=CONTROL)
@@ -399,10 +399,10 @@ def _add(pieces: Any, added: Sequence[AddedToken], source: str) -> set[int]:
 
 
 def _retype(pieces: Any, added: Sequence[AddedToken]) -> list[tuple[int, int]]:
-  """Types pieces as `added` says; (id, type) of those that it changed.
+  """Types pieces as `added` says; returns (id, type) of those that it changed.
 
-  A control piece of the file stays one: releases call even <mask> and
-  <unused0> not special. What a name alone decides (`_make_control`) is left.
+  A control piece of the file stays one: releases mark even <mask> and <unused0>
+  as not special. Types that depend on the name (`_make_control`) are left alone.
   """
   retyped = []
   for token in sorted(added):
@@ -417,7 +417,7 @@ def _retype(pieces: Any, added: Sequence[AddedToken]) -> list[tuple[int, int]]:
 
 
 def _make_control(pieces: Any, but: set[int]) -> bool:
-  """Retypes control tokens that text could hold; whether there were any."""
+  """Retypes control tokens that text could match; returns whether there were any."""
   named = [
     piece
     for i, piece in enumerate(pieces)
@@ -430,6 +430,6 @@ def _make_control(pieces: Any, but: set[int]) -> bool:
 
 def _not_a_model(source: str, model_proto: bytes, e: Exception) -> ValueError:
   return ValueError(
-    f'{source}: got {len(model_proto)} bytes that are no SentencePiece model '
+    f'{source}: got {len(model_proto)} bytes that are not a SentencePiece model '
     f'({str(e).strip()}), expected a tokenizer.model.'
   )

@@ -2,19 +2,19 @@
 
 A model learns nothing good from an answer whose question was cut away. So
 
-1. a conversation loses whole turns, a question with its answer, as long as
-   there are others: those behind the last answer that is learned, then the
+1. a conversation loses whole turns, each question with its answer, as long as
+   there are others: first those after the last answer that is learned, then the
    oldest (the system's text and a context stay);
 2. a prompt and its response share the row: the prompt is shortened, down to a
-   quarter of the row; what it is about (the context) goes first, from the
-   middle, so that beginning and end stay, and an instruction is not touched;
+   quarter of the row; what it is about (the context) is cut first, from the
+   middle, so that its beginning and end stay, and an instruction is not touched;
 3. then the response loses its end, EOS first, so that the model does not learn
    to stop there, down to a quarter of the row;
-4. only then an instruction is shortened too, from the middle;
-5. where the other words of the prompt leave no room, the record is left out.
+4. only then is an instruction shortened too, from the middle;
+5. if the other words of the prompt leave no room, the record is left out.
 
-Whole characters go. A text that was rendered elsewhere and parsed keeps all its
-control tokens; what lies between them is shortened as one text.
+Only whole characters are cut. A text that was rendered elsewhere and parsed keeps
+all its control tokens; what lies between them is shortened as one text.
 
     row of 12       [BOS p1 .. p9 | r1 .. r9 EOS]
     kept            [BOS p1 p9 | r1 .. r9]
@@ -34,7 +34,7 @@ from gemma_jax.data.tokenizer import SPACE, Tokenizer
 PROMPT_SHARE = 1 / 4
 RESPONSE_SHARE = 1 / 4
 
-# A token: the index of its piece, and its own in the piece.
+# A token: the index of its piece, and its own index in the piece.
 _Place = tuple[int, int]
 
 
@@ -43,7 +43,7 @@ class Fitted(NamedTuple):
 
   Attributes:
     document: at most seq_len tokens; None if nothing sensible is left.
-    lost_prompt: a part of what precedes the last response is gone.
+    lost_prompt: whether part of what precedes the last response is gone.
   """
 
   document: Document | None
@@ -60,8 +60,8 @@ def fit(
   """Shortens a document to seq_len tokens; see the module's docstring.
 
   Args:
-    record: what it says.
-    document: all of it.
+    record: what the document says.
+    document: the whole of it.
     seq_len: at least 2.
     encode: makes the document of a record.
     tokenizer: that of `encode`.
@@ -71,7 +71,7 @@ def fit(
   fewer = _without_unlearned_end(record)
   if fewer is not record:
     record, document = fewer, encode(fewer)
-  # One pair stays. Fewer turns are fewer tokens: a search, not a walk.
+  # One pair stays. Fewer turns are fewer tokens, so bisection works.
   pairs = len(record.dialogue) // 2
   encoded = {0: document}
 
@@ -93,10 +93,10 @@ def fit(
 def _share(
   pieces: Sequence[Piece], seq_len: int, tokenizer: Tokenizer
 ) -> tuple[list[Piece] | None, bool]:
-  """One prompt and one response in a row that is too short for both.
+  """Fits one prompt and one response into a row that is too short for both.
 
   Returns:
-    (pieces, or None if there is no room, whether the prompt lost a part).
+    (pieces, or None if there is no room; whether the prompt lost a part).
   """
   prompt, response = _split(pieces)
   P, R = _count(prompt), _count(response)
@@ -113,7 +113,7 @@ def _share(
 
 
 def _without_unlearned_end(record: Record) -> Record:
-  """Without the turns behind the last answer that is learned, if any is."""
+  """The record without the turns after the last answer that is learned, if any is."""
   learned = [i for i, turn in enumerate(record.turns) if turn.is_target]
   if not learned or learned[-1] == len(record.turns) - 1:
     return record
@@ -122,7 +122,7 @@ def _without_unlearned_end(record: Record) -> Record:
 
 
 def _without_oldest(record: Record, pairs: int) -> Record:
-  """Without the first questions and their answers; their context moves on."""
+  """The record without the first questions and answers; their context is kept."""
   if not pairs:
     return record
   head = record.turns[: len(record.turns) - len(record.dialogue)]
@@ -143,7 +143,7 @@ def _split(pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
 def _spare_tokens(pieces: Sequence[Piece], name: str, tokenizer: Tokenizer) -> list[list[_Place]]:
   """The tokens that lie within the ranges of that name, by priority.
 
-  Pieces of one text, which was parsed, have parts of the same ranges.
+  Pieces of one parsed text have parts of the same ranges.
   """
   groups: list[list[_Place]] = []
   for index, (span, ids) in enumerate(pieces):
@@ -164,7 +164,7 @@ def _spare_tokens(pieces: Sequence[Piece], name: str, tokenizer: Tokenizer) -> l
 
 
 def _num_bytes(text: str) -> int:
-  """As tokens have them: a blank stands for U+2581."""
+  """Bytes as tokens count them: U+2581 counts as a space."""
   return len(text.replace(SPACE, ' ').encode())
 
 
@@ -197,7 +197,7 @@ def _shortened(
 
 
 def _beginning(pieces: Sequence[Piece], room: int, tokenizer: Tokenizer) -> list[Piece]:
-  """The first `room` tokens, without a last character that is cut."""
+  """The first `room` tokens, without a last character that would be cut in two."""
   kept = []
   for piece in pieces:
     end = min(room, len(piece.ids))
@@ -210,7 +210,7 @@ def _beginning(pieces: Sequence[Piece], room: int, tokenizer: Tokenizer) -> list
 
 
 def _starts_character(piece: Piece, index: int, tokenizer: Tokenizer) -> bool:
-  """Whether a token does not go on with a character of the one before."""
+  """Whether a token does not continue a character of the token before."""
   first = tokenizer.token_bytes(piece.ids[index])[:1]
   return not first or first[0] & 0xC0 != 0x80
 

@@ -1,1 +1,1 @@
-"""Checkpoint formats, one file each: how they are found, read and written."""
+"""Checkpoint formats, one file each: how they are recognized, read and written."""

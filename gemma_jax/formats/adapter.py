@@ -1,7 +1,7 @@
 """Reads the adapter that a path names, writes one, or starts a run from it.
 
-A path is a PEFT folder, or Keras's .lora.h5. Which of them it is, is decided by
-what is there, not by how it is called.
+A path is a PEFT folder or Keras's .lora.h5: its content decides which, not its
+name.
 """
 
 from collections.abc import Sequence
@@ -30,18 +30,18 @@ def read(path: str | os.PathLike, model_config: ModelConfig, scan_layers: bool =
   """Reads an adapter for a base of this architecture.
 
   Args:
-    path: a PEFT folder, or a file that Keras's `save_lora_weights` wrote; of
+    path: a PEFT folder, or a file that Keras's `save_lora_weights` wrote; on
       this machine, or gs://.
     model_config: the base's architecture.
-    scan_layers: leaves for all layers (`layers/...`) or for each.
+    scan_layers: leaves for all layers together (`layers/...`) or for each.
 
   Returns:
-    The adapter, its factors float32 and in the factorization in which they are
-    stored; leaves of the base stay in the form in which they were trained.
+    The adapter, with its factors in float32 and in the factorization in which
+    they are stored; leaves of the base keep the form in which they were trained.
 
   Raises:
-    ValueError: nothing is there, or an adapter that is broken, of another
-      architecture or with an unsupported option.
+    ValueError: nothing is there, or the adapter is broken, belongs to another
+      architecture or has an unsupported option.
   """
   path = files.fetch(path)
   trained_base, trained_with = {}, None
@@ -61,7 +61,7 @@ def read(path: str | os.PathLike, model_config: ModelConfig, scan_layers: bool =
 
 
 def write(folder: str | os.PathLike, lora: Lora) -> None:
-  """Writes a PEFT folder, with what else the adapter says of itself."""
+  """Writes a PEFT folder, along with everything else that is known of the adapter."""
   peft.write_adapter(
     folder, lora.factors, lora.config, lora.reference, lora.trained_base, lora.trained_with
   )
@@ -70,12 +70,12 @@ def write(folder: str | os.PathLike, lora: Lora) -> None:
 def load_adapters(
   paths: Sequence[str], model_config: ModelConfig, scan_layers: bool = True
 ) -> dict[str, Lora]:
-  """The base (`BASE`), then the adapter of each path, all of one shape.
+  """Loads the base (`BASE`), then the adapter of each path, all of one shape.
 
   The base is the adapter of zeros. A path that is given twice is read once.
 
   Raises:
-    ValueError: a path that cannot be read or fits another architecture.
+    ValueError: a path cannot be read or belongs to another architecture.
   """
   names, loras = [BASE], [Lora({}, np.float32(1), LoraConfig())]
   for path in dict.fromkeys(paths):
@@ -91,13 +91,13 @@ def load_adapters(
 
 
 def start_from(config: TrainConfig, source: BaseSource) -> tuple[TrainConfig, Lora | None]:
-  """The config with what the adapter at `lora.path` is, and that adapter.
+  """The config with the fields of the adapter at `lora.path`, and that adapter.
 
   Returns:
-    (config, None) if there is no path.
+    (config, adapter), or (config, None) if there is no path.
 
   Raises:
-    ValueError: no adapter of this base, or one with a trained base of its own.
+    ValueError: not an adapter of this base, or one with a trained base of its own.
   """
   path = config.lora.path
   if not path:
@@ -106,7 +106,7 @@ def start_from(config: TrainConfig, source: BaseSource) -> tuple[TrainConfig, Lo
   if lora.trained_base:
     raise ValueError(
       f'lora.path: {path} was trained together with leaves of its base, '
-      'expected factors alone; merge it (launch.convert) and train on that.'
+      'expected only factors; merge it (launch.convert) and train on that.'
     )
   lora_config = dataclasses.replace(lora.config, path=path, dropout=config.lora.dropout)
   logging.info('Starts from the adapter %s: %s', path, lora_config)
@@ -121,7 +121,7 @@ def start_from(config: TrainConfig, source: BaseSource) -> tuple[TrainConfig, Lo
 
 
 def read_trained_with(path: str | os.PathLike) -> TrainedWith | None:
-  """How an adapter was trained; None where nothing says so (PEFT, Keras).
+  """How an adapter was trained; None if nothing says so (PEFT, Keras).
 
   Raises:
     ValueError: its gemma_jax.json is broken.

@@ -1,4 +1,4 @@
-"""Writes a folder so that it is there whole or not at all."""
+"""Writes a folder so that it appears whole or not at all."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -11,7 +11,7 @@ import time
 
 from gemma_jax import files, temporary
 
-# Two that begin in the same moment both step back and try again.
+# Two writers that begin at the same moment both step back and try again.
 _ATTEMPTS, _PAUSE_SECS = 4, 0.05
 
 
@@ -22,9 +22,9 @@ def replace(folder: str | os.PathLike, fill: Callable[[Path], None]):
   one is on disk at any time; if a process died between the two renames, the
   next call puts the old one back before it starts.
 
-  An object store has no folders to rename: there each file is put whole, the
-  weights before the config.json that describes them, and files of an older
-  folder go last.
+  An object store has no folders to rename: there each file is uploaded whole, the
+  weights before the config.json that describes them, and files of an older folder
+  are removed last.
 
   Args:
     folder: to be made or replaced.
@@ -32,7 +32,7 @@ def replace(folder: str | os.PathLike, fill: Callable[[Path], None]):
 
   Raises:
     BlockingIOError: another process of this machine is writing it.
-    OSError: or whatever `fill` raises; `folder` is then as it was.
+    OSError: or whatever `fill` raises; `folder` is then unchanged.
   """
   if files.is_remote(folder):
     with tempfile.TemporaryDirectory() as new:
@@ -62,7 +62,7 @@ def replace(folder: str | os.PathLike, fill: Callable[[Path], None]):
 
 @contextlib.contextmanager
 def _only_writer(folder: Path) -> Iterator[temporary.Folder]:
-  """A temporary folder, while no other process has one for the same name."""
+  """Yields a temporary folder, if no other process has one for the same name."""
   for _ in range(_ATTEMPTS):
     with temporary.folder(folder) as new:
       if not temporary.remove_leftovers(folder, temporary.NEW, new.path):
@@ -84,8 +84,8 @@ def _recover(folder: Path) -> None:
 def _discard(old: Path, folder: Path) -> None:
   """Removes a folder that was replaced.
 
-  Under the name of one that is being filled: if this process dies before all
-  of it is gone, nobody puts the rest back.
+  It is renamed to look like one that is being filled: if this process dies before
+  all of it is gone, the rest is not put back.
   """
   rest = temporary.name(folder, temporary.NEW)
   with contextlib.suppress(OSError):

@@ -67,21 +67,21 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class BaseSource:
-  """A base model that was found and checked, but not read yet.
+  """A base model that has been located and checked, but not read yet.
 
   Attributes:
     reference: what `open_base` was given.
     config: the architecture.
-    stored_dtype: what `dtype='auto'` loads: bfloat16 if every tensor is stored
-      so, else float32 (dequantized GGUF, random weights).
+    stored_dtype: what `dtype='auto'` loads: bfloat16 if every tensor is stored as
+      such, else float32 (dequantized GGUF, random weights).
     tensors: one for each leaf of the unrolled tree, by its path.
     files: the files that hold the weights; empty for random weights.
     make_tokenizer: makes the tokenizer, or None if there is none.
-    read_chat_template: the Jinja template that came with the tokenizer, if one
-      did.
-    read_stop_ids: tokens at which its folder says that an answer ends.
-    read_trained_with: how the adapter that was merged into it was trained, if
-      its folder says so.
+    read_chat_template: reads the Jinja template that came with the tokenizer, if
+      there is one.
+    read_stop_ids: reads the tokens at which, by its folder, an answer ends.
+    read_trained_with: reads how the adapter that was merged into it was trained,
+      if its folder says so.
   """
 
   reference: str
@@ -114,9 +114,9 @@ class BaseSource:
   def fingerprint(self) -> str:
     """Hex sha256 of the architecture, the files' sizes and samples of them.
 
-    Evenly spaced blocks, first and last included, 16 MiB a file at most: all
-    of a small file, and cheap for a large one. It tells one base from another
-    wherever they lie; it does not detect a few flipped bytes.
+    The samples are evenly spaced blocks, first and last included, at most 16 MiB
+    per file: all of a small file, and cheap for a large one. The fingerprint tells
+    one base from another wherever they are; it does not detect a few flipped bytes.
     """
     digest = hashlib.sha256(_described(self.config).encode())
     if not self.files:
@@ -141,7 +141,7 @@ class BaseSource:
     Each chunk read goes straight to the parts of the leaf that devices of this
     process hold, and nowhere else: on CPU devices peak memory is the result
     and a few megabytes; elsewhere the host holds its part of one leaf at a
-    time. Nobody has a whole copy of the model, or of a leaf that is split.
+    time. No process has a whole copy of the model, or of a leaf that is split.
 
     Args:
       dtype: 'auto' (`stored_dtype`), 'bfloat16', 'float32' or a dtype.
@@ -205,18 +205,18 @@ class BaseSource:
     Args:
       path: of the unrolled tree.
       shape: of the leaf.
-      parts: of the leaf; what none of them holds is not read.
+      parts: of the leaf; rows that none of them holds are not read.
     """
     tensor = self.tensors[path]
     order = _stored_order(path, len(shape))
     stored = [shape[i] for i in order]
     parts = [part.transpose(order) for part in parts]
-    rows = tensor.shape[0] // stored[0]  # of the file, for one of this axis
+    rows = tensor.shape[0] // stored[0]  # of the file, per index of this axis
     step = max(1, CHUNK_ELEMENTS * stored[0] // max(math.prod(stored), 1))
 
     def fill(start: int, stop: int):
       chunk = tensor.read(start * rows, stop * rows)
-      # Before it is transposed, which is faster too.
+      # Before transposing, which is also faster.
       dtype = parts[0].out.dtype
       chunk = finite.narrow(chunk, dtype, tensor.name, self.reference, start * rows)
       chunk = chunk.reshape(stop - start, *stored[1:])
@@ -233,8 +233,8 @@ class BaseSource:
 def _described(config: ModelConfig) -> str:
   """An architecture as text.
 
-  A field that came later counts where it differs from its default: what was
-  trained before there was one goes on.
+  A field that was added later counts only if it differs from its default, so that
+  runs from before it can be resumed.
   """
   values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
   for field in dataclasses.fields(config):
@@ -293,34 +293,34 @@ def _stored_order(path: str, num_axes: int) -> list[int]:
 
 
 def match_tensors(
-  names: Mapping[str, str], config: ModelConfig, found: Mapping[str, StoredTensor], where: str
+  names: Mapping[str, str], config: ModelConfig, stored: Mapping[str, StoredTensor], where: str
 ) -> dict[str, StoredTensor]:
-  """The tensors of a file by leaf: exactly those that the config asks for.
+  """Matches the tensors of a file to leaves: exactly those that the config asks for.
 
   Reading one raises a ValueError for a value that is not finite.
 
   Args:
     names: the file's name of each leaf of the unrolled tree, by path.
     config: gives the shapes.
-    found: the file's tensors by their names.
+    stored: the file's tensors by their names.
     where: the file or folder, for messages.
 
   Raises:
     ValueError: a tensor is missing, unexpected or wrongly shaped; names it.
   """
-  missing = [name for name in names.values() if name not in found]
+  missing = [name for name in names.values() if name not in stored]
   if missing:
     raise ValueError(
       f'{where}: tensor {missing[0]} is missing ({len(missing)} missing in '
       f'all), expected the {len(names)} tensors of {config.num_layers} layers.'
     )
-  unexpected = sorted(found.keys() - set(names.values()))
+  unexpected = sorted(stored.keys() - set(names.values()))
   if unexpected:
     raise ValueError(
       f'{where}: tensor {unexpected[0]} is unexpected ({len(unexpected)} '
-      'such), expected only the weights of a Gemma language model.'
+      'such tensors), expected only the weights of a Gemma language model.'
     )
-  tensors = {path: finite.checked(found[name], where) for path, name in names.items()}
+  tensors = {path: finite.checked(stored[name], where) for path, name in names.items()}
   for path, shape in stored_shapes(config).items():
     got = tensors[path].shape
     if got != shape:
@@ -332,9 +332,9 @@ def match_tensors(
 
 
 def check_layer_count(num_layers: Any, num_tensors: int, where: str):
-  """Refuses a layer count that a file cannot hold, before work is done."""
+  """Rejects a layer count that a file cannot hold, before any work is done."""
   if not isinstance(num_layers, int) or not 0 < num_layers <= num_tensors:
     raise ValueError(
       f'{where}: got {num_layers!r} layers, expected an integer from 1 to '
-      f'{num_tensors}, the number of tensors there are.'
+      f'{num_tensors}, the number of tensors.'
     )

@@ -7,9 +7,9 @@ that a merged model is asked as its adapter was trained:
     dolly      <bos>Instruction:\\nHi\\n\\nResponse:\\n
     korean     <bos>질문:\\nHi\\n\\n답변:\\n
 
-A conversation that a template has no form for is an error there too. All text
-stands in expressions and every tag strips what is around it, so the results do
-not depend on a renderer's `trim_blocks`.
+A conversation that a template cannot express is an error there too. All text is
+inside expressions and every tag strips the white space around it, so the results
+do not depend on a renderer's `trim_blocks`.
 """
 
 from absl import logging
@@ -71,7 +71,7 @@ _NO_SYSTEM = """\
 {%- endif -%}
 """
 
-# One question, and its answer where there is one.
+# One question, and its answer if there is one.
 _SINGLE = """\
 {%- if (turns | length) not in [1, 2] or turns[0]['role'] != 'user' or \
 ((turns | length) == 2 and turns[1]['role'] not in ['assistant', 'model']) -%}
@@ -93,7 +93,7 @@ def jinja(template: str) -> str:
   """The Jinja form of one of our templates.
 
   Raises:
-    ValueError: there is no template of that name.
+    ValueError: there is no template with that name.
   """
   templates.check_name(template)
   if template == 'chat':
@@ -110,14 +110,14 @@ def of_export(trained_on: str | None, own: str | None, tokenizer: Tokenizer | No
   """The chat template that an exported model should carry.
 
   Args:
-    trained_on: template of the adapter that was merged, None if there was none
-      or nobody knows.
-    own: the base's chat template, if it has one; of an adapter that was
-      trained on Gemma's turns it is kept if it renders them.
+    trained_on: template of the adapter that was merged; None if there was none or
+      it is not known.
+    own: the base's chat template, if it has one; with an adapter trained on
+      Gemma's turns it is kept if it renders them.
     tokenizer: of the base.
 
   Returns:
-    Jinja, or None for a tokenizer without turns, which says nothing of chats.
+    Jinja, or None for a tokenizer without turns, which has no chats.
   """
   if trained_on not in (None, 'chat'):
     return jinja(trained_on)
@@ -125,8 +125,8 @@ def of_export(trained_on: str | None, own: str | None, tokenizer: Tokenizer | No
     if trained_on is None or any(turn in own for turn in _TURNS):
       return own
     logging.warning(
-      "The base's chat template has no Gemma turns, which its adapter was "
-      'trained on; the output gets one that has them'
+      "The base's chat template has no Gemma turns, on which its adapter was "
+      'trained; the output gets one that has them'
     )
     return jinja('chat')
   has_turns = tokenizer is not None and tokenizer.end_of_turn_id is not None
@@ -134,7 +134,7 @@ def of_export(trained_on: str | None, own: str | None, tokenizer: Tokenizer | No
 
 
 def _parts(template: str) -> tuple[str, str, str]:
-  """What stands before a question, after it, and before the answer."""
+  """The text before a question, after it, and before the answer."""
   mark = '\x00'
   (span,) = templates.render_prompt(template, mark)
   before, after = span.text.split(mark)
@@ -144,5 +144,5 @@ def _parts(template: str) -> tuple[str, str, str]:
 
 
 def _quoted(text: str) -> str:
-  """A Jinja string; our templates hold no quote."""
+  """A Jinja string; our templates contain no quotes."""
   return "'" + text.replace('\n', '\\n') + "'"

@@ -1,7 +1,7 @@
-"""Refuses weights that are NaN or infinite, as they are read or cast.
+"""Rejects weights that are NaN or infinite, as they are read or cast.
 
-One of them makes every logit NaN, and a loss or a text made of those looks like
-a bad model, not like a bad file.
+One of them makes every logit NaN, and a loss or text made from those looks like a
+bad model, not like a bad file.
 """
 
 import functools
@@ -13,15 +13,15 @@ import numpy as np
 if TYPE_CHECKING:
   from gemma_jax.formats.base_source import StoredTensor
 
-# Exponent bits, all set in infinities and NaN, of what NumPy tests slowly.
+# Exponent bits, all set in infinities and NaN, of dtypes that NumPy tests slowly.
 _EXPONENTS = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
 
 
 def checked(tensor: 'StoredTensor', where: str) -> 'StoredTensor':
-  """The tensor with a `read` that raises ValueError for what is not finite.
+  """The tensor with a `read` that raises ValueError for values that are not finite.
 
   Args:
-    tensor: of a file.
+    tensor: from a file.
     where: the file or folder, for messages.
   """
   read = functools.partial(_read, tensor, where)
@@ -29,7 +29,7 @@ def checked(tensor: 'StoredTensor', where: str) -> 'StoredTensor':
 
 
 def check(values: np.ndarray, name: str, where: str, first_row: int = 0):
-  """ValueError with the file's name if there is a `problem`."""
+  """Raises a ValueError with the file's name if there is a `problem`."""
   if (reason := problem(values, name, first_row)) is not None:
     raise ValueError(f'{where}: {reason}')
 
@@ -37,18 +37,18 @@ def check(values: np.ndarray, name: str, where: str, first_row: int = 0):
 def narrow(
   values: np.ndarray, dtype: np.dtype, name: str, where: str, first_row: int = 0
 ) -> np.ndarray:
-  """Values in a narrower dtype; as they are if it is not narrower.
+  """Values in a narrower dtype; unchanged if it is not narrower.
 
   Args:
     values: [rows, ...]; those that are not finite stay so.
-    dtype: bfloat16 ends a little below float32, and rounds what is between to
+    dtype: bfloat16 ends a little below float32, and rounds values in between to
       infinity.
     name: of the tensor.
     where: the base or the output, for messages.
     first_row: number of values[0] in the tensor.
 
   Raises:
-    ValueError: the dtype cannot hold a value; says which.
+    ValueError: the dtype cannot hold a value; names it.
   """
   if dtype.itemsize >= values.itemsize:
     return values
@@ -68,7 +68,7 @@ def narrow(
 
 
 def problem(values: np.ndarray, name: str, first_row: int = 0) -> str | None:
-  """What to say of values that are not all finite; None if they are.
+  """Describes values that are not all finite; None if they are.
 
   Args:
     values: [rows, ...], floating point.
@@ -80,7 +80,7 @@ def problem(values: np.ndarray, name: str, first_row: int = 0) -> str | None:
   index, place = _first(~np.isfinite(values.astype(np.float32)), first_row)
   return (
     f'tensor {name} is {float(values[index])} at {place}, expected finite numbers; the file is '
-    'damaged, or its training diverged. Use another checkpoint.'
+    'damaged, or the training diverged. Use another checkpoint.'
   )
 
 
@@ -91,7 +91,7 @@ def _read(tensor: 'StoredTensor', where: str, start: int, stop: int) -> np.ndarr
 
 
 def _first(is_bad: np.ndarray, first_row: int) -> tuple[tuple[int, ...], list[int]]:
-  """Where the first bad value is: here, and in the tensor."""
+  """Where the first bad value is, in `is_bad` and in the tensor."""
   index = tuple(map(int, np.argwhere(is_bad)[0]))
   return index, [index[0] + first_row, *index[1:]]
 

@@ -1,8 +1,8 @@
 """The architecture of a Flax release, which stores arrays and nothing else.
 
-What `launch.convert` writes says it (`conversion.json`). Of a downloaded
-release it follows from the shapes: a named variant that has them, or else the
-settings that all sizes of the family share.
+Releases that `launch.convert` wrote record it (`conversion.json`). For a
+downloaded release it follows from the shapes: a named variant that has them, or
+else the settings that all sizes of the family share.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ def model_config(shapes: dict[str, tuple[int, ...]], root: Path) -> ModelConfig:
 
   Args:
     shapes: by name, e.g. {'embedder/input_embedding': (256128, 2048), ...}.
-    root: the Orbax folder; a record of the conversion stands beside it.
+    root: the Orbax folder; a record of the conversion is next to it.
 
   Raises:
-    ValueError: an array that tells the sizes is missing or has another number
+    ValueError: an array that tells the sizes is missing or has the wrong number
       of axes; names it.
   """
   record = root.parent / RECORD_NAME
@@ -59,7 +59,7 @@ def _recorded(record: Path, num_arrays: int) -> ModelConfig:
     return ModelConfig(**fields)
   except (ValueError, TypeError, KeyError) as e:
     raise ValueError(
-      f'{record}: model_config in it is no architecture ({e}); write the '
+      f'{record}: model_config in it is not an architecture ({e}); write the '
       'folder again with launch.convert.'
     ) from None
 
@@ -70,10 +70,10 @@ def _sizes(shapes: dict[str, tuple[int, ...]], root: Path) -> dict[str, Any]:
   def shape(name: str, num_axes: int) -> tuple[int, ...]:
     got = shapes.get(name)
     if got is None or len(got) != num_axes or 0 in got:
-      found = 'missing' if got is None else f'of shape {list(got)}'
+      state = 'missing' if got is None else f'of shape {list(got)}'
       raise ValueError(
-        f'{root}: array {name} is {found}, expected {num_axes} axes; this is '
-        'no Flax release of Gemma.'
+        f'{root}: array {name} is {state}, expected {num_axes} axes; this is '
+        'not a Flax release of Gemma.'
       )
     return got
 
@@ -102,7 +102,7 @@ def _sizes(shapes: dict[str, tuple[int, ...]], root: Path) -> dict[str, Any]:
 
 
 def _family(fields: dict[str, Any]) -> dict[str, Any]:
-  """What all sizes of a family share, and what its large ones change."""
+  """The settings that all sizes of a family share, and those its large ones change."""
   num_layers = fields['num_layers']
   if not fields['use_post_norms']:
     return {}

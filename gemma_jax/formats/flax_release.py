@@ -7,8 +7,8 @@
       transformer/layer_0/attn/kv_einsum       w [2, K, D, H]     k, v
       transformer/layer_0/mlp/gating_einsum    w [2, D, F]        gate, up
 
-With as many kv heads as query heads `qkv_einsum` [3, N, D, H] stands for the
-first two; Gemma 3, and Gemma 2 from 9B on, store gate and up as [2, F, D].
+With as many kv heads as query heads, `qkv_einsum` [3, N, D, H] replaces the first
+two; Gemma 3, and Gemma 2 from 9B on, store gate and up as [2, F, D].
 Names are flat (as above) or nested dicts, with or without the `w` of the MLP:
 all of these are read. The arrays are read through TensorStore, one at a time;
 nothing is unpickled.
@@ -47,7 +47,7 @@ class Place:
     name: of the array, e.g. 'layer_3/attn/kv_einsum/w'.
     shape: of the array.
     index: of the leaf along the array's first axis; None if it is all of it.
-    swapped: whether the leaf's two axes are stored the other way round.
+    swapped: whether the leaf's two axes are stored in the opposite order.
   """
 
   name: str
@@ -71,7 +71,7 @@ def find(folder: Path) -> Path | None:
   inner = sorted(p for p in folder.iterdir() if p.is_dir() and _is_orbax(p))
   if len(inner) > 1:
     names = ', '.join(p.name for p in inner)
-    raise ValueError(f'{folder}: there are several models in it ({names}); give the path of one.')
+    raise ValueError(f'{folder}: there are several models in it ({names}); give the path to one.')
   return inner[0] if inner else None
 
 
@@ -83,7 +83,7 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
     reference: what the user called it.
 
   Raises:
-    ValueError: no Flax release of Gemma, or an array is missing, unexpected,
+    ValueError: not a Flax release of Gemma, or an array is missing, unexpected,
       wrongly shaped or of an unknown dtype; names the folder and the array.
   """
   root = find(folder)
@@ -131,7 +131,7 @@ def make_places(config: ModelConfig, fused: bool, swapped: bool) -> dict[str, Pl
   """Where each leaf of the unrolled tree lies.
 
   Args:
-    config: the architecture, its vocabulary with the release's rows.
+    config: the architecture, with the release's number of rows in its vocabulary.
     fused: q, k and v in one array (`qkv_einsum`).
     swapped: gate and up as [2, F, D].
   """
@@ -159,7 +159,7 @@ def make_places(config: ModelConfig, fused: bool, swapped: bool) -> dict[str, Pl
 def gating_is_swapped(config: ModelConfig) -> bool:
   """Whether the release of this architecture has gate and up as [2, F, D].
 
-  That of Gemma 3 has, and those of Gemma 2 9B and 27B (42 and 46 layers):
+  Gemma 3 does, and so do Gemma 2 9B and 27B (42 and 46 layers):
   `transpose_gating_einsum` in github.com/google-deepmind/gemma.
   """
   large = config.use_post_norms and config.num_layers in (42, 46)
@@ -184,10 +184,10 @@ def _is_orbax(folder: Path) -> bool:
 def _open_arrays(root: Path) -> dict[str, Any]:
   """TensorStore handles by name: 'layer_0/attn/q_einsum/w', ...
 
-  Flat and nested names, and those of Orbax with and without OCDBT, differ in
-  where '/' and '.' stand; as paths they are equal. A block that is not there
-  TensorStore would read as zeros, so they are counted; that also shows a size
-  that the files do not have before anything is allocated for it.
+  Flat and nested names, and those of Orbax with and without OCDBT, differ in where
+  they have '/' and '.'; as paths they are equal. TensorStore would read a missing
+  block as zeros, so blocks are counted; that also reveals a size that the files do
+  not have before anything is allocated for it.
   """
   import tensorstore as ts
 
@@ -220,14 +220,14 @@ def _open_arrays(root: Path) -> dict[str, Any]:
         raise ValueError(f'array {path} has {num_blocks[stem]} of the {wanted} blocks of its shape')
       arrays[path] = array
   except ValueError as e:
-    raise ValueError(f'{root}: this is no whole Orbax checkpoint ({e}).') from None
+    raise ValueError(f'{root}: this is not a complete Orbax checkpoint ({e}).') from None
   if not arrays:
     raise ValueError(f'{root}: this Orbax checkpoint holds no arrays.')
   return arrays
 
 
 def _count_blocks(stems: Collection[str], keys: Iterable[str]) -> collections.Counter[str]:
-  """How many keys, beside the metadata, lie below each array's stem."""
+  """How many keys, apart from the metadata, are below each array's stem."""
   counts = collections.Counter()
   for key in keys:
     folder, _, last = key.rpartition('/')
@@ -242,7 +242,7 @@ def _ceil_div(size: int, block: int) -> int:
 
 
 def _check(places: Mapping[str, Place], arrays: Mapping[str, Any], root: Path):
-  """The arrays are exactly those that the places ask for."""
+  """Checks that the arrays are exactly those that the places ask for."""
   shapes = {place.name: place.shape for place in places.values()}
   for name, shape in shapes.items():
     if name not in arrays:
@@ -251,7 +251,7 @@ def _check(places: Mapping[str, Place], arrays: Mapping[str, Any], root: Path):
     if got != shape:
       raise ValueError(
         f'{root}: array {name} has shape {list(got)}, expected {list(shape)}, '
-        'as the other arrays say.'
+        'as the other arrays imply.'
       )
     kind = arrays[name].dtype.name
     if kind not in _DTYPES:
@@ -261,13 +261,13 @@ def _check(places: Mapping[str, Place], arrays: Mapping[str, Any], root: Path):
   unexpected = sorted(arrays.keys() - shapes.keys())
   if unexpected:
     raise ValueError(
-      f'{root}: array {unexpected[0]} is unexpected ({len(unexpected)} such), '
+      f'{root}: array {unexpected[0]} is unexpected ({len(unexpected)} such arrays), '
       'expected only the weights of a Gemma language model.'
     )
 
 
 class _Cache:
-  """The last leaves that were read, as rows: a leaf is asked for in ranges."""
+  """The leaves read last, as rows: a leaf is asked for in ranges."""
 
   def __init__(self, arrays: Mapping[str, Any], root: Path):
     self._arrays, self._root = arrays, root
@@ -294,7 +294,7 @@ class _Cache:
     except ValueError as e:
       raise ValueError(
         f'{self._root}: array {place.name} cannot be read; the checkpoint is '
-        f'damaged or cut short ({str(e).splitlines()[0]}).'
+        f'damaged or truncated ({str(e).splitlines()[0]}).'
       ) from None
     return base_source.stored_view(path, leaf)
 

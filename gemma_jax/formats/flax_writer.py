@@ -1,4 +1,4 @@
-"""Writes a base as a Flax release (`flax_release`), an array at a time."""
+"""Writes a base as a Flax release (`flax_release`), one array at a time."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -22,24 +22,24 @@ from gemma_jax.model.config import ModelConfig
 # Arrays are stored in blocks of at most this size, so that a reader need not
 # hold the embedding twice.
 _BLOCK_BYTES = 64 << 20
-# Orbax holds a file of data in memory until it is so large.
+# Orbax holds a data file in memory until it is this large.
 _DATA_FILE_BYTES = 256 << 20
 
 
 def write_folder(folder: Path, source: BaseSource, dtype: Any = 'auto', nested: bool = False):
   """Fills an empty folder with `params/` (Orbax) and tokenizer.model.
 
-  One array is in memory at a time. An embedding of 256000 rows gets the 128
-  rows of zeros that the release has and its readers expect.
+  One array at a time is in memory. An embedding of 256000 rows gets the 128 rows
+  of zeros that the release has and its readers expect.
 
   Args:
     folder: exists and is empty; `atomic_folder.replace` makes it appear whole.
     source: any base, also a merged one.
     dtype: 'auto' (the base's own), 'float32' or 'bfloat16'.
-    nested: names as nested dicts, not flat.
+    nested: store names as nested dicts rather than flat.
 
   Raises:
-    ValueError: a dtype that is not one of these.
+    ValueError: the dtype is not one of these.
   """
   dtype = base_source.weight_dtype(source, dtype)
   config = source.config
@@ -66,11 +66,11 @@ def write_folder(folder: Path, source: BaseSource, dtype: Any = 'auto', nested: 
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-  """An array that is read when its turn has come.
+  """An array that is read when its turn comes.
 
   Attributes:
-    shape: of the whole.
-    dtype: as it is written.
+    shape: of the whole array.
+    dtype: as written.
     fill: puts the values into an array of zeros.
   """
 
@@ -91,7 +91,7 @@ class _Leaf:
 def _fill(
   source: BaseSource, places: Mapping[str, Place], pool: futures.Executor, array: np.ndarray
 ) -> None:
-  """Reads what lies in one array of the release, by path of our tree."""
+  """Reads the leaves in one array of the release, by path in our tree."""
   for path, place in places.items():
     leaf = place.view(array if place.index is None else array[place.index])
     if path == 'embedder/input_embedding':
@@ -100,13 +100,13 @@ def _fill(
 
 
 def _save(folder: Path, leaves: Mapping[str, _Leaf], nested: bool) -> None:
-  """Writes 'transformer/module/name' → leaf with Orbax, a leaf at a time."""
+  """Writes 'transformer/module/name' → leaf with Orbax, one leaf at a time."""
   import orbax.checkpoint as ocp
 
   class InTurn(ocp.type_handlers.NumpyHandler):
-    """Writes the next array when one is written.
+    """Starts the next array when one is written.
 
-    Orbax would start all at once and hold what it has not written yet.
+    Orbax would start all at once and hold everything not yet written.
     """
 
     async def serialize(self, values, infos, args=None):
@@ -128,7 +128,7 @@ def _save(folder: Path, leaves: Mapping[str, _Leaf], nested: bool) -> None:
     (_Leaf, InTurn(deepcopy_host_arrays=False)), (jax.Array, ocp.type_handlers.ArrayHandler())
   )
   handler = ocp.PyTreeCheckpointHandler(
-    use_compression=False,  # trained weights hardly shrink
+    use_compression=False,  # trained weights hardly compress
     type_handler_registry=registry,
   )
   save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_BLOCK_BYTES), tree)
@@ -142,7 +142,7 @@ def _save(folder: Path, leaves: Mapping[str, _Leaf], nested: bool) -> None:
 
 
 def exported_config(config: ModelConfig) -> ModelConfig:
-  """The architecture with the rows that the release's embedding has."""
+  """The architecture with the number of rows of the release's embedding."""
   padded = {tokens: rows for rows, tokens in hf_writer.TOKEN_ROWS.items()}
   rows = padded.get(config.vocab_size, config.vocab_size)
   return dataclasses.replace(config, vocab_size=rows)

@@ -1,6 +1,6 @@
 """Reads Gemma 1, 2 and 3 from a GGUF file, dequantized as it is streamed.
 
-The file says the sizes; what it does not say follows from its architecture, as
+The file gives the sizes; what it does not give follows from its architecture, as
 in llama.cpp: the pattern of local and global layers, the RoPE base of local
 layers, and the query scale of the 27B models. Norm weights are stored as
 1 + scale. All types that the `gguf` package dequantizes can be read.
@@ -45,14 +45,14 @@ def open_gguf(path: Path, reference: str) -> BaseSource:
   """A GGUF file as a base model; reads its header only.
 
   Raises:
-    ValueError: not a Gemma 1, 2 or 3, truncated, split over several files, a
-      tensor missing, unexpected, wrongly shaped or of a type that cannot be
-      dequantized. Each message names the file and the tensor or key.
+    ValueError: the file is not a Gemma 1, 2 or 3, truncated or split over several
+      files, or a tensor is missing, unexpected, wrongly shaped or of a type that
+      cannot be dequantized. Each message names the file and the tensor or key.
   """
   metadata, infos = gguf_file.read_header(path)
   if metadata.get('split.count', 1) not in (0, 1):
     raise ValueError(
-      f'{path}: one of {metadata["split.count"]} parts, expected one whole '
+      f'{path}: one of {metadata["split.count"]} parts, expected one complete '
       'file; join them with gguf-split --merge.'
     )
   if _EMBED not in infos:
@@ -64,7 +64,7 @@ def open_gguf(path: Path, reference: str) -> BaseSource:
       names[f'layer_{i}/{name}'] = f'blk.{i}.{_LAYER_NAMES[name]}.weight'
   for name, info in infos.items():
     _check_type(info.type, name, path)
-  found = {
+  stored = {
     name: StoredTensor(name, info.shape, functools.partial(_read_rows, path, info, name))
     for name, info in infos.items()
   }
@@ -72,7 +72,7 @@ def open_gguf(path: Path, reference: str) -> BaseSource:
     reference=reference,
     config=config,
     stored_dtype=np.dtype(np.float32),
-    tensors=base_source.match_tensors(names, config, found, str(path)),
+    tensors=base_source.match_tensors(names, config, stored, str(path)),
     files=(path,),
     make_tokenizer=functools.partial(_tokenizer, path),
     read_chat_template=functools.partial(_chat_template, path),
@@ -108,7 +108,7 @@ def _model_config(
     'num_heads': get('attention.head_count'),
     'num_kv_heads': get('attention.head_count_kv'),
     'head_dim': head_dim,
-    # Stored in float32; the shortest decimal is what was meant: 1e-06.
+    # Stored in float32; the shortest decimal is the intended value: 1e-06.
     'norm_eps': float(str(np.float32(get('attention.layer_norm_rms_epsilon')))),
     'max_positions': get('context_length'),
     'rope_theta': float(get('rope.freq_base', 10_000.0)),

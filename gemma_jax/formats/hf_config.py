@@ -65,7 +65,7 @@ def model_config(raw: Any, num_tensors: int, where: str) -> ModelConfig:
 
   Args:
     raw: the JSON object; of a multimodal Gemma 3 the `text_config` is taken.
-    num_tensors: how many tensors there are; more layers are not believed.
+    num_tensors: how many tensors there are; more layers than that are rejected.
     where: the file, for messages.
 
   Raises:
@@ -83,7 +83,7 @@ def model_config(raw: Any, num_tensors: int, where: str) -> ModelConfig:
   if not isinstance(kind, str) or kind not in _DEFAULTS:
     raise ValueError(
       f'{where}: model_type is {kind!r}, expected gemma, gemma2, gemma3_text '
-      'or gemma3; other architectures are not read.'
+      'or gemma3; other architectures are not supported.'
     )
   config = {**_DEFAULTS[kind], **raw}
   _check_switches(config, outer, kind, where)
@@ -115,9 +115,9 @@ def model_config(raw: Any, num_tensors: int, where: str) -> ModelConfig:
 
 
 def _check_switches(config: dict[str, Any], outer: dict[str, Any], kind: str, where: str):
-  """Refuses what a Gemma checkpoint never has and this model cannot do."""
-  # Gemma 1 was released with hidden_act 'gelu' and trained with tanh GELU;
-  # hidden_activation, where it stands, means what it says.
+  """Rejects settings that no Gemma checkpoint has and this model does not support."""
+  # Gemma 1 was released with hidden_act 'gelu' but trained with tanh GELU;
+  # hidden_activation, if present, means what it says.
   allowed = {
     'hidden_act': (None, 'gelu', 'gelu_pytorch_tanh'),
     'hidden_activation': (None, 'gelu_pytorch_tanh'),
@@ -130,12 +130,12 @@ def _check_switches(config: dict[str, Any], outer: dict[str, Any], kind: str, wh
       if part.get(key) not in values:
         raise ValueError(
           f'{where}: {key} is {part[key]!r}, expected one of {values}; this '
-          f'is no {kind} language model that can be read.'
+          f'is not a {kind} language model that can be read.'
         )
 
 
 def _pattern(config: dict[str, Any], kind: str, where: str) -> tuple[bool, ...]:
-  """Which layers are local: as listed, or by the rule of the architecture."""
+  """Which layers are local: as listed, or by the architecture's rule."""
   num_layers = config['num_hidden_layers']
   listed = config.get('layer_types')
   if listed is None:
@@ -211,16 +211,16 @@ def to_json(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
   """The config.json of an architecture, in both dialects at once.
 
   transformers 5 takes `rope_parameters` and `layer_types`, older releases
-  `rope_theta` and what goes with it; the two say the same, so that either
-  loads the folder.
+  `rope_theta` and its companions; the two say the same, so that either loads the
+  folder.
 
   Args:
     config: a Gemma 1, 2 or 3.
     dtype: of the weights beside it.
 
   Raises:
-    ValueError: an architecture that no Gemma class of transformers has; names
-      the field.
+    ValueError: no Gemma class of transformers has this architecture; names the
+      field.
   """
   kind = 'gemma3_text' if config.use_qk_norm else 'gemma2'
   if not (config.use_qk_norm or config.use_post_norms):
@@ -277,14 +277,14 @@ def to_json(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
 
 
 def _check_says(raw: dict[str, Any], config: ModelConfig):
-  """Raises ValueError unless the JSON, read again, is the architecture."""
+  """Raises ValueError unless the JSON, read back, gives the architecture."""
 
   def plain(c: ModelConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(c)
     fields['query_scale'] = c.query_scale or c.head_dim**-0.5
     fields['rope_local_theta'] = c.rope_local_theta or c.rope_theta
     fields['local rope_scale'] = 1.0 if c.rope_local_theta else c.rope_scale
-    if not any(c.layer_is_local or ()):  # then none of these is looked at
+    if not any(c.layer_is_local or ()):  # then none of these is used
       fields |= dict.fromkeys(
         ('layer_is_local', 'window_size', 'rope_local_theta', 'local rope_scale')
       )
@@ -299,6 +299,6 @@ def _check_says(raw: dict[str, Any], config: ModelConfig):
     if not same:
       raise ValueError(
         f'{field}: got {value!r}, expected {got[field]!r}; config.json of '
-        f'{raw["model_type"]} cannot say anything else, so this architecture '
+        f'{raw["model_type"]} cannot express anything else, so this architecture '
         'has no Hugging Face form.'
       )

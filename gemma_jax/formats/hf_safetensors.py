@@ -1,8 +1,8 @@
 """Reads Gemma 1, 2 and 3 from a Hugging Face folder.
 
-The folder holds config.json, the weights in one .safetensors file or in
-several, and tokenizer.model where records are text. A multimodal Gemma 3 is
-read as the language model in it: vision tensors are passed over.
+The folder holds config.json, the weights in one or several .safetensors files,
+and tokenizer.model, which text records need. A multimodal Gemma 3 is read as the
+language model in it: vision tensors are ignored.
 
 An `lm_head.weight` is accepted only if it equals the embedding, to which the
 output layer is tied; one that differs is another model.
@@ -24,7 +24,7 @@ from gemma_jax.model.config import ModelConfig
 
 INDEX_NAME = 'model.safetensors.index.json'
 
-# Projections by path in the layer. PEFT names its modules likewise.
+# Projections by path in the layer. PEFT names its modules the same way.
 MODULES = {
   'attn/q': 'self_attn.q_proj',
   'attn/k': 'self_attn.k_proj',
@@ -35,7 +35,7 @@ MODULES = {
   'mlp/down': 'mlp.down_proj',
 }
 
-# Where the language model stands in multimodal checkpoints, old and new.
+# Prefixes of the language model in multimodal checkpoints, old and new.
 _PREFIXES = ('model.', 'language_model.model.', 'model.language_model.')
 _VISION = re.compile(r'(model\.)?(vision_tower|multi_modal_projector)\.')
 _HEAD = re.compile(r'(language_model\.)?lm_head\.weight')
@@ -54,7 +54,7 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
   for path in files:
     for name, entry in safetensors_file.read_header(path).items():
       if name in entries:
-        raise ValueError(f'{path}: tensor {name} is in {entries[name].path.name} too.')
+        raise ValueError(f'{path}: tensor {name} is also in {entries[name].path.name}.')
       entries[name] = entry
   config_path = folder / 'config.json'
   config = hf_config.model_config(read_json(config_path), len(entries), str(config_path))
@@ -62,9 +62,9 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
   if prefix != 'model.':
     entries = {n: e for n, e in entries.items() if not _VISION.match(n)}
   heads = [entries.pop(name) for name in list(entries) if _HEAD.fullmatch(name)]
-  found = {n: StoredTensor(n, e.shape, e.read) for n, e in entries.items()}
+  stored = {n: StoredTensor(n, e.shape, e.read) for n, e in entries.items()}
   names = tensor_names(config, prefix)
-  tensors = base_source.match_tensors(names, config, found, str(folder))
+  tensors = base_source.match_tensors(names, config, stored, str(folder))
   dtypes = {entry.dtype for entry in entries.values()}
   for head in heads:
     _check_tied(head, entries[names['embedder/input_embedding']])
@@ -92,7 +92,7 @@ def read_json(path: Path) -> Any:
   try:
     return json.loads(path.read_text('utf-8'))
   except (ValueError, RecursionError) as e:
-    raise ValueError(f'{path}: this is no valid JSON ({e}).') from None
+    raise ValueError(f'{path}: this is not valid JSON ({e}).') from None
 
 
 def tensor_names(config: ModelConfig, prefix: str = 'model.') -> dict[str, str]:
@@ -130,7 +130,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
   if not files:
     raise ValueError(
       f'{folder}: there is a config.json but no .safetensors file; other '
-      'forms of weights (.bin, .msgpack, .h5) are not read.'
+      'forms of weights (.bin, .msgpack, .h5) are not supported.'
     )
   return tuple(files)
 
@@ -143,7 +143,7 @@ def _index_files(index: Path) -> list[Path]:
   files = []
   for name in sorted({str(entry) for entry in weight_map.values()}):
     if not re.fullmatch(r'[^/\\]+\.safetensors', name):
-      raise ValueError(f'{index}: {name!r} is no name of a .safetensors file in the folder.')
+      raise ValueError(f'{index}: {name!r} is not the name of a .safetensors file in the folder.')
     path = index.parent / name
     if not path.is_file():
       of = next(t for t, entry in weight_map.items() if entry == name)

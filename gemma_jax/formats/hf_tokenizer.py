@@ -1,8 +1,8 @@
 """The tokenizer of a Hugging Face folder: tokenizer.model and added tokens.
 
-A fine-tuned model may have tokens behind the pieces of tokenizer.model, in rows
-that its embedding was resized by. Where they are named depends on what saved
-the folder:
+A fine-tuned model may have tokens after the pieces of tokenizer.model, in rows
+added by resizing its embedding. Where they are named depends on what saved the
+folder:
 
     tokenizer.json          added_tokens          [{id, content, special}]
     tokenizer_config.json   added_tokens_decoder  {id: {content, special}}
@@ -22,7 +22,7 @@ from gemma_jax.formats import hf_safetensors
 CONFIG_NAME = 'tokenizer_config.json'
 GENERATION_NAME = 'generation_config.json'
 _SPECIAL_LISTS = ('additional_special_tokens', 'extra_special_tokens')
-# How transformers may match a token in text otherwise than by its letters.
+# How transformers may match a token in text other than by its spelling.
 _MATCHING = ('lstrip', 'rstrip', 'single_word')
 
 
@@ -34,8 +34,8 @@ def read(folder: Path, num_rows: int) -> SentencePieceTokenizer | None:
     num_rows: of its embedding.
 
   Raises:
-    ValueError: a file is broken, or they contradict each other; names the file
-      and the token.
+    ValueError: a file is broken, or the files contradict each other; names the
+      file and the token.
   """
   path = folder / 'tokenizer.model'
   if not path.is_file():
@@ -80,7 +80,7 @@ def added_tokens(folder: Path, num_rows: int) -> list[AddedToken]:
 
 
 def chat_template(folder: Path) -> str | None:
-  """The folder's own chat template, wherever it keeps it; None without one."""
+  """The folder's own chat template, wherever it is kept; None if it has none."""
   path = folder / 'chat_template.jinja'
   if path.is_file():
     try:
@@ -102,7 +102,7 @@ def stop_ids(folder: Path) -> tuple[int, ...]:
   """The tokens that end an answer, as generation_config.json or config.json says.
 
   Raises:
-    ValueError: it says so by something other than ids.
+    ValueError: the value is something other than ids.
   """
   for name in (GENERATION_NAME, 'config.json'):
     if ids := parse_stop_ids(read_object(folder / name), folder / name):
@@ -128,7 +128,7 @@ def parse_stop_ids(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, Any]]:
-  """(file, {id, content, ...}) of each token named, all files in turn."""
+  """Yields (file, {id, content, ...}) of each token named, file by file."""
   path = folder / 'tokenizer.json'
   for entry in _field(path, 'added_tokens', list):
     yield str(path), entry
@@ -139,7 +139,7 @@ def _entries(folder: Path) -> Iterator[tuple[str, Any]]:
     yield str(path), {**fields, 'id': int(token_id) if is_number else token_id}
   path = folder / 'added_tokens.json'
   for content, token_id in read_object(path).items():
-    # It has no flag, so that a known name is the best there is.
+    # It has no flag, so a known name is the best evidence.
     special = tokenizer_lib.is_control_name(content)
     yield (str(path), {'content': content, 'id': token_id, 'special': special})
 
@@ -156,13 +156,13 @@ def _parse(where: str, entry: Any, special: set[str]) -> AddedToken:
   if odd and not (is_special or tokenizer_lib.is_control_name(content)):
     raise ValueError(
       f'{where}: added token {content!r} has {odd}, expected a token that is '
-      'matched as it is spelled; no other is supported.'
+      'matched exactly as spelled; others are not supported.'
     )
   return AddedToken(token_id, content, is_special)
 
 
 def _special_contents(folder: Path) -> set[str]:
-  """What the folder's files list as special, without ids."""
+  """The contents that the folder's files list as special, without ids."""
   contents = set()
   for name in (CONFIG_NAME, 'special_tokens_map.json'):
     raw = read_object(folder / name)
@@ -179,7 +179,7 @@ def _special_contents(folder: Path) -> set[str]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-  """The JSON object in a file; {} if there is no file."""
+  """The JSON object in a file; {} if the file does not exist."""
   if not path.is_file():
     return {}
   raw = hf_safetensors.read_json(path)

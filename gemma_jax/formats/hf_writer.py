@@ -1,19 +1,19 @@
 """Writes a base as a Hugging Face folder, streamed tensor by tensor.
 
     config.json                    both dialects (`hf_config.to_json`)
-    generation_config.json         where sampling stops; the base's own if any
+    generation_config.json         where sampling stops; the base's own, if any
     model.safetensors              or shards and model.safetensors.index.json
     tokenizer.model, ...           if the base has a tokenizer
     tokenizer_config.json          names its control and user-defined pieces,
-                                   without which llama.cpp's converter takes
-                                   them for plain ones
+                                   which llama.cpp's converter would otherwise
+                                   take for plain ones
     chat_template.jinja            of the adapter's template, the base's own, or
                                    Gemma's turns (`chat_template`)
 
 transformers loads it as GemmaForCausalLM, Gemma2ForCausalLM or
-Gemma3ForCausalLM. The embedding's rows that only pad the Flax release (256128,
-of which 256000 are tokens) are left out, as in the released folders; a row that
-a token of the base's own has among them stays.
+Gemma3ForCausalLM. The embedding's rows that only pad the Flax release (256128, of
+which 256000 are tokens) are left out, as in the released folders; a row among them
+that holds one of the base's own tokens stays.
 """
 
 from collections.abc import Mapping
@@ -40,11 +40,11 @@ from gemma_jax.model.config import ModelConfig
 
 MAX_SHARD_BYTES = 5_000_000_000
 
-# Rows of the embedding in the Flax release of Gemma 1 and 2 → those with a
-# token; the others make the number divisible by 512.
+# Rows of the embedding in the Flax release of Gemma 1 and 2 → rows with a token;
+# the others make the number divisible by 512.
 TOKEN_ROWS = {256_128: 256_000}
 
-# Of a tokenizer in a Hugging Face folder; copied if the base has them.
+# Tokenizer files of a Hugging Face folder, copied if the base has them.
 _TOKENIZER_FILES = (
   'added_tokens.json',
   'chat_template.jinja',
@@ -55,7 +55,7 @@ _TOKENIZER_FILES = (
   'tokenizer_config.json',
 )
 
-# What transformers is told of a tokenizer that has no files of its own.
+# What transformers is told about a tokenizer that has no files of its own.
 _TOKENIZER_CONFIG = {
   'add_bos_token': True,
   'add_eos_token': False,
@@ -83,12 +83,12 @@ def write_folder(
     folder: exists and is empty.
     source: any base, also a merged one.
     dtype: 'auto' (the base's own), 'float32' or 'bfloat16'.
-    max_shard_bytes: weights beyond it go to several files, of whole tensors.
+    max_shard_bytes: larger weights are split into several files, by whole tensors.
     trained_on: template of an adapter that was merged into the base.
 
   Raises:
-    ValueError: an architecture that transformers does not have, or a dtype.
-    OSError: the disk is full, or the base went away.
+    ValueError: transformers lacks the architecture, or the dtype is not one of these.
+    OSError: the disk is full, or the base is no longer there.
   """
   dtype = base_source.weight_dtype(source, dtype)
   config = exported_config(source)
@@ -120,7 +120,7 @@ def exported_config(source: BaseSource) -> ModelConfig:
 
 
 def write_tokenizer(folder: Path, source: BaseSource, trained_on: str | None = None):
-  """Writes tokenizer.model, and beside it what its readers want.
+  """Writes tokenizer.model, along with the files that its readers need.
 
   Other tokenizer files of the base's own folder are copied, unless another
   tokenizer replaces it. Nothing is written for a base without SentencePiece.
@@ -145,13 +145,13 @@ def write_tokenizer(folder: Path, source: BaseSource, trained_on: str | None = N
   if template is not None and template != hf_tokenizer.chat_template(folder):
     (folder / 'chat_template.json').unlink(missing_ok=True)
     (folder / 'chat_template.jinja').write_text(template, 'utf-8')
-    config.pop('chat_template', None)  # llama.cpp takes it before the file
+    config.pop('chat_template', None)  # llama.cpp prefers it to the file
   if config != given:
     _write_json(path, config)
 
 
 def _decoder(tokenizer: Tokenizer) -> dict[str, Any]:
-  """What transformers calls the pieces that are not found by merging."""
+  """The entries by which transformers knows the pieces that merging does not produce."""
   return {
     str(piece.id): {
       'content': piece.content,
@@ -166,7 +166,7 @@ def _decoder(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _write_generation_config(path: Path, source: BaseSource, trained_on: str | None):
-  """Where sampling stops: as the base's folder says, and as was trained.
+  """Writes where sampling stops: as the base's folder says, and as was trained.
 
   Every template ends an answer with EOS, and chat with <end_of_turn> before it.
   """

@@ -5,7 +5,7 @@ import re
 
 PREFIX = 'hf:'
 
-# All that is read here, and what transformers wants beside it.
+# Everything that is read here, and what transformers needs besides.
 _FILES = (
   'added_tokens.json',
   'chat_template.jinja',
@@ -23,18 +23,18 @@ _FILES = (
 
 
 def fetch(reference: str) -> Path:
-  """The folder of a model in the Hub's cache, fetched if it is not there.
+  """Returns the folder of a model in the Hub's cache, fetching it if needed.
 
       fetch('hf:google/gemma-2b')             its main branch
       fetch('hf:google/gemma-2b@9cf48e52b2')  a commit, branch or tag
 
-  A download that was cut short goes on where it ended. Without a network the
-  copy in the cache is taken. HF_TOKEN, HF_HOME and HF_ENDPOINT are honoured.
+  An interrupted download resumes where it stopped. Without a network the copy in
+  the cache is used. HF_TOKEN, HF_HOME and HF_ENDPOINT are honoured.
 
   Raises:
-    ValueError: huggingface_hub is not installed, the name is none, there is no
-      such model or revision, its licence was not accepted, or it is neither in
-      the cache nor can the Hub be reached.
+    ValueError: huggingface_hub is not installed, the name is malformed, there is
+      no such model or revision, its licence was not accepted, or it is not in the
+      cache and the Hub cannot be reached.
   """
   match = re.fullmatch(r'hf:(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?', reference)
   if not match:
@@ -47,7 +47,7 @@ def fetch(reference: str) -> Path:
     from huggingface_hub import errors
   except ImportError:
     raise ValueError(
-      f'model.path: fetching {reference!r} takes huggingface_hub, which is not '
+      f'model.path: fetching {reference!r} requires huggingface_hub, which is not '
       "installed; pip install -e '.[hub]'."
     ) from None
 
@@ -64,15 +64,15 @@ def fetch(reference: str) -> Path:
   except errors.RevisionNotFoundError:
     raise refuse(f'but the model has no revision {revision!r}.') from None
   except errors.RepositoryNotFoundError:
-    raise refuse('which the Hub does not have, or shows to others only (hf auth login).') from None
+    raise refuse('which the Hub does not have, or does not show you (hf auth login).') from None
   except errors.LocalEntryNotFoundError:
     raise refuse(
       'which is not in the cache, and the Hub cannot be reached; check the '
       'network, or give the path of a folder.'
     ) from None
-  except Exception as e:  # of the hub, of the network's and Xet's libraries
+  except Exception as e:  # from the hub's, the network's or Xet's libraries
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     raise refuse(
-      f'which could not be fetched whole ({reason}); the same command goes on where it ended.'
+      f'which could not be fetched completely ({reason}); the same command resumes the download.'
     ) from None
   return Path(folder)

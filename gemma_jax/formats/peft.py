@@ -41,7 +41,7 @@ TRAINED_BASE_NAME = 'trained_base.safetensors'
 
 _PATHS = {module: path for path, module in hf_safetensors.MODULES.items()}
 
-# The part before `layers` differs for adapters of multimodal checkpoints.
+# The prefix of `layers` differs for adapters of multimodal checkpoints.
 _TENSOR = re.compile(
   r'base_model\.model\.'
   r'(?P<module>(?:model\.|language_model\.model\.|model\.language_model\.)'
@@ -52,7 +52,7 @@ _LEAF = re.compile(r'layer_(\d+)/((?:attn|mlp)/\w+)/lora_(?:a|b|magnitude)')
 
 
 class Factors(NamedTuple):
-  """What a file holds for one module of the base.
+  """A file's tensors for one module of the base.
 
   Attributes:
     module: its name in the base.
@@ -73,17 +73,16 @@ def read_adapter(
   """Reads an adapter for a base of this architecture.
 
   The factorization is `matrix`. Leaves of different projections may differ in
-  rank (the leaf's shape says it); ranks that differ between the layers of a
+  rank (the leaf's shape gives it); ranks that differ between the layers of a
   projection are padded with zeros to the largest, and `LoraConfig.ranks` keeps
-  the true ones. A projection that is adapted in some layers only is zero in the
-  others: zero in A and in B it has no gradient, and stays so. Where a module's
-  scale is not the adapter's common one, the ratio is multiplied into its
-  lora_b.
+  the true ones. A projection that is adapted only in some layers is zero in the
+  others: with A and B both zero it has no gradient, and stays zero. If a module's
+  scale is not the adapter's common one, the ratio is multiplied into its lora_b.
 
   Args:
     folder: holds adapter_config.json and adapter_model.safetensors.
     model_config: the base's architecture.
-    scan_layers: leaves for all layers (`layers/...` [L, ...]) or for each.
+    scan_layers: leaves for all layers together (`layers/...` [L, ...]) or for each.
 
   Returns:
     (LoraConfig, whose `scale` belongs to the factors; nested dicts of float32
@@ -100,11 +99,11 @@ def read_adapter(
   options = peft_config.Options.parse(hf_safetensors.read_json(where), str(where))
   factors = _read_factors(folder / WEIGHTS_NAME, model_config)
   names = _check_targets(factors, options, model_config.num_layers)
-  options.check_patterns([found.module for found in factors.values()])
+  options.check_patterns([each.module for each in factors.values()])
   modules = {key: options.module(x.module) for key, x in factors.items()}
-  for key, found in factors.items():
-    _check_module(found, modules[key], options)
-  for name in names:  # in layers that have none, zeros of the largest rank
+  for key, each in factors.items():
+    _check_module(each, modules[key], options)
+  for name in names:  # layers without factors get zeros of the largest rank
     of_layers = [m for (_, other), m in modules.items() if other == name]
     widest = max(of_layers, key=lambda module: module.rank)
     for i in range(model_config.num_layers):
@@ -165,31 +164,31 @@ def write_adapter(
 ):
   """Writes an adapter that PEFT, and `read_adapter`, apply as we do.
 
-  A `keras` factorization of q, k or v becomes one block of rank r for each
-  head, N r in all: exact, and larger. Ranks that are padded with zeros get
-  their true size again (`LoraConfig.ranks`); a projection that is zero
-  throughout in some layers only is left out there. The folder appears whole or
-  not at all; an adapter that is there already is replaced.
+  A `keras` factorization of q, k or v becomes one block of rank r for each head,
+  N r in all: exact, but larger. Ranks that are padded with zeros get their true
+  size back (`LoraConfig.ranks`); a projection that is all zero in only some layers
+  is left out there. The folder appears whole or not at all; an existing adapter is
+  replaced.
 
   Args:
-    folder: to be made, or an adapter that is replaced.
+    folder: to be made, or an adapter to be replaced.
     lora: the tree of the collection `lora`, scanned or unrolled; any dtype is
       written as float32.
     lora_config: gives the scale and the factorization.
     base_name: goes into `base_model_name_or_path`.
     trained_base: base leaves that were trained with the adapter, as nested
       dicts; without them the adapter does not give the trained model.
-    trained_with: how its records were rendered, None if nobody knows.
+    trained_with: how its records were rendered; None if that is not known.
 
   Raises:
-    ValueError: the folder holds something else, or the tree is no adapter.
+    ValueError: the folder holds something else, or the tree is not an adapter.
   """
   folder = files.path(folder)
   is_adapter = (folder / CONFIG_NAME).is_file()
   is_free = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
   if not (is_adapter or is_free):
     raise ValueError(
-      f'{folder}: there is something else than an adapter, expected a new or empty folder.'
+      f'{folder}: holds something other than an adapter, expected a new or empty folder.'
     )
   lora = jax.device_get(lora)
   if 'layers' in lora:
@@ -218,14 +217,14 @@ def write_adapter(
 _TRAINED_BASE_NOTE = f"""\
 The adapter was trained together with parameters of its base, which are in
 `{TRAINED_BASE_NAME}`, by their paths in gemma_jax. Other tools do not read
-that file: with the adapter alone they do not compute the trained model.
+that file: with only the adapter they do not compute the trained model.
 """
 
 
 def read_trained_base(folder: str | os.PathLike) -> pytree.Tree:
   """Base leaves trained along with an adapter, float32; {} if there are none.
 
-  They have the form (scanned or unrolled) in which they were trained.
+  They keep the form (scanned or unrolled) in which they were trained.
   """
   path = Path(folder) / TRAINED_BASE_NAME
   if not path.is_file():
@@ -245,10 +244,10 @@ def _read_factors(path: Path, config: ModelConfig) -> dict[tuple[int, str], Fact
   """The factors of each (layer, projection) in the file, in float32."""
   if not path.is_file():
     raise ValueError(
-      f'{path}: there is no such file; an adapter of older form (.bin) has to '
+      f'{path}: there is no such file; an adapter in the older format (.bin) must '
       'be saved again as safetensors.'
     )
-  found: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+  by_module: dict[tuple[int, str], dict[str, np.ndarray]] = {}
   modules = {}
   shapes = base_source.stored_shapes(config)
   for tensor, entry in safetensors_file.read_header(path).items():
@@ -280,12 +279,12 @@ def _read_factors(path: Path, config: ModelConfig) -> dict[tuple[int, str], Fact
         'base.'
       )
     modules[layer, name] = match['module']
-    parts = found.setdefault((layer, name), {})
+    parts = by_module.setdefault((layer, name), {})
     if part in parts:
-      raise ValueError(f'{path}: tensor {tensor} is there under two names.')
+      raise ValueError(f'{path}: tensor {tensor} occurs under two names.')
     parts[part] = _read_all(entry).astype(np.float32)
   factors = {}
-  for key, parts in found.items():
+  for key, parts in by_module.items():
     a, b = parts.get('A'), parts.get('B')
     if a is None or b is None or len(a) != b.shape[1]:
       raise ValueError(
@@ -295,20 +294,20 @@ def _read_factors(path: Path, config: ModelConfig) -> dict[tuple[int, str], Fact
     magnitude = parts.get('magnitude_vector')
     factors[key] = Factors(modules[key], a, b, magnitude)
   if not factors:
-    raise ValueError(f'{path}: there is no tensor in it.')
+    raise ValueError(f'{path}: it has no tensors.')
   return factors
 
 
-def _check_module(found: Factors, module: peft_config.Module, options: peft_config.Options):
-  """ValueError unless a module's tensors are what the options say."""
-  if len(found.a) != module.rank:
+def _check_module(factors: Factors, module: peft_config.Module, options: peft_config.Options):
+  """Raises ValueError unless a module's tensors are what the options say."""
+  if len(factors.a) != module.rank:
     raise ValueError(
-      f'{options.where}: rank of {found.module} is {module.rank}, but its '
-      f'tensors have {len(found.a)}.'
+      f'{options.where}: rank of {factors.module} is {module.rank}, but its '
+      f'tensors have {len(factors.a)}.'
     )
-  if options.use_dora != (found.magnitude is not None):
+  if options.use_dora != (factors.magnitude is not None):
     raise ValueError(
-      f'{options.where}: use_dora is {options.use_dora}, but {found.module} '
+      f'{options.where}: use_dora is {options.use_dora}, but {factors.module} '
       f'has {"no" if options.use_dora else "a"} lora_magnitude_vector.'
     )
 
@@ -316,10 +315,10 @@ def _check_module(found: Factors, module: peft_config.Module, options: peft_conf
 def _check_targets(
   factors: dict[tuple[int, str], Factors], options: peft_config.Options, num_layers: int
 ) -> list[str]:
-  """The projections that carry factors; the options must select just these.
+  """The projections that carry factors; the options must select exactly these.
 
   Raises:
-    ValueError: a module is selected but has no tensors or the other way round.
+    ValueError: a module is selected but has no tensors, or vice versa.
   """
   chooser = 'target_modules'
   if options.layers_to_transform:
@@ -352,7 +351,7 @@ def _export(
   for path, leaf in leaves.items():
     match = _LEAF.fullmatch(path)
     if not match or match[2] not in hf_safetensors.MODULES:
-      raise ValueError(f'adapter: leaf {path} is none of an adapter.')
+      raise ValueError(f'adapter: leaf {path} does not belong to an adapter.')
     module, _, name = path.rpartition('/')
     modules.setdefault(module, {})[name] = leaf
   if not modules:
@@ -367,7 +366,7 @@ def _export(
     rank, a, b = lora_config.rank_of(path), parts['lora_a'], parts['lora_b']
     if a[..., rank:].any() or b[rank:].any():
       raise ValueError(
-        f'adapter: {path} has rank {rank} but factors beyond it, expected zeros there.'
+        f'adapter: {path} has rank {rank} but nonzero factors beyond it, expected zeros there.'
       )
     if path in unused:
       continue
@@ -392,9 +391,9 @@ def _export(
 
 
 def _unused(modules: dict[str, dict[str, np.ndarray]]) -> set[str]:
-  """Modules that are zero throughout, where others of their projection are not.
+  """Modules that are all zero, while others of their projection are not.
 
-  They stand for layers without an adapter (`read_adapter`).
+  They represent layers without an adapter (`read_adapter`).
   """
   used = {path for path, x in modules.items() if any(map(np.any, x.values()))}
   adapted = {path.partition('/')[2] for path in used}

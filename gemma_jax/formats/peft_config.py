@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: what it says of each module, and back."""
+"""PEFT's adapter_config.json: what it says about each module, and back."""
 
 from collections.abc import Collection
 import dataclasses
@@ -8,7 +8,7 @@ from typing import Any
 from gemma_jax.config.lora import PROJECTIONS, TARGET_PRESETS, LoraConfig
 from gemma_jax.formats import hub, open_base
 
-# Options that decide nothing about a finished adapter.
+# Options that do not matter for a finished adapter.
 _IGNORED = frozenset(
   {
     'auto_mapping',
@@ -50,16 +50,16 @@ _HONOURED = frozenset(
 _MAX_RANK = 1 << 20
 _MAX_NUMBER = 1e38  # scales are applied in float32
 
-# Names of ours → those on the Hub, which other tools look for.
+# Our names → those on the Hub, which other tools look for.
 _HUB_NAMES = {open_base.REAL_270M: 'google/gemma-3-270m'}
 
-# Initial values of A and B that leave the base's weights as they were.
+# Initializations of A and B that leave the base's weights unchanged.
 _PLAIN_INITS = (None, True, False, 'gaussian', 'eva', 'orthogonal')
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """What an adapter says of one module: B A is multiplied by `scale`."""
+  """What an adapter says about one module: B A is multiplied by `scale`."""
 
   rank: int
   alpha: float
@@ -77,7 +77,7 @@ class Options:
   lora_dropout: float
   target_modules: str | list[str]
   exclude_modules: str | list[str]
-  layers_to_transform: frozenset[int]  # empty for all
+  layers_to_transform: frozenset[int]  # empty means all
   rank_pattern: dict[str, int]
   alpha_pattern: dict[str, float]
   where: str
@@ -91,7 +91,7 @@ class Options:
         the wrong type; names the file and the option.
     """
     if not isinstance(raw, dict) or raw.get('peft_type') != 'LORA':
-      raise ValueError(f'{where}: peft_type is not LORA, other kinds of adapter are not read.')
+      raise ValueError(f'{where}: peft_type is not LORA; other adapters are not supported.')
 
     def check(name: str, ok: bool, expected: str):
       if not ok:
@@ -104,7 +104,7 @@ class Options:
     check(
       'init_lora_weights',
       any(type(init) is type(x) and init == x for x in _PLAIN_INITS),
-      f'one of {_PLAIN_INITS}; others changed the base as well',
+      f'one of {_PLAIN_INITS}; others also change the base',
     )
     layers = raw.get('layers_to_transform')
     if layers is not None:
@@ -156,7 +156,7 @@ class Options:
   def selects(self, module: str) -> bool:
     """Whether PEFT puts an adapter on the base's module of that name.
 
-    `layers_to_transform` decides on names that are given by their end alone.
+    `layers_to_transform` applies to names that are given only by their end.
     """
     targets, layers = self.target_modules, self.layers_to_transform
     if not _selected(targets, module) or _selected(self.exclude_modules, module):
@@ -174,7 +174,7 @@ class Options:
     return Module(rank, alpha, scale)
 
   def check_patterns(self, modules: Collection[str]):
-    """Raises ValueError for a pattern that none of these modules matches."""
+    """Raises ValueError for a pattern that matches none of these modules."""
     for option in ('rank_pattern', 'alpha_pattern'):
       for pattern in getattr(self, option):
         if not any(_matches(pattern, module) for module in modules):
@@ -187,17 +187,17 @@ class Options:
     """The adapter as a LoraConfig; its scale is the common one.
 
     Args:
-      modules: what the options say of each adapted module, by its path in the
-        unrolled tree (layer_3/attn/q). If they agree, rank and alpha are
-        theirs, else those that hold without a pattern.
+      modules: what the options say about each adapted module, by its path in the
+        unrolled tree (layer_3/attn/q). If they agree, rank and alpha are theirs,
+        else those that hold without a pattern.
     """
     rank, alpha = self.r, self.lora_alpha
     if len(distinct := set(modules.values())) == 1:
       (module,) = distinct
       rank, alpha = module.rank, module.alpha
     ranks = {path: m.rank for path, m in modules.items() if m.rank != rank}
-    found = {path.rpartition('/')[2] for path in modules}
-    projections = [name for name in PROJECTIONS if name in found]
+    adapted = {path.rpartition('/')[2] for path in modules}
+    projections = [name for name in PROJECTIONS if name in adapted]
     pattern = '|'.join(projections)
     presets = {value: name for name, value in TARGET_PRESETS.items()}
     config = LoraConfig(
@@ -225,17 +225,17 @@ def to_json(
       → r 4, lora_alpha 8, rank_pattern {q_proj: 32}, alpha_pattern {q_proj: 64}
 
   Args:
-    ranks: by module, or by the last part of the name for those of all layers.
-    targets: the adapted modules, by the last part for those of all layers.
+    ranks: by module, or by the last part of the name if it holds for all layers.
+    targets: the adapted modules, by the last part of the name if in all layers.
     lora_config: the rank, scale and dropout of the training run.
-    base_name: of the base: a path, hf:OWNER/NAME[@REVISION], or a name of ours.
+    base_name: of the base: a path, hf:OWNER/NAME[@REVISION], or one of our names.
   """
   name, revision = base_name, ''
   if base_name.startswith(hub.PREFIX):
     name, _, revision = base_name.removeprefix(hub.PREFIX).partition('@')
   rank, scale = lora_config.rank, lora_config.scale
   own = {name: r for name, r in sorted(ranks.items()) if r != rank}
-  # With patterns, plain alpha / r says any scale, and more readers know it.
+  # With patterns, plain alpha / r expresses any scale, and more readers know it.
   rslora = lora_config.scale_rule == 'alpha_over_sqrt_r' and not own
   if rslora or lora_config.scale_rule == 'alpha_over_r':
     alpha = lora_config.alpha
@@ -270,7 +270,7 @@ def _whole(x: float) -> int | float:
 def _is_number(x: Any) -> bool:
   if not isinstance(x, int | float) or isinstance(x, bool):
     return False
-  return abs(x) <= _MAX_NUMBER  # false of NaN
+  return abs(x) <= _MAX_NUMBER  # False for NaN
 
 
 def _is_index(x: Any) -> bool:
@@ -289,7 +289,7 @@ def _is_regex(x: Any) -> bool:
 
 
 def _is_ending(x: Any) -> bool:
-  """Whether it is a regex, and one still as `_matches` takes it."""
+  """Whether it is a regex, and still is one as `_matches` uses it."""
   return _is_regex(x) and _is_regex(_ending(x))
 
 

@@ -2,9 +2,9 @@
 
 Layout (https://github.com/huggingface/safetensors#format): header size u64,
 little-endian; a JSON object {name: {dtype, shape, data_offsets}}; the data.
-NumPy has no bfloat16, which the `safetensors` package wants for it, so rows
-are handled here with `ml_dtypes`. The header is believed only after it was
-compared with the size of the file.
+NumPy has no bfloat16, which the `safetensors` package needs, so rows are handled
+here with `ml_dtypes`. The header is trusted only after it has been compared with
+the size of the file.
 """
 
 from collections.abc import Mapping
@@ -97,7 +97,7 @@ def read_header(path: Path) -> dict[str, Entry]:
   """The tensors of a file by name.
 
   Raises:
-    ValueError: no safetensors file, truncated, or a header that does not fit
+    ValueError: not a safetensors file, truncated, or a header that does not fit
       the file: sizes, offsets, gaps, overlaps. Names file and tensor.
   """
   file_bytes = path.stat().st_size
@@ -106,7 +106,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     if file_bytes < 8 or header_bytes > min(file_bytes - 8, _MAX_HEADER_BYTES):
       raise ValueError(
         f'{path}: the header is said to have {header_bytes:,} bytes in a '
-        f'file of {file_bytes:,}; it is truncated or no safetensors file.'
+        f'file of {file_bytes:,}; it is truncated or not a safetensors file.'
       )
     try:
       header = json.loads(f.read(header_bytes))
@@ -123,7 +123,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     if dtype_name not in _ITEM_BYTES or any(size < 0 for size in shape):
       raise ValueError(
         f'{path}: tensor {name} has dtype {dtype_name!r} and shape '
-        f'{list(shape)}, which are unknown to the format.'
+        f'{list(shape)}, which the format does not know.'
       )
     num_bytes = math.prod(shape) * _ITEM_BYTES[dtype_name]
     if begin != position or end - begin != num_bytes:
@@ -151,8 +151,8 @@ def write(path: Path, tensors: Mapping[str, 'base_source.StoredTensor'], dtype: 
 
   Args:
     path: to be made.
-    tensors: by name, in the order in which they are to lie.
-    dtype: float32 or bfloat16, of all of them.
+    tensors: by name, in the order in which to store them.
+    dtype: float32 or bfloat16, for all of them.
   """
   (dtype_name,) = (n for n, d in _WEIGHT_DTYPES.items() if d == dtype)
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
@@ -186,13 +186,13 @@ def write(path: Path, tensors: Mapping[str, 'base_source.StoredTensor'], dtype: 
 
         step = base_source.chunk_rows(tensor.shape)
         for _ in pool.map(copy, range(0, tensor.shape[0], step)):
-          pass  # takes up what a thread raised
+          pass  # raises what a thread raised
   finally:
     os.close(descriptor)
 
 
 def _write_at(descriptor: int, content: np.ndarray, offset: int):
-  """os.pwrite until all is written; a full disk is an OSError."""
+  """Calls os.pwrite until all is written; a full disk is an OSError."""
   view = memoryview(content)
   while view:
     written = os.pwrite(descriptor, view, offset)

@@ -3,10 +3,10 @@
     {"loss_on": "response", "parse_control_tokens": false, "seq_len": 512,
      "template": "dolly"}
 
-The file stands beside adapter_config.json, and PEFT passes it over; a model that
-an adapter was merged into has it too. Who asks or measures either later takes
-it as the default: what is asked in another way than it was taught answers
-worse, and nothing else says so.
+The file is next to adapter_config.json, and PEFT ignores it; a model that an
+adapter was merged into has it too. Generation and evaluation take their defaults
+from it: a model prompted differently from how it was trained answers worse, and
+nothing else would reveal that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,9 @@ _LOSS_ON = ('response', 'all')
 
 @dataclasses.dataclass(frozen=True)
 class TrainedWith:
-  """See the fields of `DataConfig`, whose defaults these are.
+  """Fields as in `DataConfig`, with its defaults.
 
-  Of a run, `seq_len` is the number of positions that its rows had.
+  For a run, `seq_len` is the number of positions in its rows.
   """
 
   template: str = DataConfig.template
@@ -40,7 +40,7 @@ class TrainedWith:
 
   @classmethod
   def of(cls, data: DataConfig) -> 'TrainedWith':
-    """What a run trains with; its rows have a length."""
+    """What a run trains with; its `seq_len` is set."""
     names = [field.name for field in dataclasses.fields(cls)]
     return cls(**{name: getattr(data, name) for name in names})
 
@@ -51,10 +51,10 @@ class TrainedWith:
 
   @classmethod
   def read(cls, folder: Path) -> 'TrainedWith | None':
-    """From the folder of an adapter or a model; None without gemma_jax.json.
+    """Reads it from the folder of an adapter or a model; None without gemma_jax.json.
 
     Raises:
-      ValueError: it is broken, or says what this version does not know.
+      ValueError: it is broken, or has something that this version does not know.
     """
     path = folder / NAME
     if not path.is_file():
@@ -78,25 +78,25 @@ class TrainedWith:
     return cls(**raw)
 
 
-_REMEDY = 'Remove the file to go on without it.'
+_REMEDY = 'Remove the file to continue without it.'
 
 
 def choose(by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]) -> TrainedWith:
-  """What adapters are measured with together, on the same tokens.
+  """Chooses what adapters are measured with together, on the same tokens.
 
   Args:
-    by_adapter: how each was trained, by its name; None where nobody knows. A
+    by_adapter: how each was trained, by its name; None if that is not known. A
       base with a merged adapter is one of them.
     told: a value for each field of `TrainedWith`, None to take the adapters';
       a seq_len of 0 is None.
 
   Returns:
-    The told values, else the adapters' common ones, else the defaults; of
-    seq_len 0, which cuts no record: an adapter that was trained on short rows
-    is measured on whole records like any other.
+    The told values, else the adapters' common ones, else the defaults; for
+    seq_len the default is 0, which truncates no record: an adapter that was
+    trained on short rows is measured on whole records like any other.
 
   Raises:
-    ValueError: adapters differ in a field that nothing was told of.
+    ValueError: adapters differ in a field for which no value was told.
   """
   known = {name: t for name, t in by_adapter.items() if t is not None}
   told = {**told, 'seq_len': told['seq_len'] or None}
@@ -114,7 +114,7 @@ def choose(by_adapter: Mapping[str, TrainedWith | None], told: Mapping[str, Any]
           raise ValueError(
             f'--{field.name}: {first} was trained with {value}, {name} with '
             f'{other}, expected one for all, so that they are measured on the '
-            f'same tokens. Set --{field.name}={value}, or measure them apart.'
+            f'same tokens. Set --{field.name}={value}, or measure them separately.'
           )
       chosen[field.name] = value
       taken[field.name] = first
@@ -133,14 +133,14 @@ def asked_with(
   told: Mapping[str, Any],
   of_base: TrainedWith | None = None,
 ) -> dict[str, TrainedWith]:
-  """How each name is asked: as it was trained, unless told otherwise.
+  """How each is prompted: as it was trained, unless told otherwise.
 
   Args:
     names: of adapters, and of the base.
     by_adapter: how each adapter was trained; without the base.
     told: a value for fields of `TrainedWith`, None to take each adapter's own.
-    of_base: how the adapter in the base was trained; None asks the base as the
-      first adapter.
+    of_base: how the adapter in the base was trained; None prompts the base like
+      the first adapter.
   """
   told = {name: value for name, value in told.items() if value is not None}
   known = {n: t for n, t in by_adapter.items() if t}
@@ -155,7 +155,7 @@ def asked_with(
 
 
 def _warn_unless_trained(values: Mapping[str, Any], field: str, value: Any):
-  """Says which adapters were trained with another value of a field."""
+  """Logs which adapters were trained with another value of a field."""
   for name, trained in values.items():
     if trained != value:
       logging.warning('--%s=%s: %s was trained with %s', field, value, name, trained)

@@ -109,7 +109,8 @@ class Lora:
     # Upwards: a method of the type is where people look for it.
     from gemma_jax.formats import adapter
 
-    return adapter.read(path, base.config, base.scan_layers)
+    lora = adapter.read(path, base.config, base.scan_layers)
+    return dataclasses.replace(lora, reference=base.reference)
 
   def save(self, folder: str) -> None:
     """Writes a PEFT folder, new or in place of another adapter's.

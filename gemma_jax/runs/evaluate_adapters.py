@@ -1,10 +1,8 @@
 """A base and adapters on it, measured on the same records."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from absl import logging
-import jax
 import numpy as np
 
 from gemma_jax.config.train import TrainConfig
@@ -12,15 +10,17 @@ from gemma_jax.data import dataset, pipeline, sources
 from gemma_jax.data import examples as examples_lib
 from gemma_jax.formats import adapter
 from gemma_jax.formats.base_source import BaseSource
+from gemma_jax.lora import factors
 from gemma_jax.lora.lora import Lora
-from gemma_jax.runs import evaluate
+from gemma_jax.runs import evaluate as evaluate_lib
 from gemma_jax.runs.base import Base
-from gemma_jax.training import compiler, sharding
+from gemma_jax.runs.evaluate import Evaluation
+from gemma_jax.training import sharding
 
 
 def evaluate_adapters(
   config: TrainConfig, names: Sequence[str], source: BaseSource | None = None
-) -> Iterator[tuple[str, examples_lib.Examples, evaluate.Evaluation]]:
+) -> Iterator[tuple[str, examples_lib.Examples, Evaluation]]:
   """Evaluates one adapter after the other; one compilation serves all.
 
   Args:
@@ -45,8 +45,9 @@ def evaluate_adapters(
   reading = sources.load_heldout(
     data.path, data.template, 'data', skip_bad_records=data.skip_bad_records
   )
+  reading = reading._replace(records=reading.records[: data.max_eval_records or None])
   examples = examples_lib.make_examples(
-    reading.records[: data.max_eval_records or None],
+    reading.records,
     base.tokenizer,
     data.template,
     data.loss_on,
@@ -60,50 +61,65 @@ def evaluate_adapters(
   folders = [name for name in names if name != adapter.BASE]
   loaded = adapter.load_adapters(folders, base.config, base.scan_layers)
   base = base.load()
-  losses = evaluator(base)
   for name in names:
-    measured = measure(
-      base, loaded[name], losses, examples, seq_len, data.global_batch_size, data.packing
+    measured = evaluate(
+      base,
+      examples,
+      lora=loaded[name],
+      seq_len=seq_len,
+      batch_size=data.global_batch_size,
+      packing=data.packing,
     )
     _check_finite(name, examples, measured)
     yield name, examples, measured
 
 
-def evaluator(base: Base) -> Callable[[Any, Any], jax.Array]:
-  """Compiles losses(variables, batch), float32 [B, T], for each form of batch."""
-  return jax.jit(base.model.token_losses, compiler_options=compiler.options(base.platform))
-
-
-def measure(
+def evaluate(
   base: Base,
-  lora: Lora,
-  losses: Callable[[Any, Any], jax.Array],
-  examples: examples_lib.Examples,
-  seq_len: int,
-  batch_size: int,
+  data: examples_lib.Examples | dataset.Dataset,
+  *,
+  lora: Lora | None = None,
+  seq_len: int = 0,
+  batch_size: int = 4,
   packing: bool = True,
-) -> evaluate.Evaluation:
-  """Losses of one adapter on every example.
+) -> Evaluation:
+  """Losses of a base, or of an adapter on it, on every example.
 
   Args:
     base: loaded.
-    lora: of the base.
-    losses: of `evaluator`.
-    examples: to measure on.
-    seq_len: positions in a row; longer examples go into longer rows.
+    data: examples, such as `Dataset.heldout`; of a `Dataset`, its held-out ones.
+    lora: of the base; None measures the base.
+    seq_len: positions in a row; longer examples go into longer rows. 0 is the
+      dataset's, or 512.
     batch_size: rows of this length at a time.
     packing: several examples in a row.
+
+  Raises:
+    ValueError: several adapters, or one of another base.
   """
-  variables = lora.variables(base.params)
+  if isinstance(data, dataset.Dataset):
+    seq_len = seq_len or data.config.seq_len
+    data = data.heldout
+  base = base.load()
+  variables = {'params': base.params}
+  if lora is not None:
+    factors.check_fit(base.config, lora.shapes(), base.scan_layers)
+    variables = lora.variables(base.params)
   batches = pipeline.eval_batches(
-    examples, seq_len, batch_size, packing, sharding.batch_parts(base.mesh)
+    data,
+    seq_len or dataset.row_length(0, base),
+    batch_size,
+    packing,
+    sharding.batch_parts(base.mesh),
   )
-  return evaluate.evaluate(
-    lambda batch: losses(variables, sharding.put_batch(batch, base.mesh)), batches, len(examples)
+  return evaluate_lib.evaluate(
+    lambda batch: base.token_losses(variables, sharding.put_batch(batch, base.mesh)),
+    batches,
+    len(data),
   )
 
 
-def _check_finite(name: str, examples: examples_lib.Examples, measured: evaluate.Evaluation):
+def _check_finite(name: str, examples: examples_lib.Examples, measured: Evaluation):
   """FloatingPointError that names the first record whose loss is not."""
   bad = np.flatnonzero(~np.isfinite(measured.nll))
   if bad.size:

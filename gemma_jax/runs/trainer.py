@@ -10,21 +10,18 @@ evaluates, saves and reports. The compiled step donates its state, so a
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-import contextlib
 import dataclasses
-import signal
-import threading
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 import numpy as np
 import optax
 
 from gemma_jax import pytree
-from gemma_jax.config.train import OptimizerConfig
+from gemma_jax.config.checks import at_least
+from gemma_jax.config.train import BaseConfig, OptimizerConfig
 from gemma_jax.data import pipeline
 from gemma_jax.data.dataset import Dataset
 from gemma_jax.data.row_plan import RowPlan
@@ -32,8 +29,9 @@ from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.lora import align
 from gemma_jax.lora import factors as factors_lib
 from gemma_jax.lora.lora import Lora
+from gemma_jax.runs import batches as batches_lib
 from gemma_jax.runs import evaluate as evaluate_lib
-from gemma_jax.runs import hosts
+from gemma_jax.runs import hosts, interrupts, saves
 from gemma_jax.runs import prepare as prepare_lib
 from gemma_jax.runs.base import Base
 from gemma_jax.runs.program import Program
@@ -42,10 +40,6 @@ from gemma_jax.training import optimizer as optimizer_lib
 from gemma_jax.training import state as state_lib
 from gemma_jax.training import step as step_lib
 from gemma_jax.training.step import Hyperparameters
-
-# What leaves of these names have to be; of others, anything.
-_INTEGERS = ('tokens', 'targets', 'segment_ids', 'positions')
-_FLOATS = ('weights',)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +104,8 @@ class Trainer:
     trainable: Sequence[str] = ('lora/',),
     seed: int = 0,
     remat: str = 'auto',
+    workdir: str = '',
+    save_every_steps: int = 100,
   ):
     """Places copies on the mesh; the step is compiled for the first batch.
 
@@ -129,10 +125,23 @@ class Trainer:
       trainable: regexes over 'params/...' and 'lora/...', see `TrainConfig`.
       seed: of dropout and the order of the records.
       remat: see `BaseConfig`.
+      workdir: where checkpoints are kept; the same arguments go on from there.
+        Iterables of batches then need `state()`, JSON-able, and
+        `restore(state)`. '' keeps none.
+      save_every_steps: updates between checkpoints; one more is made whenever
+        a `run` ends.
 
     Raises:
       ValueError: the first thing that does not fit, with its remedy.
     """
+    for name, size in (('batch_size', batch_size), ('accumulate_steps', accumulate_steps)):
+      at_least(name, size, 1)
+    BaseConfig(remat=remat).check()
+    if lora.trained_base and any(not pattern.startswith('lora') for pattern in trainable):
+      raise ValueError(
+        f'trainable: got {tuple(trainable)} and an adapter that has leaves of its base already, '
+        'expected adapters only; merge it (Lora.merge, launch.convert) and train on that.'
+      )
     base = base.load()
     members = None if lora.is_single else len(lora.configs)
     if members is not None and tuple(trainable) != ('lora/',):
@@ -169,6 +178,30 @@ class Trainer:
     # The step donates its state; what the caller has stays the caller's.
     state = program.init_state(jax.tree.map(jnp.copy, leaves))
     self._start(program, hyper, lora, state, frozen, data, plan, total_steps)
+    if workdir:
+      if plan is None and not (hasattr(data, 'state') and hasattr(data, 'restore')):
+        raise ValueError(
+          f'data: got {type(data).__name__} beside a workdir, expected a Dataset, or an iterable '
+          'with state() and restore(state): without a position it could not go on. workdir="" '
+          'keeps no checkpoint.'
+        )
+      self._open_saves(
+        workdir,
+        save_every_steps,
+        {
+          'base': base.source.fingerprint(),
+          'lora': f'{lora.configs} {saves.digest((lora.factors, lora.trained_base))}',
+          'data': None if plan is None else data.fingerprint(),
+          'batch_size': None if plan is None else batch_size,
+          'accumulate_steps': accumulate_steps,
+          'trainable': list(trainable),
+          'seed': seed,
+          'loss_fn': f'{loss_fn.__module__}.{loss_fn.__qualname__}',
+          'optimizer': repr(optimizer) if isinstance(optimizer, OptimizerConfig) else None,
+          'learning_rate': repr(learning_rate),
+          'total_steps': total_steps,
+        },
+      )
 
   @classmethod
   def of_run(
@@ -215,13 +248,21 @@ class Trainer:
     self.data = data
     self.plan = plan
     self.total_steps = total_steps
-    self._lora = dataclasses.replace(lora, factors={}, trained_base={})
+    self._lora = dataclasses.replace(lora, factors={})
     self._iterator: Iterator[Any] | None = None
+    self._saves: saves.Saves | None = None
     compiled = lambda compile_for: compiler.ByShape(
       lambda batch: compile_for(program.abstract_batch(batch))
     )
     self._train_step = compiled(program.compile_train_step)
     self._eval_step = compiled(program.compile_eval_step)
+
+  def _open_saves(self, workdir: str, every_steps: int, facts: dict[str, Any]) -> None:
+    self._saves = saves.Saves(workdir, every_steps, facts)
+    if self._saves.newest is not None:
+      self.state = self._saves.restore(self.program.abstract[0])
+      if self.plan is None:
+        self.data.restore(self._saves.newest[1]['data'])
 
   @property
   def finished(self) -> int:
@@ -263,7 +304,27 @@ class Trainer:
         f'{self.total_steps - self.finished}: the schedule ends at total_steps='
         f'{self.total_steps}.'
       )
-    return (self.step(batch, wait) for wait, batch in self.batches(last))
+    return self._run(last)
+
+  def _run(self, last: int) -> Iterator[Metrics]:
+    counted, position = self.finished, self._position()
+    try:
+      for wait_seconds, batch in self.batches(last):
+        metrics = self.step(batch, wait_seconds)
+        counted, position = metrics.step, self._position()
+        if self._saves is not None:
+          self._saves.save_if_due(self.state, position)
+        yield metrics
+    finally:
+      if self._saves is not None:
+        if self.finished != counted:  # Ctrl-C came with this update
+          position = self._position()
+        self._saves.save(self.state, position)
+        self._saves.wait()
+
+  def _position(self) -> Any:
+    """Of an iterable that training has to find again; None where rows are planned."""
+    return None if self._saves is None or self.plan is not None else self.data.state()
 
   def batches(self, last: int) -> Iterator[tuple[float, Any]]:
     """(seconds waited, batch on the mesh) from here to update `last`."""
@@ -284,7 +345,7 @@ class Trainer:
       # A range in front, or a batch would be taken and lost at the end.
       count = range(self.finished, last)
       batches = (self.put(batch) for _, batch in zip(count, self._iterator, strict=False))
-    return _timed(batches)
+    return batches_lib.timed(batches)
 
   def step(self, batch: Any, wait_seconds: float = 0.0) -> Metrics:
     """One update.
@@ -300,7 +361,7 @@ class Trainer:
     batch = self.put(batch)
     step = self.finished + 1
     train_step = self._train_step.program(batch)
-    with _interrupt_held():
+    with interrupts.held():
       self.state, values = train_step(self.state, self.hyperparameters, self.frozen, batch)
       # Waits for it; of K adapters these are arrays.
       values = {name: np.asarray(x, np.float64) for name, x in values.items()}
@@ -342,7 +403,7 @@ class Trainer:
         found = evaluate_lib.evaluate(self.losses, batches, len(data.heldout), should_stop, lead)
         return found.members() if lead else found
       data = (batch for batch, _ in batches)
-    return _means(self._sums(batch) for batch in _until(should_stop, data))
+    return batches_lib.means(self._sums(batch) for batch in _until(should_stop, data))
 
   def losses(self, batch: Any) -> Any:
     """What `training.step.make_eval_step` gives for a batch."""
@@ -368,7 +429,9 @@ class Trainer:
     leaves = jax.tree.leaves(batch)
     if leaves and all(isinstance(x, jax.Array) and x.sharding == placed for x in leaves):
       return batch
-    return sharding.put_batch(_checked(batch, mesh, parts), mesh, num_rows)
+    # A process of several has a part of the rows.
+    parts = parts * sharding.batch_parts(mesh) if jax.process_count() == 1 else 1
+    return sharding.put_batch(batches_lib.checked(batch, parts), mesh, num_rows)
 
   def _sums(self, batch: Any) -> tuple[Any, Any, dict[str, Any]]:
     """(sum, weight, metrics) of a batch, as `loss_fn` gives them."""
@@ -382,7 +445,7 @@ class Trainer:
   def _current(self, copy: Callable[[Any], Any]) -> Lora:
     variables = state_lib.join(self.state.trainable, self.frozen)
     trained_base = pytree.prune(self.state.trainable.get('params', {}))
-    factors, trained_base = copy((variables['lora'], trained_base))
+    factors, trained_base = copy((variables['lora'], trained_base or self._lora.trained_base))
     return dataclasses.replace(self._lora, factors=factors, trained_base=trained_base)
 
 
@@ -391,11 +454,19 @@ def _place(program: Program, params: pytree.Tree, lora: Lora) -> dict[str, Any]:
   state, frozen = program.abstract
   placed = jax.tree.map(lambda x: x.sharding, state_lib.join(state.trainable, frozen))
   put = lambda x, where: sharding.put(hosts.to_numpy(x), where)
-  trained = align.replace_leaves(params, lora.trained_base)
+  replaced = align.replace_leaves(params, lora.trained_base)
   params = jax.tree.map(
-    lambda x, old, where: old if x is old else put(x, where), trained, params, placed['params']
+    lambda x, old, where: old if x is old else put(x, where), replaced, params, placed['params']
   )
   return {'params': params, 'lora': put(lora.factors, placed['lora'])}
+
+
+def _until(should_stop: Callable[[], bool], items: Iterable[Any]) -> Iterator[Any]:
+  """The items; Stopped in place of the next one if should_stop says so."""
+  for item in items:
+    if should_stop():
+      raise evaluate_lib.Stopped
+    yield item
 
 
 def _dropout(lora: Lora) -> float:
@@ -440,88 +511,3 @@ def _optimizer(
     config = dataclasses.replace(config, learning_rate=float(learning_rate or config.learning_rate))
   make = prepare_lib.make_optimizer(config, total_steps or 1, tuple(trainable))
   return make, None if members is None else np.broadcast_to(rates, members)
-
-
-def _checked(batch: Any, mesh: Mesh, parts: int) -> Any:
-  """A batch in dtypes that a device takes, if its leaves go together."""
-  named = pytree.items(batch)
-  if not named:
-    raise ValueError('batch: got no array, expected a pytree whose leading axis is rows.')
-  rows = {}
-  for name, x in named:
-    if not hasattr(x, 'shape') or not hasattr(x, 'dtype') or not np.ndim(x):
-      raise ValueError(
-        f'batch: got {type(x).__name__} at {name or "its root"}, expected an array whose leading '
-        'axis is rows.'
-      )
-    rows[name] = x.shape[0]
-    kind = {**dict.fromkeys(_INTEGERS, np.integer), **dict.fromkeys(_FLOATS, np.floating)}.get(
-      name.split('/')[-1]
-    )
-    if kind and not jnp.issubdtype(x.dtype, kind):
-      raise ValueError(f'batch: got {x.dtype} at {name}, expected a {kind.__name__} dtype.')
-  if len(set(rows.values())) > 1:
-    raise ValueError(f'batch: got leaves of {rows} rows, expected one number of rows.')
-  count = rows.popitem()[1]
-  divisor = parts * sharding.batch_parts(mesh)
-  if jax.process_count() == 1 and count % divisor:
-    raise ValueError(
-      f'batch: got {count} rows, expected a multiple of {divisor}: {parts} part(s) '
-      f'(accumulate_steps), times {sharding.batch_parts(mesh)} in which the mesh splits rows.'
-    )
-  return jax.tree.map(lambda x: np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype)), batch)
-
-
-def _means(returned: Iterable[Any]) -> dict[str, Any]:
-  """Means of what `loss_fn` returned for batches, each by its own weight."""
-  sums: dict[str, Any] = {}
-  for total, weight, metrics in returned:
-    for name, pair in {'loss': (total, weight), **metrics}.items():
-      pair = np.asarray(pair, np.float64)
-      sums[name] = sums.get(name, 0.0) + pair
-  if not sums:
-    raise ValueError('data: got no batch to measure on, expected at least one.')
-  weight = sums['loss'][1]
-  return {
-    **{name: total / np.where(w == 0, 1, w) for name, (total, w) in sums.items()},
-    'weight': weight,
-  }
-
-
-def _until(should_stop: Callable[[], bool], items: Iterable[Any]) -> Iterator[Any]:
-  """The items; Stopped in place of the next one if should_stop says so."""
-  for item in items:
-    if should_stop():
-      raise evaluate_lib.Stopped
-    yield item
-
-
-def _timed(items: Iterable[Any]) -> Iterator[tuple[float, Any]]:
-  """(seconds for which it was waited for, item) of each item."""
-  items = iter(items)
-  while True:
-    started = time.perf_counter()
-    try:
-      item = next(items)
-    except StopIteration:
-      return
-    yield time.perf_counter() - started, item
-
-
-@contextlib.contextmanager
-def _interrupt_held() -> Iterator[None]:
-  """Ctrl-C waits until the block is over, where Python would raise it."""
-  is_ours = threading.current_thread() is threading.main_thread() and (
-    signal.getsignal(signal.SIGINT) is signal.default_int_handler
-  )
-  if not is_ours:
-    yield
-    return
-  came = []
-  signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-  if came:
-    raise KeyboardInterrupt

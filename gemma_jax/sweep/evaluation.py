@@ -19,24 +19,24 @@ def evaluate_base(
   should_stop: Stop = lambda: False,
   check_inputs: Callable[[dict[str, str]], None] = lambda fingerprints: None,
 ) -> None:
-  """The cell of the base: an adapter before its first update is zero.
+  """Evaluates the base, whose trial equals any adapter before its first update.
 
   Args:
     config: resolved.
-    folder: of the cell.
-    should_stop: asked before each batch.
-    check_inputs: as `train.train` takes it.
+    folder: of the trial.
+    should_stop: called before each batch.
+    check_inputs: as in `train.train`.
   """
   run = prepare_lib.prepare(config)
   check_inputs(run.fingerprints())
   os.makedirs(folder, exist_ok=True)
-  found = Trainer.of_run(run).evaluate(should_stop=should_stop)
-  write_cell(folder, 0, run, found)
+  write_trial(folder, 0, run, Trainer.of_run(run).evaluate(should_stop=should_stop))
 
 
-def write_cell(folder: str, step: int, run: Run, found: Evaluation) -> None:
-  """Writes a cell that was evaluated and not trained."""
+def write_trial(folder: str, step: int, run: Run, evaluation: Evaluation) -> None:
+  """Writes the result of a trial that was evaluated and not trained."""
   os.makedirs(folder, exist_ok=True)
-  workdir_lib.write_heldout(folder, step, run.data.heldout.record_ids, found.nll, found.tokens)
-  result = {'steps': step, 'loss_adapted': found.nll_per_token}
+  record_ids = run.data.heldout.record_ids
+  workdir_lib.write_heldout(folder, step, record_ids, evaluation.nll, evaluation.tokens)
+  result = {'steps': step, 'loss_adapted': evaluation.nll_per_token}
   workdir_lib.write_json(folder, 'result.json', result)

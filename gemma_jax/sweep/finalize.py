@@ -1,8 +1,8 @@
-"""What a sweep does once all cells have ended, at the rates then chosen.
+"""What a sweep does once all trials have ended, at the learning rates then chosen.
 
 Truncation: the largest rank's adapters are cut to every smaller rank by SVD and
-evaluated, to stand beside those that were trained at that rank. Samples: the
-base and one adapter of each rank answer the same held-out prompts.
+evaluated, for comparison with those trained at that rank. Samples: the base and
+one adapter of each rank answer the same held-out prompts.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,24 +27,24 @@ from gemma_jax.sweep.grid import GridConfig
 from gemma_jax.sweep.results import Outcome, Sweep
 
 
-def close(
+def finalize(
   configs: dict[str, TrainConfig],
   grid: GridConfig,
   workdir: str,
   should_stop: Callable[[], bool] = lambda: False,
   check_inputs: Callable[[dict[str, str]], None] = lambda fingerprints: None,
 ) -> None:
-  """Writes the truncated cells and samples.jsonl that are not there yet.
+  """Writes the truncated trials and samples.jsonl, unless they are already there.
 
   Args:
-    configs: of the cells by name, resolved.
-    grid: of the sweep.
-    workdir: of the sweep, all of whose cells have ended.
-    should_stop: asked at every evaluation batch.
-    check_inputs: as `train.train` takes it.
+    configs: the trials' configs by name, resolved.
+    grid: the sweep's grid.
+    workdir: of the sweep, all of whose trials have ended.
+    should_stop: called before every evaluation batch.
+    check_inputs: as in `train.train`.
 
   Raises:
-    Stopped: should_stop said so.
+    Stopped: should_stop returned True.
   """
   sweep = results.read(workdir)
   chosen = sweep.chosen()
@@ -55,53 +55,53 @@ def close(
   check_inputs(run.fingerprints())
   base = run.base.load()
   if grid.truncate and not run.config.lora.dora:
-    for cell, ranks in _largest(sweep):
-      _truncate(run, base, configs[cell.name], cell, ranks, workdir, should_stop)
+    for trial, ranks in _largest(sweep):
+      _truncate(run, base, configs[trial.name], trial, ranks, workdir, should_stop)
   if grid.sample_prompts and base.tokenizer is not None:
     _sample(run, base, sweep, grid, workdir)
 
 
 def _largest(sweep: Sweep) -> Iterator[tuple[Outcome, list[int]]]:
-  """Every seed's cell of the largest rank, and the smaller ranks."""
+  """Yields every seed's trial of the largest rank, with the smaller ranks."""
   by_rank: dict[results.Arm, dict[int, list[Outcome]]] = {}
-  for arm, cells in sweep.chosen().items():
+  for arm, trials in sweep.chosen().items():
     rest = tuple(item for item in arm if item[0] != 'rank')
-    by_rank.setdefault(rest, {})[dict(arm)['rank']] = cells
+    by_rank.setdefault(rest, {})[dict(arm)['rank']] = trials
   for ranks in by_rank.values():
     *smaller, largest = sorted(ranks)
     if smaller:
-      for cell in ranks[largest]:
-        yield cell, smaller
+      for trial in ranks[largest]:
+        yield trial, smaller
 
 
-def _truncate(run, base, config, cell, ranks, workdir, should_stop) -> None:
-  """Evaluates one adapter cut to each of the ranks, all in one pass."""
-  names = [f'truncated-{cell.name}-to-r{rank}' for rank in ranks]
+def _truncate(run, base, config, trial, ranks, workdir, should_stop) -> None:
+  """Evaluates one adapter cut to each of the ranks, all in one pass over the data."""
+  names = [f'truncated-{trial.name}-to-r{rank}' for rank in ranks]
   if manifest.has_ended(workdir, names):
     return
-  lora = adapter.read(cell.folder / 'adapter', base.config)
+  lora = adapter.read(trial.folder / 'adapter', base.config)
   cut = Lora.stack([spectrum.truncate(lora, base.config, rank) for rank in ranks])
   several = prepare_lib.with_members(
     run, [dataclasses.replace(config, lora=each) for each in cut.configs]
   )
-  found = Trainer.of_run(several, base, cut).evaluate(should_stop=should_stop)
-  step = cell.result['steps']
-  for name, rank, each in zip(names, ranks, found, strict=True):
-    folder = manifest.cell_folder(workdir, name)
+  evaluations = Trainer.of_run(several, base, cut).evaluate(should_stop=should_stop)
+  step = trial.result['steps']
+  for name, rank, each in zip(names, ranks, evaluations, strict=True):
+    folder = manifest.trial_folder(workdir, name)
     os.makedirs(folder, exist_ok=True)
     entry = {
       'name': name,
       'kind': 'truncated',
-      'axes': {**cell.axes, 'rank': rank, 'from_rank': cell.axes['rank']},
+      'axes': {**trial.axes, 'rank': rank, 'from_rank': trial.axes['rank']},
       'trainable_parameters': 0,
     }
     workdir_lib.write_json(folder, 'truncated.json', entry)
-    evaluation.write_cell(folder, step, run, each)
-  logging.info('Evaluated %s cut to the ranks %s', cell.name, ranks)
+    evaluation.write_trial(folder, step, run, each)
+  logging.info('Evaluated %s, truncated to ranks %s', trial.name, ranks)
 
 
 def _sample(run, base, sweep: Sweep, grid: GridConfig, workdir: str) -> None:
-  """The answers of base and ranks to the first test prompts, greedy."""
+  """Writes greedy answers of the base and of each rank to the first test prompts."""
   path = os.path.join(workdir, manifest.SAMPLES)
   if os.path.exists(path):
     return
@@ -112,13 +112,13 @@ def _sample(run, base, sweep: Sweep, grid: GridConfig, workdir: str) -> None:
     start = int(np.flatnonzero(mask)[0])
     prompts.append(tokens[:start].tolist())
     references.append(tokens[start:].tolist())
-  cells = [found[0] for found in sweep.chosen().values()]
+  trials = [chosen[0] for chosen in sweep.chosen().values()]
   loaded = adapter.load_adapters(
-    [str(cell.folder / 'adapter') for cell in cells], base.config, base.scan_layers
+    [str(trial.folder / 'adapter') for trial in trials], base.config, base.scan_layers
   )
   sampler = sampler_lib.Sampler.of_base(base.source, base.tokenizer, scan_layers=base.scan_layers)
   sampling = SamplingConfig(max_new_tokens=grid.sample_tokens, temperature=0.0)
-  names = ['base', *(cell.name for cell in cells)]
+  names = ['base', *(trial.name for trial in trials)]
   decode = base.tokenizer.decode
   rows = []
   answers = [

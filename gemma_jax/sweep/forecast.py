@@ -1,7 +1,7 @@
-"""What a sweep's gangs need, and gain, on a TPU slice that is not here.
+"""What batched adapters need, and gain, on a TPU slice that is not here.
 
-A small batch leaves a chip waiting for the base's weights; a gang reads them
-once for all its members.
+With few rows a chip waits for the base's weights; adapters trained as one batch
+read them once for all its members.
 """
 
 import dataclasses
@@ -16,67 +16,67 @@ from gemma_jax.tpu.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
-class GangForecast:
-  """Of the largest gang of a group of cells that differ in what a gang may.
+class BatchForecast:
+  """The largest batch of adapters from groups of trials that need the same memory.
 
   Attributes:
-    names: of the cells that train at once.
-    num_cells: of all groups that need the same.
-    num_gangs: in which they train.
-    together: the gang's step.
+    names: of the trials that train at once.
+    num_trials: in all of these groups.
+    num_batches: of adapters, in which they train.
+    together: the step of the whole batch.
     alone: the largest member's own step.
   """
 
   names: list[str]
-  num_cells: int
-  num_gangs: int
+  num_trials: int
+  num_batches: int
   together: Forecast
   alone: Forecast
 
   @property
   def gain(self) -> float | None:
-    """Least time of the members' own steps over that of the gang's."""
+    """Least time of the members' own steps over that of the batch; None if one does not fit."""
     if not (self.together.fits and self.alone.fits):
       return None
     separate = len(self.names) * self.alone.bound.secs
     return separate / self.together.bound.secs
 
   def report(self) -> str:
-    """As text; the last line has the gain."""
+    """The forecast as text; the last line has the gain."""
     size = len(self.names)
     lines = [
-      f'{self.num_cells} cells in {self.num_gangs} gangs, the largest of '
+      f'{self.num_trials} trials in {self.num_batches} batches of adapters, the largest of '
       f'{size}: {" ".join(self.names)}',
       self.together.report(),
     ]
     if self.gain is not None:
-      each, gang = self.alone.bound, self.together.bound
+      each, batch = self.alone.bound, self.together.bound
       lines.append(
-        f'an update of one adapter alone: {each.secs * 1e3:.2f} ms at the '
-        f'least, bound by {each.bound_by}; of the gang: {gang.secs * 1e3:.2f} '
-        f'ms, {gang.secs / size * 1e3:.2f} ms an adapter: '
+        f'an update of one adapter alone takes at least {each.secs * 1e3:.2f} ms, '
+        f'bound by {each.bound_by}; of the batch, {batch.secs * 1e3:.2f} '
+        f'ms, {batch.secs / size * 1e3:.2f} ms per adapter: '
         f'{self.gain:.2f} times as fast'
       )
     return '\n'.join(lines)
 
 
-def forecast(config: SweepConfig, topology: Topology) -> list[GangForecast]:
-  """Compiles the gangs that a sweep would train there.
+def forecast(config: SweepConfig, topology: Topology) -> list[BatchForecast]:
+  """Compiles the batches of adapters that a sweep would train there.
 
   Args:
-    config: resolved; no record of its data is read.
+    config: resolved; its data is not read.
     topology: a slice of one host.
 
   Returns:
-    One for each kind of gang.
+    One forecast for each shape of batch.
   """
   source = open_base.open_base(config.model.path, config.model.tokenizer)
-  adapters = manifest.check_cells(config, source.config).adapters
+  adapters = manifest.check_trials(config, source.config).adapters
   alike: dict[tuple, list[list[str]]] = {}
   for names in plan.groups(adapters):
     key = plan.shape_key([adapters[name] for name in names])
     alike.setdefault(key, []).append(names)
-  grid, found = config.grid, []
+  grid, forecasts = config.grid, []
   for same in alike.values():
     configs = [adapters[name] for name in same[0]]
     largest = max(configs, key=lambda c: c.lora.rank)
@@ -90,13 +90,13 @@ def forecast(config: SweepConfig, topology: Topology) -> list[GangForecast]:
       base_bytes=alone.part_bytes['base'],
     )
     first = max(parts, key=len)
-    found.append(
-      GangForecast(
+    forecasts.append(
+      BatchForecast(
         names=[same[0][i] for i in first],
-        num_cells=sum(map(len, same)),
-        num_gangs=len(parts) * len(same),
+        num_trials=sum(map(len, same)),
+        num_batches=len(parts) * len(same),
         together=step(len(first)),
         alone=alone,
       )
     )
-  return found
+  return forecasts

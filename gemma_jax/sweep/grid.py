@@ -1,8 +1,8 @@
-"""A sweep's config, and the cells that it stands for.
+"""A sweep's config, and the trials that it stands for.
 
-A `SweepConfig` is a `TrainConfig` with a grid: every cell is that config with
-one value of each axis. Cells share all else: the order of the data for a seed,
-and initial factors that are nested (A of a smaller rank is a prefix).
+A `SweepConfig` is a `TrainConfig` with a grid: every trial is that config with
+one value of each axis. Trials share everything else: the order of the data for a
+seed, and initial factors that are nested (A of a smaller rank is a prefix).
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from gemma_jax import pytree
-from gemma_jax.config.checks import require
+from gemma_jax.config.checks import check_choices, require
 from gemma_jax.config.train import LoraConfig, TrainConfig
 from gemma_jax.lora import factors
 from gemma_jax.model.config import ModelConfig
@@ -24,48 +24,56 @@ RATE_RULES = ('constant', 'over_r', 'over_sqrt_r')
 BASELINES = ('base', 'full')
 
 
+def _of_lora(name: str) -> Any:
+  """The choices of a field of `LoraConfig`, for the axis over its values."""
+  return LoraConfig.__dataclass_fields__[name].metadata
+
+
 @dataclasses.dataclass
 class GridConfig:
-  """The axes; an axis without values keeps the config's own.
+  """The axes of a sweep; an axis without values keeps the config's own value.
 
   Attributes:
     ranks: `lora.rank`.
-    seeds: `seed`: of the initial A, dropout, and the order of the data unless
-      `data.order_seed` fixes that.
+    seeds: `seed`: of the initial A, of dropout, and of the order of the data
+      unless `data.order_seed` fixes that.
     learning_rates: `optimizer.learning_rate`, before the rate rule.
     scale_rules: `lora.scale_rule`.
-    rate_rules: constant, over_r or over_sqrt_r: the rate is divided by r, or
-      its root.
+    rate_rules: constant, over_r or over_sqrt_r: the rate is kept, or divided by
+      r or its square root.
     targets: `lora.targets`.
     inits: `lora.init`.
     factorizations: `lora.factorization`.
     equal_parameters: ranks are those of the first target set and factorization;
-      the others' are solved for as many trainable parameters.
+      the others' ranks are solved for the same number of trainable parameters.
     baselines: base (the model as it is) and full (the kernels of the first
       target set trained whole).
     full_learning_rates: of the full baseline; () takes `learning_rates`.
     margin: share of the reference's gain over the base (in held-out loss)
       that a smaller rank may lose and still be called enough by the report.
-      A result is judged by the margin that was set before it.
-    reference: the rank that smaller ones are compared with, set before as well;
-      0 is the largest.
+      A result is judged by the margin that was set before the sweep.
+    reference: the rank that smaller ones are compared with, also set before the
+      sweep; 0 is the largest.
     truncate: evaluate the largest rank's adapters cut to every smaller rank.
     sample_prompts: held-out prompts that the adapters answer for the report.
-    sample_tokens: longest answer.
-    max_gang: most cells trained at once; 0 is as many as memory takes.
-    memory_gib: for a gang's training step; 0 is what is there.
+    sample_tokens: most tokens of an answer.
+    max_gang: most adapters trained as one batch; 0 is as many as fit in memory.
+    memory_gib: for the training step of a batch of adapters; 0 is what the
+      device has.
   """
 
   ranks: tuple[int, ...] = ()
   seeds: tuple[int, ...] = ()
   learning_rates: tuple[float, ...] = ()
-  scale_rules: tuple[str, ...] = ()
-  rate_rules: tuple[str, ...] = ()
+  scale_rules: tuple[str, ...] = dataclasses.field(default=(), metadata=_of_lora('scale_rule'))
+  rate_rules: tuple[str, ...] = dataclasses.field(default=(), metadata={'choices': RATE_RULES})
   targets: tuple[str, ...] = ()
-  inits: tuple[str, ...] = ()
-  factorizations: tuple[str, ...] = ()
+  inits: tuple[str, ...] = dataclasses.field(default=(), metadata=_of_lora('init'))
+  factorizations: tuple[str, ...] = dataclasses.field(
+    default=(), metadata=_of_lora('factorization')
+  )
   equal_parameters: bool = False
-  baselines: tuple[str, ...] = ('base',)
+  baselines: tuple[str, ...] = dataclasses.field(default=('base',), metadata={'choices': BASELINES})
   full_learning_rates: tuple[float, ...] = ()
   margin: float = 0.1
   reference: int = 0
@@ -80,10 +88,18 @@ class GridConfig:
     for name, values in zip(AXES, axes, strict=True):
       require(isinstance(values, tuple | list), f'grid.{name}', values, 'a tuple of values')
     require(any(axes), 'grid', (), 'an axis with values', 'Set e.g. --config.grid.ranks="(1,2,4)".')
-    for name, choices in (('rate_rules', RATE_RULES), ('baselines', BASELINES)):
-      for value in getattr(self, name):
-        expected = 'values of ' + ', '.join(choices)
-        require(value in choices, f'grid.{name}', value, expected)
+    check_choices(self, 'grid')
+    for names, kind, expected in (
+      (('ranks', 'seeds'), int, 'integers'),
+      (('learning_rates', 'full_learning_rates'), int | float, 'numbers'),
+      (('targets',), str, 'presets or regexes'),
+    ):
+      for name in names:
+        values = getattr(self, name)
+        is_fine = all(isinstance(x, kind) and not isinstance(x, bool) for x in values)
+        require(is_fine, f'grid.{name}', values, f'a tuple of {expected}')
+    for value in self.targets:
+      LoraConfig(targets=value).check()
     is_share = isinstance(self.margin, float) and 0 < self.margin < 1
     require(is_share, 'grid.margin', self.margin, 'a number in (0, 1)')
     require(
@@ -92,13 +108,15 @@ class GridConfig:
       self.reference,
       f'0 or one of grid.ranks={tuple(self.ranks)}',
     )
+    is_size = isinstance(self.memory_gib, int | float) and self.memory_gib >= 0
+    require(is_size, 'grid.memory_gib', self.memory_gib, 'a number >= 0')
     for name in ('sample_prompts', 'sample_tokens', 'max_gang'):
       value = getattr(self, name)
       is_fine = isinstance(value, int) and value >= 0
       require(is_fine, f'grid.{name}', value, 'an integer >= 0')
 
 
-# In the order in which cells are made: the first changes least often.
+# Trials are made in this order: the first axis changes least often.
 AXES = (
   'targets',
   'factorizations',
@@ -118,27 +136,27 @@ class SweepConfig(TrainConfig):
   grid: GridConfig = dataclasses.field(default_factory=GridConfig)
 
   def resolve(self) -> 'SweepConfig':
-    """A checked, frozen copy; cells are checked one by one, later."""
+    """Returns a checked, frozen copy; its trials are checked one by one, later."""
     config = super().resolve()
     require(
       not config.early_stopping_evals,
       'early_stopping_evals',
       config.early_stopping_evals,
-      '0: the arms of a sweep are compared after as many updates',
+      '0: the arms of a sweep are compared after the same number of updates',
     )
     config.grid.check()
     return config
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Trial:
   """One run of a sweep.
 
   Attributes:
     name: of its folder; distinct.
     kind: base, lora or full.
     config: not resolved yet.
-    axes: what tells it from the others, for tables: `rank`, `seed`,
+    axes: what distinguishes it from the others, for tables: `rank`, `seed`,
       `learning_rate` (before the rule), `scale_rule`, `rate_rule`, `targets`,
       `init`, `factorization`.
   """
@@ -149,42 +167,42 @@ class Cell:
   axes: dict[str, Any]
 
 
-def make_cells(config: SweepConfig, model_config: ModelConfig) -> list[Cell]:
-  """All cells of a sweep, baselines first.
+def make_trials(config: SweepConfig, model_config: ModelConfig) -> list[Trial]:
+  """Returns all trials of a sweep, baselines first.
 
   Args:
     config: resolved.
     model_config: the base's architecture, for equal parameters.
 
   Raises:
-    ValueError: two cells that are the same.
+    ValueError: two trials are the same.
   """
   grid = config.grid
   values = {name: getattr(grid, name) for name in AXES}
-  cells = []
+  trials = []
   if 'base' in grid.baselines:
-    cells.append(Cell('base', 'base', _train_config(config), {}))
+    trials.append(Trial('base', 'base', _train_config(config), {}))
   if 'full' in grid.baselines:
-    cells += _full_cells(config)
+    trials += _full_trials(config)
   for combination in _product(values, config):
     axes = dict(combination)
     if grid.equal_parameters:
       axes['rank'] = _equal_rank(config, axes, model_config)
-    cells.append(Cell(_name(axes, values), 'lora', _lora_config(config, axes), axes))
+    trials.append(Trial(_name(axes, values), 'lora', _lora_config(config, axes), axes))
   seen = set()
-  for cell in cells:
-    if cell.name in seen:
+  for trial in trials:
+    if trial.name in seen:
       raise ValueError(
-        f'grid: got the cell {cell.name} twice, expected distinct cells. '
-        'Take the repeated value out of its axis (with equal_parameters, ranks '
-        'that are solved to the same).'
+        f'grid: got the trial {trial.name} twice, expected distinct trials. '
+        'Remove the repeated value from its axis (with equal_parameters, ranks '
+        'that are solved to the same value).'
       )
-    seen.add(cell.name)
-  return cells
+    seen.add(trial.name)
+  return trials
 
 
 def parameters_per_rank(config: ModelConfig, settings: LoraConfig) -> int:
-  """Adapter parameters that one more rank costs."""
+  """Returns the adapter parameters that one more rank costs."""
   settings = dataclasses.replace(settings, rank=1)
   return pytree.num_params(
     jax.eval_shape(lambda: factors.init(jax.random.key(0), config, settings))
@@ -192,7 +210,7 @@ def parameters_per_rank(config: ModelConfig, settings: LoraConfig) -> int:
 
 
 def _product(values, config) -> Iterator[dict[str, Any]]:
-  """One value of each axis, by its singular name."""
+  """Yields one value of each axis, by its singular name."""
   own = {
     'targets': config.lora.targets,
     'factorizations': config.lora.factorization,
@@ -212,7 +230,7 @@ def _product(values, config) -> Iterator[dict[str, Any]]:
 
 
 def _equal_rank(config, axes, model_config) -> int:
-  """The rank that makes a cell as large as its first sibling's rank."""
+  """Returns the rank that gives a trial as many parameters as its first sibling."""
   grid = config.grid
 
   def per_rank(targets, factorization):
@@ -231,7 +249,7 @@ def _equal_rank(config, axes, model_config) -> int:
 
 
 def _lora_config(config: SweepConfig, axes: dict[str, Any]) -> TrainConfig:
-  """The `TrainConfig` of a cell."""
+  """The `TrainConfig` of a trial."""
   made = _train_config(config)
   made.seed = axes['seed']
   names = ('rank', 'scale_rule', 'targets', 'init', 'factorization')
@@ -243,10 +261,10 @@ def _lora_config(config: SweepConfig, axes: dict[str, Any]) -> TrainConfig:
   return made
 
 
-def _full_cells(config: SweepConfig) -> list[Cell]:
-  """The kernels under the first target set trained whole, no adapter."""
+def _full_trials(config: SweepConfig) -> list[Trial]:
+  """Trials that train the kernels of the first target set whole, with no adapter."""
   grid = config.grid
-  cells = []
+  trials = []
   rates = grid.full_learning_rates or grid.learning_rates
   for seed in grid.seeds or (config.seed,):
     for rate in rates or (config.optimizer.learning_rate,):
@@ -258,8 +276,8 @@ def _full_cells(config: SweepConfig) -> list[Cell]:
       names = '|'.join(made.lora.target_names)
       made.trainable = (rf'params/layer(s|_\d+)/\w+/({names})/w',)
       axes = {'targets': made.lora.targets, 'seed': seed, 'learning_rate': rate}
-      cells.append(Cell(f'full-s{seed}-lr{rate:g}', 'full', made, axes))
-  return cells
+      trials.append(Trial(f'full-s{seed}-lr{rate:g}', 'full', made, axes))
+  return trials
 
 
 def _train_config(config: SweepConfig) -> TrainConfig:

@@ -1,14 +1,14 @@
-"""Who works on what, agreed through a shared folder alone.
+"""Which machine works on which job, agreed through a shared folder alone.
 
-A job's leases are files NAME.0, NAME.1, ...; the last one holds. Making a file
-that must not exist yet is atomic, so of several machines that want a job, or
-that find its lease expired, exactly one makes the next file. The holder touches
-its file; a lease that nobody has touched for long, or whose process on this
-very machine has died, has expired. All times are the folder's own: machines'
-clocks need not agree.
+A job's leases are files NAME.0, NAME.1, ...; the last one is in force. Creating
+a file that must not exist yet is atomic, so of several machines that want a job,
+or that see its lease expired, exactly one creates the next file. The holder
+touches its file; a lease that has not been touched for a while, or whose process
+on this same machine has died, has expired. All times are the folder's own:
+machines' clocks need not agree.
 
 A machine that sleeps for longer than a lease lasts may wake up while another
-one does its job: it asks `is_held` before it writes a result.
+one does its job, so it checks `is_held` before it writes a result.
 """
 
 import contextlib
@@ -34,34 +34,34 @@ class Lease:
     self._thread.start()
 
   def is_held(self) -> bool:
-    """Whether nobody has taken it over."""
+    """Whether no other process has taken it over."""
     name, number = _parts(self.path)
     return not _path(self.path.parent, name, number + 1).exists()
 
   def release(self) -> None:
-    """Lets the next one take the job at once."""
+    """Lets another process take the job at once."""
     self._done.set()
     self._thread.join()
-    # A folder that cannot be reached: the lease expires by itself.
+    # If the folder cannot be reached, the lease expires by itself.
     with contextlib.suppress(OSError):
       if self.is_held():
-        # An old time, not a removal: a number is never used twice.
+        # Backdated rather than removed: a number is never used twice.
         os.utime(self.path, (0, 0))
 
   def _touch(self, every_secs: float):
     while not self._done.wait(every_secs):
-      # A folder that cannot be reached for a moment: try again.
+      # The folder may be out of reach for a moment: try again.
       with contextlib.suppress(OSError):
         os.utime(self.path)
 
 
 def take(folder: str | os.PathLike, name: str, expiry_secs: float = EXPIRY_SECS) -> Lease | None:
-  """Takes a job if nobody holds it; None if somebody does.
+  """Takes a job, or returns None if another process holds it.
 
   Args:
-    folder: of the leases, shared by all machines; made if it is not there.
+    folder: of the leases, shared by all machines; created if missing.
     name: of the job.
-    expiry_secs: how long a lease holds that is not touched.
+    expiry_secs: how long an untouched lease stays in force.
   """
   folder = Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def _expired(path: Path, expiry_secs: float) -> bool:
     return True
   try:
     holder = json.loads(files.read_text(path))
-  except ValueError:  # made a moment ago, or its maker died there
+  except ValueError:  # just created, or its creator died before writing
     holder = {}
   if holder.get('host') == socket.gethostname() and holder.get('started') != _started(
     holder['pid']
@@ -95,9 +95,9 @@ def _expired(path: Path, expiry_secs: float) -> bool:
 
 
 def _now(folder: Path) -> float:
-  """The time by the clock that stamps the folder's files."""
-  # Has no name where the system allows it, so that nothing is left of a process
-  # that is killed here.
+  """Returns the time by the clock that stamps the folder's files."""
+  # Unnamed where the system allows it, so that a process killed here leaves
+  # nothing behind.
   with tempfile.TemporaryFile(dir=folder) as probe:
     return os.fstat(probe.fileno()).st_mtime
 
@@ -108,13 +108,13 @@ def _me() -> dict[str, object]:
 
 
 def _started(pid: int) -> str | None:
-  """When a process of this machine began, or None if there is none.
+  """Returns when a process of this machine started, or None if there is none.
 
-  Process ids are used again; with its beginning an id is one process. Where
-  the system does not tell, a live id counts as the process.
+  Process ids are reused; together with its start time an id denotes one process.
+  Where the system does not tell, a live id counts as the process.
   """
   try:
-    # The name in it, in parentheses, is any bytes.
+    # The process name in it, in parentheses, may be any bytes.
     stat = Path(f'/proc/{pid}/stat').read_bytes()
     fields = stat.rpartition(b')')[2].decode().split()
     return None if fields[0] == 'Z' else fields[19]

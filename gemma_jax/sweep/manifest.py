@@ -1,12 +1,17 @@
-"""What a sweep's folder holds, and who may go on with it.
+"""What a sweep's folder holds, and which sweep may continue in it.
 
-manifest.json     config, fingerprints, cells and jobs; made once, then kept
-heldout.jsonl     a line a held-out record: index, part, category, prompt
-leases/           who works on which job (`leases`)
-cells/NAME/       of a cell: heldout/, spectrum/, metrics.jsonl, adapter/ and
-                  result.json, or failed.json, without which it is tried again
-jobs/NAME/        checkpoints of a gang that is being trained
+manifest.json     config, fingerprints, trials and jobs; written once, then kept
+heldout.jsonl     one line per held-out record: index, part, category, prompt
+leases/           which machine works on which job (`leases`)
+cells/NAME/       of a trial: heldout/, spectrum/, metrics.jsonl, adapter/ and
+                  result.json or failed.json; with neither, it is tried again
+jobs/NAME/        checkpoints of a batch of adapters that is being trained
 samples.jsonl     answers of the base and of each rank, side by side
+closed.json       written once the sweep is finalized
+
+Names on disk and flags are promised, so they keep older words: `cells` are
+trials, a `gang` (`max_gang`, `gang_size`, `gang_step_secs`) is a batch of
+adapters, and the job `closing` finalizes the sweep.
 
 Held-out records are validation or test by a hash of their prompt: rates are
 chosen on the former, losses reported on the latter.
@@ -31,25 +36,29 @@ from gemma_jax.runs import describe, resume, summary
 from gemma_jax.runs import prepare as run_lib
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.sweep import plan
-from gemma_jax.sweep.grid import Cell, SweepConfig, make_cells
+from gemma_jax.sweep.grid import SweepConfig, Trial, make_trials
 
 NAME = 'manifest.json'
 SAMPLES = 'samples.jsonl'
 
 
 def check_same_sweep(workdir: str, config: SweepConfig) -> bool:
-  """Whether the folder has a manifest; ValueError if it is of another sweep."""
+  """Whether the folder has a manifest.
+
+  Raises:
+    ValueError: the folder belongs to a single run or to another sweep.
+  """
   saved = workdir_lib.read_json(workdir, NAME)
   if saved is None:
     if any(Path(workdir).glob('run.json')):
       raise ValueError(
-        f'workdir {workdir}: is of a single run, expected an empty folder or '
+        f'workdir {workdir}: belongs to a single run, expected an empty folder or '
         'one of this sweep. Use another workdir.'
       )
     if any(Path(workdir).glob('cells/*/result.json')):
       raise ValueError(
-        f'workdir {workdir}: has cells but no {NAME}, which says on what they '
-        'were trained. Put it back, or use another workdir.'
+        f'workdir {workdir}: has trials but no {NAME}, which says what they were '
+        'trained on. Put it back, or use another workdir.'
       )
     return False
   resume.check_fields(
@@ -57,32 +66,32 @@ def check_same_sweep(workdir: str, config: SweepConfig) -> bool:
     saved['config'],
     config_lib.to_dict(config),
     SweepConfig(),
-    # All cells of a table have as many steps.
+    # All trials of a table have the same number of steps.
     resume.FREE_FIELDS + resume.PATH_FIELDS,
   )
   return True
 
 
 class Checked(NamedTuple):
-  """A sweep's cells.
+  """A sweep's trials.
 
   Attributes:
-    cells: all of them.
+    trials: all of them.
     resolved: configs of those that can run, by name.
-    refused: why the others cannot, by name.
+    unsupported_reasons: why the others cannot, by name.
   """
 
-  cells: list[Cell]
+  trials: list[Trial]
   resolved: dict[str, TrainConfig]
-  refused: dict[str, str]
+  unsupported_reasons: dict[str, str]
 
   @property
   def adapters(self) -> dict[str, TrainConfig]:
-    """Of `resolved`, those that train an adapter."""
+    """The configs in `resolved` that train an adapter."""
     return {
-      cell.name: self.resolved[cell.name]
-      for cell in self.cells
-      if cell.kind == 'lora' and cell.name in self.resolved
+      trial.name: self.resolved[trial.name]
+      for trial in self.trials
+      if trial.kind == 'lora' and trial.name in self.resolved
     }
 
 
@@ -90,9 +99,9 @@ class Draft(NamedTuple):
   """A sweep before anything is written.
 
   Attributes:
-    checked: its cells.
-    run: one of the cells, prepared: its base and its records.
-    heldout: lines of heldout.jsonl.
+    checked: its trials.
+    run: one of the trials, prepared, with its base and its records.
+    heldout: the lines of heldout.jsonl.
   """
 
   checked: Checked
@@ -101,50 +110,50 @@ class Draft(NamedTuple):
 
 
 def draft(config: SweepConfig) -> Draft:
-  """Makes the cells and reads the records.
+  """Makes the trials and reads the records.
 
   Raises:
-    ValueError: nothing of the sweep can run.
+    ValueError: no trial of the sweep can run.
   """
   source = open_base.open_base(config.model.path, config.model.tokenizer)
-  checked = check_cells(config, source.config)
+  checked = check_trials(config, source.config)
   run = run_lib.prepare(next(iter(checked.resolved.values())))
   for line in describe.describe_data(run):
     logging.info('%s', line)
   return Draft(checked, run, _heldout(config, run))
 
 
-def check_cells(config: SweepConfig, model_config: ModelConfig) -> Checked:
-  """Makes the cells and resolves those that can be.
+def check_trials(config: SweepConfig, model_config: ModelConfig) -> Checked:
+  """Makes the trials and resolves those that can run.
 
   Raises:
     ValueError: none of them can.
   """
-  cells = make_cells(config, model_config)
-  refused, resolved = {}, {}
-  for cell in cells:
+  trials = make_trials(config, model_config)
+  reasons, resolved = {}, {}
+  for trial in trials:
     try:
-      each = cell.config.resolve()
+      each = trial.config.resolve()
       factors.check_rank(model_config, each.lora)
-      resolved[cell.name] = each
+      resolved[trial.name] = each
     except ValueError as e:
-      refused[cell.name] = str(e)
-      logging.warning('The cell %s is refused: %s', cell.name, e)
-  adapters = [cell for cell in cells if cell.kind != 'base']
-  if all(cell.name in refused for cell in adapters):
+      reasons[trial.name] = str(e)
+      logging.warning('Trial %s cannot run: %s', trial.name, e)
+  adapters = [trial for trial in trials if trial.kind != 'base']
+  if all(trial.name in reasons for trial in adapters):
     raise ValueError(
-      f'grid: got {len(adapters)} cells and all of them are refused, the first '
-      f'because: {next(iter(refused.values()))}'
+      f'grid: got {len(adapters)} trials, none of which can run, the first '
+      f'because: {next(iter(reasons.values()))}'
     )
-  return Checked(cells, resolved, refused)
+  return Checked(trials, resolved, reasons)
 
 
 def make(config: SweepConfig, workdir: str, made: Draft) -> None:
   """Plans the jobs of a drafted sweep and writes the manifest, last."""
-  cells, _, refused = made.checked
+  trials, _, reasons = made.checked
   jobs = _jobs(config, made.checked)
-  for name, error in refused.items():
-    folder = cell_folder(workdir, name)
+  for name, error in reasons.items():
+    folder = trial_folder(workdir, name)
     os.makedirs(folder, exist_ok=True)
     workdir_lib.write_json(folder, 'failed.json', {'error': error})
   files.write_json_lines(f'{workdir}/heldout.jsonl', made.heldout)
@@ -158,19 +167,19 @@ def make(config: SweepConfig, workdir: str, made: Draft) -> None:
       'records': describe.describe_data(made.run),
       'base': source.reference,
       'steps': made.run.steps,
-      'cells': [_entry(cell, source.config, refused) for cell in cells],
+      'cells': [_entry(trial, source.config, reasons) for trial in trials],
       'jobs': jobs,
     },
   )
 
 
-def cell_folder(workdir: str, name: str) -> str:
-  """Of a cell."""
+def trial_folder(workdir: str, name: str) -> str:
+  """Returns the folder of a trial."""
   return os.path.join(workdir, 'cells', name)
 
 
 def reopen(workdir: str) -> None:
-  """Removes what finalizing made of cells, one of which is going to change."""
+  """Removes what finalizing wrote, since a trial is about to change."""
   folder = Path(workdir)
   for name in ('closed.json', SAMPLES):
     (folder / name).unlink(missing_ok=True)
@@ -179,37 +188,37 @@ def reopen(workdir: str) -> None:
 
 
 def has_ended(workdir: str, names: list[str]) -> bool:
-  """Whether every cell has a result or a failure."""
+  """Whether every trial has a result or a failure."""
   return all(
     any(
-      os.path.exists(os.path.join(cell_folder(workdir, name), file))
+      os.path.exists(os.path.join(trial_folder(workdir, name), file))
       for file in ('result.json', 'failed.json')
     )
     for name in names
   )
 
 
-def _entry(cell: Cell, model_config, refused) -> dict[str, Any]:
-  """A cell as the manifest shows it."""
-  entry = {'name': cell.name, 'kind': cell.kind, 'axes': cell.axes}
-  if cell.kind == 'base' or cell.name in refused:
+def _entry(trial: Trial, model_config, reasons) -> dict[str, Any]:
+  """A trial as it appears in the manifest."""
+  entry = {'name': trial.name, 'kind': trial.kind, 'axes': trial.axes}
+  if trial.kind == 'base' or trial.name in reasons:
     return {**entry, 'trainable_parameters': 0}
-  config = cell.config.resolve()
+  config = trial.config.resolve()
   counts = summary.summarize(config, model_config).counts
   entry['trainable_parameters'] = counts['trainable']
   entry['rate'] = config.optimizer.learning_rate
-  if cell.kind == 'lora':
+  if trial.kind == 'lora':
     entry['scale'] = config.lora.scale
   return entry
 
 
 def _jobs(config: SweepConfig, checked: Checked) -> list[dict[str, Any]]:
-  """Base and full cells alone, the others in gangs that fit in memory."""
-  cells, resolved, _ = checked
+  """Base and full trials alone, the others in batches that fit in memory."""
+  trials, resolved, _ = checked
   jobs = [
-    {'name': cell.name, 'kind': cell.kind, 'cells': [cell.name]}
-    for cell in cells
-    if cell.kind != 'lora' and cell.name in resolved
+    {'name': trial.name, 'kind': trial.kind, 'cells': [trial.name]}
+    for trial in trials
+    if trial.kind != 'lora' and trial.name in resolved
   ]
   sizes: dict[tuple[Any, ...], list[list[int]]] = {}
   for names in plan.groups(checked.adapters):
@@ -223,7 +232,7 @@ def _jobs(config: SweepConfig, checked: Checked) -> list[dict[str, Any]]:
 
 
 def _heldout(config: SweepConfig, run: run_lib.Run) -> list[dict[str, Any]]:
-  """What is known of each held-out record, beside the sweep's results."""
+  """What is known of each held-out record, apart from the sweep's results."""
   records = sources.load_records(config.data).heldout
   rows = []
   for index, example in zip(run.data.heldout.record_ids.tolist(), run.data.heldout, strict=True):
@@ -240,8 +249,8 @@ def _heldout(config: SweepConfig, run: run_lib.Run) -> list[dict[str, Any]]:
   parts = {row['part'] for row in rows}
   if len(parts) < 2:
     raise ValueError(
-      f'data: the {len(rows)} held-out records are all of one part '
-      f'({parts.pop()}), expected some of validation and some of test. Hold '
+      f'data: the {len(rows)} held-out records are all in one part '
+      f'({parts.pop()}), expected some in validation and some in test. Hold '
       'out more records, or raise data.max_eval_records.'
     )
   return rows

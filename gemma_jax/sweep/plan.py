@@ -1,4 +1,4 @@
-"""How many cells train at once: what the compiled step says that it needs."""
+"""How many trials train at once, from the memory that the compiled step needs."""
 
 from collections.abc import Callable, Sequence
 import itertools
@@ -15,25 +15,25 @@ from gemma_jax.runs import batched, summary
 from gemma_jax.runs import prepare as prepare_lib
 from gemma_jax.training import compiler
 
-# Of the memory that a device may hold; the rest is for evaluation's.
+# Share of a device's memory for the training step; the rest is for evaluation.
 SHARE = 0.9
 
 
 def groups(configs: dict[str, TrainConfig]) -> list[list[str]]:
-  """Names of the cells that could be one gang, in order.
+  """Groups the names of trials that could train as one batch, in order.
 
   Args:
-    configs: resolved, by the cell's name.
+    configs: resolved, by the trial's name.
   """
-  found: dict[str, list[str]] = {}
+  by_fields: dict[str, list[str]] = {}
   for name, config in configs.items():
     fields = batched.common_fields(config)
-    found.setdefault(json.dumps(fields, sort_keys=True), []).append(name)
-  return list(found.values())
+    by_fields.setdefault(json.dumps(fields, sort_keys=True), []).append(name)
+  return list(by_fields.values())
 
 
 def shape_key(configs: Sequence[TrainConfig]) -> tuple[Any, ...]:
-  """Groups with the same need the same memory: their seeds differ alone."""
+  """Groups with equal keys need the same memory: only their seeds differ."""
   largest = max(config.lora.rank for config in configs)
   return len(configs), largest, configs[0].lora.targets
 
@@ -41,17 +41,17 @@ def shape_key(configs: Sequence[TrainConfig]) -> tuple[Any, ...]:
 def split(
   configs: Sequence[TrainConfig], max_size: int = 0, limit_bytes: int = 0
 ) -> list[list[int]]:
-  """Divides cells that could be one gang into gangs that fit, and says so.
+  """Divides trials that could train as one batch into batches that fit, and logs it.
 
   Args:
     configs: resolved; `batched.common_fields` are equal.
-    max_size: of a gang; 0 is any.
-    limit_bytes: for a training step, per device; 0 is a share of what is there.
+    max_size: most adapters in a batch; 0 is any number.
+    limit_bytes: for a training step, per device; 0 is a share of what the device has.
 
   Returns:
-    Indices of the cells of each gang, in order, in gangs of almost one size.
+    Indices of the trials of each batch, in order, in batches of nearly equal size.
   """
-  # The steps of all cells have the largest rank's shapes, at most.
+  # No trial's step has larger shapes than that of the largest rank.
   largest = max(configs, key=lambda config: config.lora.rank)
   outline = prepare_lib.outline(largest)
   limit_bytes = limit_bytes or int(SHARE * compiler.memory_limit_bytes(outline.base.mesh))
@@ -67,14 +67,14 @@ def split(
 def divide(
   count: int, peak: Callable[[int], int], *, max_size: int, limit_bytes: int, base_bytes: int
 ) -> list[list[int]]:
-  """Searches the largest gangs that fit.
+  """Searches for the largest batches of adapters that fit.
 
   Args:
-    count: cells that could be one gang.
-    peak: size of a gang → bytes that its step needs, per device.
+    count: trials that could train as one batch.
+    peak: adapters in a batch → bytes that its step needs, per device.
     max_size: as in `split`.
     limit_bytes: for a step, per device.
-    base_bytes: of `peak`, what is there once for all members.
+    base_bytes: the part of `peak` that all members share.
 
   Returns:
     As `split`.
@@ -84,7 +84,7 @@ def divide(
     size = math.ceil(count / parts)
     needed = peak(size)
     logging.info(
-      'A gang of %d needs %s of %s',
+      'A batch of %d adapters needs %s of %s',
       size,
       summary.format_bytes(needed),
       summary.format_bytes(limit_bytes),
@@ -96,24 +96,24 @@ def divide(
     parts = max(parts + 1, math.ceil(count / fitting))
   if needed > limit_bytes:
     logging.warning(
-      'A training step needs %s and %s are there: it may fail.',
+      'A training step needs %s, but only %s are available: it may fail.',
       summary.format_bytes(needed),
       summary.format_bytes(limit_bytes),
     )
   if parts > 1:
-    logging.info('%d cells are trained as %d gangs', count, parts)
+    logging.info('%d trials are trained as %d batches of adapters', count, parts)
   ends = [round(count * i / parts) for i in range(parts + 1)]
   return [list(range(*pair)) for pair in itertools.pairwise(ends)]
 
 
 def peak_bytes(outline: prepare_lib.Outline, size: int, limit_bytes: int) -> int:
-  """Of the training step, per device: arguments, temporaries, new outputs.
+  """Bytes of the training step, per device: arguments, temporaries, new outputs.
 
   Args:
     outline: of the largest trial.
     size: adapters that train at once.
-    limit_bytes: of a device; twice that stands for a step that a TPU's compiler
-      refuses without saying what it needs.
+    limit_bytes: of a device; twice that stands for a step that the TPU compiler
+      rejects without saying what it needs.
   """
   try:
     program = outline.program(outline.config.steps or 1, size)

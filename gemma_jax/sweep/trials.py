@@ -1,7 +1,7 @@
 """Trains the trials of one batch, and resumes them from their checkpoint.
 
-All adapters stand in one checkpoint. One whose loss is no longer finite fails
-and is ignored from there on; it touches no other.
+All adapters are in one checkpoint. One whose loss is no longer finite fails and
+is ignored from then on; the others are unaffected.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,18 +33,18 @@ def train_batched(
   should_stop: Callable[[], bool] = lambda: False,
   check_inputs: Callable[[dict[str, str]], None] = lambda fingerprints: None,
 ) -> None:
-  """Trains trials at once and leaves a result or a failure in each folder.
+  """Trains trials at once and writes a result or a failure into each folder.
 
   Args:
     configs: of the trials, resolved.
     folders: of the trials: `heldout/`, `spectrum/`, `metrics.jsonl`, `adapter/`
-      and, at last, `result.json` or `failed.json`.
+      and, at the end, `result.json` or `failed.json`.
     workdir: of the batch; its checkpoints are removed at the end.
-    should_stop: asked at every step and every evaluation batch.
-    check_inputs: as `train.train` takes it.
+    should_stop: called at every step and every evaluation batch.
+    check_inputs: as in `train.train`.
 
   Raises:
-    Stopped: should_stop said so, and the last finished step is saved.
+    Stopped: should_stop returned True, and the last finished step is saved.
     OSError: the workdir was renamed.
   """
   run = prepare_lib.prepare_several(configs)
@@ -68,12 +68,12 @@ def train_batched(
     loop_lib.Loop(
       run, trainer, place, checkpoints, facts, outputs, should_stop, loop_lib.Profile()
     ).go()
-    # Every trial has its result: nothing will resume from here.
+    # Every trial has its result: nothing will resume from this checkpoint.
     shutil.rmtree(Path(workdir) / 'checkpoints')
 
 
 class TrialOutputs:
-  """What trials that train at once report, and leave in a folder each."""
+  """What trials that train at once report, and write into one folder each."""
 
   def __init__(
     self,
@@ -83,14 +83,14 @@ class TrialOutputs:
     place: workdir_lib.Place,
     notes: dict[str, Any],
   ):
-    """Opens the metrics.
+    """Opens the metrics files.
 
     Args:
       run: gives configs and records.
       trainer: has the adapters.
       folders: of the trials.
       place: of the batch's workdir.
-      notes: of the checkpoint that the batch goes on from; grow.
+      notes: from the checkpoint that the batch resumes from; updated in place.
     """
     self.run = run
     self.trainer = trainer
@@ -109,7 +109,7 @@ class TrialOutputs:
     return bool(self.alive)
 
   def updated(self, metrics: Metrics) -> str:
-    """Metrics lines and log; a trial that is no longer finite fails."""
+    """Writes metrics lines and the log; a trial that is no longer finite fails."""
     tokens = int(metrics.tokens[0])
     self.notes['tokens'] += tokens
     self.notes['seconds'] += metrics.seconds
@@ -141,26 +141,26 @@ class TrialOutputs:
     return f'losses {low:.3f} to {high:.3f} nats/token'
 
   def wants_evaluation(self, step: int) -> bool:
-    """At the end and in between; the base has a trial of its own."""
+    """Whether one is due: at intervals and at the end; the base has a trial of its own."""
     is_due = step > 0 and loop_lib.is_due(self.run.config.eval_every_steps, step)
     return (step == self.run.steps or is_due) and str(step) not in self.notes['evals']
 
   def evaluated(self, step: int, measured: Sequence[Evaluation], seconds: float) -> None:
-    """Held-out losses and spectra of the trials that are alive."""
+    """Writes held-out losses and spectra of the trials that are alive."""
     losses = {}
     for i in self.alive:
-      found = measured[i]
+      own = measured[i]
       line = {
-        'eval_loss_nats_per_token': found.nll_per_token,
-        'eval_tokens': int(found.tokens.sum()),
+        'eval_loss_nats_per_token': own.nll_per_token,
+        'eval_tokens': int(own.tokens.sum()),
         'gang_eval_secs': seconds,
       }
       if not self._is_finite(i, step, line):
         continue
-      losses[str(i)] = found.nll_per_token
+      losses[str(i)] = own.nll_per_token
       self.metrics[i].write(step, line)
       workdir_lib.write_heldout(
-        self.folders[i], step, self.run.data.heldout.record_ids, found.nll, found.tokens
+        self.folders[i], step, self.run.data.heldout.record_ids, own.nll, own.tokens
       )
     for i, lora in enumerate(self.trainer.host_lora().members()):
       if str(i) in losses:
@@ -178,7 +178,7 @@ class TrialOutputs:
     )
 
   def saving(self) -> None:
-    """Lines are written at once."""
+    """Does nothing: lines are written at once."""
 
   def finish(self, step: int) -> None:
     """Writes every trial's adapter and, last, its result."""
@@ -194,7 +194,7 @@ class TrialOutputs:
         'steps': step,
         'tokens': self.notes['tokens'],
         'gang_size': len(self.folders),
-        # Of training alone, a trial's share.
+        # A trial's share of the training time alone.
         'seconds': round(self.notes['seconds'] / len(self.folders), 3),
         'loss_adapted': self.notes['evals'][str(step)][str(i)],
         'peak_memory_bytes': metrics_lib.peak_memory_bytes(),

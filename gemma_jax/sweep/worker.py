@@ -1,7 +1,7 @@
 """Takes a sweep's jobs from its folder until none is left.
 
-The same command on any number of machines that share the folder, and the same
-command again after a kill: what is finished stays, what nobody holds is taken.
+Run the same command on any number of machines that share the folder, and again
+after a kill: finished work stays, and jobs that nobody holds are taken.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from gemma_jax.runs import resume, train
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.runs.evaluate import Stopped
 from gemma_jax.sweep import evaluation, finalize, leases, manifest, results, trials
-from gemma_jax.sweep.grid import SweepConfig, make_cells
+from gemma_jax.sweep.grid import SweepConfig, make_trials
 
 POLL_SECS = 2.0
 
@@ -27,19 +27,19 @@ POLL_SECS = 2.0
 def run(
   config: SweepConfig, workdir: str, should_stop: Callable[[], bool] = lambda: False
 ) -> results.Sweep:
-  """Works until every cell has ended, here or elsewhere.
+  """Works until every trial has ended, here or elsewhere.
 
   Args:
     config: resolved.
     workdir: shared by the machines that take part.
-    should_stop: asked at every step and while others work.
+    should_stop: called at every step and while other machines work.
 
   Raises:
-    ValueError: the folder is another sweep's, base, tokenizer or data are not
-      those of its other cells, or nothing can run; or a job could not be done
-      now: the same command tries it again.
-    OSError: the same, a file or folder being away.
-    Stopped: should_stop said so, and the last finished step is saved.
+    ValueError: the folder belongs to another sweep, the base, tokenizer or data
+      differ from those of its other trials, or nothing can run; or a job could
+      not be done now, and the same command tries it again.
+    OSError: likewise, because a file or folder is missing.
+    Stopped: should_stop returned True, and the last finished step is saved.
   """
   if jax.process_count() > 1:
     raise ValueError(
@@ -48,8 +48,8 @@ def run(
     )
   if '://' in workdir:
     raise ValueError(
-      f'workdir: got {workdir}, expected a folder that is mounted: the leases '
-      'of a sweep need a file system.'
+      f'workdir: got {workdir}, expected a folder on a mounted file system, which '
+      'the leases of a sweep need.'
     )
   workdir_lib.check_writable(workdir)
   inputs = _plan(config, workdir, should_stop)
@@ -57,23 +57,23 @@ def run(
   worker = _Worker(config, workdir, planned['fingerprints'], should_stop)
   jobs = planned['jobs']
   if inputs is None:
-    any_cell = worker.cells[jobs[0]['cells'][0]].resolve()
-    inputs = run_lib.prepare(any_cell).fingerprints()
+    any_trial = worker.trials[jobs[0]['cells'][0]].resolve()
+    inputs = run_lib.prepare(any_trial).fingerprints()
   worker.check_inputs(inputs)
-  for stage in (jobs, [{'name': 'closing', 'kind': 'closing', 'cells': []}]):
+  for stage in (jobs, [{'name': 'closing', 'kind': 'finalize', 'cells': []}]):
     worker.work(stage)
   return results.read(workdir)
 
 
 def _plan(config, workdir, should_stop) -> dict[str, str] | None:
-  """Makes the manifest, or waits for the machine that does.
+  """Writes the manifest, or waits for the machine that does.
 
   Returns:
-    Fingerprints of base, tokenizer and data, if they were read for it.
+    Fingerprints of base, tokenizer and data, if they were read for this.
   """
   draft = None
   while not manifest.check_same_sweep(workdir, config):
-    # What can be refused is refused before anything is written.
+    # Bad configs and records are reported before anything is written.
     draft = draft or manifest.draft(config)
     lease = leases.take(f'{workdir}/leases', 'plan')
     if lease is None:
@@ -96,8 +96,8 @@ class _Worker:
     self.workdir = workdir
     self.should_stop = should_stop
     self.leases = f'{workdir}/leases'
-    self.cells = {cell.name: cell.config for cell in make_cells(config, source.config)}
-    # Every job asks it, of the run that it has prepared: files may change
+    self.trials = {trial.name: trial.config for trial in make_trials(config, source.config)}
+    # Every job calls it on the run that it has prepared: files may change
     # while a sweep is under way.
     self.check_inputs = functools.partial(resume.check_fingerprints, workdir, fingerprints)
 
@@ -114,30 +114,30 @@ class _Worker:
         _wait(self.should_stop)
         continue
       try:
-        if not self._has_ended(job):  # by who had it before
+        if not self._has_ended(job):  # the previous holder may have finished it
           self._do(job, lease)
       finally:
         lease.release()
 
   def _has_ended(self, job) -> bool:
-    if job['kind'] == 'closing':
+    if job['kind'] == 'finalize':
       return workdir_lib.read_json(self.workdir, 'closed.json') is not None
     return manifest.has_ended(self.workdir, job['cells'])
 
   def _do(self, job: dict[str, Any], lease: leases.Lease) -> None:
-    folders = [manifest.cell_folder(self.workdir, n) for n in job['cells']]
+    folders = [manifest.trial_folder(self.workdir, n) for n in job['cells']]
 
     def should_stop():
-      # Who lost the job must not write: another machine has it.
+      # After losing the lease, write nothing: another machine has the job.
       return self.should_stop() or not lease.is_held()
 
     logging.info('Job %s: %s', job['name'], ' '.join(job['cells']))
-    if job['kind'] != 'closing':
+    if job['kind'] != 'finalize':
       manifest.reopen(self.workdir)
     try:
-      configs = [self.cells[name].resolve() for name in job['cells']]
-      if job['kind'] == 'closing':
-        self._close(should_stop)
+      configs = [self.trials[name].resolve() for name in job['cells']]
+      if job['kind'] == 'finalize':
+        self._finalize(should_stop)
       elif job['kind'] == 'base':
         evaluation.evaluate_base(configs[0], folders[0], should_stop, self.check_inputs)
       elif job['kind'] == 'full':
@@ -147,10 +147,10 @@ class _Worker:
         trials.train_batched(
           configs, folders, f'{self.workdir}/jobs/{job["name"]}', should_stop, self.check_inputs
         )
-    # Numbers are the cell's own, and would be the same again. Whatever else is
-    # raised ends this attempt; who comes next tries again.
+    # A diverged trial would diverge again. Any other exception ends this attempt;
+    # the next machine to take the job tries again.
     except FloatingPointError as e:
-      if job['kind'] == 'closing':
+      if job['kind'] == 'finalize':
         raise
       logging.warning('Job %s failed: %s', job['name'], e)
       for folder in folders:
@@ -161,11 +161,11 @@ class _Worker:
         raise
       logging.warning('Another machine has taken over %s', job['name'])
 
-  def _close(self, should_stop) -> None:
+  def _finalize(self, should_stop) -> None:
     configs = {}
-    for cell in results.read(self.workdir).finished('lora'):
-      configs[cell.name] = self.cells[cell.name].resolve()
-    finalize.close(configs, self.config.grid, self.workdir, should_stop, self.check_inputs)
+    for trial in results.read(self.workdir).finished('lora'):
+      configs[trial.name] = self.trials[trial.name].resolve()
+    finalize.finalize(configs, self.config.grid, self.workdir, should_stop, self.check_inputs)
     shutil.rmtree(f'{self.workdir}/jobs', ignore_errors=True)
     workdir_lib.write_json(self.workdir, 'closed.json', {})
 

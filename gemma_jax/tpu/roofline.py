@@ -30,7 +30,7 @@ from gemma_jax.model import adapter, layout
 from gemma_jax.model.config import ModelConfig
 from gemma_jax.tpu.chips import Chip
 from gemma_jax.tpu.hlo import Collective
-from gemma_jax.training import losses, sharding
+from gemma_jax.training import sharding, vocabulary_walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _hbm_bytes(config, model_config, mesh, itemsize, tokens) -> float:
   elements *= sizes['L']
   # The loss walks through the embedding once, tile by tile, and each tile takes
   # hidden states and their float32 gradient from memory and back.
-  tiles = -(-sizes['V'] // losses.ACCELERATOR_CHUNK[1])
+  tiles = -(-sizes['V'] // vocabulary_walk.ACCELERATOR_CHUNK[1])
   elements += parts * size('VD')
   elements += tokens * sizes['D'] * tiles * (1 + 2 * 4 / itemsize)
   return elements * itemsize

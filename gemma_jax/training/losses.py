@@ -1,26 +1,13 @@
-"""Linear cross-entropy: hidden states and embedding in, loss out, no logits.
+"""Cross-entropy: hidden states and embedding in, losses out, no logits.
 
 With V = 256k the logits [B, T, V] of one 512-token row are half a gigabyte, and
-response-only training needs most of them for nothing. Here supervised positions
-are brought together first, and then the vocabulary is walked through in tiles,
-each position keeping a running maximum and sum, as in attention that never
-holds its scores (Dao et al. 2022, arXiv 2205.14135, algorithm 1):
-
-    for each tile of rows E_t of the embedding, for each chunk of positions h
-      z = cap(h E_t^T)                   [C, C_V], the only logits there are
-      m' = max(m, max z),  p = exp(z - m'),  r = exp(m - m')
-      s  = r s + sum p                   logsumexp = m + log s at the end
-      g  = r g + p E_t                   softmax(z) E = g / s at the end
-
-For target y and weight w the loss of a position is w (logsumexp - z[y]) and its
-gradient w (g / s - E[y]), made in the same pass: no logit is kept or computed
-twice. Work is proportional to the supervised tokens, not to B T; a tile is read
-(and cast) once for all positions, and stays in cache while they use it.
+response-only training needs most of them for nothing. `vocabulary_walk` makes
+the losses of the supervised positions, and each one's gradient with it, from a
+few logits at a time.
 
 That gradient is the position's own, so the backward pass only multiplies it by
 the position's cotangent, whatever function of the losses is differentiated. The
-embedding's gradient is a sum over positions, each with its cotangent and its
-whole logsumexp: it takes a second walk, made only if it is asked for.
+embedding's is a sum over positions: a second walk, only if it is asked for.
 
 On a mesh each device walks its own positions (rows over some axes) and its own
 part of the vocabulary (over the others). Devices with more supervised positions
@@ -32,33 +19,13 @@ rows of 2048).
 
 from collections.abc import Callable
 import functools
-import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-# (sizes, C_V): a chunk of positions and a tile of C_V embedding rows have
-# logits at a time. Positions are walked in chunks of the first size, what is
-# left of them in chunks of the next, smaller one. On a CPU a tile and its
-# logits stay in cache (with 1,024 positions, chunks of 128 alone reach 75 % of
-# the rate of a matrix product, and those of 512 reach 90 %); an accelerator
-# wants large products.
-Chunk = tuple[tuple[int, ...], int]
-CPU_CHUNK: Chunk = ((512, 128), 1024)
-ACCELERATOR_CHUNK: Chunk = ((512,), 8192)
-# The last chunk is computed whole, however few of its positions count: so the
-# smallest size is at most this share of the device's positions.
-_SMALLEST_CHUNK_SHARE = 1 / 4
-_MASK_VALUE = -(2.0**30)
-
-
-class _Options(NamedTuple):
-  softcap: float | None
-  num_pieces: int | None
-  sharding: NamedSharding | None
-  chunk: Chunk | None
+from gemma_jax.model import layers
+from gemma_jax.training import vocabulary_walk as walk
 
 
 def token_cross_entropy(
@@ -70,7 +37,7 @@ def token_cross_entropy(
   softcap: float | None = None,
   num_pieces: int | None = None,
   sharding: NamedSharding | None = None,
-  chunk: Chunk | None = None,
+  chunk: walk.Chunk | None = None,
   plain_gradients: bool = False,
 ) -> jax.Array:
   """Each supervised position's next-token loss; build any loss on it.
@@ -94,8 +61,8 @@ def token_cross_entropy(
       and the loss of a target among them is infinite.
     sharding: of `hidden`; mesh axes that do not split its rows split the
       vocabulary. None: one device.
-    chunk: positions and rows at a time, see `Chunk`; None chooses by the
-      platform.
+    chunk: positions and rows at a time, see `vocabulary_walk.Chunk`; None
+      chooses by the platform.
     plain_gradients: compute all logits [B, T, V] and leave the gradient to JAX:
       for small models only, but `jax.jvp` and second derivatives work.
 
@@ -103,7 +70,7 @@ def token_cross_entropy(
     float32 [B, T], weight times nats; 0 where the weight is 0. Their sum over
     that of the weights is the loss per token.
   """
-  options = _Options(softcap, num_pieces, sharding, chunk)
+  options = walk.Options(softcap, num_pieces, sharding, chunk)
   losses = _plain_losses if plain_gradients else _token_losses
   return losses(options, hidden, embedding, targets, jax.lax.stop_gradient(weights))
 
@@ -112,7 +79,9 @@ def _plain_losses(options, hidden, embedding, targets, weights):
   """The reference: `_token_losses` from all logits at once."""
   is_supervised = weights != 0
   hidden = jnp.where(is_supervised[..., None], hidden, 0)
-  logits, _ = _capped(options, _dot('BTD,VD->BTV', hidden, embedding.astype(hidden.dtype)))
+  embedding = embedding.astype(hidden.dtype)
+  logits = jnp.einsum('BTD,VD->BTV', hidden, embedding, preferred_element_type=jnp.float32)
+  logits = layers.softcap(logits, options.softcap)
   logits = logits[..., : options.num_pieces]
   of_target = jnp.take_along_axis(
     logits, targets[..., None], axis=-1, mode='fill', fill_value=-jnp.inf
@@ -123,8 +92,8 @@ def _plain_losses(options, hidden, embedding, targets, weights):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _token_losses(options, hidden, embedding, targets, weights):
-  wanted = ('losses',)
-  return _on_mesh(_walk_once, options, wanted, hidden, embedding, targets, weights)['losses']
+  arrays = hidden, embedding, targets, weights
+  return _on_mesh(walk.losses_on_device, options, ('losses',), *arrays)['losses']
 
 
 def _token_losses_forward(options, hidden, embedding, targets, weights):
@@ -133,7 +102,7 @@ def _token_losses_forward(options, hidden, embedding, targets, weights):
   wanted = ('losses', 'd_hidden')
   if embedding.perturbed:
     wanted += ('logsumexp', 'slope')
-  results = _on_mesh(_walk_once, options, wanted, *arrays)
+  results = _on_mesh(walk.losses_on_device, options, wanted, *arrays)
   second_walk = None
   if embedding.perturbed:
     second_walk = (*arrays[:3], results['logsumexp'], results['slope'])
@@ -142,13 +111,16 @@ def _token_losses_forward(options, hidden, embedding, targets, weights):
 
 def _token_losses_backward(options, residuals, cotangent):
   weights, d_hidden, second_walk = residuals
-  scale = jnp.where(weights == 0, 0.0, cotangent)[..., None]
+  # 0 times infinity is no gradient. (The cotangents of a sum are a constant 1;
+  # then the compiler sees that nothing has to be done here.)
+  is_needed = (weights != 0) | jnp.isfinite(cotangent)
+  scale = jnp.where(is_needed, cotangent, 0.0)[..., None]
   d_hidden = (scale * d_hidden.astype(jnp.float32)).astype(d_hidden.dtype)
   d_embedding = None
   if second_walk is not None:
     hidden, embedding, targets, *statistics = second_walk
     d_embedding = _on_mesh(
-      _walk_again,
+      walk.embedding_gradient_on_device,
       options,
       ('d_embedding',),
       *(hidden, embedding, targets, weights, cotangent, *statistics),
@@ -160,327 +132,33 @@ _token_losses.defvjp(_token_losses_forward, _token_losses_backward, symbolic_zer
 
 
 def _on_mesh(
-  walk: Callable[..., dict[str, jax.Array]],
-  options: _Options,
+  on_device: Callable[..., dict[str, jax.Array]],
+  options: walk.Options,
   wanted: tuple[str, ...],
   *arrays: jax.Array,
 ) -> dict[str, jax.Array]:
-  """What `walk` makes on every device of the mesh, put together.
+  """What `on_device` makes on every device of the mesh, put together.
 
   Args:
-    walk: `_walk_once` or `_walk_again`.
+    on_device: a function of `vocabulary_walk`.
     options: static.
     wanted: names of results.
-    *arrays: the walk's; all but the second, the embedding, are divided by rows.
+    *arrays: its arguments, of which the second, the embedding, is divided over
+      the vocabulary and the others over rows.
   """
   embedding = arrays[1]
   if options.num_pieces is not None and options.num_pieces >= len(embedding):
     options = options._replace(num_pieces=None)
   if options.sharding is None or options.sharding.mesh.size == 1:
-    return walk(options, wanted, (), (), *arrays)
+    return on_device(options, wanted, (), (), *arrays)
   mesh, rows = options.sharding.mesh, options.sharding.spec[0]
   rows = (rows,) if isinstance(rows, str) else tuple(rows)
   columns = tuple(axis for axis in mesh.axis_names if axis not in rows)
   by_row, by_column = PartitionSpec(rows), PartitionSpec(columns)
   return jax.shard_map(
-    functools.partial(walk, options, wanted, rows, columns),
+    functools.partial(on_device, options, wanted, rows, columns),
     mesh=mesh,
     in_specs=(by_row, by_column, *[by_row] * len(arrays[2:])),
     out_specs={name: by_column if name == 'd_embedding' else by_row for name in wanted},
     check_vma=False,  # the loops' states start equal and do not stay so
   )(*arrays)
-
-
-def _walk_once(
-  options: _Options,
-  wanted: tuple[str, ...],
-  row_axes: tuple[str, ...],
-  column_axes: tuple[str, ...],
-  hidden: jax.Array,
-  embedding: jax.Array,
-  targets: jax.Array,
-  weights: jax.Array,
-) -> dict[str, jax.Array]:
-  """Losses and more of each position, from one device's shares.
-
-  Args:
-    options: static.
-    wanted: of 'losses', 'd_hidden' (a loss's gradient), 'logsumexp' and 'slope'
-      (the soft cap's, at the target's logit).
-    row_axes: mesh axes over which rows are divided.
-    column_axes: mesh axes over which the vocabulary is divided.
-    hidden: [B, T, D], this device's rows.
-    embedding: [V, D], this device's part of the vocabulary.
-    targets: [B, T].
-    weights: [B, T].
-
-  Returns:
-    name → float32 [B, T], or of `hidden`'s shape and dtype; 0 where the weight
-    is 0.
-  """
-  del row_axes
-  share = _share(options, column_axes, hidden, embedding, weights)
-  y, w = share.gather(targets), share.gather(weights)  # [S]
-  total = lambda x: jax.lax.psum(x, column_axes) if column_axes else x
-
-  m, s, g = _statistics(options, share, 'd_hidden' in wanted)
-  largest = jax.lax.pmax(m, column_axes) if column_axes else m
-  rescale = jnp.exp(m - largest)
-  s = jnp.maximum(total(s * rescale), 1.0)  # the largest term; 0 if not visited
-  logsumexp = largest + jnp.log(s)
-
-  # The target's row, from the device that has it.
-  number, is_here = share.row_of(y)
-  row = jnp.take(embedding, jnp.where(is_here, number, 0), axis=0)
-  row = jnp.where(is_here[..., None], row, 0).astype(jnp.float32)
-  target_logit = total(jnp.sum(share.h.astype(jnp.float32) * row, axis=-1))
-  target_logit, slope = _capped(options, target_logit)
-  if options.num_pieces is not None:
-    # A target behind the tokens has no probability; who checks losses stops.
-    target_logit = jnp.where(y < options.num_pieces, target_logit, -jnp.inf)
-
-  results = {'losses': w * (logsumexp - target_logit), 'logsumexp': logsumexp, 'slope': slope}
-  results = {name: share.scatter(x, weights) for name, x in results.items() if name in wanted}
-  if 'd_hidden' in wanted:
-    d = g * (rescale / s)[..., None] - row * slope[..., None]
-    results['d_hidden'] = share.scatter(total(d) * w[..., None], hidden)
-  return results
-
-
-def _walk_again(
-  options: _Options,
-  wanted: tuple[str, ...],
-  row_axes: tuple[str, ...],
-  column_axes: tuple[str, ...],
-  hidden: jax.Array,
-  embedding: jax.Array,
-  targets: jax.Array,
-  weights: jax.Array,
-  cotangent: jax.Array,
-  logsumexp: jax.Array,
-  slope: jax.Array,
-) -> dict[str, jax.Array]:
-  """The embedding's gradient; arguments as in `_walk_once`, and its results."""
-  del wanted
-  share = _share(options, column_axes, hidden, embedding, weights)
-  w = share.gather(weights) * share.gather(cotangent)
-  d = _embedding_gradient(options, share, share.gather(logsumexp), w)
-  of_target = -share.h.astype(jnp.float32) * (w * share.gather(slope))[..., None]
-  number, is_here = share.row_of(share.gather(targets))
-  d = d.at[jnp.where(is_here, number, len(embedding))].add(of_target, mode='drop')
-  d = jax.lax.psum(d, row_axes) if row_axes else d
-  return {'d_embedding': d.astype(embedding.dtype)}
-
-
-class _Walk(NamedTuple):
-  """Chunks of one size that follow each other.
-
-  Attributes:
-    size: C, positions of a chunk.
-    start: int32 [], the first position.
-    count: int32 [], chunks.
-  """
-
-  size: int
-  start: jax.Array
-  count: jax.Array
-
-
-def _walks(sizes: tuple[int, ...], supervised: jax.Array) -> list[_Walk]:
-  """Walks over the positions that count, the smallest chunks last.
-
-  A larger chunk also takes what would fill it but for a part of the smallest:
-  511 positions are one chunk of 512, not four of 128. So the walks end less
-  than one smallest chunk behind the last position that counts.
-  """
-  walks, start = [], jnp.zeros_like(supervised)
-  for size in sizes:
-    left = jnp.maximum(supervised - start, 0)
-    count = (left + sizes[-1] - 1) // size
-    walks.append(_Walk(size, start, count))
-    start += count * size
-  return walks
-
-
-class _Share(NamedTuple):
-  """What one device walks through.
-
-  Attributes:
-    h: hidden states [S, D], supervised positions first.
-    embedding: [V, D].
-    order: int32 [S], where the position stands in [B, T]; behind the supervised
-      ones B T, which reads as zeros and drops what is written.
-    offset: number of the embedding's first row in the whole vocabulary.
-    walks: chunks that hold a supervised position.
-    tile_rows: C_V.
-  """
-
-  h: jax.Array
-  embedding: jax.Array
-  order: jax.Array
-  offset: jax.Array | int
-  walks: list[_Walk]
-  tile_rows: int
-
-  def gather(self, x: jax.Array) -> jax.Array:
-    """[B, T, ...] → [S, ...]."""
-    return _gather(x, self.order)
-
-  def scatter(self, x: jax.Array, like: jax.Array) -> jax.Array:
-    """[S, ...] → `like`'s shape and dtype, 0 where nothing is supervised."""
-    B, T, *rest = like.shape
-    flat = jnp.zeros((B * T, *rest), like.dtype)
-    return flat.at[self.order].set(x.astype(like.dtype), mode='drop').reshape(like.shape)
-
-  def row_of(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Each token's row of `embedding`, and whether it is on this device."""
-    number = tokens - self.offset
-    return number, (number >= 0) & (number < len(self.embedding))
-
-  def visit(self, visit_chunk: Callable[..., Any], state: Any) -> Any:
-    """state = visit_chunk(start, size, state) for one chunk after the other."""
-    for walk in self.walks:
-
-      def visit_next(i, state, walk=walk):
-        return visit_chunk(walk.start + i * walk.size, walk.size, state)
-
-      state = jax.lax.fori_loop(0, walk.count, visit_next, state)
-    return state
-
-
-def _share(options, column_axes, hidden, embedding, weights) -> _Share:
-  """One device's share, from its arrays as `_walk_once` has them."""
-  V, end = len(embedding), weights.size
-  sizes, C_V = _chunk_sizes(options, end)
-  # A walk's last chunk ends less than sizes[-1] behind the supervised positions,
-  # so that no slice of a chunk is moved back.
-  order = jnp.flatnonzero(weights, size=end + sizes[-1], fill_value=end)
-  return _Share(
-    h=_gather(hidden, order),
-    embedding=embedding,
-    order=order,
-    offset=jax.lax.axis_index(column_axes) * V if column_axes else 0,
-    walks=_walks(sizes, jnp.count_nonzero(weights)),
-    tile_rows=min(C_V, V),
-  )
-
-
-def _gather(x: jax.Array, order: jax.Array) -> jax.Array:
-  x = x.reshape(-1, *x.shape[2:])
-  return jnp.take(x, order, axis=0, mode='fill', fill_value=0)
-
-
-def _statistics(options: _Options, share: _Share, with_gradient: bool):
-  """m, s [S] and g [S, D] (or None), see the module."""
-  S, D = share.h.shape
-
-  def visit_tile(number, state):
-    _, tile, is_fresh = _tile(options, share, number)
-
-    def visit_chunk(start, size, state):
-      m, s, g = jax.tree.map(lambda x: _part(x, start, size), state)
-      z, slope = _logits(options, _part(share.h, start, size), tile, is_fresh)
-      new_m = jnp.maximum(m, jnp.max(z, axis=-1))
-      p, r = jnp.exp(z - new_m[:, None]), jnp.exp(m - new_m)
-      new_s = r * s + jnp.sum(p, axis=-1)
-      if g is not None:
-        g = r[:, None] * g + _dot('CV,VD->CD', p * slope, tile)
-      return jax.tree.map(
-        lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, start, 0),
-        state,
-        (new_m, new_s, g),
-      )
-
-    return share.visit(visit_chunk, state)
-
-  state = (
-    jnp.full(S, _MASK_VALUE, jnp.float32),
-    jnp.zeros(S, jnp.float32),
-    jnp.zeros((S, D), jnp.float32) if with_gradient else None,
-  )
-  return jax.lax.fori_loop(0, _num_tiles(share), visit_tile, state)
-
-
-def _embedding_gradient(
-  options: _Options, share: _Share, logsumexp: jax.Array, w: jax.Array
-) -> jax.Array:
-  """Sum of w softmax(z) h over the positions: float32 [V, D]."""
-
-  def visit_tile(number, state):
-    first_row, tile, is_fresh = _tile(options, share, number)
-
-    def visit_chunk(start, size, d_tile):
-      h = _part(share.h, start, size)
-      z, slope = _logits(options, h, tile, is_fresh)
-      p = jnp.exp(z - _part(logsumexp, start, size)[:, None])
-      p *= _part(w, start, size)[:, None] * slope
-      return d_tile + _dot('CV,CD->VD', p, h)
-
-    d_tile = jax.lax.dynamic_slice_in_dim(state, first_row, len(tile))
-    d_tile = share.visit(visit_chunk, d_tile)
-    return jax.lax.dynamic_update_slice_in_dim(state, d_tile, first_row, 0)
-
-  state = jnp.zeros(share.embedding.shape, jnp.float32)
-  return jax.lax.fori_loop(0, _num_tiles(share), visit_tile, state)
-
-
-def _num_tiles(share: _Share) -> int:
-  return -(-share.embedding.shape[0] // share.tile_rows)
-
-
-def _tile(options: _Options, share: _Share, number: jax.Array):
-  """Rows of the embedding, and which of them are new tokens.
-
-  Returns:
-    The first row, the rows [C_V, D] in the dtype of the hidden states, and a
-    mask bool [C_V] or None: the last tile is moved back to end with the
-    embedding, and the rows behind the tokenizer's pieces are no tokens.
-  """
-  V, rows = share.embedding.shape[0], share.tile_rows
-  start = jnp.minimum(number * rows, V - rows)
-  tile = jax.lax.dynamic_slice_in_dim(share.embedding, start, rows)
-  row, is_fresh = start + jnp.arange(rows), None
-  if V % rows:
-    is_fresh = row >= number * rows
-  if options.num_pieces is not None:
-    is_piece = share.offset + row < options.num_pieces
-    is_fresh = is_piece if is_fresh is None else is_fresh & is_piece
-  return start, tile.astype(share.h.dtype), is_fresh
-
-
-def _logits(options, h, tile, is_fresh):
-  """h [C, D], tile [C_V, D] → capped, masked logits and the cap's slope."""
-  z, slope = _capped(options, _dot('CD,VD->CV', h, tile))
-  if is_fresh is not None:
-    z = jnp.where(is_fresh[None], z, _MASK_VALUE)
-  return z, slope
-
-
-def _capped(options, z):
-  """cap tanh(z / cap) and its derivative 1 - tanh^2, both float32."""
-  if options.softcap is None:
-    return z, jnp.ones_like(z)
-  tanh = jnp.tanh(z / options.softcap)
-  return options.softcap * tanh, 1 - jnp.square(tanh)
-
-
-def _part(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
-  return jax.lax.dynamic_slice_in_dim(x, start, size)
-
-
-def _dot(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-  """Product in y's dtype, summed in float32."""
-  return jnp.einsum(equation, x.astype(y.dtype), y, preferred_element_type=jnp.float32)
-
-
-def _chunk_sizes(options: _Options, num_positions: int) -> Chunk:
-  if options.chunk is not None:
-    return options.chunk
-  if options.sharding is None:
-    platform = jax.default_backend()
-  else:
-    platform = options.sharding.mesh.devices.flat[0].platform
-  sizes, C_V = CPU_CHUNK if platform == 'cpu' else ACCELERATOR_CHUNK
-  last = min(sizes[-1], math.ceil(num_positions * _SMALLEST_CHUNK_SHARE))
-  larger = (min(size, num_positions) for size in sizes[:-1])
-  return (*(size for size in larger if size > last), last), C_V

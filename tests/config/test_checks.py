@@ -7,6 +7,13 @@ import pytest
 from gemma_jax.config import checks
 
 
+@dataclasses.dataclass
+class Words:
+  one: str = checks.choice('x', 'x', 'y')
+  several: tuple = dataclasses.field(default=(), metadata={'choices': ('x', 'y')})
+  free: str = 'anything'
+
+
 @pytest.mark.parametrize(
   ('check', 'arguments', 'message'),
   [
@@ -17,7 +24,17 @@ from gemma_jax.config import checks
     ),
     (checks.at_least, ('a', 1, 2), 'a: got 1, expected an integer >= 2.'),
     (checks.at_least, ('a', True, 0), 'a: got True, expected an integer >= 0.'),
-    (checks.one_of, ('a', 'z', ('x', 'y')), "a: got 'z', expected one of x, y."),
+    (checks.check_choices, (Words(one='z'), 'a'), "a.one: got 'z', expected one of x, y."),
+    (
+      checks.check_choices,
+      (Words(several=('x', 3)), 'a'),
+      'a.several: got 3, expected one of x, y.',
+    ),
+    (
+      checks.check_choices,
+      (Words(one='z'), 'a', {'z': 'Zs are out.'}),
+      "a.one: got 'z', expected one of x, y. Zs are out.",
+    ),
     (checks.check_regex, ('a', 3), 'a: got 3, expected a regex.'),
     (
       checks.check_regex,
@@ -35,7 +52,7 @@ def test_messages(check, arguments, message):
 def test_what_is_right_passes():
   checks.require(True, 'a', 1, 'anything')
   checks.at_least('a', 2, 2)
-  checks.one_of('a', 'x', ('x', 'y'))
+  checks.check_choices(Words(one='y', several=('x', 'y')), 'a')
   checks.check_regex('a', 'layer_[0-9]+')
 
 

@@ -71,7 +71,7 @@ def test_each_kind_is_one_warning_with_its_records(caplog):
     audit(train, [pair('a', 'b')]).log()
   assert [r.getMessage() for r in caplog.records] == [
     '11 of 12 training records repeat another one: 1, 2, 3, 4, 5, 6, 7, 8, ...',
-    '1 of 1 held-out records also stand in training, word for word; their loss measures memory: 0',
+    '1 of 1 held-out records are also in training, word for word; their loss measures memory: 0',
   ]
 
 

@@ -159,7 +159,7 @@ def test_stats_as_a_line_and_as_warnings():
   assert '60 of 1,000 records are truncated to seq_len=128; 25%' in truncated
   assert '11 of 1,000 records lost part of their prompt' in lost
   assert '3 of 1,000 records are left out: what has to stay' in too_long
-  assert '27 of 1,000 records are left out: nothing of them' in unlearnable
+  assert '27 of 1,000 records are left out: nothing in them' in unlearnable
   assert '8 records spell control tokens' in spelled
   assert '--config.data.parse_control_tokens=True' in spelled
   # The template that is there already is no advice.

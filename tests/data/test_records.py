@@ -78,7 +78,7 @@ BAD = [
   ({'prompt': 'a'}, 'field "response" is missing (found: prompt)'),
   (
     '{"prompt": "a", "prompt": "b", "response": "c"}',
-    'a field stands twice in an object ("prompt")',
+    'a field occurs twice in an object ("prompt")',
   ),
   ({'text': 'a'}, 'field "response" is missing (found: text)'),
   ({}, 'field "response" is missing (found: no field)'),

@@ -151,7 +151,7 @@ def test_generation_starts_from_what_training_showed(template, prompt, response)
 @pytest.mark.parametrize('field', ['system', 'context'])
 def test_a_translation_takes_a_sentence_alone(template, field):
   """Anything else would be translated with it."""
-  with pytest.raises(ValueError, match='expected a sentence alone'):
+  with pytest.raises(ValueError, match='expected only a sentence'):
     render(template, {'en': 'Hi.', 'ko': '안녕.', field: 'Be formal.'})
 
 

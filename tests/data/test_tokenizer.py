@@ -261,9 +261,9 @@ def test_a_saved_model_is_the_same_tokenizer(tmp_path):
 @pytest.mark.parametrize(
   'content, message',
   [
-    (None, 'which is no file.*model.tokenizer=PATH'),
-    (b'\x07garbage' * 99, 'are no SentencePiece model'),
-    (SENTENCEPIECE.model_proto[:-7], 'are no SentencePiece model'),
+    (None, 'which is not a file.*model.tokenizer=PATH'),
+    (b'\x07garbage' * 99, 'are not a SentencePiece model'),
+    (SENTENCEPIECE.model_proto[:-7], 'are not a SentencePiece model'),
     (b'', 'expected'),
   ],
   ids=['missing', 'garbage', 'truncated', 'empty'],

@@ -120,8 +120,8 @@ def test_holm():
 
 def without(sweep, gone):
   """The sweep without the cells of which `gone` is true."""
-  cells = [cell for cell in sweep.cells if not gone(cell)]
-  return dataclasses.replace(sweep, cells=cells)
+  cells = [cell for cell in sweep.trials if not gone(cell)]
+  return dataclasses.replace(sweep, trials=cells)
 
 
 def answer_of(sweep):
@@ -159,7 +159,7 @@ def test_enough_is_the_smallest_rank_that_held_before_the_stop():
   assert str(answer.enough.deficit) in text
   assert 'Rank 2 was not shown to be enough' in text
   assert 'Not reached, and so undecided: rank 1.' in text
-  assert 'A claim asks for' not in text
+  assert 'A claim needs' not in text
 
 
 @pytest.mark.parametrize('more', [(), (1,), (2,), (1, 2), (1, 2, 4, 8)])
@@ -202,7 +202,7 @@ def test_beside_other_axes_there_is_no_verdict():
   assert (mine.reference, others.reference) == ('qv, rank 32', 'all, rank 32')
   assert [test.excess for test in mine.tests] == [test.excess for test in alone.tests]
   for answer in (mine, others):
-    assert answer.refusal.startswith('other axes vary too, and 2 verdicts')
+    assert answer.unsupported_reason.startswith('other axes vary too, and 2 verdicts')
     assert answer.enough is None
     assert {test.state for test in answer.tests} == {''}
 
@@ -216,18 +216,18 @@ def test_seeds_that_failed_leave_no_verdict():
       dataclasses.replace(cell, result=None, error='a loss is not finite')
       if cell.axes.get('rank') == rank and cell.axes.get('seed') in (3, 4)
       else cell
-      for cell in sweep.cells
+      for cell in sweep.trials
     ]
-    for before, cell in zip(sweep.cells, cells, strict=True):
+    for before, cell in zip(sweep.trials, cells, strict=True):
       vars(cell)['losses'] = before.losses
-    return answer_of(dataclasses.replace(sweep, cells=cells))
+    return answer_of(dataclasses.replace(sweep, trials=cells))
 
   answer, text = failed(8)
   assert states(answer) == [(8, 'not comparable'), (4, 'not reached')]
   assert '2 of its seeds failed' in text
   assert 'Seeds failed, and are left out, of: rank 8.' in text
   answer, text = failed(16)
-  assert answer.refusal == '2 of the seeds of the reference, rank 16, failed'
+  assert answer.unsupported_reason == '2 of the seeds of the reference, rank 16, failed'
   assert 'is enough' not in text
 
 
@@ -276,7 +276,7 @@ def test_two_common_seeds_are_no_verdict():
 @pytest.mark.parametrize(
   ('change', 'why'),
   [
-    ({'base': False}, 'has no finished cell'),
+    ({'base': False}, 'has no finished trial'),
     ({'seeds': 2}, '2 of its seeds can be compared'),
     ({'seeds': 1}, '1 of its seeds can be compared'),
     ({'records': 58}, 'the 29 test records count as 23.4 (long ones weigh more), expected'),
@@ -288,8 +288,8 @@ def test_two_common_seeds_are_no_verdict():
 def test_verdicts_are_withheld(change, why):
   change = {'levels': {4: 0.0, 8: 0.0}, **change}
   answer, text = answer_of(made_sweep.make(**change))
-  assert why in answer.refusal
-  assert f'below rank 8, the reference: {answer.refusal}.' in text
+  assert why in answer.unsupported_reason
+  assert f'below rank 8, the reference: {answer.unsupported_reason}.' in text
   assert answer.enough is None
   assert {test.state for test in answer.tests} == {''}
   assert 'is enough' not in text
@@ -300,13 +300,13 @@ def test_one_long_record_among_many_is_no_verdict():
   sweep = made_sweep.make({4: 0.0, 8: 0.0})
   answer, _ = answer_of(sweep)
   assert answer.enough is not None
-  tokens = sweep.cells[0].last[1]
+  tokens = sweep.trials[0].last[1]
   before = tokens[0]
   tokens[0] = 20_000
-  for cell in sweep.cells:
+  for cell in sweep.trials:
     cell.last[0][0] *= 20_000 / before
   answer, text = answer_of(sweep)
-  assert answer.refusal.startswith('the 120 test records count as 1.')
+  assert answer.unsupported_reason.startswith('the 120 test records count as 1.')
   assert 'is enough' not in text
 
 
@@ -317,19 +317,19 @@ def test_the_reference_is_the_largest_planned_rank():
     dataclasses.replace(cell, result=None, error='diverged')
     if cell.axes.get('rank') == 16
     else cell
-    for cell in sweep.cells
+    for cell in sweep.trials
   ]
-  answer, _ = answer_of(dataclasses.replace(sweep, cells=cells))
-  assert answer.refusal == 'the reference, rank 16, has not finished'
+  answer, _ = answer_of(dataclasses.replace(sweep, trials=cells))
+  assert answer.unsupported_reason == 'the reference, rank 16, has not finished'
   cells = [
     dataclasses.replace(cell, entry={'trainable_parameters': 0})
     if cell.axes.get('rank') == 16
     else cell
     for cell in cells
   ]
-  for before, cell in zip(sweep.cells, cells, strict=True):
+  for before, cell in zip(sweep.trials, cells, strict=True):
     vars(cell)['losses'] = before.losses
-  answer, text = answer_of(dataclasses.replace(sweep, cells=cells))
+  answer, text = answer_of(dataclasses.replace(sweep, trials=cells))
   assert answer.reference == 'rank 8'
   assert 'Rank 4 is enough' in text
 
@@ -342,26 +342,26 @@ def test_another_reference_may_be_named():
   assert states(answer) == [(4, 'holds'), (2, 'holds')]
   assert 'Rank 2 is enough' in text
   answer, text = answer_of(made_sweep.make(levels, reference=7))
-  assert answer.refusal == 'the reference, rank 7, is not among its ranks'
+  assert answer.unsupported_reason == 'the reference, rank 7, is not among its ranks'
   assert 'is enough' not in text
 
 
 def test_an_arm_that_still_trains_is_not_judged():
   sweep = made_sweep.make({4: 0.0, 8: 0.0})
-  cells = list(sweep.cells)
+  cells = list(sweep.trials)
   last = next(i for i, c in enumerate(cells) if c.axes.get('rank') == 4)
   cells[last] = dataclasses.replace(cells[last], result=None)
-  answer, text = answer_of(dataclasses.replace(sweep, cells=cells))
+  answer, text = answer_of(dataclasses.replace(sweep, trials=cells))
   assert states(answer) == [(4, 'not comparable')]
-  assert 'not all of its cells have ended' in text
+  assert 'not all of its trials have ended' in text
 
 
 def test_caveats_stand_before_numbers():
   sweep = made_sweep.make({4: 0.0, 8: 0.0}, seeds=3, rates=(1e-3, 2e-3))
   _, text = answer_of(sweep)
   for said in (
-    'Measured on 120 test records, which count as 99 (long ones weigh more), and 3 seeds an arm.',
-    'A claim asks for 5 seeds',
+    'Measured on 120 test records, which count as 99 (long ones weigh more), and 3 seeds per arm.',
+    'A claim needs 5 seeds',
     'Rate at the edge of the grid, so a better one may lie beyond: rank 4; rank 8.',
   ):
     assert text.index(said) < text.index('Rank 4 is enough')
@@ -370,7 +370,7 @@ def test_caveats_stand_before_numbers():
 def test_caveats_name_the_arms_with_fewer_seeds():
   seeds = {4: range(2), 8: range(5), 16: range(5)}
   _, text = answer_of(made_sweep.make({4: 0.0, 8: 0.0, 16: 0.0}, seeds=seeds))
-  assert 'and 2 to 5 seeds an arm.' in text
+  assert 'and 2 to 5 seeds per arm.' in text
   assert 'Fewer than 3 seeds (rank 4) give no interval' in text
   assert 'Rank 8 is enough' in text
 
@@ -379,9 +379,9 @@ def test_an_arm_without_a_result_has_its_full_name():
   sweep = made_sweep.make({('qv', 4): 0.0, ('qv', 8): 0.0, ('all', 8): 0.0})
   cells = [
     dataclasses.replace(cell, result=None) if cell.axes.get('targets') == 'all' else cell
-    for cell in sweep.cells
+    for cell in sweep.trials
   ]
-  assert set(arms.labels(dataclasses.replace(sweep, cells=cells)).values()) == {
+  assert set(arms.labels(dataclasses.replace(sweep, trials=cells)).values()) == {
     'qv, rank 4',
     'qv, rank 8',
     'all, rank 8',
@@ -392,7 +392,7 @@ def test_clipped_updates_are_said_by_arm(tmp_path):
   sweep = made_sweep.make({4: 0.0, 8: 0.0})
   sweep.manifest['config']['optimizer']['clip_norm'] = 1.0
   cells = []
-  for i, cell in enumerate(sweep.cells):
+  for i, cell in enumerate(sweep.trials):
     folder = tmp_path / str(i)
     folder.mkdir()
     norms = (0.5, 1.5, 2.0, 0.9) if cell.axes.get('rank') == 4 else (0.5, 0.7)
@@ -402,14 +402,14 @@ def test_clipped_updates_are_said_by_arm(tmp_path):
     )
     cells.append(dataclasses.replace(cell, folder=folder))
     vars(cells[-1])['losses'] = cell.losses
-  _, text = answer_of(dataclasses.replace(sweep, cells=cells))
+  _, text = answer_of(dataclasses.replace(sweep, trials=cells))
   said = (
     'clipped at a norm of 1, which treats arms differently; share of updates: '
     'rank 4 50 %, rank 8 0 %'
   )
   assert said in text
   sweep.manifest['config']['optimizer']['clip_norm'] = 0.0
-  assert 'clipped' not in answer_of(dataclasses.replace(sweep, cells=cells))[1]
+  assert 'clipped' not in answer_of(dataclasses.replace(sweep, trials=cells))[1]
 
 
 def test_pairs_of_other_axes_have_one_correction_and_no_verdict():
@@ -489,7 +489,7 @@ def test_truncation_goes_from_the_smallest_rank_to_the_largest():
     if cell.axes['learning_rate'] == 2e-3 and cell.axes['rank'] < 32:
       cut = dataclasses.replace(cell, kind='truncated', axes={**cell.axes, 'from_rank': 32})
       vars(cut)['losses'] = cell.losses
-      sweep.cells.append(cut)
+      sweep.trials.append(cut)
   lines = compare.truncation(sweep, arms.rows(sweep))
   assert [each['rank'] for each in lines] == [1, 2, 16]
   for each in lines:
@@ -509,7 +509,7 @@ def test_a_rate_at_which_a_seed_failed_is_not_chosen():
 
 def test_a_rate_with_a_loss_that_is_not_a_number_is_not_chosen():
   sweep = made_sweep.make({2: 0.0})
-  cell = next(c for c in sweep.cells if c.axes.get('learning_rate') == 1e-3)
+  cell = next(c for c in sweep.trials if c.axes.get('learning_rate') == 1e-3)
   cell.last[0][:] = np.nan
   (chosen,) = sweep.chosen().values()
   assert {cell.axes['learning_rate'] for cell in chosen} == {2e-3}

@@ -46,7 +46,7 @@ SWEEPS = [name for name in NAMES if name.endswith('_ablation')]
 def test_no_cell_of_a_sweep_is_refused(name):
   config = importlib.import_module(f'experiments.{name}').get_config().resolve()
   model_config = variant_of(config)
-  cells = [cell for cell in grid.make_cells(config, model_config) if cell.kind == 'lora']
+  cells = [cell for cell in grid.make_trials(config, model_config) if cell.kind == 'lora']
   arms = {}
   for cell in cells:
     resolved = cell.config.resolve()

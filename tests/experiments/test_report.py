@@ -67,8 +67,8 @@ def test_the_page_needs_nothing_else_and_has_every_part(written):
     'Truncated or trained',
     'By category',
     'Sample answers',
-    'Failed cells',
-    'Cells',
+    'Failed trials',
+    'Trials',
     'Configuration and fingerprints',
   }
   links = [a for a in page.attributes if a[1] in ('src', 'href')]
@@ -119,7 +119,7 @@ def page_of(sweep, folder) -> tuple[str, list[dict[str, str]]]:
   text = report.page(sweep, table, answers, {})
   assert Page(text).stack == []
   assert 'nan' not in text
-  tables.write_cells(sweep, table, answers, folder / 'results.csv')
+  tables.write_trials(sweep, table, answers, folder / 'results.csv')
   with open(folder / 'results.csv', newline='') as f:
     return html.unescape(text), list(csv.DictReader(f))
 
@@ -213,7 +213,7 @@ def test_a_folder_that_is_no_sweep_is_one_line(tmp_path):
 def test_a_sweep_without_a_finished_cell_is_refused(written, tmp_path):
   for name in ('manifest.json', 'heldout.jsonl'):
     shutil.copy(written[0] / name, tmp_path)
-  with pytest.raises(ValueError, match='no finished cell'):
+  with pytest.raises(ValueError, match='no finished trial'):
     report.write(str(tmp_path))
   assert not (tmp_path / 'report').exists()
 

@@ -46,7 +46,7 @@ def several(runs: runs_lib.Runs, trials: int, rng: np.random.Generator):
     log = runs_lib.log_path(workdir).read_text()
     found[kind] += 1
     found['disturbed'] += 1
-    found['started again'] += 'starting all again' in log
+    found['started again'] += 'restarting all of them' in log
     found['ended'] += code == 0
     found['bit-equal adapters'] += runs.is_equal(workdir)
   return found

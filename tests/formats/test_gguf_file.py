@@ -32,7 +32,7 @@ def test_wrong_magic_or_version_is_refused(tmp_path):
   whole = path.read_bytes()
   for head in (b'GGML', b'GGUF' + struct.pack('<I', 1), b'GGUF\0\0\0\3'):
     path.write_bytes(head + whole[len(head) :])
-    with pytest.raises(ValueError, match='no GGUF file that is read'):
+    with pytest.raises(ValueError, match='not a GGUF file of a supported version'):
       gguf_toy.open_gguf(path)
 
 

@@ -118,7 +118,7 @@ def test_config_and_weights_must_be_there(tmp_path):
     hf_toy.open_folder(folder)
   save_file(hf_toy.tensors_of('gemma1'), folder / 'model.safetensors')
   (folder / 'config.json').write_text('{"model_type": "gemma",')
-  with pytest.raises(ValueError, match=r'config\.json: this is no valid JSON'):
+  with pytest.raises(ValueError, match=r'config\.json: this is not valid JSON'):
     hf_toy.open_folder(folder)
   (folder / 'config.json').unlink()
   with pytest.raises(ValueError, match=r'config\.json: there is no such file'):
@@ -143,7 +143,7 @@ def test_shard_or_index_that_is_wrong(tmp_path):
     hf_toy.open_folder(folder)
   for name in ('../elsewhere', str(first), '..', 'a\\b.safetensors', '', 7):
     index.write_text(json.dumps({'weight_map': weight_map | {Q1: name}}))
-    with pytest.raises(ValueError, match=r'is no name of a \.safet'):
+    with pytest.raises(ValueError, match=r'is not the name of a \.safet'):
       hf_toy.open_folder(folder)
   for text in ('[]', '{"weight_map": 3}', '{'):
     index.write_text(text)

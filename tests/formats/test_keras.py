@@ -156,8 +156,8 @@ def _rank(value):
   ('change', 'message'),
   [
     (lambda f: f.move('lora/10', 'lora/9'), 'lora/9/.* has shape'),
-    (lambda f: f.move('lora/10', 'lora/11'), "lora holds '11', which is no proj"),
-    (lambda f: f.move('lora/21', 'lora/32'), "lora holds '32', which is no proj"),
+    (lambda f: f.move('lora/10', 'lora/11'), "lora holds '11', which is not a proj"),
+    (lambda f: f.move('lora/21', 'lora/32'), "lora holds '32', which is not a proj"),
     (lambda f: f.__delitem__('lora/19'), 'layer_1/attn/v has no factors'),
     (lambda f: f.__delitem__('lora/8/vars/lora_kernel_b'), 'kernel_b is miss'),
     (lambda f: f.__delitem__('lora/vars/rank'), 'lora/vars/rank is missing'),
@@ -181,10 +181,10 @@ def _rank(value):
       lambda f: (f.move('lora', 'l'), f.update(lora=h5py.SoftLink('/l'))),
       f'{RANK} is missing or a link',
     ),
-    (_replace(_external), f'{KERNEL} lies in chunks or in another file'),
+    (_replace(_external), f'{KERNEL} is stored in chunks or in another file'),
     (
       _replace(lambda f, x: f.create_dataset(KERNEL, x.shape, 'f4')),
-      f'{KERNEL} stores 0 bytes, expected all of its 528',
+      f'{KERNEL} stores 0 bytes, expected all 528',
     ),
     (
       _replace(lambda f, x: f.create_dataset(KERNEL, data=0 * x, compression='gzip')),
@@ -197,7 +197,7 @@ def _rank(value):
     (_rank(3.5), f'{RANK} is of float64, expected int32 or int64'),
     (_rank(float('inf')), f'{RANK} is of float64'),
     (_rank(0), f'{RANK} is 0, expected 1 to 65535'),
-    (lambda f: f.copy('lora/10', 'lora/010'), "lora holds '010', which is no"),
+    (lambda f: f.copy('lora/10', 'lora/010'), "lora holds '010', which is not a"),
     (lambda f: f.move('lora/10', 'lora/1\n0'), r"lora holds '1\\n0', which is"),
     (lambda f: f.move('lora/10', b'lora/1\xff'), r"lora holds b'1\\xff'"),
   ],

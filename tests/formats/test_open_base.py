@@ -95,7 +95,7 @@ def test_tokenizer_of_ones_own(tmp_path):
   path = write_tokenizer(tmp_path / 'large.model', 269)
   with pytest.raises(ValueError, match='got 269 pieces, expected at most 263'):
     open_base.open_base('random:tiny', path).tokenizer()
-  with pytest.raises(ValueError, match='is no file'):
+  with pytest.raises(ValueError, match='is not a file'):
     open_base.open_base('random:tiny', str(tmp_path / 'none')).tokenizer()
 
 

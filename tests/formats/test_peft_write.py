@@ -174,10 +174,10 @@ def test_folder_with_something_else_is_not_replaced(tmp_path):
   folder.mkdir()
   write(folder)  # an empty folder is as good as none
   (folder / peft.CONFIG_NAME).unlink()
-  with pytest.raises(ValueError, match='something else than an adapter'):
+  with pytest.raises(ValueError, match='something other than an adapter'):
     write(folder)
   (tmp_path / 'file').write_text('text')
-  with pytest.raises(ValueError, match='something else than an adapter'):
+  with pytest.raises(ValueError, match='something other than an adapter'):
     write(tmp_path / 'file')
   assert (tmp_path / 'file').read_text() == 'text'
 
@@ -188,7 +188,7 @@ def test_tree_that_is_no_adapter_is_refused(tmp_path):
   del lora['layers']['attn']['q']['lora_b']
   with pytest.raises(ValueError, match='needs both lora_a and lora_b'):
     peft.write_adapter(tmp_path / 'a', lora, config, 'base')
-  with pytest.raises(ValueError, match='q/w is none of an adapter'):
+  with pytest.raises(ValueError, match='q/w does not belong to an adapter'):
     peft.write_adapter(
       tmp_path / 'a', {'layer_0': {'attn': {'q': {'w': np.ones(3)}}}}, config, 'base'
     )

@@ -245,3 +245,34 @@ asyncio.run(main())
   )
   assert 'Task exception was never retrieved' in done.stderr
   assert 'Traceback' not in done.stderr
+
+
+def test_late_writes_of_a_checkpoint_have_no_traceback_and_other_errors_do():
+  """TensorStore's threads hand what they cannot raise to `sys.unraisablehook`."""
+  script = """
+from absl import flags
+from launch import app
+
+class Late:
+  def __init__(self, text):
+    self.text = text
+  def __del__(self):
+    raise RuntimeError(self.text)
+
+flags.FLAGS(['app'])
+app._set_up_log()
+Late('Event loop is closed')
+print('--', file=__import__('sys').stderr)
+Late('another error')
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', script],
+    capture_output=True,
+    check=True,
+    text=True,
+    cwd=Path(app.__file__).parents[1],
+  )
+  late, other = done.stderr.split('--\n')
+  assert 'A write of a checkpoint ended' in late
+  assert 'Traceback' not in late
+  assert 'Traceback' in other

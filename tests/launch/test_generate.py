@@ -172,7 +172,7 @@ def test_tokens_need_no_tokenizer(tmp_path):
   ('flags', 'message'),
   [
     ((), '--prompt: missing, expected --prompt=TEXT or --tokens=2,5,7'),
-    (('--tokens=2,x',), "--tokens: got '2,x', expected ids with commas"),
+    (('--tokens=2,x',), "--tokens: got '2,x', expected ids separated by commas"),
     (('--tokens=2,261',), 'ids from 2 to 261, expected ids in [0, 260)'),
     (('--prompt=Hi', '--top_p=0'), 'top_p: got 0.0, expected a number in'),
     (('--prompt=Hi', '--template=chat'), "control token: got '<start_of_turn"),

@@ -161,7 +161,7 @@ def test_help_explains(command):
     (['--config.data.template=nothing'], 'template'),
     (['--config.data.seq_len=9999'], 'data.seq_len'),
     (['--confg=x'], 'confg'),
-    (['--config=missing.py'], "got 'missing.py', which is no file"),
+    (['--config=missing.py'], "got 'missing.py', which is not a file"),
   ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(folder, records, flags, message):

@@ -75,7 +75,7 @@ def test_all_start_again_when_one_is_killed(tmp_path):
   _, log = process.communicate(timeout=60)
   assert process.returncode == 0, log
   assert 'a process ended with exit code 137' in log
-  assert 'starting all again (1 of 2)' in log
+  assert 'restarting all of them (1 of 2)' in log
   assert starts(tmp_path) == [2, 2]
 
 

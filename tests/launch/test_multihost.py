@@ -277,7 +277,7 @@ def test_kill_and_supervised_restart(records, undisturbed, tmp_path, victim):
   subprocess.run(['kill', '-9', str(pod.pids[victim])], check=True)
   code, result, log = pod.wait()
   assert code == 0, log
-  assert 'starting all again (1 of 1)' in log
+  assert 'restarting all of them (1 of 1)' in log
   assert 'Resumed from step' in log
   assert result['steps'] == 41
   assert adapter_bytes(tmp_path / 'run') == adapter_bytes(undisturbed)
@@ -358,7 +358,7 @@ def test_a_coordinator_that_does_not_answer(records, tmp_path):
   config = run_toy.config_file(tmp_path, records, **FIELDS)
   process = call(config, tmp_path / 'run', free_port(), 1, '--join_timeout_secs=1')
   (error,) = refusals([process])
-  assert 'not all of the 2 processes came' in error
+  assert 'not all of the 2 processes reached' in error
   assert not (tmp_path / 'run').exists()
 
 
@@ -367,7 +367,7 @@ def test_a_process_that_never_comes(records, tmp_path):
   config = run_toy.config_file(tmp_path, records, **FIELDS)
   process = call(config, tmp_path / 'run', free_port(), 0, '--join_timeout_secs=3')
   (error,) = refusals([process])
-  assert 'not all of the 2 processes came' in error
+  assert 'not all of the 2 processes reached' in error
 
 
 @pytest.mark.multihost

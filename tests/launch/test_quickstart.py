@@ -74,7 +74,7 @@ def test_the_interval_says_what_it_is_over(done):
 
 
 def test_few_records_give_no_interval(done):
-  assert '9 held-out records, no interval below 10' in done[2].stdout
+  assert '9 held-out records, no interval with fewer than 10' in done[2].stdout
   result = json.loads(done[2].stdout.splitlines()[-1])
   assert result['difference_interval'] is None
 

@@ -273,7 +273,7 @@ def test_print_calls_nothing_and_shows_what_would_run(cloud, action):
     ('fly', (), "action: got 'fly', expected run, create"),
     ('run', ('--type=v9-8', '--', 'true'), "--type: got 'v9-8', expected"),
     ('run', ('--', 'true'), '--type: missing'),
-    ('run', ('--type=v5e-8',), 'no command: expected one behind --'),
+    ('run', ('--type=v5e-8',), 'no command: expected one after --'),
     ('status', ('--nmae=x',), "option: got '--nmae=x'"),
   ],
 )

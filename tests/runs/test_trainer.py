@@ -245,14 +245,14 @@ class TestRefusals:
   @pytest.mark.parametrize(
     ('change', 'message'),
     [
-      ({'tokens': np.zeros((4, 11), np.float32)}, 'got float32 at tokens, expected a integer'),
-      ({'weights': np.zeros((4, 11), np.int32)}, 'got int32 at weights, expected a floating'),
+      ({'tokens': np.zeros((4, 11), np.float32)}, 'got float32 at tokens, expected integer'),
+      ({'weights': np.zeros((4, 11), np.int32)}, 'got int32 at weights, expected floating'),
       (
         {'tokens': np.zeros((2, 11), np.int32)},
-        r"got leaves of .*'tokens': 2, .*one number of rows",
+        r"got leaves of different rows, .*'tokens': 2, .*one number of rows",
       ),
-      ({'more': np.float32(1)}, 'got float32 at more, expected an array whose leading'),
-      ({'more': 'text'}, 'got str at more, expected an array whose leading'),
+      ({'more': np.float32(1)}, 'got a scalar at more, expected an array whose leading'),
+      ({'more': 'text'}, 'got a scalar at more, expected an array whose leading'),
     ],
   )
   def test_leaves(self, trainer, change, message):

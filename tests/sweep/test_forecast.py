@@ -1,4 +1,4 @@
-"""What a gang needs and gains on a slice that is not here."""
+"""What a batch of adapters needs and gains on a slice that is not here."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ def found(small):  # noqa: F811
 @pytest.mark.aot
 class TestGang:
   def test_seeds_share_a_plan_and_ranks_a_gang(self, found):
-    assert (found.num_cells, found.num_gangs) == (10, 2)
+    assert (found.num_trials, found.num_batches) == (10, 2)
     ranks = [name.split('-')[0] for name in found.names]
     assert ranks == [f'r{rank}' for rank in RANKS]
 
@@ -78,7 +78,7 @@ class TestGang:
 def test_a_limit_divides_the_gang(found):
   limit = found.together.needed_bytes / 2**30 - 1e-6
   (divided,) = forecast.forecast(sweep_config(memory_gib=limit), V5E)
-  assert divided.num_gangs == 4
+  assert divided.num_batches == 4
   assert len(divided.names) == divided.together.members == 3
 
 

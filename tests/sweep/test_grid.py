@@ -17,7 +17,7 @@ def sweep(**axes):
 
 
 def cells(**axes):
-  return grid.make_cells(sweep(**axes), MODEL)
+  return grid.make_trials(sweep(**axes), MODEL)
 
 
 def test_cells_are_the_product_and_differ_where_they_say():
@@ -37,7 +37,7 @@ def test_cells_are_the_product_and_differ_where_they_say():
 def test_an_axis_without_values_keeps_the_config():
   config = SweepConfig(grid=GridConfig(ranks=(2,)), seed=5)
   config.lora.targets = 'all'
-  (cell,) = grid.make_cells(config.resolve(), MODEL)[1:]
+  (cell,) = grid.make_trials(config.resolve(), MODEL)[1:]
   assert cell.config.seed == 5
   assert cell.config.lora.targets == 'all'
 
@@ -124,6 +124,6 @@ def test_ranks_that_a_budget_makes_equal_are_duplicates():
 def test_the_sweeps_own_config_stays_as_it_was():
   config = sweep(ranks=(3,))
   before = dataclasses.asdict(config)
-  for cell in grid.make_cells(config, MODEL):
+  for cell in grid.make_trials(config, MODEL):
     cell.config.lora.rank = 77
   assert dataclasses.asdict(config) == before

@@ -58,8 +58,8 @@ def adapters(folder):
 
 def test_a_cell_equals_its_config_trained_alone(finished, records, tmp_path):
   _, sweep = finished
-  cell = next(c for c in sweep.cells if c.name == 'r2-s3-lr0.01')
-  cells = grid.make_cells(sweep_toy.config(records).resolve(), variant('tiny3'))
+  cell = next(c for c in sweep.trials if c.name == 'r2-s3-lr0.01')
+  cells = grid.make_trials(sweep_toy.config(records).resolve(), variant('tiny3'))
   config = next(c.config for c in cells if c.name == cell.name)
   result = train.train(config.resolve(), str(tmp_path))
   toy.assert_close(cell.result['loss_adapted'], result['loss_adapted'], 1e-5)
@@ -87,7 +87,7 @@ def test_a_cell_equals_its_config_trained_alone(finished, records, tmp_path):
 
 def test_a_refused_rank_fails_its_cells_and_no_other(finished):
   _, sweep = finished
-  failed = [cell for cell in sweep.cells if cell.error is not None]
+  failed = [cell for cell in sweep.trials if cell.error is not None]
   assert {cell.axes['rank'] for cell in failed} == {99}
   assert len(failed) == 4
   assert all('expected at most' in cell.error for cell in failed)
@@ -187,7 +187,7 @@ def test_other_records_are_refused_and_the_same_elsewhere_are_not(finished, tmp_
 def test_cells_without_their_manifest_are_refused(finished, records, tmp_path):
   shutil.copytree(finished[0] / 'cells', tmp_path / 'cells')
   config = sweep_toy.config(records).resolve()
-  with pytest.raises(ValueError, match=r'has cells but no manifest\.json'):
+  with pytest.raises(ValueError, match=r'has trials but no manifest\.json'):
     worker.run(config, str(tmp_path))
 
 
@@ -321,7 +321,7 @@ def test_kill_9_in_the_middle_and_the_same_command_again(records, tmp_path):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    (['--config.grid.ranks=(4,4)'], 'grid: got the cell r4-s0-lr0.001 twice'),
+    (['--config.grid.ranks=(4,4)'], 'grid: got the trial r4-s0-lr0.001 twice'),
     (
       [f'--config.grid.{axis}=()' for axis in ('ranks', 'seeds')]
       + ['--config.grid.learning_rates=()'],
@@ -355,24 +355,24 @@ def test_a_member_that_diverges_fails_alone(records, tmp_path):
   )
   config.optimizer.clip_norm = 0.0
   sweep = worker.run(config.resolve(), str(tmp_path))
-  good, bad = (c for c in sweep.cells if c.kind == 'lora')
+  good, bad = (c for c in sweep.trials if c.kind == 'lora')
   assert good.result is not None
   assert 'expected a finite number' in bad.error
 
 
 def test_gangs_are_split_by_memory(records, caplog):
-  cells = grid.make_cells(sweep_toy.config(records).resolve(), variant('tiny3'))
+  cells = grid.make_trials(sweep_toy.config(records).resolve(), variant('tiny3'))
   configs = [c.config.resolve() for c in cells if c.kind == 'lora' and c.axes['seed'] == 0]
   caplog.set_level('INFO')
   assert plan.split(configs) == [[0, 1, 2, 3, 4, 5]]
   three = plan.peak_bytes(prepare.outline(configs[2]), 3, 1 << 40)
   found = plan.split(configs, limit_bytes=three)
   assert found == [[0, 1, 2], [3, 4, 5]]
-  assert '6 cells are trained as 2 gangs' in caplog.text
+  assert '6 trials are trained as 2 batches of adapters' in caplog.text
 
 
 def test_a_sweep_of_which_every_cell_is_refused(records, tmp_path):
   config = sweep_toy.config(records, ranks=(99,)).resolve()
-  with pytest.raises(ValueError, match='all of them are refused'):
+  with pytest.raises(ValueError, match='none of which can run'):
     worker.run(config, str(tmp_path))
   assert not list(tmp_path.iterdir())

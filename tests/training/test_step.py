@@ -15,7 +15,7 @@ from gemma_jax import pytree
 from gemma_jax.config.train import LoraConfig, OptimizerConfig
 from gemma_jax.model import layout
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.training import losses, optimizer
+from gemma_jax.training import optimizer, vocabulary_walk
 from gemma_jax.training import state as state_lib
 from gemma_jax.training import step as step_lib
 from gemma_jax.training.model import Model
@@ -237,12 +237,12 @@ def test_no_step_holds_the_logits_of_a_batch(trainable):
     math.prod(s) // config.vocab_size for s in shapes_in(jaxpr.jaxpr) if config.vocab_size in s
   }
   assert with_vocabulary  # the search does see the chunks
-  assert max(with_vocabulary) <= losses.CPU_CHUNK[0][0] < rows * length
+  assert max(with_vocabulary) <= vocabulary_walk.CPU_CHUNK[0][0] < rows * length
 
 
 def test_a_frozen_bases_gradient_is_not_even_traced(monkeypatch):
   """Neither a kernel's gradient nor the embedding's has a place in the step."""
-  monkeypatch.setattr(losses, 'CPU_CHUNK', ((5,), 11))  # tiles smaller than V
+  monkeypatch.setattr(vocabulary_walk, 'CPU_CHUNK', ((5,), 11))  # tiles smaller than V
   tree = {
     'params': layout.abstract_params(toy.FULL),
     'lora': jax.eval_shape(lambda: toy.factors(lora_config=LoraConfig(rank=3, targets='q'))),

@@ -1,4 +1,4 @@
-"""TFDS builders, a folder each, and reading what they prepared.
+"""TFDS builders, one folder each, and reading what they prepared.
 
 A builder turns one text file into array_record files with the splits train,
 validation and test (90, 5 and 5 %, no prompt in two of them). TensorFlow is
@@ -23,12 +23,12 @@ def make_builder(name: str, path: str = '', data_dir: str = ''):
 
   Args:
     name: dolly, korean_chatbot or tatoeba_en_ko.
-    path: a local copy of the file that the builder reads; '' downloads it,
-      where it has an address.
+    path: a local copy of the file that the builder reads; '' downloads it, if it
+      has a URL.
     data_dir: folder of prepared data sets; '' is ~/.cache/gemma_jax/tfds.
 
   Raises:
-    ValueError: unknown name, or a local file that is missing or not the one
+    ValueError: the name is unknown, or the local file is missing or not the one
       expected.
   """
   if name not in _BUILDERS:
@@ -45,7 +45,7 @@ def read_split(name: str, split: str, path: str = '', data_dir: str = '') -> lis
   """Records of one split, in the order of the file; prepares it at first use.
 
   Args:
-    name: as in `make_builder`, and so are path and data_dir.
+    name: as in `make_builder`, like path and data_dir.
     split: train, validation or test.
     path: a local copy of the file.
     data_dir: folder of prepared data sets.

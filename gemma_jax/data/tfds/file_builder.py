@@ -19,7 +19,7 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Rows of text fields from one file, as train, validation and test.
 
   Subclasses say which fields, and how to parse the file. Data of a file whose
-  hash is not fixed is kept under that hash, so that another file of the same
+  hash is not fixed is kept under its hash, so that a different file of the same
   name is prepared anew.
 
   Attributes:
@@ -50,14 +50,14 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       **kwargs: of `tfds.core.GeneratorBasedBuilder`, e.g. data_dir.
 
     Raises:
-      ValueError: no such file, another file, or no path and no address.
+      ValueError: no such file, a different file, or neither a path nor a URL.
     """
     self._content = b''
     if path:
       file = epath.Path(path).expanduser()
       if not file.is_file():
         raise ValueError(
-          f'tfds:{self.name}: got {path!r}, which is no file; expected the '
+          f'tfds:{self.name}: got {path!r}, which is not a file; expected the '
           f'path of {self.FILE} ({self.HOMEPAGE}).'
         )
       self._content = file.read_bytes()
@@ -91,7 +91,7 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     )
 
   def _split_generators(self, dl_manager):
-    del dl_manager  # it takes minutes to give up where there is no network
+    del dl_manager  # without a network it takes minutes to give up
     rows = list(self.parse(self._content or self._download()))
     splits: dict[str, list[Row]] = {'train': [], 'validation': [], 'test': []}
     for row, prompt in zip(rows, self.prompts(rows), strict=True):
@@ -100,8 +100,8 @@ class FileBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       if not members:
         raise ValueError(
           f'tfds:{self.name}: got {len(rows)} rows, none of which fell into '
-          f'the split {name}; expected some hundreds. Make it a .jsonl file '
-          'to use it as it is.'
+          f'the split {name}; expected a few hundred. Convert it to a .jsonl file '
+          'to use it unchanged.'
         )
     return {name: self._generate_examples(members) for name, members in splits.items()}
 

@@ -146,7 +146,7 @@ def test_a_failed_download_tells_how_to_go_on(tmp_path, monkeypatch, server):
 
 
 def test_missing_files_are_named(tmp_path):
-  with pytest.raises(ValueError, match=r'nope.*which is no file.*toy\.jsonl'):
+  with pytest.raises(ValueError, match=r'nope.*which is not a file.*toy\.jsonl'):
     Toy(path=str(tmp_path / 'nope'), data_dir=tmp_path)
   with pytest.raises(ValueError, match='without a file, expected tfds:toy:PATH'):
     Toy(data_dir=tmp_path)

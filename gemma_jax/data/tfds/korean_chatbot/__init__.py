@@ -1,4 +1,4 @@
-"""Korean question and answer pairs of everyday talk."""
+"""Korean question and answer pairs from everyday conversation."""
 
 from gemma_jax.data.tfds.korean_chatbot.korean_chatbot import KoreanChatbot
 

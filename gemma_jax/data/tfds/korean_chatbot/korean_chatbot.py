@@ -1,4 +1,4 @@
-"""ChatbotData.csv: Korean questions, answers, and the kind of talk.
+"""ChatbotData.csv: Korean questions, answers, and the kind of conversation.
 
 Q,A,label
 12시 땡!,하루가 또 가네요.,0

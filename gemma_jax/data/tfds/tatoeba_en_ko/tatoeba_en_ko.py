@@ -39,8 +39,8 @@ class TatoebaEnKo(FileBuilder):
 
         Hi. 안녕.    Hello. 안녕.    Hello. 여보세요.      all in one split
 
-    Either sentence may be the prompt, so neither may stand in two splits. A
-    group is named by its first sentence in the order of characters.
+    Either sentence may be the prompt, so neither may be in two splits. A group is
+    named by its first sentence in alphabetical order.
     """
     parents: dict[str, str] = {}
 

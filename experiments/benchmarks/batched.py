@@ -1,11 +1,11 @@
-"""What training K adapters at once saves, against one run for each.
+"""What training K adapters as one batch saves, compared with one run each.
 
-  python -m experiments.benchmarks.gang [--steps=60] [--seq_len=128]
+  python -m experiments.benchmarks.batched [--steps=60] [--seq_len=128]
 
-Both ways go through the commands that a user calls, on the embedded records,
-each with an empty compilation cache: `launch.sweep` with all ranks in one gang,
-and `launch.train` once for each rank. Prints one JSON line: seconds of both and
-their ratio, seconds an update and adapter, and peak memory of the gang and of
+Both ways use the commands that a user calls, on the embedded records, each with
+an empty compilation cache: `launch.sweep` with all ranks in one batch, and
+`launch.train` once for each rank. Prints one JSON line: seconds of both and
+their ratio, seconds per update and adapter, and peak memory of the batch and of
 the largest single run.
 """
 
@@ -40,9 +40,9 @@ def main() -> None:
     '--config.checkpoint_every_steps=0',
   ]
   with tempfile.TemporaryDirectory() as folder:
-    gang_secs = _run(
+    batched_secs = _run(
       'sweep',
-      f'{folder}/gang',
+      f'{folder}/batched',
       'rank_ablation',
       [
         *shared,
@@ -54,8 +54,9 @@ def main() -> None:
         '--config.grid.sample_prompts=0',
       ],
     )
-    gang = [
-      json.loads(path.read_text('utf-8')) for path in Path(folder).glob('gang/cells/*/result.json')
+    batched = [
+      json.loads(path.read_text('utf-8'))
+      for path in Path(folder).glob('batched/cells/*/result.json')
     ]
     alone_secs, alone = 0.0, []
     for rank in ranks:
@@ -71,12 +72,12 @@ def main() -> None:
         'ranks': ranks,
         'steps': options.steps,
         'seq_len': options.seq_len,
-        'gang_seconds': round(gang_secs, 1),
+        'gang_seconds': round(batched_secs, 1),
         'separate_seconds': round(alone_secs, 1),
-        'ratio': round(gang_secs / alone_secs, 3),
-        'gang_step_seconds_per_adapter': round(gang[0]['seconds'] / options.steps, 4),
+        'ratio': round(batched_secs / alone_secs, 3),
+        'gang_step_seconds_per_adapter': round(batched[0]['seconds'] / options.steps, 4),
         'separate_step_seconds': round(sum(steps) / len(steps), 4),
-        'gang_peak_bytes': max(r['peak_memory_bytes'] for r in gang),
+        'gang_peak_bytes': max(r['peak_memory_bytes'] for r in batched),
         'separate_peak_bytes': max(r['peak_memory_bytes'] for r in alone),
       }
     )
@@ -84,7 +85,7 @@ def main() -> None:
 
 
 def _run(command: str, workdir: str, config: str, flags: list[str]) -> float:
-  """Seconds of a command, its start and compilations included."""
+  """Seconds that a command takes, including its start and compilations."""
   started = time.perf_counter()
   subprocess.run(
     [
@@ -104,7 +105,7 @@ def _run(command: str, workdir: str, config: str, flags: list[str]) -> float:
 
 
 def _step_secs(workdir: str) -> float:
-  """Mean over the updates but the first."""
+  """Mean seconds of an update, the first left out."""
   rows = files.read_json_lines(Path(workdir, 'metrics.jsonl'))
   seconds = [row['step_secs'] for row in rows if 'step_secs' in row][1:]
   return sum(seconds) / len(seconds)

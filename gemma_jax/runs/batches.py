@@ -1,0 +1,85 @@
+"""Batches of any structure: checked before a step, and what they measured."""
+
+from collections.abc import Iterable, Iterator
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_jax import pytree
+
+# What leaves of these names have to be; others may be anything.
+_KINDS = {
+  **dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), jnp.integer),
+  'weights': jnp.floating,
+}
+
+
+def checked(batch: Any, parts: int) -> Any:
+  """A batch in NumPy arrays of dtypes that a device takes.
+
+  Args:
+    batch: a pytree of arrays.
+    parts: of which the number of rows has to be a multiple.
+
+  Raises:
+    ValueError: leaves that are not arrays of the same rows, rows that do not
+      divide, or a dtype that a leaf of this name cannot have.
+  """
+  named = pytree.items(batch)
+  if not named:
+    raise ValueError('batch: got no array, expected a pytree whose leading axis is rows.')
+  rows = {}
+  for name, x in named:
+    place = name or 'its root'
+    if not hasattr(x, 'dtype') or not np.ndim(x):
+      kind = 'a scalar' if np.ndim(x) == 0 else type(x).__name__
+      raise ValueError(
+        f'batch: got {kind} at {place}, expected an array whose leading axis is rows.'
+      )
+    rows[place] = x.shape[0]
+    wanted = _KINDS.get(name.split('/')[-1])
+    if wanted is not None and not jnp.issubdtype(x.dtype, wanted):
+      raise ValueError(f'batch: got {x.dtype} at {place}, expected {wanted.__name__} values.')
+  if len(set(rows.values())) > 1:
+    raise ValueError(f'batch: got leaves of different rows, {rows}, expected one number of rows.')
+  count = next(iter(rows.values()))
+  if not count or count % parts:
+    raise ValueError(
+      f'batch: got {count} rows, expected a multiple of {parts}: accumulate_steps times the '
+      'parts in which the mesh splits rows.'
+    )
+  return jax.tree.map(lambda x: np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype)), batch)
+
+
+def means(returned: Iterable[Any]) -> dict[str, np.ndarray]:
+  """'loss', 'weight' and the metrics of a loss over batches.
+
+  Args:
+    returned: what a `training.step.LossFn` returned for each.
+
+  Raises:
+    ValueError: there is no batch.
+  """
+  sums: dict[str, np.ndarray] = {}
+  for total, weight, metrics in returned:
+    for name, pair in {'loss': (total, weight), **metrics}.items():
+      sums[name] = sums.get(name, 0.0) + np.asarray(pair, np.float64)
+  if not sums:
+    raise ValueError('data: got no batch to measure on, expected at least one.')
+  result = {name: total / np.where(w == 0, 1, w) for name, (total, w) in sums.items()}
+  return {**result, 'weight': sums['loss'][1]}
+
+
+def timed(items: Iterable[Any]) -> Iterator[tuple[float, Any]]:
+  """(seconds for which it was waited for, item) of each item."""
+  items = iter(items)
+  while True:
+    started = time.perf_counter()
+    try:
+      item = next(items)
+    except StopIteration:
+      return
+    yield time.perf_counter() - started, item

@@ -1,0 +1,108 @@
+"""A workdir for a `Trainer` of a notebook: it goes on where it was left.
+
+`launch.train` has more in its workdir and decides by its config
+(`runs.resume`); here what decides are the objects that a `Trainer` was given.
+"""
+
+from collections.abc import Mapping
+import contextlib
+import hashlib
+from typing import Any
+import weakref
+
+from absl import logging
+import jax
+import numpy as np
+
+from gemma_jax import pytree
+from gemma_jax.runs import workdir as workdir_lib
+from gemma_jax.runs.checkpoint import Checkpoints
+from gemma_jax.training.state import TrainState
+
+
+class Saves:
+  """Checkpoints of one trainer, which has the workdir for itself.
+
+  Attributes:
+    newest: (step, notes) to go on from, or None.
+  """
+
+  def __init__(self, workdir: str, every_steps: int, facts: Mapping[str, Any]):
+    """Takes the workdir.
+
+    Args:
+      workdir: a folder, made if need be.
+      every_steps: updates between checkpoints.
+      facts: what must be the same when training goes on; JSON-able.
+
+    Raises:
+      ValueError: another process trains there, or it is of other facts.
+    """
+    if isinstance(every_steps, bool) or not isinstance(every_steps, int) or every_steps < 1:
+      raise ValueError(f'save_every_steps: got {every_steps!r}, expected an integer >= 1.')
+    self._every_steps = every_steps
+    self._facts = dict(facts)
+    stack = contextlib.ExitStack()
+    # Released when the trainer is: a notebook has no end of its own.
+    self.close = weakref.finalize(self, stack.close)
+    self._place = stack.enter_context(workdir_lib.only_run(workdir))
+    self._checkpoints = Checkpoints(workdir, place=self._place)
+    stack.callback(self._checkpoints.close)
+    step = self._checkpoints.latest_step()
+    self._saved = step or 0
+    self.newest = None
+    if step is not None:
+      notes = self._checkpoints.read_notes(step)
+      self._check(workdir, notes.get('trainer'))
+      self.newest = step, notes
+
+  def restore(self, abstract: TrainState) -> TrainState:
+    """The state of `newest`, onto the shardings of an abstract one."""
+    step, _ = self.newest
+    logging.info('Goes on from step %d of %s', step, self._place.workdir)
+    return self._checkpoints.restore(step, abstract)
+
+  def save_if_due(self, state: TrainState, position: Any) -> None:
+    """Starts a checkpoint every so many updates."""
+    if int(state.step) % self._every_steps == 0:
+      self.save(state, position)
+
+  def save(self, state: TrainState, position: Any) -> None:
+    """Starts a checkpoint, unless this step has one.
+
+    Args:
+      state: may be donated right after.
+      position: of the data; JSON-able.
+    """
+    step = int(state.step)
+    if step == self._saved:
+      return
+    self._place.check()
+    self._checkpoints.save(state, {'trainer': self._facts, 'data': position})
+    self._saved = step
+
+  def wait(self) -> None:
+    """Returns once the last checkpoint is committed."""
+    self._checkpoints.wait()
+
+  def _check(self, workdir: str, before: Any) -> None:
+    if not isinstance(before, dict):
+      raise ValueError(
+        f'workdir {workdir}: has a checkpoint of launch.train, expected one of a Trainer. '
+        'Use another workdir.'
+      )
+    for name in sorted(before.keys() | self._facts.keys()):
+      if before.get(name) != self._facts.get(name):
+        raise ValueError(
+          f'workdir {workdir}: was made with {name}={before.get(name)!r}, this trainer has '
+          f'{self._facts.get(name)!r}. Use another workdir, or the same {name}.'
+        )
+
+
+def digest(tree: Any) -> str:
+  """Hex sha256 of the names and bytes of a tree of arrays."""
+  total = hashlib.sha256()
+  for name, x in pytree.items(jax.device_get(tree)):
+    total.update(name.encode())
+    total.update(np.ascontiguousarray(x).tobytes())
+  return total.hexdigest()
