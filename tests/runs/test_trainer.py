@@ -133,7 +133,7 @@ class TestBatches:
 
   def test_a_dataset_goes_on_where_it_was(self, base):
     rows = [{'prompt': f'{i} + 1 =', 'response': f'{i + 1}'} for i in range(30)]
-    make = lambda: Trainer(base, make_lora(base), Dataset(rows, base, seq_len=16), batch_size=2)
+    make = lambda: Trainer(base, make_lora(base), Dataset(rows, base, seq_len=96), batch_size=2)
     whole, parts = make(), make()
     want = losses(whole, 4)
     assert losses(parts, 1) + losses(parts, 3) == want
