@@ -107,7 +107,7 @@ def progress_bar(**options: Any) -> tqdm.tqdm:
 
 
 def to_numpy(tree: Any) -> Any:
-  """Arrays of any sharding → NumPy arrays, on every process.
+  """Arrays of any sharding, or NumPy's → NumPy arrays, on every process.
 
   All processes have to ask at the same place.
   """

@@ -144,6 +144,11 @@ class Trainer:
       )
     base = base.load()
     members = None if lora.is_single else len(lora.configs)
+    if members is not None and tuple(trainable) != ('lora/',):
+      raise ValueError(
+        f"trainable: got {tuple(trainable)}, expected ('lora/',): several adapters share all "
+        'else. Train them one by one.'
+      )
     first = lora.shapes()
     factors_lib.check_fit(base.config, first, base.scan_layers)
     make_optimizer, rates = _optimizer(optimizer, learning_rate, total_steps, trainable, members)
@@ -168,8 +173,8 @@ class Trainer:
       sharding.check_batch(base.mesh, batch_size // accumulate_steps, 'batch_size')
       plan = data.plan(seed, batch_size)
       lora = dataclasses.replace(lora, trained_with=TrainedWith.of(data.config))
-    params = align.replace_leaves(base.params, lora.trained_base)
-    leaves, frozen = state_lib.split({'params': params, 'lora': lora.factors}, program.trainable)
+    variables = _place(program, base.params, lora)
+    leaves, frozen = state_lib.split(variables, program.trainable)
     # The step donates its state; what the caller has stays the caller's.
     state = program.init_state(jax.tree.map(jnp.copy, leaves))
     self._start(program, hyper, lora, state, frozen, data, plan, total_steps)
@@ -398,11 +403,11 @@ class Trainer:
         found = evaluate_lib.evaluate(self.losses, batches, len(data.heldout), should_stop, lead)
         return found.members() if lead else found
       data = (batch for batch, _ in batches)
-    return batches_lib.means(self.losses(batch) for batch in data)
+    return batches_lib.means(self._sums(batch) for batch in _until(should_stop, data))
 
   def losses(self, batch: Any) -> Any:
     """What `training.step.make_eval_step` gives for a batch."""
-    batch = self.put(batch)
+    batch = self._put(batch, parts=1)
     return self._eval_step(self.state.trainable, self.hyperparameters, self.frozen, batch)
 
   def put(self, batch: Any, num_rows: int | None = None) -> Any:
@@ -416,20 +421,52 @@ class Trainer:
       ValueError: leaves that are not arrays of the same rows, rows that the
         mesh and the parts do not divide, or a dtype that a leaf cannot have.
     """
-    placed = sharding.batch_sharding(self.program.mesh)
+    return self._put(batch, self.program.accumulate_steps, num_rows)
+
+  def _put(self, batch: Any, parts: int, num_rows: int | None = None) -> Any:
+    mesh = self.program.mesh
+    placed = sharding.batch_sharding(mesh)
     leaves = jax.tree.leaves(batch)
     if leaves and all(isinstance(x, jax.Array) and x.sharding == placed for x in leaves):
       return batch
-    parts = self.program.accumulate_steps * sharding.batch_parts(self.program.mesh)
     # A process of several has a part of the rows.
-    batch = batches_lib.checked(batch, parts if jax.process_count() == 1 else 1)
-    return sharding.put_batch(batch, self.program.mesh, num_rows)
+    parts = parts * sharding.batch_parts(mesh) if jax.process_count() == 1 else 1
+    return sharding.put_batch(batches_lib.checked(batch, parts), mesh, num_rows)
+
+  def _sums(self, batch: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """(sum, weight, metrics) of a batch, as `loss_fn` gives them."""
+    losses = self.losses(batch)
+    if self.program.loss_fn is not step_lib.token_loss:
+      return losses
+    total = np.asarray(losses, np.float64).sum((-2, -1))
+    weight = np.asarray(batch['weights'], np.float64).sum()
+    return total, np.broadcast_to(weight, total.shape), {}
 
   def _current(self, copy: Callable[[Any], Any]) -> Lora:
     variables = state_lib.join(self.state.trainable, self.frozen)
     trained_base = pytree.prune(self.state.trainable.get('params', {}))
     factors, trained_base = copy((variables['lora'], trained_base or self._lora.trained_base))
     return dataclasses.replace(self._lora, factors=factors, trained_base=trained_base)
+
+
+def _place(program: Program, params: pytree.Tree, lora: Lora) -> dict[str, Any]:
+  """{'params', 'lora'} on the mesh; leaves of the base stay where they are."""
+  state, frozen = program.abstract
+  placed = jax.tree.map(lambda x: x.sharding, state_lib.join(state.trainable, frozen))
+  put = lambda x, where: sharding.put(hosts.to_numpy(x), where)
+  replaced = align.replace_leaves(params, lora.trained_base)
+  params = jax.tree.map(
+    lambda x, old, where: old if x is old else put(x, where), replaced, params, placed['params']
+  )
+  return {'params': params, 'lora': put(lora.factors, placed['lora'])}
+
+
+def _until(should_stop: Callable[[], bool], items: Iterable[Any]) -> Iterator[Any]:
+  """The items; Stopped in place of the next one if should_stop says so."""
+  for item in items:
+    if should_stop():
+      raise evaluate_lib.Stopped
+    yield item
 
 
 def _dropout(lora: Lora) -> float:
@@ -453,7 +490,9 @@ def _optimizer(
         'learning_rate: got one beside an optimizer of your own, expected none; it has its own.'
       )
     frozen = optimizer_lib.freeze(given, trainable)
-    return lambda learning_rate: (frozen, None), None
+    # The step of several is given a rate for each, which this optimizer ignores.
+    rates = None if members is None else np.full(members, np.nan, np.float32)
+    return lambda learning_rate: (frozen, None), rates
   config = given or OptimizerConfig()
   if config.schedule != 'constant' and total_steps is None:
     raise ValueError(

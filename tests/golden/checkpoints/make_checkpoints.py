@@ -16,7 +16,6 @@ import tempfile
 from gemma_jax.config.train import LoraConfig
 from gemma_jax.runs import metrics, train
 from gemma_jax.runs.evaluate import Stopped
-from gemma_jax.sweep import gang_run
 from tests import run_toy
 
 # Of an update, what a resumed run has to give again.
@@ -53,6 +52,8 @@ def rows(folder):
 
 
 def main(target):
+  from gemma_jax.sweep import gang_run  # gone since; a test uses the rest of this file
+
   target = Path(target)
   with tempfile.TemporaryDirectory() as folder:
     folder = Path(folder)
