@@ -204,7 +204,7 @@ def test_every_door_opens(base, data, tmp_path):
 
 
 def test_an_unknown_model():
-  with pytest.raises(ValueError, match=r"gemma3_720m.*expected.*gemma3_270m"):
+  with pytest.raises(ValueError, match=r'gemma3_720m.*expected.*gemma3_270m'):
     gj.load('gemma3_720m')
 
 
@@ -222,8 +222,8 @@ def test_records_of_no_known_form(base, records, message):
   with pytest.raises(ValueError, match=message) as caught:
     gj.Dataset(records, base)
   if records and isinstance(records, list):
-    assert 'record 0' in str(caught.value) or 'row 0' in str(caught.value) or '1' in str(
-      caught.value
+    assert (
+      'record 0' in str(caught.value) or 'row 0' in str(caught.value) or '1' in str(caught.value)
     )
 
 
@@ -234,7 +234,7 @@ def test_an_adapter_of_another_base(base, data, lora):
     lambda: gj.generate(base, 'Where?', lora=other),
     lambda: gj.evaluate(base, data, lora=other),
   ):
-    with pytest.raises(ValueError, match='lora: got .*; it belongs to another base'):
+    with pytest.raises(ValueError, match=r'lora: got .*; it belongs to another base'):
       use()
 
 
@@ -252,7 +252,10 @@ def test_an_adapter_of_another_form(base, data, lora):
 @pytest.mark.parametrize(
   'returned, message',
   [
-    (lambda x: x.sum(), r'loss_fn: got an array \[\] of float32, expected \(sum, weight, metrics\)'),
+    (
+      lambda x: x.sum(),
+      r'loss_fn: got an array \[\] of float32, expected \(sum, weight, metrics\)',
+    ),
     (lambda x: (x.sum(), 1.0), 'loss_fn: got a tuple of 2, expected'),
     (lambda x: (x, 1.0, {}), r'loss_fn: got an array \[4, 11\] of float32 for the sum, expected'),
     (lambda x: (x.sum(), 1.0, {'a': x.sum()}), r"loss_fn: got an array \[\] .* the metric 'a'"),
@@ -424,9 +427,9 @@ def test_a_workdir_of_another_trainer(base, lora, data, tmp_path):
     make(lora)
   next(iter(trainer.run(steps=1)))
   del trainer
-  with pytest.raises(ValueError, match='was made with learning_rate=0.01, this trainer has 0.03'):
+  with pytest.raises(ValueError, match=r'was made with learning_rate=0\.01, this trainer has 0.03'):
     make(lora, learning_rate=0.03)
-  with pytest.raises(ValueError, match="was made with lora='.*rank=3.* has '.*rank=2"):
+  with pytest.raises(ValueError, match=r"was made with lora='.*rank=3.* has '.*rank=2"):
     make(gj.Lora.init(base, rank=2))
   assert make(lora).finished == 1
 
