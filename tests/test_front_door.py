@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import types
 
 import jax
@@ -146,8 +147,8 @@ def in_a_process(program, folder, **environ):
 
 def example():
   """The code of the package's docstring, as it stands."""
-  lines = [x[4:] for x in gj.__doc__.splitlines() if x.startswith('    ')]
-  return '\n'.join(lines)
+  (code,) = re.findall(r'^    import gemma_jax as gj\n(?:    .*\n|\n)+', gj.__doc__, re.M)
+  return textwrap.dedent(code).strip()
 
 
 def check_example(printed, folder, steps):
@@ -164,6 +165,7 @@ def test_the_example_runs(tmp_path):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_example_runs_on_the_real_model(tmp_path):
   printed = in_a_process(example().replace('steps=20', 'steps=2'), tmp_path)
   check_example(printed, tmp_path, 2)
@@ -211,20 +213,16 @@ def test_an_unknown_model():
 @pytest.mark.parametrize(
   'records, message',
   [
-    ([{'question': 'Where?', 'reply': 'Here.'}], 'expected'),
-    ([{'prompt': 'Where?', 'response': 7}], 'expected'),
-    (['Where?'], 'expected'),
-    ([], 'expected'),
-    ('no_such_file.jsonl', 'expected'),
+    ([{'question': 'Where?', 'reply': 'Here.'}], r'records\[0\]: .*question.* needs one of'),
+    ([{'prompt': '?', 'response': '!'}, {'prompt': '?', 'response': 7}], r'records\[1\]: .*int 7'),
+    (['Where?'], r"records\[0\]: not an object .*'Where\?'"),
+    ([], 'records: .* is empty'),
+    ('no_such_file.jsonl', r'data\.path: got .* expected a \.jsonl'),
   ],
 )
 def test_records_of_no_known_form(base, records, message):
-  with pytest.raises(ValueError, match=message) as caught:
+  with pytest.raises(ValueError, match=message):
     gj.Dataset(records, base)
-  if records and isinstance(records, list):
-    assert (
-      'record 0' in str(caught.value) or 'row 0' in str(caught.value) or '1' in str(caught.value)
-    )
 
 
 def test_an_adapter_of_another_base(base, data, lora):
@@ -306,8 +304,11 @@ def test_a_batch_of_another_dtype_or_structure(base, lora, change, message):
 def test_rows_that_the_parts_do_not_divide(base, lora, data):
   with pytest.raises(ValueError, match='batch: got 3 rows, expected a multiple of 2: accumulate'):
     trainer_of(base, lora, accumulate_steps=2).step(batch(0, rows=3))
-  with pytest.raises(ValueError, match='batch_size: got 3'):
-    trainer_of(base, lora, data, accumulate_steps=2, batch_size=3)
+  for batch_size, parts in ((3, 2), (0, 2), (-2, 2)):
+    with pytest.raises(ValueError, match=f'batch_size: got {batch_size}, expected'):
+      trainer_of(base, lora, data, accumulate_steps=parts, batch_size=batch_size)
+  with pytest.raises(ValueError, match='accumulate_steps: got 0, expected an integer >= 1'):
+    trainer_of(base, lora, data, accumulate_steps=0)
 
 
 def test_settings_that_make_no_sense(base, lora, data, tmp_path):
@@ -429,7 +430,7 @@ def test_a_workdir_of_another_trainer(base, lora, data, tmp_path):
   del trainer
   with pytest.raises(ValueError, match=r'was made with learning_rate=0\.01, this trainer has 0.03'):
     make(lora, learning_rate=0.03)
-  with pytest.raises(ValueError, match=r"was made with lora='.*rank=3.* has '.*rank=2"):
+  with pytest.raises(ValueError, match=r'was made with lora=.*rank=3.* has .*rank=2'):
     make(gj.Lora.init(base, rank=2))
   assert make(lora).finished == 1
 
@@ -458,7 +459,7 @@ def test_own_loss_in_four_parts(base, lora):
 
 
 def test_own_loss_on_eight_devices(base, lora):
-  eight = load()
+  eight = load(mesh=MeshConfig(data=4, fsdp=2))
   assert eight.mesh.size == 8
   assert_same_training(own_loss(base, lora), own_loss(eight, lora), rows=8)
 
