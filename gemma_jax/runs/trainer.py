@@ -11,6 +11,7 @@ evaluates, saves and reports. The compiled step donates its state, so a
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import optax
 
 from gemma_jax import pytree
+from gemma_jax.config.checks import at_least, require
 from gemma_jax.config.train import OptimizerConfig
 from gemma_jax.data import pipeline
 from gemma_jax.data.dataset import Dataset
@@ -133,6 +135,7 @@ class Trainer:
     Raises:
       ValueError: the first thing that does not fit, with its remedy.
     """
+    at_least('accumulate_steps', accumulate_steps, 1)
     base = base.load()
     members = None if lora.is_single else len(lora.configs)
     first = lora.shapes()
@@ -156,7 +159,14 @@ class Trainer:
     plan = None
     lora = dataclasses.replace(lora, reference=base.reference)
     if isinstance(data, Dataset):
-      sharding.check_batch(base.mesh, batch_size // accumulate_steps, 'batch_size')
+      parts = accumulate_steps * sharding.batch_parts(base.mesh)
+      at_least('batch_size', batch_size, 1)
+      require(
+        batch_size % parts == 0,
+        'batch_size',
+        batch_size,
+        f'a multiple of {parts}: accumulate_steps times the parts in which the mesh splits rows',
+      )
       plan = data.plan(seed, batch_size)
       lora = dataclasses.replace(lora, trained_with=TrainedWith.of(data.config))
     params = align.replace_leaves(base.params, lora.trained_base)
@@ -182,11 +192,9 @@ class Trainer:
           'accumulate_steps': accumulate_steps,
           'trainable': list(trainable),
           'seed': seed,
-          'loss_fn': f'{loss_fn.__module__}.{loss_fn.__qualname__}',
+          'loss_fn': _name(loss_fn),
           'optimizer': repr(optimizer) if isinstance(optimizer, OptimizerConfig) else None,
-          'learning_rate': np.asarray(learning_rate, np.float64).tolist()
-          if learning_rate
-          else None,
+          'learning_rate': None if learning_rate is None else np.asarray(learning_rate).tolist(),
           'total_steps': total_steps,
         },
       )
@@ -423,6 +431,14 @@ class Trainer:
     trained_base = pytree.prune(self.state.trainable.get('params', {}))
     factors, trained_base = copy((variables['lora'], trained_base))
     return dataclasses.replace(self._lora, factors=factors, trained_base=trained_base)
+
+
+def _name(loss_fn: step_lib.LossFn) -> str:
+  """By which a workdir knows a loss; of a partial, with its arguments."""
+  if isinstance(loss_fn, functools.partial):
+    return f'{_name(loss_fn.func)} {loss_fn.args} {loss_fn.keywords}'
+  owner = loss_fn if hasattr(loss_fn, '__qualname__') else type(loss_fn)
+  return f'{owner.__module__}.{owner.__qualname__}'
 
 
 def _dropout(lora: Lora) -> float:
