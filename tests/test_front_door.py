@@ -511,11 +511,21 @@ def test_own_loss_that_is_not_finite_is_skipped(base, lora):
   assert np.isfinite(metrics['loss']) and third.step == 3
 
 
+def scaled(factor, model, variables, batch, key):
+  total, weight, metrics = gj.token_loss(model, variables, batch, key)
+  return factor * total, weight, metrics
+
+
 def test_a_partial_is_a_loss(base, lora, data, tmp_path):
   """Also beside a workdir, whose trainers are told apart by their losses."""
-  loss_fn = functools.partial(surprise)
-  trainer = trainer_of(base, lora, data, loss_fn=loss_fn, workdir=str(tmp_path))
+  make = lambda factor: trainer_of(
+    base, lora, data, loss_fn=functools.partial(scaled, factor), workdir=str(tmp_path)
+  )
+  trainer = make(0.5)
   assert np.isfinite(next(iter(trainer.run(steps=1))).loss)
+  del trainer
+  with pytest.raises(ValueError, match=r'loss_fn=.*scaled \(0\.5,\).*, this .*scaled \(0\.7,\)'):
+    make(0.7)
 
 
 def test_rates_may_be_an_array(base, lora, data, tmp_path):

@@ -101,10 +101,10 @@ def test_a_loss_of_your_own(kernels):
     name: (float(before), float(after))
     for name, before, after in re.findall(r'held-out (\w+) +(\S+) before +(\S+) after', printed)
   }
-  assert numbers['margin'][0] == numbers['accuracy'][0] == 0
+  assert abs(numbers['margin'][0]) < 1e-3 < 0.1 < numbers['margin'][1]
   assert np.isclose(numbers['loss'][0], np.log(2), atol=1e-4)
   assert numbers['loss'][1] < np.log(2)
-  assert numbers['accuracy'][1] > 0.9
+  assert numbers['accuracy'][1] > max(0.9, numbers['accuracy'][0])
   assert len(images) == 1
 
 
