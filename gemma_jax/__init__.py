@@ -56,7 +56,9 @@ __all__ = ['__version__', *_DOORS]
 def __getattr__(name: str) -> Any:
   if name not in _DOORS:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  return getattr(importlib.import_module(_DOORS[name]), name)
+  # Kept, so that it is looked up once, and is there for those who read `__dict__`.
+  value = globals()[name] = getattr(importlib.import_module(_DOORS[name]), name)
+  return value
 
 
 def __dir__() -> list[str]:

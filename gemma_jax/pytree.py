@@ -23,7 +23,11 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def items(tree: Tree) -> list[tuple[str, Any]]:
-  """(path, leaf) pairs in the tree's own order."""
+  """(path, leaf) pairs in the tree's own order.
+
+  >>> items({'a': {'b': 1, 'c': 2}})
+  [('a/b', 1), ('a/c', 2)]
+  """
   return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
@@ -42,7 +46,8 @@ def shapes(tree: Tree) -> Tree:
 def mask(tree: Tree, patterns: Iterable[str]) -> Tree:
   """Booleans: whether one of the patterns matches a leaf's path at its start.
 
-  mask(variables, ('lora/', 'params/layers/mlp/up'))
+  >>> mask({'lora': {'a': 1}, 'params': {'w': 2}}, ('lora/', 'params/mlp/up'))
+  {'lora': {'a': True}, 'params': {'w': False}}
   """
   compiled = [re.compile(p) for p in patterns]
   return map_with_name(lambda name, _: any(p.match(name) for p in compiled), tree)
@@ -54,6 +59,9 @@ def partition(tree: Tree, selected: Tree) -> tuple[Tree, Tree]:
   Both parts keep the tree's structure; where a leaf went to the other part
   stands `optax.MaskedNode()`, which has no leaves, so that gradients and
   optimizer states of a part hold its own leaves only.
+
+  >>> partition({'a': 1, 'b': 2}, {'a': True, 'b': False})
+  ({'a': 1, 'b': MaskedNode()}, {'a': MaskedNode(), 'b': 2})
 
   Returns:
     (leaves where the mask is True, leaves where it is False).
@@ -71,7 +79,11 @@ def combine(first: Tree, second: Tree) -> Tree:
 
 
 def prune(tree: Tree) -> Tree:
-  """Nested dicts without holes (`MaskedNode`) and without empty dicts."""
+  """Nested dicts without holes (`MaskedNode`) and without empty dicts.
+
+  >>> prune({'a': 1, 'b': {'c': optax.MaskedNode()}})
+  {'a': 1}
+  """
   if not isinstance(tree, dict):
     return tree
   kept = {k: prune(v) for k, v in tree.items()}
@@ -81,7 +93,11 @@ def prune(tree: Tree) -> Tree:
 
 
 def unflatten(leaves: dict[str, Any]) -> Tree:
-  """Nested dicts from {'a/b': leaf}."""
+  """Nested dicts by path; undoes `items`.
+
+  >>> unflatten({'a/b': 1, 'a/c': 2})
+  {'a': {'b': 1, 'c': 2}}
+  """
   tree: dict[str, Any] = {}
   for name, leaf in leaves.items():
     *parents, last = name.split('/')

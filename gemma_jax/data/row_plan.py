@@ -136,7 +136,8 @@ def eval_rows(slots: Sequence[int], seq_len: int, packing: bool = True) -> dict[
 
   Examples longer than seq_len go into rows of twice, four times, ... that.
 
-      slots (5, 3, 20, 2), seq_len 8      {32: [(2,)], 8: [(0, 1), (3,)]}
+      >>> eval_rows((5, 3, 20, 2), seq_len=8)
+      {32: [(2,)], 8: [(0, 1), (3,)]}
 
   Args:
     slots: slots that each example takes.
@@ -159,7 +160,10 @@ def batch_length(rows: Sequence[Row], slots: Sequence[int], seq_len: int) -> int
   Rows of one example each would otherwise be mostly padding; a few lengths mean
   only a few compiled programs.
 
-      slots (5, 3, 2, 4), seq_len 16      rows (1,) (2,) → 4     (0,) (1,) → 8
+      >>> batch_length([(1,), (2,)], (5, 3, 2, 4), seq_len=16)
+      4
+      >>> batch_length([(0,), (1,)], (5, 3, 2, 4), seq_len=16)
+      8
   """
   longest = max((sum(int(slots[i]) for i in row) for row in rows), default=0)
   lengths = (-(-seq_len // parts) for parts in (8, 4, 2, 1))
@@ -169,9 +173,8 @@ def batch_length(rows: Sequence[Row], slots: Sequence[int], seq_len: int) -> int
 def pack(ids: Sequence[int], slots: Sequence[int], seq_len: int) -> list[Row]:
   """Best fit: each example goes to the fullest row that has room for it.
 
-      slots       5, 3, 2, 4       seq_len 7
-      ids         3, 1, 0, 2
-      rows        (3, 1) (0, 2)
+      >>> pack(ids=(3, 1, 0, 2), slots=(5, 3, 2, 4), seq_len=7)
+      [(3, 1), (0, 2)]
 
   Args:
     ids: examples in the order in which they are placed.

@@ -108,8 +108,10 @@ def init(
 def rank_axis(name: str, x: Any) -> int | None:
   """Where R stands: last in A; first in B, behind L where layers are stacked.
 
-  'layers/attn/q/lora_b' [L, R, N, H]    1
-  'layer_0/attn/q/lora_b' [R, N, H]      0
+  >>> rank_axis('layers/attn/q/lora_b', jnp.zeros([3, 8, 4, 16]))  # [L, R, N, H]
+  1
+  >>> rank_axis('layer_0/attn/q/lora_b', jnp.zeros([8, 4, 16]))  # [R, N, H]
+  0
   """
   if name.endswith('/lora_a'):
     return x.ndim - 1

@@ -84,6 +84,9 @@ def effective_rank(values: np.ndarray) -> np.ndarray:
 
   k equal values and zeros give k; one value gives 1; all zeros give 0.
 
+  >>> effective_rank(np.array([[2, 2, 0], [1, 0, 0], [0, 0, 0]])).round(6).tolist()
+  [2.0, 1.0, 0.0]
+
   Args:
     values: [..., R], not negative.
 
@@ -113,6 +116,10 @@ def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
   """How much of the smaller of two subspaces lies in the other, in [0, 1].
 
   phi = |U^T V|_F^2 / min(r, s) (Hu et al. 2021, section 7.2, eq. 4).
+
+  >>> x, y, z = np.eye(3).reshape(3, 3, 1)
+  >>> float(similarity(np.hstack([x, y]), np.hstack([y, z])))
+  0.5
 
   Args:
     first: orthonormal columns [..., inputs, r].

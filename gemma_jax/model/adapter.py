@@ -16,8 +16,10 @@ import jax.numpy as jnp
 def factor_axes(equation: str, factorization: str) -> tuple[str, str]:
   """Axis letters of A and B, R being the rank.
 
-  factor_axes('BTD,NDH->BTNH', 'matrix')    ('DR', 'RNH')
-  factor_axes('BTD,NDH->BTNH', 'keras')     ('NDR', 'RH')
+  >>> factor_axes('BTD,NDH->BTNH', 'matrix')
+  ('DR', 'RNH')
+  >>> factor_axes('BTD,NDH->BTNH', 'keras')
+  ('NDR', 'RH')
   """
   if factorization == 'keras':
     _, w, _ = split(equation)

@@ -66,8 +66,8 @@ def layer_axes(config: ModelConfig) -> dict[str, str]:
 def projection_axes(path: str) -> tuple[str, str] | None:
   """Axis letters of a projection's outputs and inputs; None for other leaves.
 
-  layer_3/attn/q/w    ('NH', 'D')
-  layer_3/attn/o/w    ('D', 'NH')
+  >>> projection_axes('layer_3/attn/q/w'), projection_axes('layers/attn/o/w')
+  (('NH', 'D'), ('D', 'NH'))
   """
   match = re.fullmatch(r'(?:layer_\d+|layers)/((?:attn|mlp)/\w+)/w', path)
   if not match:

@@ -11,6 +11,7 @@ evaluates, saves and reports. The compiled step donates its state, so a
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import optax
 
 from gemma_jax import pytree
-from gemma_jax.config.checks import at_least
+from gemma_jax.config.checks import at_least, require
 from gemma_jax.config.train import BaseConfig, OptimizerConfig
 from gemma_jax.data import pipeline
 from gemma_jax.data.dataset import Dataset
@@ -170,7 +171,13 @@ class Trainer:
     plan = None
     lora = dataclasses.replace(lora, reference=base.reference)
     if isinstance(data, Dataset):
-      sharding.check_batch(base.mesh, batch_size // accumulate_steps, 'batch_size')
+      parts = accumulate_steps * sharding.batch_parts(base.mesh)
+      require(
+        batch_size % parts == 0,
+        'batch_size',
+        batch_size,
+        f'a multiple of {parts}: accumulate_steps times the parts in which the mesh splits rows',
+      )
       plan = data.plan(seed, batch_size)
       lora = dataclasses.replace(lora, trained_with=TrainedWith.of(data.config))
     variables = _place(program, base.params, lora)
@@ -196,9 +203,9 @@ class Trainer:
           'accumulate_steps': accumulate_steps,
           'trainable': list(trainable),
           'seed': seed,
-          'loss_fn': f'{loss_fn.__module__}.{loss_fn.__qualname__}',
+          'loss_fn': _name(loss_fn),
           'optimizer': repr(optimizer) if isinstance(optimizer, OptimizerConfig) else None,
-          'learning_rate': repr(learning_rate),
+          'learning_rate': None if learning_rate is None else np.asarray(learning_rate).tolist(),
           'total_steps': total_steps,
         },
       )
@@ -467,6 +474,14 @@ def _until(should_stop: Callable[[], bool], items: Iterable[Any]) -> Iterator[An
     if should_stop():
       raise evaluate_lib.Stopped
     yield item
+
+
+def _name(loss_fn: step_lib.LossFn) -> str:
+  """By which a workdir knows a loss; of a partial, with its arguments."""
+  if isinstance(loss_fn, functools.partial):
+    return f'{_name(loss_fn.func)} {loss_fn.args} {loss_fn.keywords}'
+  owner = loss_fn if hasattr(loss_fn, '__qualname__') else type(loss_fn)
+  return f'{owner.__module__}.{owner.__qualname__}'
 
 
 def _dropout(lora: Lora) -> float:

@@ -24,6 +24,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   is peak / warmup_steps), then constant, or linear or cosine decay that would
   reach zero at update `steps`. A warm-up longer than the run just never ends.
 
+  >>> schedule = make_schedule(OptimizerConfig(1.0, 'linear', warmup_steps=2), steps=6)
+  >>> [float(schedule(step)) for step in range(6)]
+  [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+
   Args:
     config: peak, form and warm-up.
     steps: updates in the run.
