@@ -70,7 +70,7 @@ def _figures(sweep, table, answers, folder: Path) -> dict[str, tuple[str, dict]]
 
   from experiments.analysis import figures
 
-  found = {}
+  captioned = {}
   drawn = figures.all_figures(sweep, table, answers, _directions(sweep, table))
   for name, (caption, draw) in drawn.items():
     pictures = {}
@@ -85,8 +85,8 @@ def _figures(sweep, table, answers, folder: Path) -> dict[str, tuple[str, dict]]
           (folder / f'{name}.svg').write_bytes(pictures[theme])
           figure.savefig(folder / f'{name}.png', dpi=150)
         plt.close(figure)
-    found[name] = (caption, pictures)
-  return found
+    captioned[name] = (caption, pictures)
+  return captioned
 
 
 def page(sweep, table, answers, pictures) -> str:

@@ -6,8 +6,8 @@
     files.put_folder(local, path)       a folder, file by file
     files.fetch('gs://bucket/gemma')    a local copy, made once
 
-A disk gets a temporary file that is flushed and renamed. An object store puts
-an object whole; it can neither rename nor append, so neither is asked of it.
+On a disk, a temporary file is written, flushed and renamed. An object store stores
+an object whole; it can neither rename nor append, so neither is attempted there.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -50,8 +50,8 @@ def path(name: str | os.PathLike) -> epath.Path:
 
 def absolute(name: str | os.PathLike) -> epath.Path:
   """The same, from the root on; links stay in it, as they were given."""
-  found = path(name)
-  return found if is_remote(found) else epath.Path(Path(found).absolute())
+  given = path(name)
+  return given if is_remote(given) else epath.Path(Path(given).absolute())
 
 
 def write(name: str | os.PathLike, content: str | bytes) -> None:
@@ -70,15 +70,15 @@ def write(name: str | os.PathLike, content: str | bytes) -> None:
 
 
 def to_json(value: Any, name: str | os.PathLike = 'output', **layout: Any) -> str:
-  """JSON text, with null alone for what is missing: JSON has no NaN or Infinity.
+  """JSON text, in which only null stands for missing values: JSON has no NaN or Infinity.
 
   Args:
     value: of dicts, lists, strings, numbers, booleans and None.
-    name: of the file or the like, for the message.
+    name: of the file, say, for the message.
     **layout: `indent`, `sort_keys` and `ensure_ascii` of `json.dumps`.
 
   Raises:
-    ValueError: a number is NaN or infinite; says which.
+    ValueError: a number is NaN or infinite; names it.
   """
   try:
     return json.dumps(value, allow_nan=False, **layout)
@@ -181,28 +181,28 @@ def remove_others(folder: Path, target: str | os.PathLike) -> None:
 
 
 def fetch(name: str | os.PathLike) -> Path:
-  """A local copy of a file or folder; what is local already is returned.
+  """Returns a local copy of a file or folder; a local path is returned unchanged.
 
-  Copies are kept in ~/.cache/gemma_jax/remote by the versions of all their
-  files, so that one changed in the store is fetched again. Where nothing is,
-  the path returned does not exist.
+  Copies are kept in ~/.cache/gemma_jax/remote by the versions of all their files,
+  so that one changed in the store is fetched again. If nothing is there, the path
+  returned does not exist.
   """
   if not is_remote(name):
     return Path(name).expanduser()
   store, root = _open(name)
-  found = store.find(root, detail=True)
+  remote = store.find(root, detail=True)
   digest = hashlib.sha256(os.fspath(name).encode())
-  for file, info in sorted(found.items()):
+  for file, info in sorted(remote.items()):
     version = [info.get(key) for key in ('size', 'etag', 'mtime')]
     digest.update(f'{file} {version}\n'.encode())
   kept = Path(_CACHE).expanduser() / digest.hexdigest()[:32]
   copy = kept / Path(root).name
-  if copy.exists() or not found:
+  if copy.exists() or not remote:
     return copy
   kept.parent.mkdir(parents=True, exist_ok=True)
   with temporary.folder(kept) as part:
     temporary.remove_leftovers(kept, temporary.NEW, part.path)
-    for file in found:
+    for file in remote:
       to = part.path / Path(root).name / os.path.relpath(file, root)
       to.parent.mkdir(parents=True, exist_ok=True)
       store.get_file(file, str(to))
@@ -215,7 +215,7 @@ def fetch(name: str | os.PathLike) -> Path:
 
 
 def check_bucket(name: str) -> None:
-  """ValueError if the bucket of a remote path cannot be reached."""
+  """Raises ValueError if the bucket of a remote path cannot be reached."""
   store, root = _open(name)
   bucket = root.split('/')[0]
   try:
@@ -224,7 +224,7 @@ def check_bucket(name: str) -> None:
     raise ValueError(f'path: got {name}, which cannot be reached ({e}).') from None
   if not is_there:
     raise ValueError(
-      f'path: got {name}, but there is no bucket {bucket}, or no right to '
+      f'path: got {name}, but there is no bucket {bucket}, or no permission to '
       'see it; make it, or log in (gcloud auth application-default login).'
     )
 
@@ -239,7 +239,7 @@ def _open(name: str | os.PathLike) -> tuple[Any, str]:
 
 @functools.cache
 def _connect() -> None:
-  """Makes gs:// work, and see what other hosts have written a moment ago."""
+  """Makes gs:// work, and see what other hosts have just written."""
   try:
     import gcsfs  # noqa: F401
   except ImportError:

@@ -56,9 +56,9 @@ def mask(tree: Tree, patterns: Iterable[str]) -> Tree:
 def partition(tree: Tree, selected: Tree) -> tuple[Tree, Tree]:
   """Splits a tree by a boolean mask of the same structure.
 
-  Both parts keep the tree's structure; where a leaf went to the other part
-  stands `optax.MaskedNode()`, which has no leaves, so that gradients and
-  optimizer states of a part hold its own leaves only.
+  Both parts keep the tree's structure; a leaf that went to the other part is
+  replaced by `optax.MaskedNode()`, which has no leaves, so that gradients and
+  optimizer states of a part hold only its own leaves.
 
   >>> partition({'a': 1, 'b': 2}, {'a': True, 'b': False})
   ({'a': 1, 'b': MaskedNode()}, {'a': MaskedNode(), 'b': 2})

@@ -1,16 +1,16 @@
-"""Temporary files and folders beside what they become, in shared folders too.
+"""Temporary files and folders next to what they become, safe in shared folders.
 
     .NAME.TOKEN.tmp    a file that is being written
     .NAME.TOKEN.new    a folder that is being filled
     .NAME.TOKEN.old    the folder that it replaces, for a moment
 
-TOKEN is random and each is made exclusively, so nobody can put a link where a
-writer is going to write: what others planted is neither followed nor removed.
-It ends with a checksum of itself and NAME, so that a file of a user's that is
-merely called alike is told from ours. (A mark inside would come after the
-making, and go before the last rename: what is killed there would have none.)
-A writer holds a lock of the kernel, which ends with its process, however that
-ends. So what a killed one left is known by its name, its owner and its lock.
+TOKEN is random and each is created exclusively, so nobody can put a link where a
+writer is going to write: what others planted is neither followed nor removed. It
+ends with a checksum of itself and NAME, so that a user's file with a similar name
+is told from ours. (A mark inside would be written after creation, and removed
+before the last rename: a process killed in between would leave none.) A writer
+holds a kernel lock, which ends with its process, however that ends. So what a
+killed one left is recognized by its name, its owner and its lock.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from typing import BinaryIO, NamedTuple
 
 FILE, NEW, OLD = 'tmp', 'new', 'old'
 
-# What nobody has changed for so long has no writer, where locks cannot say.
+# What has not changed for this long has no writer, if locks cannot tell.
 _STALE_SECS = 24 * 3600
 
 
@@ -36,9 +36,9 @@ class Folder(NamedTuple):
   """A folder that is being filled.
 
   Attributes:
-    path: of it.
-    descriptor: open, and locked where there are locks.
-    mode: permissions that it shall have; until `publish` it is the owner's.
+    path: of the folder.
+    descriptor: open, and locked if there are locks.
+    mode: permissions that it will have; until `publish` it is the owner's only.
   """
 
   path: Path
@@ -52,7 +52,7 @@ class Folder(NamedTuple):
 
 
 def name(target: Path, kind: str) -> Path:
-  """A name beside the target that nobody can guess."""
+  """A name next to the target that nobody can guess."""
   drawn = secrets.token_hex(8)
   return target.with_name(f'.{target.name}.{drawn}{_checksum(target.name, drawn)}.{kind}')
 
@@ -60,7 +60,7 @@ def name(target: Path, kind: str) -> Path:
 def is_temporary(candidate: str, target: str, kind: str) -> bool:
   """Whether a file's name is a temporary one of a target's name.
 
-  Any other, with other digits in place of a token too, may be anybody's.
+  Any other name, even one with other digits instead of a token, may be anybody's.
   """
   pattern = rf'\.{re.escape(target)}\.([0-9a-f]{{16}})([0-9a-f]{{8}})\.{kind}'
   match = re.fullmatch(pattern, candidate)
@@ -74,7 +74,7 @@ def _checksum(target: str, drawn: str) -> str:
 
 @contextlib.contextmanager
 def file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
-  """A new, locked file beside the target; removed at the end if still there.
+  """A new, locked file next to the target; removed at the end if still there.
 
   Args:
     target: its folder exists.
@@ -103,7 +103,7 @@ def file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 @contextlib.contextmanager
 def folder(target: Path) -> Iterator[Folder]:
-  """A new, empty, locked folder beside the target; removed if still there.
+  """A new, empty, locked folder next to the target; removed if still there.
 
   Args:
     target: its parent exists.
@@ -117,14 +117,14 @@ def folder(target: Path) -> Iterator[Folder]:
       continue
     try:
       descriptor = os.open(path, flags)
-    except FileNotFoundError:  # who looks for leftovers took it for one
+    except FileNotFoundError:  # another process took it for a leftover
       continue
     if _is_ours(descriptor, path):
       break
     os.close(descriptor)
   try:
     mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-    # Closed to a group that may write by the umask, until it is full.
+    # Closed to a group that the umask lets write, until it is full.
     _chmod(descriptor, stat.S_IRWXU)
     if os.listdir(descriptor):
       raise PermissionError(f'{path}: somebody else writes into it.')
@@ -137,7 +137,7 @@ def folder(target: Path) -> Iterator[Folder]:
 def siblings(target: Path, kind: str) -> list[Path]:
   """Temporary files or folders of a target that this user made, no links.
 
-  The one that was changed last is the last.
+  The one changed last comes last.
   """
   is_kind = stat.S_ISREG if kind == FILE else stat.S_ISDIR
   ours = []
@@ -184,24 +184,24 @@ def remove_leftovers(target: Path, kind: str, mine: Path | None = None) -> bool:
 
 
 def remove(path: Path) -> None:
-  """Removes a file, a folder or a link itself, if it is there."""
+  """Removes a file, a folder or a link itself, if it exists."""
   with contextlib.suppress(FileNotFoundError):
     if stat.S_ISDIR(os.lstat(path).st_mode):
-      shutil.rmtree(path, ignore_errors=True)  # follows no link
+      shutil.rmtree(path, ignore_errors=True)  # does not follow links
     else:
       os.unlink(path)
 
 
 def _chmod(descriptor: int, mode: int) -> None:
-  """Sets permissions where the file system has such."""
+  """Sets permissions if the file system has them."""
   with contextlib.suppress(OSError):
     os.fchmod(descriptor, mode)
 
 
 def _is_ours(descriptor: int, path: Path) -> bool:
-  """Whether what was just made is locked, and still there.
+  """Whether what was just created is locked, and still there.
 
-  Who looks for leftovers may have come between the making and the lock.
+  A process that removes leftovers may come between creation and lock.
   """
   if _lock(descriptor) is False:
     return False
@@ -212,7 +212,7 @@ def _is_ours(descriptor: int, path: Path) -> bool:
 
 
 def _lock(descriptor: int) -> bool | None:
-  """True: locked. False: by another one. None: this file system has none."""
+  """True if locked now; False if another process holds it; None without locks here."""
   try:
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:

@@ -72,49 +72,49 @@ def all_figures(
     answers: of `verdict.answers`.
     directions: trial's name → `spectra.directions`, for the adapters compared.
   """
-  found: dict[str, tuple[str, Draw]] = {}
+  draws: dict[str, tuple[str, Draw]] = {}
   bars = bars_caption(answers)
-  found['loss_by_rank'] = (
+  draws['loss_by_rank'] = (
     f'Test loss against rank, each at its own best learning rate. {bars}',
     lambda figure, theme: draw_losses(figure, theme, table, answers, 'rank'),
   )
-  found['loss_by_parameters'] = (
+  draws['loss_by_parameters'] = (
     f'Test loss against trainable parameters. {bars}',
     lambda figure, theme: draw_losses(figure, theme, table, answers, 'parameters'),
   )
-  found['loss_by_seconds'] = (
+  draws['loss_by_seconds'] = (
     f"Test loss against seconds of training (a batched adapter's share, mean over seeds). {bars}",
     lambda figure, theme: draw_losses(figure, theme, table, answers, 'seconds'),
   )
-  found['learning_curves'] = (
+  draws['learning_curves'] = (
     'Held-out loss (validation and test) while training, first seed.',
     lambda figure, theme: _curves(figure, theme, sweep, table),
   )
   cut = compare.truncation(sweep, table)
   if cut:
-    found['truncation'] = (
+    draws['truncation'] = (
       'Adapters trained at a rank, and the largest one truncated to it by SVD.',
       lambda figure, theme: _truncation(figure, theme, cut),
     )
   largest = max(table, key=lambda row: row.rank).trials[0]
   for path in largest.spectrum():
-    found[f'spectrum_{path.replace("/", "_")}'] = (
+    draws[f'spectrum_{path.replace("/", "_")}'] = (
       f'Singular values of the update to {path}, {largest.name}.',
       lambda figure, theme, path=path: _heat_map(figure, theme, largest.spectrum()[path]),
     )
-  found['effective_rank'] = (
+  draws['effective_rank'] = (
     "Effective rank of the updates (exp of the spectrum's entropy, mean over "
     'projections and layers) while training, first seed.',
     lambda figure, theme: _while_training(
       figure, theme, table, spectra.effective_ranks, 'effective rank'
     ),
   )
-  found['energy'] = (
+  draws['energy'] = (
     'Energy of the updates (the sum of their squared singular values) while training, first seed.',
     lambda figure, theme: _while_training(figure, theme, table, spectra.energies, 'energy'),
   )
   if len(directions) > 1:
-    found['similarity'] = (
+    draws['similarity'] = (
       f'Shared input directions (of the {spectra.DIRECTIONS} strongest; 0 '
       f'none, 1 all, {spectra.by_chance(directions[largest.name]):.3f} by '
       'chance). Trials of one seed start from nested factors and share some '
@@ -122,13 +122,13 @@ def all_figures(
       lambda figure, theme: _similarity(figure, theme, directions),
     )
     path = next(iter(directions[largest.name]))
-    found['similarity_of_layers'] = (
+    draws['similarity_of_layers'] = (
       f'Shared input directions of the updates to {path} in different layers, {largest.name}.',
       lambda figure, theme: _layers(
         figure, theme, spectra.between_layers(directions[largest.name], path)
       ),
     )
-  return found
+  return draws
 
 
 def colours(theme: dict, count: int) -> np.ndarray:

@@ -48,7 +48,7 @@ def between(trials: list[Directions]) -> np.ndarray:
   An entry compares as many directions as the smaller adapter has.
   """
   count = len(trials)
-  found = np.eye(count)
+  similarity = np.eye(count)
   for i in range(count):
     for j in range(i):
       values = []
@@ -56,8 +56,8 @@ def between(trials: list[Directions]) -> np.ndarray:
         first, second = trials[i][path], trials[j][path]
         k = min(first.shape[-1], second.shape[-1])
         values.append(spectrum.similarity(first[..., :k], second[..., :k]))
-      found[i, j] = found[j, i] = np.mean(values)
-  return found
+      similarity[i, j] = similarity[j, i] = np.mean(values)
+  return similarity
 
 
 def between_layers(trial: Directions, path: str) -> np.ndarray:

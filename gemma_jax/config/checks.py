@@ -1,4 +1,4 @@
-"""What configs check themselves with: name, got, expected, remedy."""
+"""Helpers by which configs check themselves: name, got, expected, remedy."""
 
 import dataclasses
 import re
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def require(ok: bool, name: str, got: Any, expected: str, remedy: str = ''):
-  """ValueError that says name, got, expected and remedy, unless ok."""
+  """Raises a ValueError with name, got, expected and remedy, unless ok."""
   if not ok:
     tail = f' {remedy}' if remedy else ''
     raise ValueError(f'{name}: got {got!r}, expected {expected}.{tail}')

@@ -25,14 +25,14 @@ class LoraConfig(Freezable):
     factorization: matrix (A [D, r], B [r, N, H]: the paper, PEFT) or keras
       (A takes the kernel's shape with r for its last axis).
     init: peft (kaiming_uniform, a = sqrt 5) or keras (he_uniform) for A.
-    dropout: rate on the adapter's input while training; with DoRA on that of
-      B A alone (PEFT also drops inputs of the base's share of the gain).
-    dora: train the length of each output's weights too (Liu et al. 2024).
+    dropout: rate on the adapter's input while training; with DoRA only on that of
+      B A (PEFT also drops inputs of the base's share of the gain).
+    dora: also train the length of each output's weights (Liu et al. 2024).
     path: adapter to start from, a PEFT folder or a .lora.h5 file of Keras; all
       fields but dropout then become its own. '' starts a new one.
-    ranks: where the rank is another, by path (in an experiment's file), e.g.
+    ranks: ranks that differ from `rank`, by path (in an experiment's file), e.g.
       {'layer_[0-8]/.*': 4, '.*/mlp/up': 16}; the first regex that matches the
-      whole path counts. All have one scale.
+      whole path counts. All share one scale.
   """
 
   rank: int = 8
@@ -47,7 +47,7 @@ class LoraConfig(Freezable):
   ranks: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def __hash__(self) -> int:
-    """Of a frozen one, which is a static part of the pytree `lora.Lora`."""
+    """Hash of a frozen config, which is a static part of the pytree `lora.Lora`."""
     fields = (getattr(self, field.name) for field in dataclasses.fields(self))
     return hash(tuple(frozenset(x.items()) if isinstance(x, dict) else x for x in fields))
 
@@ -86,7 +86,7 @@ class LoraConfig(Freezable):
       names = self.target_names
     except re.error as e:
       raise ValueError(
-        f'lora.targets: got {self.targets!r}, which is no regex ({e}); expected {choices}.'
+        f'lora.targets: got {self.targets!r}, which is not a regex ({e}); expected {choices}.'
       ) from None
     remedy = ''
     if 'embed' in self.targets:

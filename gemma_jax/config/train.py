@@ -28,15 +28,15 @@ class BaseConfig(Freezable):
     path: model reference: `gemma3_270m`, a .gguf file, a Hugging Face or Flax
       release folder, `hf:owner/name[@revision]`, or `random:VARIANT`.
     tokenizer: path of a tokenizer.model; '' takes the one beside the weights.
-    dtype: of the base in memory: auto (the file's own; dequantized: float32),
+    dtype: of the base in memory: auto (the file's own; float32 if dequantized),
       bfloat16 or float32.
     activation_dtype: auto is bfloat16 on TPU and GPU, float32 on CPU.
     scan_layers: one compiled layer, scanned; False unrolls (`layer_0/...`).
     attention: auto (splash on TPU, cudnn on GPU where it can, blocks on CPU),
       one of these by name, or einsum.
-    remat: what the backward pass makes again: full (all but each layer's
-      input), dots (all but products with weights), none, or auto: dots where
-      it fits in memory, else full.
+    remat: what the backward pass recomputes: full (all but each layer's input),
+      dots (all but products with weights), none, or auto: dots if it fits in
+      memory, else full.
   """
 
   path: str = 'gemma3_270m'
@@ -101,10 +101,10 @@ class OptimizerConfig(Freezable):
 
 @dataclasses.dataclass
 class MeshConfig(Freezable):
-  """Devices along each mesh axis; -1 takes all that are left, once.
+  """Devices along each mesh axis; -1, at most once, takes all that are left.
 
   Attributes:
-    data: replicas; of several slices, a multiple of their number.
+    data: replicas; with several slices, a multiple of their number.
     fsdp: parts of parameters and batch.
     tensor: parts of heads, MLP width and vocabulary.
     shard_adapter: split the adapter as the base is split; else each device has
@@ -135,16 +135,16 @@ class DataConfig(Freezable):
       else 5 % of the records by a hash of (instruction, context).
     template: dolly, chat, plain, or one of the tasks in `data/templates.py`.
     loss_on: response, or all (every token of the record, as in the tutorial).
-    parse_control_tokens: control tokens that a text spells, as one rendered
-      elsewhere does, become these tokens; False reads them as plain text.
+    parse_control_tokens: parse control tokens that a text spells (one rendered
+      elsewhere, say) as such tokens; False reads them as plain text.
     seq_len: T, positions in a row; 0 is 512, or as many as the base has if
       these are fewer.
     global_batch_size: rows in an update, over all devices.
     packing: fill rows with several records, kept apart by segment ids; False
       pads every record to a row of its own.
     with_context: False leaves out records that have a context.
-    max_records: use only the first so many training records; 0 is all.
-    max_eval_records: use only the first so many held-out records; 0 is all.
+    max_records: use only this many of the first training records; 0 is all.
+    max_eval_records: use only this many of the first held-out records; 0 is all.
     skip_bad_records: drop and count unusable records instead of stopping.
     order_seed: of the order of the records; -1 takes the run's seed, any other
       value keeps the order while seeds change.
@@ -177,7 +177,7 @@ class DataConfig(Freezable):
 
 @dataclasses.dataclass
 class TrainConfig(Freezable):
-  """Everything that decides a run's result, and what it leaves behind.
+  """Everything that determines a run's result, and what it leaves behind.
 
   Attributes:
     seed: of the data order, the initial A and dropout.
@@ -185,10 +185,10 @@ class TrainConfig(Freezable):
     epochs: passes over the training records, when steps is 0.
     eval_every_steps: updates between evaluations; 0 means only at the ends.
     checkpoint_every_steps: updates between checkpoints; 0 means only the last.
-    early_stopping_evals: stop after so many evaluations without a new best
+    early_stopping_evals: stop after this many evaluations without a new best
       loss; 0 never stops early.
-    max_skipped_batches: leave out so many batches whose loss or gradient is
-      not finite, each said with its records; one more stops the run.
+    max_skipped_batches: skip at most this many batches whose loss or gradient is
+      not finite, logging the records of each; one more stops the run.
     log_every_steps: updates between log lines (the metrics file has them all).
     profile_steps: updates to trace with jax.profiler, e.g. (3, 4).
     trainable: regexes over tree paths ('params/...' is the base, 'lora/...'
@@ -229,7 +229,7 @@ class TrainConfig(Freezable):
       'max_skipped_batches',
     ):
       at_least(name, getattr(config, name), 0)
-    # Beyond 32 bits another seed would give the same random numbers.
+    # Beyond 32 bits, different seeds would give the same random numbers.
     require(config.seed < 2**32, 'seed', config.seed, 'an integer < 2^32')
     require(
       all(isinstance(step, int) and step >= 0 for step in config.profile_steps),
@@ -293,7 +293,7 @@ def from_dict(tree: Any, into: Any = None, where: str = '') -> Any:
     where: its name and a dot, for messages.
 
   Raises:
-    ValueError: a field that there is not, or a value of another type.
+    ValueError: an unknown field, or a value of another type.
   """
   config = TrainConfig() if into is None else into
   place = where.rstrip('.') or 'config'

@@ -1,13 +1,13 @@
 """Converts a base, or a base with an adapter in it, and verifies the result.
 
 The order is the contract:
-  1. the logits that are wanted: of the base, or of the base with the adapter;
-  2. the output is written beside its place;
-  3. it is read again: its tokens must be the base's; its weights those that
-     were meant (`export.weight_check`), and other than the base's if an adapter
-     was merged; the logits the wanted ones;
-  4. what was measured is written to `conversion.json`, and the output appears.
-A conversion that fails leaves nothing.
+  1. the expected logits are computed: of the base, or of the base with the adapter;
+  2. the output is written under a temporary name;
+  3. it is read back: its tokens must be the base's; its weights the intended ones
+     (`export.weight_check`), and different from the base's if an adapter was
+     merged; its logits the expected ones;
+  4. the measurements are written to `conversion.json`, and the output appears.
+A conversion that fails leaves nothing behind.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ FORMS = ('hf', 'flax', 'peft')
 # 0.015 in bfloat16, which keeps 8 bits of each weight.
 TOLERANCES = {'float32': 1e-4, 'bfloat16': 0.1}
 
-# An adapter of which less survives the rounding of its merge is not what was
-# trained; whoever merges it is told.
+# If less than this of an adapter survives the rounding of its merge, the result is
+# not what was trained, and a warning says so.
 _LEAST_KEPT = 0.9
 
 # The fixed batch: ids drawn uniformly, seed 0.
@@ -74,17 +74,17 @@ def convert(
     verify: re-read the output, compare weights and logits. Merged weights are
       compared in any case.
     max_shard_bytes: of a file of weights ('hf').
-    nested: names of arrays as nested dicts, not flat ('flax').
+    nested: store array names as nested dicts rather than flat ('flax').
 
   Returns:
     output; files and folders in it; bytes and parameters written; their
     dtype; largest_logit_difference, absolute, None without verification; and
     update_kept and logit_update_kept, the shares of a merged adapter's update
-    that survived rounding, in the weights and in the logits of the check. What
-    else was measured is in the output's conversion.json.
+    that survived rounding, in the weights and in the logits of the check. Further
+    measurements are in the output's conversion.json.
 
   Raises:
-    ValueError: anything that does not fit, or an output that does not compute
+    ValueError: the arguments do not fit together, or the output does not compute
       what it should; nothing is left behind.
   """
   folder = files.path(output)
@@ -95,7 +95,7 @@ def convert(
     loaded = adapter_lib.read(adapter, source.config)
     if not any(np.any(x) for x in _effects(loaded)):
       raise ValueError(
-        f'adapter: {adapter} changes nothing (lora_b is zero throughout), so '
+        f'adapter: {adapter} changes nothing (lora_b is all zero), so '
         'there is nothing to convert; train it first.'
       )
   record = {
@@ -136,12 +136,12 @@ def convert(
   def fill(new: Path):
     record.update(write(new))
     if to != 'peft' and (verify or loaded is not None):
-      logging.info('Reading it again, comparing tokens and weights')
+      logging.info('Reading it back, comparing tokens and weights')
       _verify_tokenizer(source.tokenizer(), _reopen(new).tokenizer(), to)
       record.update(_verify_weights(source, _reopen(new), loaded, record))
     measured = None
     if verify:
-      logging.info('Reading it again, comparing logits')
+      logging.info('Reading it back, comparing logits')
       measured = _verify_logits(new, source, loaded, to, tokens, want, of_base, record)
     record['largest_logit_difference'] = measured
     _warn_of_rounding(record)
@@ -149,7 +149,7 @@ def convert(
     (new / flax_config.RECORD_NAME).write_text(text, 'utf-8')
     written = sorted(p for p in new.rglob('*') if p.is_file())
     sizes.update({str(p.relative_to(new)): p.stat().st_size for p in written})
-    _check_free(folder)  # another conversion may have ended meanwhile
+    _check_free(folder)  # another conversion may have finished meanwhile
 
   atomic_folder.replace(folder, fill)
   return {
@@ -176,11 +176,11 @@ def _check_arguments(folder: epath.Path, to: str, adapter: str, dtype: str):
 
 def _check_free(folder: epath.Path):
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(f'output: {folder} is there already, expected a new or empty folder.')
+    raise ValueError(f'output: {folder} already exists, expected a new or empty folder.')
 
 
 def _effects(loaded: Lora) -> list[np.ndarray]:
-  """Leaves of which one must be other than zero if the adapter does a thing."""
+  """Leaves of which at least one must be nonzero if the adapter changes anything."""
   leaves = [
     x for name, x in pytree.items(loaded.factors) if name.endswith(('lora_b', 'lora_magnitude'))
   ]
@@ -214,7 +214,7 @@ def _write_model(
 
 
 def _verify_tokenizer(want: Tokenizer | None, got: Tokenizer | None, to: str):
-  """Raises ValueError unless a written tokenizer is the one that was meant."""
+  """Raises ValueError unless the written tokenizer is the intended one."""
   if want is None or want.model_proto is None:
     return
   if got is None:
@@ -223,12 +223,12 @@ def _verify_tokenizer(want: Tokenizer | None, got: Tokenizer | None, to: str):
   if got.vocab_size != want.vocab_size:
     raise ValueError(
       f'output: its tokenizer has {got.vocab_size} tokens, expected '
-      f'{want.vocab_size}, as the base; nothing was written.{advice}'
+      f'{want.vocab_size}, as in the base; nothing was written.{advice}'
     )
   for ours, theirs in itertools.zip_longest(want.named_pieces, got.named_pieces):
     if ours != theirs:
       raise ValueError(
-        f'output: its tokenizer has {theirs}, expected {ours}, as the base; '
+        f'output: its tokenizer has {theirs}, expected {ours}, as in the base; '
         f'nothing was written.{advice}'
       )
   if got.fingerprint() != want.fingerprint():
@@ -241,10 +241,10 @@ def _verify_tokenizer(want: Tokenizer | None, got: Tokenizer | None, to: str):
 def _verify_weights(
   source: BaseSource, result: BaseSource, loaded: Lora | None, record: dict[str, Any]
 ) -> dict[str, Any]:
-  """What the weights show; raises ValueError unless they are those meant."""
+  """Measures the weights; raises ValueError unless they are the intended ones."""
   dtype = np.dtype(jnp.dtype(record['dtype']))
-  found = weight_check.compare(source, result, dtype, loaded)
-  if loaded is not None and not found.num_changed:
+  comparison = weight_check.compare(source, result, dtype, loaded)
+  if loaded is not None and not comparison.num_changed:
     reason = 'it is lost in rounding, use --dtype=float32'
     if dtype == np.float32:
       reason = 'the adapter changes nothing, train it first'
@@ -253,9 +253,9 @@ def _verify_weights(
       f"the adapter's update to be visible; {reason}. Nothing was written."
     )
   return {
-    'largest_weight_difference': found.largest_difference,
-    'changed_tensors': found.num_changed,
-    'update_kept': found.update_kept,
+    'largest_weight_difference': comparison.largest_difference,
+    'changed_tensors': comparison.num_changed,
+    'update_kept': comparison.update_kept,
   }
 
 
@@ -271,13 +271,13 @@ def _verify_logits(
 ) -> float:
   """Raises ValueError unless the output computes what it should.
 
-  Where the base's logits are given, exact ones and those of its own rounded
-  weights, notes in the record which share of the update is in the logits:
+  If the base's logits are given, both exact and with its weights rounded, records
+  which share of the update is in the logits:
 
       kept = <got - rounded base, want - base> / |want - base|^2
 
-  as `weight_check` does for the weights. What the base loses by its own
-  rounding is in both and so in neither difference.
+  as `weight_check` does for the weights. What the base itself loses by rounding is
+  on both sides and cancels in each difference.
 
   Returns:
     Largest absolute difference of a logit.
@@ -289,7 +289,7 @@ def _verify_logits(
   else:
     dtype = record['dtype']
     got = _logits(_reopen(new), tokens, None)
-  rows = min(got.shape[-1], want.shape[-1])  # those that pad the Flax release
+  rows = min(got.shape[-1], want.shape[-1])  # leaves out rows that pad the Flax release
   got, want = got[..., :rows], want[..., :rows]
   difference = np.abs(got - want)
   relative = difference / np.maximum(1.0, np.abs(want).max(-1, keepdims=True))
@@ -313,15 +313,15 @@ def _verify_logits(
 
 
 def _warn_of_rounding(record: dict[str, Any]):
-  """Says how much of a merged adapter is left; warns if that is too little."""
+  """Logs how much of a merged adapter is left; warns if that is too little."""
   names = {'update_kept': 'weights', 'logit_update_kept': "check's logits"}
   kept = {where: record[name] for name, where in names.items() if record.get(name) is not None}
   if not kept:
     return
-  # A step of rounding may be larger than what was rounded, or point back.
+  # A rounding step may be larger than the update, or point the other way.
   shares = ', '.join(f'{min(max(x, 0), 1):.1%} in the {where}' for where, x in kept.items())
   if min(kept.values()) >= _LEAST_KEPT:
-    logging.info("Of the adapter's update is kept: %s", shares)
+    logging.info("Kept of the adapter's update: %s", shares)
     return
   advice = 'The update is very small; is the adapter trained?'
   if record['dtype'] != 'float32':
@@ -337,7 +337,7 @@ def _reopen(folder: Path) -> BaseSource:
 
 
 def _batch(source: BaseSource) -> np.ndarray:
-  """int32 [B, T]: rows that begin with BOS, then any tokens there are."""
+  """int32 [B, T]: rows that begin with BOS, followed by any tokens."""
   rows = hf_writer.exported_config(source).vocab_size
   if (tokenizer := source.tokenizer()) is not None:
     rows = min(rows, tokenizer.vocab_size)
@@ -350,7 +350,7 @@ def _batch(source: BaseSource) -> np.ndarray:
 def _logits_of_base(
   source: BaseSource, tokens: np.ndarray, dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Of the base as it is, and with its weights rounded to a dtype."""
+  """Logits of the base as it is, and with its weights rounded to a dtype."""
   exact = _logits(source, tokens, None)
   if dtype in (np.float32, source.stored_dtype):
     return exact, exact
@@ -362,7 +362,7 @@ def _logits_of_base(
 
 
 def _logits(source: BaseSource, tokens: np.ndarray, loaded: Lora | None) -> np.ndarray:
-  """float32 [B, T, V] of the base, with the adapter beside it if given."""
+  """Logits float32 [B, T, V] of the base, with the adapter if one is given."""
   if loaded is None:
     return streamed.logits(source, tokens)
   if loaded.trained_base:

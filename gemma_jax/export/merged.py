@@ -2,9 +2,9 @@
 
     W' = W + scale * B A, in float32 and by rows: W'[i] = W[i] + scale * B[i] A
 
-and, with DoRA, W'[i] brought to the length m[i]. Whoever reads it casts once,
-to the dtype that is wanted. Nothing is held but the factors, so a model of any
-size is merged in the memory of its adapter.
+and, with DoRA, W'[i] is brought to the length m[i]. The reader casts once, to the
+dtype it wants. Only the factors are held in memory, so a model of any size is
+merged in the memory of its adapter.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from gemma_jax.lora import matrices
 from gemma_jax.lora.lora import Lora
 from gemma_jax.model import layout
 
-# Relative; what float32 makes of a row's length, summed in one order or in
-# another. A length that is met so nearly changes nothing: an untrained DoRA
-# adapter gives the base, bit for bit.
+# Relative difference of a row's length in float32, summed in one order or in
+# another. A length this close changes nothing: an untrained DoRA adapter gives
+# the base, bit for bit.
 _NORM_ERROR = 2.0**-19
 
 
@@ -33,14 +33,14 @@ def merge(source: BaseSource, lora: Lora) -> BaseSource:
   Args:
     source: the base.
     lora: one adapter, scanned or unrolled; leaves of the base that were trained
-      along replace the base's.
+      with it replace the base's.
 
   Returns:
     A source whose changed tensors are read in float32; the others and
     `stored_dtype` are the base's.
 
   Raises:
-    ValueError: a leaf that does not fit the base.
+    ValueError: a leaf does not fit the base.
   """
   tensors = dict(source.tensors)
   for path, leaf in pytree.items(unrolled(lora.trained_base)):
@@ -65,10 +65,10 @@ def merge(source: BaseSource, lora: Lora) -> BaseSource:
     a, b = matrices.matrices(module.split('/', 1)[1], a, factors[f'{module}/lora_b'], lora.config)
     old = tensors.get(f'{module}/w')
     if old is None or old.shape != (len(b), a.shape[1]):
-      found = None if old is None else list(old.shape)
+      got = None if old is None else list(old.shape)
       raise ValueError(
         f'adapter: {module} is made for a kernel {[len(b), a.shape[1]]}, but '
-        f'that of {source.reference} is {found}; it belongs to another base.'
+        f'that of {source.reference} is {got}; it belongs to another base.'
       )
     magnitude = factors.get(f'{module}/lora_magnitude')
     tensors[f'{module}/w'] = StoredTensor(
@@ -86,7 +86,7 @@ def merge(source: BaseSource, lora: Lora) -> BaseSource:
 
 
 def unrolled(tree: pytree.Tree) -> pytree.Tree:
-  """On the host, with its layers apart."""
+  """The tree on the host, with its layers unrolled."""
   tree = jax.device_get(tree)
   return layout.unstack_layers(tree) if 'layers' in tree else tree
 

@@ -1,7 +1,7 @@
 """The forward pass straight from a checkpoint, one layer in memory at a time.
 
 Slower than a loaded model, but a model of any size fits: it needs the largest
-layer in float32 and a few megabytes. For checks, where a pass is run once.
+layer in float32 and a few megabytes. Meant for checks, which run a pass once.
 """
 
 from concurrent import futures
@@ -27,8 +27,8 @@ def logits(source: BaseSource, tokens: np.ndarray, lora: Lora | None = None) -> 
   Args:
     source: any base; its weights are read once, in order.
     tokens: int32 [B, T], without padding.
-    lora: an adapter, scanned, or None. Leaves of the base that were trained
-      along are the source's own affair (`merged.merge`).
+    lora: an adapter, scanned, or None. Leaves of the base that were trained with
+      it are up to the source (`merged.merge`).
 
   Returns:
     float32 [B, T, V].

@@ -1,13 +1,13 @@
 """Whether a written model holds the weights that it should.
 
-A logit says little of one weight, least of all in bfloat16, whose rounding
-moves logits further than a small adapter does. So the weights are read again:
+A logit says little about one weight, least of all in bfloat16, whose rounding
+moves logits further than a small adapter does. So the weights are read back:
 
   a tensor of the base    equal to it, bit for bit, after the cast
-  an adapted kernel       as near to W + scale * B A as the dtype permits
+  an adapted kernel       as close to W + scale * B A as the dtype permits
 
-That sum is `factors.merge`'s, in float32, not the one by rows that was written
-(`export.merged`). One kernel is in memory at a time.
+That sum is `factors.merge`'s, in float32, not the row-wise one that was written
+(`export.merged`). One kernel at a time is in memory.
 """
 
 from concurrent import futures
@@ -25,18 +25,18 @@ from gemma_jax.lora import factors as factors_lib
 from gemma_jax.lora.lora import Lora
 from gemma_jax.model import layout
 
-# What two orders of summing make of a merged weight, relative to the kernel's
-# largest.
+# Difference of a merged weight between two orders of summation, relative to the
+# kernel's largest weight.
 _SUM_ERROR = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """What was found in an output whose weights are right.
+  """Measurements of an output whose weights are right.
 
   Attributes:
     largest_difference: of a written weight from the one in float32.
-    num_changed: tensors of which a weight differs from the base's.
+    num_changed: tensors with a weight that differs from the base's.
     update_kept: share of the adapter's update that survived rounding, over all
       weights (`_Update`); None without an adapter.
   """
@@ -47,19 +47,19 @@ class Comparison:
 
 
 class _Update:
-  """How much of an update U is in what was written.
+  """How much of an update U is in the written weights.
 
       kept = <round(W + U) - round(W), U> / <U, U>
 
-  A rounded weight takes up a small update wholly or not at all, and in too
-  large a step: so what counts is the share in U's own direction, not the size.
+  A rounded weight takes up a small update as a whole step, too large, or not at
+  all: so what counts is the share in U's own direction, not the size.
   """
 
   def __init__(self):
     self._product = self._square = 0.0
 
   def add(self, intended: np.ndarray, survived: np.ndarray):
-    """Takes float32 arrays of one shape into account."""
+    """Adds float32 arrays of one shape to the count."""
     self._product += float(np.vdot(intended, survived))
     self._square += float(np.vdot(intended, intended))
 
@@ -74,16 +74,16 @@ def compare(
   dtype: np.dtype,
   lora: Lora | None = None,
 ) -> Comparison:
-  """Reads all weights of an output and of what it was made of.
+  """Reads all weights of an output and of the base it was made from.
 
   Args:
     source: the base.
-    written: the output, which may have rows of the embedding more or less.
+    written: the output, whose embedding may have more or fewer rows.
     dtype: of the output.
     lora: the adapter that was merged, scanned or unrolled; None if there was none.
 
   Raises:
-    ValueError: a tensor that is not what it should be; names it.
+    ValueError: a tensor is not what it should be; names it.
   """
   if lora is not None:
     source_with = merged.merge(source, dataclasses.replace(lora, factors={}))
@@ -140,8 +140,8 @@ def _compare_merged(
     if not (difference <= rounding + slack).all():
       raise ValueError(
         f'output: tensor {path} differs from the base with the adapter by up '
-        f'to {np.abs(got - want).max():.3g}, expected what rounding to '
-        f'{dtype.name} makes; nothing was written.'
+        f'to {np.abs(got - want).max():.3g}, expected no more than rounding to '
+        f'{dtype.name} gives; nothing was written.'
       )
     largest = max(largest, float(difference.max()))
     rounded = before.astype(dtype).astype(np.float32)
@@ -158,7 +158,7 @@ def _compare_kept(
   dtype: np.dtype,
   update: _Update,
 ) -> tuple[float, bool]:
-  """The rounding of a tensor without factors; whether it was trained along."""
+  """The rounding of a tensor without factors; whether it was trained too."""
   want, got = source_with.tensors[path], written.tensors[path]
   was_trained = want is not source.tensors[path]
   num_rows = min(want.shape[0], got.shape[0])

@@ -66,7 +66,8 @@ def stack(loras: Sequence['Lora']) -> 'Lora':
       rank 2 among 4    A [a1 a2 0 0]    B [b1 b2 0 0]^T    A B = a1 b1 + a2 b2
 
   Raises:
-    ValueError: none, or an adapter with ranks by layer or a trained base.
+    ValueError: none, one with ranks by layer or a trained base, or adapters of
+      several factorizations or forms (scanned or not).
   """
   if not loras:
     raise ValueError('lora: got no adapter to stack, expected at least one.')
@@ -76,13 +77,22 @@ def stack(loras: Sequence['Lora']) -> 'Lora':
         'lora: got an adapter with lora.ranks or leaves of its base, expected adapters of one '
         'rank each, and nothing else; train this one alone.'
       )
+  forms = {(each.config.factorization, 'layers' in each.factors) for each in loras}
+  if len(forms) > 1:
+    raise ValueError(
+      'lora: got adapters of several factorizations or forms (scanned or not) to stack, expected '
+      'one of each.'
+    )
   aligned = align(loras)
+  known = lambda values: values[0] if all(x == values[0] for x in values) else None
   pile = lambda *leaves: jnp.stack(leaves)
   return dataclasses.replace(
     aligned[0],
     factors=jax.tree.map(pile, *(each.factors for each in aligned)),
     scale=jnp.asarray([each.scale for each in aligned], jnp.float32),
     config=tuple(each.config for each in loras),
+    reference=known([each.reference for each in loras]) or '',
+    trained_with=known([each.trained_with for each in loras]),
   )
 
 

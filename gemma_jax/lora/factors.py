@@ -274,15 +274,6 @@ def merge(params: pytree.Tree, factors: pytree.Tree, scale: float) -> pytree.Tre
   return pytree.map_with_name(add, params)
 
 
-def deltas(factors: pytree.Tree, scale: float) -> pytree.Tree:
-  """scale * B A for every adapted kernel, at the kernel's path; float32.
-
-  Of DoRA it is the update of the direction, before it is brought to length.
-  """
-  flat = dict(pytree.items(factors))
-  return pytree.unflatten({f'{module}/w': _delta(module, flat, scale) for module in _modules(flat)})
-
-
 def _modules(flat: dict[str, jax.Array], leaf: str = 'lora_a') -> list[str]:
   """Paths of the adapted projections that have a leaf, e.g. layers/attn/q."""
   return [n.removesuffix(f'/{leaf}') for n in flat if n.endswith(f'/{leaf}')]

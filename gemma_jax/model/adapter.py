@@ -42,7 +42,7 @@ def apply(
     lora_a: A; its number of axes tells the factorization.
     lora_b: B.
     plain_gradients: leave B's gradient to JAX, for `jax.jvp` and second
-      derivatives; otherwise it is `_widen`'s.
+      derivatives; otherwise use the one of `_widen`.
 
   Returns:
     The update to the projection's output, e.g. [B, T, N, H], in x's dtype.
@@ -68,9 +68,9 @@ def _widen(mid, b, out, x, lora_b):
     x: input times A, e.g. [B, T, R].
     lora_b: B, e.g. [R, N, H].
 
-  JAX's own gradient of B puts the wide cotangent before x, and XLA's CPU
-  backend then makes a transposed copy of it (3 % of a step of the 270M with
-  4 x 256 tokens); with x first it does not.
+  JAX's own gradient of B puts the wide cotangent before x, and XLA's CPU backend
+  then makes a transposed copy of it (3 % of a step of the 270M with 4 x 256
+  tokens); with x first it does not.
   """
   return jnp.einsum(f'{mid},{b}->{out}', x, lora_b)
 
@@ -106,6 +106,6 @@ def outputs(equation: str) -> str:
 
 
 def axes_of(equation: str, num_axes: int) -> tuple[str, str]:
-  """`factor_axes` of the factorization whose A has so many axes."""
+  """`factor_axes` of the factorization whose A has this number of axes."""
   a, b = factor_axes(equation, 'matrix')
   return (a, b) if len(a) == num_axes else factor_axes(equation, 'keras')

@@ -35,7 +35,7 @@ class Cache:
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int, dtype) -> Cache:
-  """An empty cache for `length` tokens a row."""
+  """An empty cache for `length` tokens per row."""
   shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
   slots = jnp.zeros((batch_size, length), jnp.int32)
   return Cache(
@@ -52,7 +52,7 @@ class Context(NamedTuple):
 
   Attributes:
     global_rotation: sin, cos of the global layers, float32 [B, T, H/2].
-    local_rotation: the same of the local layers.
+    local_rotation: the same for the local layers.
     q_positions: int32 [B, T].
     q_segment_ids: int32 [B, T].
     k_positions: int32 [B, S].
@@ -72,8 +72,8 @@ class Context(NamedTuple):
 def visible(context: Context, window: int | jax.Array | None) -> jax.Array:
   """Which keys each query sees: bool [B, T, S].
 
-  A key is visible if it stands in the same segment (not 0), not later, and, in
-  a local layer, fewer than `window` positions back.
+  A key is visible if it is in the same segment (not 0), not later, and, in a local
+  layer, fewer than `window` positions back.
   """
   q_pos, k_pos = context.q_positions[:, :, None], context.k_positions[:, None]
   q_seg = context.q_segment_ids[:, :, None]
@@ -101,8 +101,8 @@ def einsum_attention(
   """
   B, T, N, H = q.shape
   K = k.shape[2]
-  # Heads are grouped by the kv head they share. Scores stand as a CPU's product
-  # leaves them, the groups behind the queries, or all of them would be moved.
+  # Heads are grouped by the kv head they share. Scores keep the layout that a CPU's
+  # product gives, groups after queries; another would copy all of them.
   q = q.reshape(B, T, K, N // K, H)
   scores = jnp.einsum('BTKGH,BSKH->BKTGS', q, k, preferred_element_type=jnp.float32)
   seen = mask[:, None, :, None]  # [B, 1, T, 1, S]
@@ -110,18 +110,18 @@ def einsum_attention(
   probs = jax.nn.softmax(scores, axis=-1)
   out = jnp.einsum('BKTGS,BSKH->BTKGH', probs.astype(v.dtype), v)
   out = out.reshape(B, T, N, H)
-  sees_any = jnp.any(mask, axis=-1)[:, :, None, None]  # else a mean of v
+  sees_any = jnp.any(mask, axis=-1)[:, :, None, None]  # else the result is a mean of v
   return jnp.where(sees_any, out, jnp.zeros_like(out))
 
 
 class Attend(Protocol):
-  """softmax(q k) v over the keys that each query sees; `kernels` has a choice.
+  """softmax(q k) v over the keys that each query sees; `kernels` chooses one.
 
-  q [B, T, N, H] is already scaled, k and v are [B, S, K, H]; `window` is a
-  local layer's, or None; `cap` is the soft cap on the scores, or None. Returns
-  [B, T, N, H], zeros for a query that sees no key. Equal to
-  `attend_by_einsum`, whatever the code, for rows as `packing` makes them: a
-  segment's tokens stand together, one position apart.
+  q [B, T, N, H] is already scaled, k and v are [B, S, K, H]; `window` is a local
+  layer's, or None; `cap` is the soft cap on the scores, or None. Returns
+  [B, T, N, H], zeros for a query that sees no key. Every implementation equals
+  `attend_by_einsum` for rows as `packing` makes them: a segment's tokens are
+  adjacent, one position apart.
   """
 
   def __call__(
@@ -136,7 +136,7 @@ class Attend(Protocol):
 
 
 def attend_by_einsum(q, k, v, context, window, cap) -> jax.Array:
-  """The `Attend` for any segments and positions, the others' reference."""
+  """The `Attend` for any segments and positions; the reference for the others."""
   return einsum_attention(q, k, v, visible(context, window), cap)
 
 
@@ -192,7 +192,7 @@ class Attention(nn.Module):
       )
       k, v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in kv)
 
-    # Kernels are for whole rows; a cache is read by a few queries.
+    # The kernels are for whole rows; a cache is read by a few queries.
     kernel = self.attend if kv is None else attend_by_einsum
 
     def attend(window):

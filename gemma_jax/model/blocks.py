@@ -1,16 +1,16 @@
-"""Attention a block of queries at a time, each with the keys that it may see.
+"""Attention one block of queries at a time, each with the keys that it may see.
 
-Keys behind the block's last query, or before its first one's window, are never
-multiplied: of n blocks' scores a share of (n - 1) / 2n without a window (37 %
-of a row of 512), more with one; and a block's scores stay in cache. Keys are
-left out by their index within the row, as `splash` masks them and under the
-same condition: a segment's tokens stand together, one position apart.
+Keys after the block's last query, or before its first one's window, are never
+multiplied: with n blocks that saves a share of (n - 1) / 2n of the scores without
+a window (37 % of a row of 512), more with one; and a block's scores stay in cache.
+Keys are left out by their index within the row, as `splash` masks them and under
+the same condition: a segment's tokens are adjacent, one position apart.
 
-A block of a packed long row also leaves out keys before its first query's
-segment. Where that begins is known only when the step runs, so such a block has
-programs for 1, 3, 7, ... blocks of keys before its own, and one for all of
-them; the shortest that does for all rows runs, and again in the backward pass,
-whatever `remat` says.
+A block of a long packed row also leaves out keys before its first query's segment.
+Where that begins is known only when the step runs, so such a block has programs
+for 1, 3, 7, ... blocks of keys before its own, and one for all of them; the
+shortest that suffices for all rows runs, and again in the backward pass, whatever
+`remat` says.
 
 Forward and backward of a layer of the 270M, on two cores of an AMD EPYC, by
 `python -m experiments.benchmarks.attention`, in milliseconds; packed segments
@@ -21,8 +21,8 @@ have some 120 tokens:
   1 x 1024    116        42             73
   1 x 2048    518       106            306
 
-Compiling takes 3 s at 1,024 and 8 s at 2,048, einsum 0.5 s. Where one segment
-fills a row of 1,024, the choice costs 6 to 20 % (README of the benchmarks).
+Compiling takes 3 s at 1,024 and 8 s at 2,048, einsum 0.5 s. If one segment fills
+a row of 1,024, the choice costs 6 to 20 % (README of the benchmarks).
 """
 
 import functools
@@ -32,10 +32,10 @@ import jax.numpy as jnp
 
 from gemma_jax.model.attention import Context, attend_by_einsum
 
-# Each block is compiled, so that long rows have longer ones, not more of them.
+# Each block is compiled, so long rows have longer blocks rather than more of them.
 _MIN_QUERIES = 128
 _MAX_BLOCKS = 16
-# Packed rows of 512 gain nothing by leaving segments out.
+# Packed rows of 512 gain nothing from leaving segments out.
 _LONG_ROW = 1024
 
 
@@ -56,7 +56,7 @@ def attend(
     if len(programs) == 1:
       outs.append(programs[0](q, k, v, context))
       continue
-    # What one program keeps for the backward pass all would have to return.
+    # What one program keeps for the backward pass, all would have to return.
     programs = [jax.checkpoint(p, prevent_cse=False) for p in programs]
     begin = _segment_start(context, start)
     index = sum((begin >= f).astype(jnp.int32) for f in firsts[1:])
@@ -65,7 +65,7 @@ def attend(
 
 
 def _later_firsts(first: int, start: int, size: int) -> list[int]:
-  """Keys behind `first` that lie ..., 7, 3, 1 blocks before the block's own.
+  """Keys after `first` that lie ..., 7, 3, 1 blocks before the block's own.
 
   For the block at 896 of a row of 1024: 512 and 768.
   """
@@ -79,7 +79,7 @@ def _later_firsts(first: int, start: int, size: int) -> list[int]:
 def _segment_start(context: Context, start: int) -> jax.Array:
   """The least index, over the rows, of a key of query `start`'s segment.
 
-  Where that query is padding, a later one's segment begins behind it.
+  If that query is padding, a later query's segment begins after it.
   """
   segment = context.q_segment_ids[:, start, None]
   same = (context.k_segment_ids == segment) & (segment > 0)

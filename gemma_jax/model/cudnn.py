@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from gemma_jax.model.attention import Context, visible
 from gemma_jax.model.config import ModelConfig
 
-# cuDNN's flash attention: half-width inputs, heads of up to 128 elements, and
-# 256 from Hopper (compute capability 9.0) on.
+# cuDNN's flash attention takes half-precision inputs and heads of up to 128
+# elements, or 256 from Hopper (compute capability 9.0) on.
 _MAX_HEAD_DIM, _MAX_HEAD_DIM_HOPPER = 128, 256
 
 
@@ -24,11 +24,11 @@ def attend(
 ) -> jax.Array:
   """An `attention.Attend`: q [B, T, N, H], k and v [B, T, K, H].
 
-  Segments go in as a mask [B, 1, T, S], one for all heads; causality and the
-  window go in as such too, so that blocks they hide are skipped. They hold by
-  index within a row, as in `splash`.
+  Segments are passed as a mask [B, 1, T, S], one for all heads; causality and the
+  window are also passed as arguments, so that blocks they hide are skipped. These
+  apply by index within a row, as in `splash`.
   """
-  del cap  # `refusal` sees to it that there is none
+  del cap  # `unsupported_reason` makes sure that there is none
   mask = visible(context, window)
   out = jax.nn.dot_product_attention(
     q,
@@ -45,7 +45,7 @@ def attend(
   return jnp.where(seen, out, jnp.zeros_like(out))
 
 
-def refusal(config: ModelConfig, dtype: Any, device: Any) -> str | None:
+def unsupported_reason(config: ModelConfig, dtype: Any, device: Any) -> str | None:
   """Why cuDNN cannot compute a model's attention, or None if it can.
 
   Args:

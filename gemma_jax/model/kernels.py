@@ -1,4 +1,4 @@
-"""Which code computes attention: chosen once, for a model on a mesh."""
+"""Which implementation computes attention: chosen once, for a model on a mesh."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ def choose(
   """The attention that `model.attention` names.
 
   `auto` follows the platform of the mesh, which need not be this machine's: a
-  program can be compiled for a TPU anywhere. Where a kernel cannot compute a
-  model, `auto` falls back to einsum and says why.
+  program can be compiled for a TPU anywhere. If a kernel cannot compute a model,
+  `auto` falls back to einsum and logs why.
 
   Args:
     name: auto, einsum, blocks, splash or cudnn.
@@ -43,17 +43,17 @@ def choose(
   if choice in _EVERYWHERE:
     return _EVERYWHERE[choice]
   if choice == 'cudnn':
-    attend, why_not = cudnn.attend, cudnn.refusal(config, dtype, device)
+    attend, unsupported_reason = cudnn.attend, cudnn.unsupported_reason(config, dtype, device)
   else:
     interpret = device.platform == 'cpu'
     attend = splash.Splash(mesh, batch_axes, head_axis, interpret)
-    why_not = splash.refusal(dtype, device)
-  if why_not is None:
+    unsupported_reason = splash.unsupported_reason(dtype, device)
+  if unsupported_reason is None:
     return attend
   if name == 'auto':
-    logging.info('Attention by einsum; %s: %s.', choice, why_not)
+    logging.info('Attention by einsum; %s: %s.', choice, unsupported_reason)
     return attention.attend_by_einsum
   raise ValueError(
-    f'model.attention: got {name!r}, but {why_not}; expected auto, or '
+    f'model.attention: got {name!r}, but {unsupported_reason}; expected auto, or '
     f'{" or ".join(_EVERYWHERE)}, which run everywhere.'
   )

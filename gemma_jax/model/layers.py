@@ -12,9 +12,9 @@ from gemma_jax.model import adapter, rows
 
 
 class Einsum(nn.Module):
-  """A projection y = x W, plus x A B where the collection `lora` has factors.
+  """A projection y = x W, plus x A B if the collection `lora` has factors.
 
-  A gain, one number an output, multiplies the sum (DoRA, `Lora.variables`).
+  A gain, one number per output, multiplies the sum (DoRA, `Lora.variables`).
 
   Attributes:
     equation: e.g. 'BTD,NDH->BTNH'.
@@ -47,7 +47,7 @@ class Einsum(nn.Module):
         self.plain_gradients,
       )
       if self.has_variable('lora', 'lora_magnitude'):
-        raise ValueError('lora: got magnitudes, expected gains: use what Lora.variables makes.')
+        raise ValueError('lora: got magnitudes, expected gains: use the result of Lora.variables.')
       if self.has_variable('lora', 'lora_gain'):
         gain = self.get_variable('lora', 'lora_gain')  # y has B, T before
         gain = jnp.expand_dims(gain, (0, 1))
@@ -95,5 +95,5 @@ class Embedder(nn.Module):
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-  """cap * tanh(x / cap); None leaves x as it is (Gemma 2 report, eq. 1)."""
+  """cap * tanh(x / cap); None leaves x unchanged (Gemma 2 report, eq. 1)."""
   return x if cap is None else cap * jnp.tanh(x / cap)

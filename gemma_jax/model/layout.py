@@ -20,8 +20,8 @@ import numpy as np
 from gemma_jax import pytree
 from gemma_jax.model.config import ModelConfig
 
-# The seven projections of a layer: where the kernel stands, and the equation
-# that applies it. A LoRA target is a name of this table.
+# The seven projections of a layer: the path of the kernel, and the equation that
+# applies it. A LoRA target is a name in this table.
 PROJECTION_EQUATIONS = {
   'attn/q': 'BTD,NDH->BTNH',
   'attn/k': 'BTD,KDH->BTKH',
@@ -84,7 +84,7 @@ def param_axes(config: ModelConfig, scan_layers: bool = True) -> dict[str, str]:
 
 
 def in_layers(axes: dict[str, str], config: ModelConfig, scan_layers: bool) -> dict[str, str]:
-  """Axis letters of one layer's leaves → of those of all layers."""
+  """Axis letters of one layer's leaves → those of all layers' leaves."""
   if scan_layers:
     return {f'layers/{name}': 'L' + letters for name, letters in axes.items()}
   return {

@@ -2,17 +2,17 @@
 
     kernel [N, D, H] of the queries  →  rows [N, H, D]
 
-Decoding is bound by the bytes of the weights. Laid out so, an output is the dot
-product of the input with a row that lies in one piece, whose values, stored as
-bfloat16 or int8, are widened in registers as they arrive.
+Decoding is bound by the bytes of the weights. In this layout an output is the dot
+product of the input with a contiguous row, whose values, stored as bfloat16 or
+int8, are widened in registers as they arrive.
 """
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 
-# Largest batch whose products are sums on a CPU: more rows are bound by
-# arithmetic, which a matrix product does better.
+# Largest batch whose products are computed as sums on a CPU: more rows are bound
+# by arithmetic, at which a matrix product is better.
 MAX_SUMMED_BATCH = 16
 
 
@@ -50,15 +50,15 @@ def take(rows: Rows, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array
 def product(
   equation: str, x: jax.Array, rows: Rows, dtype: jax.typing.DTypeLike | None = None
 ) -> jax.Array:
-  """What einsum(equation, x, kernel) is.
+  """Computes einsum(equation, x, kernel) from the kernel's rows.
 
-  For one token a row (T = 1) a matrix product would first write a widened copy
-  of narrow weights, and XLA's CPU one is slow for a few rows even of float32.
-  A multiplication and a sum are one loop there, which reads the weights once.
+  For one token per row (T = 1) a matrix product would first write a widened copy
+  of narrow weights, and XLA's CPU one is slow for a few rows even of float32. A
+  multiplication and a sum are one loop there, which reads the weights once.
 
   Args:
-    equation: of the kernel, 'BTD,NDH->BTNH': B, T and the summed axes for x, B,
-      T and the kernel's others for the result.
+    equation: of the kernel, 'BTD,NDH->BTNH': x has B, T and the summed axes, the
+      result has B, T and the kernel's other axes.
     x: [B, T, ...].
     rows: weights of the kernel.
     dtype: of the result; default: x's.
@@ -85,11 +85,11 @@ def product(
 
 def _sum_of_products(x, values, num_outputs):
   """x [B, 1, ...] times the rows; float32."""
-  # [N, H, 1, D] times [1, 1, B, D] for the queries: B comes last but the summed
-  # axes, so that all of the batch shares a row while it is at hand.
+  # [N, H, 1, D] times [1, 1, B, D] for the queries: only the summed axes come after
+  # B, so that the whole batch shares a row while it is in cache.
   values = jnp.expand_dims(values, num_outputs)
   x = jnp.expand_dims(x[:, 0].astype(jnp.float32), range(num_outputs))
-  # What makes x must not be fused into the loop, which would repeat it for
+  # The computation of x must not be fused into the loop, which would repeat it for
   # every output.
   products = values.astype(jnp.float32) * jax.lax.optimization_barrier(x)
   y = jnp.sum(products, axis=range(num_outputs + 1, products.ndim))

@@ -1,10 +1,10 @@
 """Attention on a TPU: the Pallas "splash" kernel of JAX, on a sharded mesh.
 
-The kernel goes over blocks of scores, keeps a running softmax, skips blocks
-that the causal or local mask hides, and makes the gradient the same way, so
-that no [T, S] array is ever held. It masks by index within a row, where
-`attention.visible` masks by position: the two agree as long as a segment's
-tokens stand together, one position apart, which is what packing makes.
+The kernel loops over blocks of scores, keeps a running softmax, skips blocks that
+the causal or local mask hides, and computes the gradient the same way, so that no
+[T, S] array is ever held. It masks by index within a row, while
+`attention.visible` masks by position: the two agree as long as a segment's tokens
+are adjacent, one position apart, as packing makes them.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gemma_jax.model.attention import Context
 
-# Their matrix units take bfloat16 from XLA, not from a Pallas kernel: libtpu
+# These take bfloat16 matrix products from XLA, but not from a Pallas kernel: libtpu
 # 0.0.42 says "Unsupported matmul RHS type".
 _FLOAT32_ONLY = ('TPU v2', 'TPU v3')
 _LANES = 128  # of a TPU's vector unit: rows are padded to a multiple
@@ -35,8 +35,8 @@ class Splash:
     mesh: the devices.
     batch_axes: mesh axes that the rows are split over.
     head_axis: mesh axis that the heads are split over.
-    interpret: run it step by step on a CPU: right, and far too slow for more
-      than a test.
+    interpret: run it step by step on a CPU: correct, but far too slow for anything
+      but tests.
   """
 
   mesh: Mesh
@@ -68,7 +68,7 @@ class Splash:
       mesh=self.mesh,
       in_specs=(spec(q), spec(k), spec(v), PartitionSpec(self.batch_axes)),
       out_specs=spec(q),
-      check_vma=False,  # pallas_call does not say over what its result varies
+      check_vma=False,  # pallas_call does not say over which axes its result varies
     )
     out = attend(q, k, v, context.q_segment_ids)
     # Padding is a segment for the kernel; its queries must give zeros.
@@ -76,7 +76,7 @@ class Splash:
     return jnp.where(is_real, out, jnp.zeros_like(out))
 
 
-def refusal(dtype: Any, device: Any) -> str | None:
+def unsupported_reason(dtype: Any, device: Any) -> str | None:
   """Why the kernel cannot run, or None if it can.
 
   Args:

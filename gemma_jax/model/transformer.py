@@ -1,9 +1,9 @@
 """The decoder: embedding, L layers, final norm; hidden states out.
 
 Layers run in one `nn.scan` under `nn.remat` (one compiled layer), or unrolled
-with `scan_layers=False`, which gives each layer a path of its own for reading,
-debugging and masks that name one layer. A model is switched by the fields of
-its `ModelConfig`, never by its name.
+with `scan_layers=False`, which gives each layer its own path for reading,
+debugging and masks that name one layer. Features are switched by the fields of
+`ModelConfig`, never by a model's name.
 """
 
 from typing import Any
@@ -18,9 +18,9 @@ from gemma_jax.model.config import ModelConfig
 from gemma_jax.model.layers import Einsum, Embedder, RMSNorm, softcap
 from gemma_jax.model.layout import PROJECTION_EQUATIONS
 
-# What a layer keeps of its forward pass, the rest being made again for the
-# backward pass: only its input, or also the results of its products with
-# weights (not the attention scores, which grow with T^2), or all.
+# What a layer keeps of its forward pass, the rest being recomputed for the
+# backward pass: only its input, or also the results of its products with weights
+# (not the attention scores, which grow with T^2), or everything.
 REMAT = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -80,7 +80,7 @@ class Transformer(nn.Module):
 
       model = Transformer(variants.get('gemma3_270m'))
       hidden = model.apply({'params': base}, tokens)              # the base
-      hidden = model.apply({'params': base, 'lora': effective}, tokens)
+      hidden = model.apply(lora.variables(base), tokens)          # with an adapter
 
   Attributes:
     config: the architecture.
@@ -113,8 +113,8 @@ class Transformer(nn.Module):
     attend = attend_by_einsum if self.plain_gradients else self.attend
     arguments = (config, self.dropout, self.hidden_sharding, attend, self.plain_gradients)
     if self.scan_layers:
-      # prevent_cse guards against a compiler merging the two forward passes; in
-      # a scan it cannot, and the guard would cost fusion.
+      # prevent_cse keeps the compiler from merging the two forward passes; in a scan
+      # it cannot do so anyway, and the guard would cost fusion.
       layer = self._rematerialized(prevent_cse=False)
       self.layers = nn.scan(
         layer,
@@ -140,13 +140,13 @@ class Transformer(nn.Module):
     Args:
       tokens: int32 [B, T].
       segment_ids: int32 [B, T]; tokens see only their own segment, and 0 is
-        padding, so a padding mask is the case of a single segment. Default:
-        no padding.
+        padding, so a padding mask is the special case of one segment. Default: no
+        padding.
       positions: int32 [B, T]. Default: counted from the row's first real
         token, those in the cache included; packed rows must give their own,
         restarted in each document.
-      cache: keys and values of earlier tokens; the new ones are written behind
-        them. Rows are then padded on the left, so that all write one slot.
+      cache: keys and values of earlier tokens; the new ones are written after them.
+        Rows are then padded on the left, so that all write the same slot.
 
     Returns:
       hidden states [B, T, D] after the final norm; with a cache, a pair of
@@ -175,7 +175,7 @@ class Transformer(nn.Module):
     return x, cache.replace(k=kv[0], v=kv[1], index=index)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """hidden [B, T, D] → float32 [B, T, V], capped where the model caps."""
+    """hidden [B, T, D] → float32 [B, T, V], with the model's soft cap, if any."""
     return softcap(self.embedder.decode(hidden), self.config.final_softcap)
 
   def _rematerialized(self, **options) -> type[Layer]:

@@ -11,7 +11,7 @@ from gemma_jax.model.config import ModelConfig
 
 
 def alternating(num_layers: int, locals_per_global: int) -> tuple[bool, ...]:
-  """Layer pattern: so many local layers, then a global one, and again.
+  """Layer pattern: `locals_per_global` local layers, then a global one, repeated.
 
   alternating(5, 2)    (True, True, False, True, True)
   """
@@ -69,8 +69,8 @@ GEMMA3_1B = dataclasses.replace(
   GEMMA3_270M, embed_dim=1152, hidden_dim=6912, num_layers=26, layer_is_local=alternating(26, 5)
 )
 
-# Small enough to compile in seconds; the byte tokenizer's 260 pieces fit.
-# Each keeps every switch of the family that it stands for.
+# Small enough to compile in seconds; the byte tokenizer's 260 pieces fit. Each
+# keeps every switch of the family that it represents.
 TINY = ModelConfig(
   vocab_size=263,
   embed_dim=34,
@@ -117,7 +117,7 @@ VARIANTS = {
 
 
 def get(name: str) -> ModelConfig:
-  """The architecture of that name; ValueError lists the names there are."""
+  """The architecture of that name; the ValueError for others lists the names."""
   if name not in VARIANTS:
     raise ValueError(f'variant: got {name!r}, expected one of {", ".join(VARIANTS)}.')
   return VARIANTS[name]

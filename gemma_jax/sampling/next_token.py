@@ -1,7 +1,6 @@
 """Which token comes next, given the logits: greedy, temperature, top-k, top-p.
 
-What decides is a traced input (`Settings`), so that changing it costs no
-compilation.
+The settings are traced inputs (`Settings`), so changing them costs no compilation.
 """
 
 from collections.abc import Sequence
@@ -20,10 +19,10 @@ class SamplingConfig:
 
   Attributes:
     max_new_tokens: longest continuation, the stop token included.
-    temperature: divides the logits; 0 is greedy, the rest is then ignored.
+    temperature: divides the logits; 0 is greedy and ignores the other settings.
     top_k: choose among the k most likely tokens; 0 is all.
     top_p: choose among the most likely tokens whose probabilities, after top_k,
-      reach p together (Holtzman et al. 2019, 1904.09751); 1 is all.
+      together reach p (Holtzman et al. 2019, 1904.09751); 1 is all.
     seed: of the draws.
   """
 
@@ -54,7 +53,7 @@ class Settings(NamedTuple):
     top_k: float32 [], infinite for all tokens.
     top_p: float32 [], infinite for all tokens.
     seed: uint32 [].
-    row_ids: int32 [B], what tells the rows' draws apart.
+    row_ids: int32 [B], which tell the rows' draws apart.
   """
 
   temperature: jax.Array
@@ -78,13 +77,13 @@ class Settings(NamedTuple):
 def choose_tokens(logits: jax.Array, settings: Settings, step: jax.Array) -> jax.Array:
   """Draws a token for every row.
 
-  A row draws with the key (seed, row id, step): neither the other rows nor
-  the number of tokens made at a time change its text.
+  A row draws with the key (seed, row id, step): neither the other rows nor the
+  number of tokens decoded at a time changes its text.
 
   Args:
     logits: float32 [B, V]; -inf is never drawn.
-    settings: how.
-    step: int32 [], tokens chosen before.
+    settings: how to choose.
+    step: int32 [], number of tokens chosen so far.
 
   Returns:
     int32 [B].
@@ -126,7 +125,7 @@ def draw_index(key: jax.Array, weights: jax.Array) -> jax.Array:
   blocks = blocks.reshape(-1, width)
 
   def one(key, weights):
-    # Rounding may move a sum even where the weight is 0: 0 passes nothing.
+    # Rounding may move a sum even if the weight is 0: 0 passes nothing.
     # uniform() < 1, so the largest sum always passes.
     total = jnp.where(weights > 0, jnp.cumsum(weights), 0.0)
     passed = total > jax.random.uniform(key) * jnp.max(total)
@@ -138,11 +137,10 @@ def draw_index(key: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def keep_likely(logits: jax.Array, settings: Settings) -> jax.Array:
-  """Logits with -inf for tokens that top-k or, of the rest, top-p leaves out.
+  """Logits with -inf for tokens that top-k or, among the rest, top-p leaves out.
 
-  Both are one rule, for weights 1 and for probabilities: a token stays if the
-  tokens above it weigh less than the limit. Tokens of equal logits stay or go
-  together.
+  Both are one rule, with weights 1 or probabilities: a token stays if the tokens
+  above it weigh less than the limit. Tokens of equal logits stay or go together.
 
   Args:
     logits: float32 [B, V], the largest of each row 0.
@@ -153,11 +151,11 @@ def keep_likely(logits: jax.Array, settings: Settings) -> jax.Array:
 
 
 def _keep(logits, weights, limit):
-  """-inf where tokens of larger logits weigh `limit` or more together.
+  """-inf where tokens of larger logits together weigh `limit` or more.
 
-  Finds each row's smallest logit to keep without sorting the vocabulary. The
-  bits of -logit >= 0, read as an integer, are ordered as the numbers are, so
-  the cut is found bit by bit: the largest integer such that the tokens below
+  Determines each row's smallest logit to keep without sorting the vocabulary. The
+  bits of -logit >= 0, read as an integer, have the same order as the numbers, so
+  the cut is determined bit by bit: the largest integer such that the tokens below
   it weigh less than the limit.
   """
   depth = jax.lax.bitcast_convert_type(jnp.abs(logits), jnp.int32)
@@ -168,7 +166,7 @@ def _keep(logits, weights, limit):
     above = jnp.where(depth < trial[:, None], weights, 0.0)
     return jnp.where(jnp.sum(above, axis=1) < limit, trial, cut)
 
-  is_all = limit == jnp.inf  # then no bit needs a try
+  is_all = limit == jnp.inf  # then no bit needs trying
   first = jnp.where(is_all, jnp.int32(2**bits - 1), jnp.int32(0))
   cut = jax.lax.fori_loop(
     jnp.int32(0),

@@ -8,7 +8,7 @@ from gemma_jax.model.config import ModelConfig
 
 PAD_ID = 0
 
-# Prompt tokens that go through the model at a time: bounds the memory of the
+# Prompt tokens that go through the model at a time; this bounds the memory of the
 # attention scores, [B, N, PREFILL_TOKENS, S].
 PREFILL_TOKENS = 512
 
@@ -19,20 +19,20 @@ def check(
   config: ModelConfig,
   num_tokens: int | None = None,
 ):
-  """ValueError unless the model can continue all of them so far.
+  """Raises ValueError unless the model can continue all prompts that far.
 
   Args:
     prompts: token ids.
-    max_new_tokens: how far.
+    max_new_tokens: length of the continuations.
     config: of the model.
-    num_tokens: that its tokenizer has; default: the rows of its embedding.
+    num_tokens: number in its tokenizer; default: the rows of its embedding.
   """
   num_tokens = config.vocab_size if num_tokens is None else num_tokens
   if len(prompts) == 0:
     raise ValueError('prompts: got none, expected at least one.')
   for i, prompt in enumerate(prompts):
     if len(prompt) == 0:
-      raise ValueError(f'prompt {i}: got no token, expected at least BOS.')
+      raise ValueError(f'prompt {i}: got no tokens, expected at least BOS.')
     if len(prompt) + max_new_tokens > config.max_positions:
       raise ValueError(
         f'prompt {i}: got {len(prompt)} tokens and max_new_tokens='
@@ -54,8 +54,8 @@ def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
       segment_ids  [[0, ..., 0, 1,  1,  1], [0, ..., 0, 0, 1,  1]]
 
   Returns:
-    tokens, segment_ids int32 [B, P]; P is `round_up` of the longest, above
-    PREFILL_TOKENS a multiple of it.
+    tokens, segment_ids int32 [B, P]; P is `round_up` of the longest; above
+    PREFILL_TOKENS, a multiple of it.
   """
   length = round_up(max(map(len, prompts)))
   if length > PREFILL_TOKENS:
@@ -69,7 +69,7 @@ def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def round_up(length: int) -> int:
-  """The next of four sizes an octave, so that few programs are compiled.
+  """The next of four sizes per octave, so that few programs are compiled.
 
   16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ...
   """

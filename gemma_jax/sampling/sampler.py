@@ -5,11 +5,11 @@
     sampler.generate(base, prompts, SamplingConfig())
 
 A `Sampler` holds two compiled programs: `prefill` reads the prompts and chooses
-each row's first token, `decode` chooses up to so many more. Weights, adapter,
-temperature, top-k, top-p and seed are inputs of both, so none of them costs a
-compilation when it changes. The number of rows, the padded length of the
-prompts and the length of the cache do; lengths are rounded up, so that prompts
-of similar length share a program.
+each row's first token, `decode` chooses up to a given number more. Weights,
+adapter, temperature, top-k, top-p and seed are inputs of both, so changing them
+does not recompile. Changing the number of rows, the padded length of the prompts
+or the length of the cache does; lengths are rounded up, so that prompts of similar
+length share a program.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,17 +31,17 @@ from gemma_jax.model.transformer import Transformer
 from gemma_jax.sampling import prompts as prompts_lib
 from gemma_jax.sampling.next_token import SamplingConfig, Settings, choose_tokens
 
-# Tokens a row that one call of `decode` can return, and that it returns while
-# somebody watches.
+# Tokens per row that one call of `decode` can return, and that it returns while
+# the output is streamed.
 DECODE_TOKENS = 64
 STREAM_TOKENS = 1
 
-# What XLA's CPU compiler must leave alone, for speed and memory only:
+# Passes of XLA's CPU compiler that are disabled, only for speed and memory:
 # - narrow weights are widened where they are used; moved out of the loops over
-#   layers and tokens, a float32 copy of the whole base would stand beside it;
-# - a product with `model.rows` is one loop; its sum must not be cut in two or
-#   left to a library, nor what makes its input be repeated for every output
-#   (the expander would remove the barrier against that).
+#   layers and tokens, that would keep a float32 copy of the whole base;
+# - a product with `model.rows` is one loop; its sum must not be split in two or
+#   left to a library, nor the computation of its input be repeated for every
+#   output (the expander would remove the barrier against that).
 _CPU_OPTIONS = {
   'xla_disable_hlo_passes': (
     'while-loop-invariant-code-motion,tree_reduction_rewriter,cse_barrier_expander'
@@ -51,12 +51,12 @@ _CPU_OPTIONS = {
 
 
 class Generation(NamedTuple):
-  """What `Sampler.generate` made.
+  """The result of `Sampler.generate`.
 
   Attributes:
-    tokens: the new ids of each row, with the stop token where one came.
+    tokens: the new ids of each row, including the stop token if there is one.
     decoded_tokens: how many of them `decode` chose: all but each row's first.
-    decode_seconds: that it took, without compilation and without the prompts.
+    decode_seconds: the time that took, without compilation and prompts.
   """
 
   tokens: list[list[int]]
@@ -65,14 +65,14 @@ class Generation(NamedTuple):
 
   @property
   def tokens_per_second(self) -> float | None:
-    """Of all rows together; None where every row ended with its first token."""
+    """Of all rows together; None if every row ended with its first token."""
     if not self.decoded_tokens:
       return None
     return self.decoded_tokens / self.decode_seconds
 
 
 class Sampler:
-  """Decodes with one architecture; keep it, since it keeps what it compiled."""
+  """Decodes with one architecture; reuse it, since it keeps its compiled programs."""
 
   def __init__(
     self,
@@ -82,17 +82,17 @@ class Sampler:
     scan_layers: bool = True,
     stop_ids: Sequence[int] | None = None,
   ):
-    """Compiles nothing yet.
+    """Does not compile anything yet.
 
     Args:
       config: architecture.
-      tokenizer: embedding rows beyond its pieces are never chosen; None takes
-        every row for a token.
+      tokenizer: embedding rows beyond its pieces are never chosen; None treats
+        every row as a token.
       dtype: of the activations and the cache; default: float32 on a CPU, else
         bfloat16.
       scan_layers: form of the variables.
-      stop_ids: a row ends with any of these; default: EOS, and <end_of_turn>
-        where the tokenizer has it.
+      stop_ids: a row ends with any of these; default: EOS, and <end_of_turn> if
+        the tokenizer has it.
     """
     on_cpu = jax.default_backend() == 'cpu'
     if dtype is None:
@@ -113,11 +113,12 @@ class Sampler:
 
   @classmethod
   def of_base(cls, source: BaseSource, tokenizer: Tokenizer | None, **kwargs: Any) -> 'Sampler':
-    """One whose rows also end where the base's folder says.
+    """A sampler whose rows also end at the stop tokens of the base's folder.
 
     Args:
       source: the base.
-      tokenizer: as in `__init__`, and likewise the other arguments.
+      tokenizer: as in `__init__`.
+      **kwargs: the other arguments of `__init__`.
 
     Raises:
       ValueError: the folder's file is broken.
@@ -127,7 +128,7 @@ class Sampler:
     known = {i for i in own if 0 <= i < made.num_pieces}
     if unknown := sorted(set(own) - known):
       logging.warning(
-        'Stop tokens %s of %s are not among its %d tokens, and are passed over',
+        'Stop tokens %s of %s are not among its %d tokens, and are ignored',
         *(', '.join(map(str, unknown)), source.reference, made.num_pieces),
       )
     made.stop_ids |= known
@@ -145,21 +146,20 @@ class Sampler:
     """Continues every prompt.
 
     Args:
-      variables: of `sampling.weights`; those that training uses do too, only
-        slower.
+      variables: of `sampling.weights`; those of training work too, but are slower.
       prompts: token ids with BOS, each of any length.
       sampling: how tokens are chosen.
-      on_tokens: called with (row, its new ids) as soon as they are there; all
-        calls together give what is returned.
-      row_ids: whole numbers that tell the draws of the rows apart; default: 0,
-        1, 2, ... A row of the same id draws alike alone and among others.
-      num_samples: rows that continue each prompt, one after the other: sample s
-        of prompt p is row p * num_samples + s. The prompt is read once.
+      on_tokens: called with (row, its new ids) as soon as they are decoded; all
+        calls together give the result.
+      row_ids: integers that tell the draws of the rows apart; default: 0, 1, 2,
+        ... A row with the same id draws the same alone and among others.
+      num_samples: rows that continue each prompt, next to each other: sample s of
+        prompt p is row p * num_samples + s. The prompt is read once.
 
     Raises:
-      ValueError: no prompt, an empty one, one that leaves no room for
-        max_new_tokens, or an id behind the tokens.
-      FloatingPointError: logits that are not finite.
+      ValueError: no prompts, an empty one, one that leaves no room for
+        max_new_tokens, or an id beyond the tokens.
+      FloatingPointError: the logits are not finite.
     """
     sampling.check()
     prompts_lib.check(prompts, sampling.max_new_tokens, self.config, self.num_pieces)
@@ -186,7 +186,7 @@ class Sampler:
     )
     _check_finite(state, num_samples, variables)
     take(np.asarray(state.token)[:, None])
-    # No token is asked for: it only compiles, which the clock must not see.
+    # Asks for no tokens: this only compiles, outside of the time measured.
     state, _, _ = self.decode(variables, state, settings, np.int32(0))
     jax.block_until_ready(state)
 
@@ -250,7 +250,7 @@ class Sampler:
     )
 
   def _decode(self, variables, state, settings, limit):
-    """Chooses up to `limit` tokens, fewer if all rows end before.
+    """Chooses up to `limit` tokens, fewer if all rows end earlier.
 
     Args:
       variables: as in `generate`.
@@ -260,7 +260,7 @@ class Sampler:
 
     Returns:
       The next state; tokens int32 [B, DECODE_TOKENS], PAD after a row's end;
-      how many of them were made, int32 [].
+      how many of them were chosen, int32 [].
     """
 
     def unfinished(loop):
@@ -306,14 +306,14 @@ class Sampler:
 
 
 def _check_finite(state: 'State', num_samples: int, variables: Any):
-  """FloatingPointError that names the first prompt whose logits are not."""
+  """Raises FloatingPointError naming the first prompt with logits that are not finite."""
   bad = np.flatnonzero(~np.asarray(state.finite))
   if bad.size:
-    # A base that stands among adapters has one of zeros.
+    # A base among adapters has an adapter of zeros.
     factors = [x for path, x in pytree.items(variables.get('lora', {})) if path.endswith('lora_b')]
     reason = 'the base itself overflows: its file is damaged, or its weights need float32.'
     if any(np.any(x) for x in factors):
-      reason = 'the adapter diverged in training, or is for another base.'
+      reason = 'the adapter diverged in training, or belongs to another base.'
     raise FloatingPointError(
       f'prompt {bad[0] // num_samples}: got logits that are NaN or infinite '
       f'within its first {int(state.step)} new tokens, expected finite ones; '
@@ -323,15 +323,15 @@ def _check_finite(state: 'State', num_samples: int, variables: Any):
 
 @struct.dataclass
 class State:
-  """Where decoding stands.
+  """The state of decoding.
 
   Attributes:
     cache: of all tokens but the last.
-    token: int32 [B], the last one chosen; PAD in rows that ended before.
+    token: int32 [B], the last one chosen; PAD in rows that ended earlier.
     position: int32 [B], its position.
     done: bool [B], whether the row has ended.
-    finite: bool [B], whether all logits were finite so far; a row ends where
-      they are not.
+    finite: bool [B], whether all logits so far were finite; a row ends when they
+      are not.
     step: int32 [], tokens chosen so far.
   """
 

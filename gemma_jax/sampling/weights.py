@@ -1,11 +1,11 @@
-"""A base as decoding reads it: narrow, each output's weights in one piece.
+"""A base as decoding reads it: narrow, with each output's weights contiguous.
 
     base = weights.prepare({'params': params}, 'int8')
     sampler.generate(base, prompts, SamplingConfig())
 
-A decoded token reads every weight once and does little with it, so it takes as
-long as the bytes take to arrive. bfloat16 halves them; int8, with a float32
-scale for each output channel, quarters them. Sums stay float32.
+Decoding a token reads every weight once and does little with it, so it takes as
+long as reading the bytes. bfloat16 halves them; int8, with a float32 scale for
+each output channel, quarters them. Sums stay float32.
 
     params  layers/mlp/up/w [L, D, F]    →    rows  layers/mlp/up/w [L, F, D]
 """
@@ -28,14 +28,14 @@ _EMBEDDING = 'embedder/input_embedding'
 
 
 def load_dtype(weights: str) -> str:
-  """The dtype to load a base with that is then prepared."""
+  """The dtype in which to load a base before `prepare`."""
   return 'auto' if weights == 'int8' else weights
 
 
 def for_adapters(
   params: pytree.Tree, adapters: Mapping[str, Lora], weights: str = 'auto'
 ) -> dict[str, Any]:
-  """Variables of each adapter by its name; they share what they can.
+  """Variables of each adapter by its name; they share as much as possible.
 
   Args:
     params: the base.
@@ -43,18 +43,18 @@ def for_adapters(
     weights: as in `prepare`.
   """
   base = prepare({'params': params}, weights)
-  found = {}
+  prepared = {}
   for name, adapter in adapters.items():
     variables = adapter.variables(params)
     if adapter.trained_base:
-      found[name] = prepare(variables, weights)
+      prepared[name] = prepare(variables, weights)
     else:
-      found[name] = {**base, **{k: x for k, x in variables.items() if k != 'params'}}
-  return found
+      prepared[name] = {**base, **{k: x for k, x in variables.items() if k != 'params'}}
+  return prepared
 
 
 def prepare(variables: Any, weights: str = 'auto') -> dict[str, Any]:
-  """The same model for decoding.
+  """Converts a model's variables for decoding.
 
   Args:
     variables: {'params'} or {'params', 'lora'}, scanned or unrolled.
@@ -66,7 +66,7 @@ def prepare(variables: Any, weights: str = 'auto') -> dict[str, Any]:
     their leaves are `Rows`; norm scales stay.
 
   Raises:
-    ValueError: weights of another name.
+    ValueError: unknown `weights`.
   """
   if weights not in WEIGHTS:
     raise ValueError(f'weights: got {weights!r}, expected one of {", ".join(WEIGHTS)}.')
@@ -94,8 +94,8 @@ def prepare(variables: Any, weights: str = 'auto') -> dict[str, Any]:
 def quantize(values: jax.Array, num_summed: int) -> Rows:
   """Rounds each row to the nearest of 255 evenly spaced values.
 
-  The largest weight of a row is 127 scales, zeros stay zeros, and no weight
-  moves by more than half a scale.
+  The largest weight of a row is 127 times its scale, zeros stay zeros, and no
+  weight moves by more than half the scale.
 
   Args:
     values: [outputs ..., summed axes ...].

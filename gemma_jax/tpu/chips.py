@@ -1,13 +1,13 @@
-"""What a TPU chip can do, as its maker publishes it.
+"""What a TPU chip can do, according to its maker.
 
 Sources. Compute, HBM bandwidth and interconnect: the page of each version under
 https://cloud.google.com/tpu/docs (v3, v4, v5e, v5p, v6e), read in 2026; the
 links of v3: Norrie et al., "The Design Process for Google's Training Chips",
 IEEE Micro 41 (2021). Those pages give the interconnect of both directions
-together; here is one direction, all links of a chip. Network between slices:
-the pages of v5e and v6e by pod, v5p by chip; v4: its host's 200 Gbps over 4
-chips. Memory: what the TPU compiler itself calls available (libtpu 0.0.42),
-which is less than the chip has.
+together; the figure here is one direction, over all links of a chip. Network
+between slices: the pages of v5e and v6e per pod, of v5p per chip; v4: its host's
+200 Gbps over 4 chips. Memory: what the TPU compiler itself calls available
+(libtpu 0.0.42), which is less than the chip has.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ class Chip:
   Attributes:
     name: version, as in `v5e:2x4`.
     devices_per_chip: 1, or 2.
-    peak_flops: bfloat16 multiplications and additions a second.
-    hbm_bytes: that a program may use.
-    hbm_bytes_per_sec: to and from it.
+    peak_flops: bfloat16 multiplications and additions per second.
+    hbm_bytes: bytes that a program may use.
+    hbm_bytes_per_sec: to and from HBM.
     ici_bytes_per_sec: sent by a device to others of its slice, over all links.
-    dcn_bytes_per_sec: sent by a device to other slices; None if this version
-      knows no several slices.
+    dcn_bytes_per_sec: sent by a device to other slices; None if this version does
+      not support several slices.
     dimensions: of a slice: 2 or 3.
   """
 

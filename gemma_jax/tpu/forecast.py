@@ -29,17 +29,17 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-  """What was found; all bytes are of one device.
+  """What a run would need; all bytes are per device.
 
   Attributes:
     outline: base and config, as it would run.
-    topology: where.
-    needed_bytes: what the compiler wants of the HBM.
-    part_bytes: name → bytes; what of it is what. `padding` is what the arrays'
-      tiles hold besides them. The last three need a compiled program.
-    collectives: of a step; empty if the compiler found no room.
+    topology: where it would run.
+    needed_bytes: HBM that the compiler needs.
+    part_bytes: name → bytes, the parts of `needed_bytes`. `padding` is what the
+      arrays' tiles hold besides them. The last three need a compiled program.
+    collectives: of a step; empty if it does not fit in memory.
     work: of a step.
-    bound: least times; None if the compiler found no room.
+    bound: least times; None if it does not fit in memory.
     members: adapters that train at once.
   """
 
@@ -54,19 +54,19 @@ class Forecast:
 
   @property
   def fits(self) -> bool:
-    """Whether the compiler found room for it, its own program included."""
+    """Whether it fits in memory, the program itself included."""
     hbm_bytes = self.topology.chip.hbm_bytes
     return self.bound is not None and self.needed_bytes <= hbm_bytes
 
   @property
   def rows_per_device(self) -> int:
-    """Rows of an update's part that a device computes at a time."""
+    """Rows that a device computes at a time, of one part of an update."""
     return _rows_per_device(self.outline.config, self.outline.base.mesh)
 
   def to_json(self) -> dict[str, Any]:
     """The same figures with their units in their names."""
     data = self.outline.config.data
-    found = {
+    figures = {
       'topology': str(self.topology),
       'mesh': dict(self.outline.base.mesh.shape),
       'global_batch_size': data.global_batch_size,
@@ -80,8 +80,8 @@ class Forecast:
       'executed_flops': self.work.executed_flops,
     }
     if self.bound is None:
-      return found
-    return found | {
+      return figures
+    return figures | {
       'collectives': {
         kind: {'executions': count, 'result_bytes': size, 'sent_bytes': sent}
         for kind, count, size, sent in self._by_kind()
@@ -102,8 +102,8 @@ class Forecast:
       f'{self.topology}: {mesh.size} devices as '
       + ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items()),
       f'{base.reference}: {base.dtype} weights, {np.dtype(base.transformer.dtype)} activations',
-      f'{data.global_batch_size} rows x {data.seq_len} positions an update, '
-      f'{self.rows_per_device} rows a device at a time',
+      f'{data.global_batch_size} rows x {data.seq_len} positions per update, '
+      f'{self.rows_per_device} rows per device at a time',
       *([f'{self.members} adapters at once'] if self.members > 1 else []),
       '',
       'memory, per device',
@@ -124,7 +124,7 @@ class Forecast:
     bound = self.bound
     lines += [
       '',
-      'a step at the least (every position in the loss, all overlapped)',
+      'lower bound of a step (every position in the loss, all overlapped)',
       f'  {"model FLOPs":<36}{self.work.model_flops:>12.4g}',
       f'  {"FLOPs with recomputation":<36}{self.work.executed_flops:>12.4g}',
       f'  {"compute":<36}{bound.compute_secs * 1e3:>9.2f} ms',
@@ -153,16 +153,16 @@ def forecast(config: TrainConfig, topology: Topology, members: int = 1) -> Forec
   """Compiles a run's step for a slice and reads the program.
 
   A batch that does not divide over the slice is made larger until it does, and
-  the log says so: a config made for one device can be asked about any slice.
+  the log says so: a config made for one device can be forecast on any slice.
 
   Args:
     config: resolved.
-    topology: where.
+    topology: where it would run.
     members: adapters of this config that train at once; tokens and FLOPs are
       of all of them.
 
   Raises:
-    ValueError: model, mesh and slice do not go together.
+    ValueError: model, mesh and slice do not fit together.
   """
   devices = topology.devices()
   mesh = sharding.make_mesh(config.mesh, devices)
@@ -170,7 +170,7 @@ def forecast(config: TrainConfig, topology: Topology, members: int = 1) -> Forec
   rows = unit * math.ceil(config.data.global_batch_size / unit)
   if rows != config.data.global_batch_size:
     logging.warning(
-      'Compiling for %d rows an update, not %d, which do not divide over this '
+      'Compiling for %d rows per update, not %d, which do not divide over this '
       'mesh; a run on it needs --config.data.global_batch_size=%d.',
       rows,
       config.data.global_batch_size,
@@ -182,7 +182,7 @@ def forecast(config: TrainConfig, topology: Topology, members: int = 1) -> Forec
   work = roofline.training_step(
     config, outline.base.config, mesh, np.dtype(outline.base.transformer.dtype), members
   )
-  # Without records, a run of epochs has steps that nobody has counted.
+  # Without records, the steps of a run of epochs are not known.
   program = outline.program(config.steps or 1, members if members > 1 else None)
   batch = prepare_lib.abstract_batch(program, config)
   state, frozen = program.abstract
@@ -193,14 +193,14 @@ def forecast(config: TrainConfig, topology: Topology, members: int = 1) -> Forec
     'optimizer': _device_bytes(state.opt_state),
     'batch': _device_bytes(batch),
   }
-  found = Forecast(outline, topology, 0, parts, (), work, None, members)
+  draft = Forecast(outline, topology, 0, parts, (), work, None, members)
   try:
     compiled = program.compile_train_step(batch)
   except jax.errors.JaxRuntimeError as e:
     needed = _needed_bytes(str(e))
     if needed is None:
       raise
-    return dataclasses.replace(found, needed_bytes=needed)
+    return dataclasses.replace(draft, needed_bytes=needed)
   memory = compiled.memory_analysis()
   parts |= {
     'padding': memory.argument_size_in_bytes - sum(parts.values()),
@@ -212,7 +212,7 @@ def forecast(config: TrainConfig, topology: Topology, members: int = 1) -> Forec
   collectives = hlo.collectives(compiled.as_text(), mesh.size)
   tokens = members * config.data.global_batch_size * config.data.seq_len
   return dataclasses.replace(
-    found,
+    draft,
     needed_bytes=sum(parts.values()),
     collectives=collectives,
     bound=roofline.bound(work, collectives, topology.chip, mesh, tokens),
@@ -220,13 +220,13 @@ def forecast(config: TrainConfig, topology: Topology, members: int = 1) -> Forec
 
 
 def largest_fit(config: TrainConfig, topology: Topology) -> Forecast:
-  """Searches the largest batch that fits, from the config's own.
+  """Searches for the largest batch that fits, starting from the config's own.
 
-  The rest of the config stays. Memory grows nearly in proportion to the rows,
-  so each compilation tells where to look next.
+  The rest of the config stays. Memory grows nearly in proportion to the rows, so
+  each compilation tells where to look next.
 
   Returns:
-    The forecast of that batch, or of one row a device if not even that fits.
+    The forecast for that batch, or for one row per device if not even that fits.
   """
   mesh = sharding.make_mesh(config.mesh, topology.devices())
   unit = _rows_per_part(config, mesh)
@@ -234,24 +234,23 @@ def largest_fit(config: TrainConfig, topology: Topology) -> Forecast:
   low, high = 0, _MAX_ROWS_PER_DEVICE + 1  # fits, does not
   guess = min(max(config.data.global_batch_size // unit, 1), high - 1)
   while high - low > 1:
-    found = forecast(_with_rows(config, unit * guess), topology)
-    known[guess] = found
+    known[guess] = forecast(_with_rows(config, unit * guess), topology)
     logging.info(
-      '%d rows a device: %s of %s',
+      '%d rows per device: %s of %s',
       guess,
-      summary.format_bytes(found.needed_bytes),
+      summary.format_bytes(known[guess].needed_bytes),
       summary.format_bytes(topology.chip.hbm_bytes),
     )
-    low, high = (guess, high) if found.fits else (low, guess)
+    low, high = (guess, high) if known[guess].fits else (low, guess)
     guess = _next_guess(known, low, high, topology.chip.hbm_bytes)
   return known[max(low, 1)]
 
 
 def _next_guess(known, low: int, high: int, capacity: int) -> int:
-  """Between low and high, where a line through the two nearest is full.
+  """The rows, between low and high, at which a line through the two nearest is full.
 
-  Of a single forecast it takes all but the state to grow with the rows, which
-  underestimates what fits if there are few.
+  With a single forecast it assumes that all but the state grows with the rows,
+  which underestimates what fits if there are few.
   """
   distance = lambda n: abs(known[n].needed_bytes - capacity)
   nearest = sorted(known, key=distance)

@@ -12,7 +12,7 @@ shortened):
     }
 
 A collective that the compiler spread over several fusions, to overlap it with
-compute, appears in each of them under one channel_id, and is one. What goes to
+compute, appears in each of them under one channel_id, and counts once. Traffic to
 another slice is a `send` to the runtime that joins them.
 """
 
@@ -49,7 +49,7 @@ class Collective:
     result_bytes: of its result, one execution.
     count: executions in a step.
     groups: int [groups, size], devices that exchange with each other, by their
-      place in the mesh; of a `send`, all of them.
+      place in the mesh; for a `send`, all of them.
   """
 
   kind: str
@@ -85,8 +85,8 @@ class Collective:
 def collectives(text: str, num_devices: int) -> list[Collective]:
   """The collectives of a step, each with its number of executions.
 
-  Of a conditional the branch that sends most counts, and a loop whose number of
-  turns hangs on its data counts once.
+  A conditional counts as the branch that sends most, and a loop whose number of
+  iterations depends on its data counts once.
 
   Args:
     text: `compiled.as_text()`.
@@ -95,20 +95,20 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
   computations, entry = _parse(text)
 
   def visit(name: str, times: int) -> dict[str, Collective]:
-    found = {}
+    by_place = {}
     for instruction, result, kind, rest in computations[name]:
       if kind == 'while':
         condition, body = (
           re.search(rf'{part}=%?([\w.\-]+)', rest)[1] for part in ('condition', 'body')
         )
-        found |= visit(body, times * _trip_count(rest, computations[condition]))
+        by_place |= visit(body, times * _trip_count(rest, computations[condition]))
       elif kind == 'conditional':
         branches = [visit(branch, times) for branch in _branches(rest)]
-        found |= max(branches, key=_sent)
+        by_place |= max(branches, key=_sent)
       elif (base := kind.removesuffix('-start')) in KINDS:
         channel = re.search(r'channel_id=(\d+)', rest)
         where = channel[1] if channel else f'{name}/{instruction}'
-        found[f'{base} {where}'] = Collective(
+        by_place[f'{base} {where}'] = Collective(
           kind=base,
           result_bytes=_result_bytes(result, kind),
           count=times,
@@ -116,14 +116,14 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
         )
       else:
         for called in _CALLED.findall(rest):
-          found |= visit(called, times)
-    return found
+          by_place |= visit(called, times)
+    return by_place
 
   return list(visit(entry, 1).values())
 
 
 def arrays(text: str) -> set[tuple[int, ...]]:
-  """The shapes of all arrays that a program's text names."""
+  """The shapes of all arrays in a program's text."""
   return {tuple(map(int, sizes.split(','))) if sizes else () for _, sizes in _ARRAY.findall(text)}
 
 
@@ -161,7 +161,7 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _along_axes(axes: str, device_ids: str | None, chosen: str) -> np.ndarray:
-  """Groups of a named mesh: devices that differ in the chosen axes only.
+  """Groups of a named mesh: devices that differ only in the chosen axes.
 
   An axis of 8 may be chosen in part: 'a':(2)4 is the inner 4 of 2 x 4.
   """
@@ -194,7 +194,7 @@ def _parse(text: str):
 
 
 def _trip_count(attributes: str, condition) -> int:
-  """Turns of a loop: as annotated, or the one constant of its condition."""
+  """Iterations of a loop: as annotated, or the one constant of its condition."""
   known = re.search(r'known_trip_count[^\d]*(\d+)', attributes)
   if known:
     return int(known[1])
@@ -214,11 +214,11 @@ def _branches(attributes: str) -> list[str]:
 
 
 def _result_bytes(result: str, kind: str) -> int:
-  """Bytes of an instruction's type; of a start, of what it will give."""
+  """Bytes of an instruction's type; for a start, of its eventual result."""
   sizes = [
     math.prod(map(int, dims.split(','))) * _dtype_bits(dtype) // 8
     for dtype, dims in _ARRAY.findall(result)
-    if dims  # scalars weigh nothing, and a start has some of its own
+    if dims  # scalars are negligible, and a start has some of its own
   ]
   if kind == 'send':
     sizes = sizes[:1]
@@ -231,5 +231,5 @@ def _dtype_bits(name: str) -> int:
   return 8 if name == 'pred' else int(re.search(r'\d+', name)[0])
 
 
-def _sent(found: dict[str, Collective]) -> float:
-  return sum(c.sent_bytes for c in found.values())
+def _sent(by_place: dict[str, Collective]) -> float:
+  return sum(c.sent_bytes for c in by_place.values())

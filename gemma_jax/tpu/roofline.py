@@ -1,19 +1,19 @@
-"""What a training step must compute and move, in closed form, and how long
-that takes at least.
+"""What a training step must compute and move, in closed form, and a lower bound
+of the time that takes.
 
-XLA's own count is of no use here: it takes the body of a scan once, and it
-cannot look into a kernel. The closed form, for B T tokens a step:
+XLA's own count is of no use here: it counts the body of a scan once, and it
+cannot look into a kernel. The closed form, for B T tokens per step:
 
-    product x W, W [in, out]    2 in out flops a token; the same again for the
+    product x W, W [in, out]    2 in out flops per token; the same again for the
                                 gradient to x, and again for that to W if it is
                                 trained (factors are, the base mostly is not)
-    attention                   4 N H flops a visible (query, key) pair, twice
+    attention                   4 N H flops per visible (query, key) pair, twice
                                 that for the gradients
-    loss                        2 D V flops a position, again for its gradient
+    loss                        2 D V flops per position, again for its gradient
 
 Each resource bounds the step from below as if the others cost nothing, so the
-largest of the three times is optimistic: it is reached by a program that
-overlaps everything and wastes nothing.
+largest of the three times is optimistic: only a program that overlaps everything
+and wastes nothing reaches it.
 """
 
 from collections.abc import Sequence
@@ -41,10 +41,10 @@ class Work:
   upper bound of what packed or padded rows of answers cost.
 
   Attributes:
-    model_flops: that loss and gradients need, over all devices.
-    executed_flops: those and what is computed a second time to save memory.
-    hbm_bytes: to and from the memory of each device, at least: every product
-      reads its operands and writes its result.
+    model_flops: FLOPs that loss and gradients need, over all devices.
+    executed_flops: those and what is recomputed to save memory.
+    hbm_bytes: lower bound of traffic to and from each device's memory: every
+      product reads its operands and writes its result.
   """
 
   model_flops: float
@@ -61,8 +61,8 @@ class Bound:
     hbm_secs: at its memory bandwidth.
     interconnect_secs: at the bandwidth of its links.
     tokens: of a step, over all devices.
-    mfu: model FLOPs over what the devices could do in `secs`: no run of this
-      program has a higher model FLOPs utilization.
+    mfu: model FLOPs over what the devices could do in `secs`; no run of this
+      program reaches a higher model FLOPs utilization.
   """
 
   compute_secs: float
@@ -83,7 +83,7 @@ class Bound:
 
   @property
   def bound_by(self) -> str:
-    """Which resource it is."""
+    """The limiting resource."""
     times = {
       'compute': self.compute_secs,
       'HBM': self.hbm_secs,
@@ -102,8 +102,8 @@ def training_step(
     model_config: architecture.
     mesh: gives the split of rows and kernels.
     dtype: of the activations, in which kernels are read.
-    members: adapters of a gang, each with activations of its own; a kernel is
-      read once for all of them.
+    members: batched adapters, each with its own activations; a kernel is read
+      once for all of them.
   """
   sizes = {**layout.axis_sizes(model_config), 'R': config.lora.rank}
   rows = members * config.data.global_batch_size
@@ -132,9 +132,9 @@ def training_step(
   forward = tokens * (kernels + factors) + attention
   model_flops = tokens * (2 * kernels + 3 * factors + 2 * loss + 2 * trained) + 3 * attention
   again = forward if _recomputes(config) else 0
-  # A flash kernel keeps no scores: its backward pass makes them again, once for
-  # the queries' gradient and once for the keys', with the products that feed
-  # the softmax: 7 products of T x S x H in place of 4.
+  # A flash kernel keeps no scores: its backward pass recomputes them, once for the
+  # queries' gradient and once for the keys', with the products that feed the
+  # softmax: 7 products of T x S x H instead of 4.
   again += attention * 3 / 2
   return Work(
     model_flops=model_flops,
@@ -194,12 +194,12 @@ def _recomputes(config: TrainConfig) -> bool:
 
 
 def _product_flops(letters: str, sizes: dict[str, int]) -> int:
-  """Two for each element of the kernel, a token."""
+  """Two FLOPs for each element of the kernel, per token."""
   return 2 * math.prod(sizes[c] for c in letters)
 
 
 def _factor_flops(equation: str, form: str, sizes: dict[str, int]) -> int:
-  """x A, then B, a token; shared axes of the two products count in both."""
+  """x A, then B, per token; shared axes of the two products count in both."""
   a, b = adapter.factor_axes(equation, form)
   x, out = equation.split(',')[0], equation.split('->')[1]
   mid = {c for c in out if c in x + a} | {'R'}
@@ -221,7 +221,7 @@ def _trained_params(config: TrainConfig, model_config: ModelConfig) -> int:
 
 
 def _hbm_bytes(config, model_config, mesh, itemsize, tokens) -> float:
-  """Of one device: operands and results of each product, each pass."""
+  """Bytes per device: operands and results of each product, in each pass."""
   sizes = {
     letter: size / (mesh.shape['tensor'] if _splits(letter, size, mesh) else 1)
     for letter, size in layout.axis_sizes(model_config).items()
@@ -236,8 +236,8 @@ def _hbm_bytes(config, model_config, mesh, itemsize, tokens) -> float:
     x, w = operands.split(',')
     elements += passes * (parts * size(w) + tokens * (size(x) + size(result)))
   elements *= sizes['L']
-  # The loss walks through the embedding once, tile by tile, and each tile takes
-  # hidden states and their float32 gradient from memory and back.
+  # The loss goes through the embedding once, tile by tile, and each tile reads the
+  # hidden states and reads and writes their float32 gradient.
   tiles = -(-sizes['V'] // vocabulary_walk.ACCELERATOR_CHUNK[1])
   elements += parts * size('VD')
   elements += tokens * sizes['D'] * tiles * (1 + 2 * 4 / itemsize)

@@ -5,7 +5,7 @@
     v4:2x2x1     four chips in three dimensions, v4-8
     2xv5e:4x4    two slices of sixteen, joined by the data centre's network
 
-libtpu (extra `tpu`) has the compiler; no TPU need be there.
+libtpu (extra `tpu`) has the compiler; no TPU is needed.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from gemma_jax.tpu import chips
 from gemma_jax.tpu.chips import Chip
 
 _MAX_CHIPS = {2: 256, 3: 9216}  # a pod, by its dimensions
-# Shapes of a slice that one can have from Cloud TPU, up to 64 chips or so.
+# Slice shapes that Cloud TPU offers, up to 64 chips or so.
 CLOUD_SHAPES = {
   'v3': ('2x2', '4x4', '4x8', '8x8'),
   'v4': ('2x2x1', '2x2x2', '2x2x4', '4x4x4'),
@@ -56,10 +56,10 @@ class Topology:
     return f'{slices}{self.chip.name}:{"x".join(map(str, self.shape))}'
 
   def devices(self) -> list[Any]:
-    """Devices to make a mesh of; they can be compiled for, and no more.
+    """Devices to make a mesh of; they can only be compiled for.
 
     Raises:
-      ValueError: libtpu is not installed, or knows no such slice.
+      ValueError: libtpu is not installed, or does not know this slice.
     """
     if importlib.util.find_spec('libtpu') is None:
       raise ValueError(
@@ -68,9 +68,9 @@ class Topology:
       )
     from jax.experimental import topologies
 
-    # libtpu asks the network which TPU this machine is part of, unless it is
-    # told; any answer will do. And it allows one process at a time, which is
-    # for those that use a TPU.
+    # libtpu asks the network which TPU this machine is part of, unless it is told;
+    # any answer will do. And it allows one process at a time, which only matters
+    # when a TPU is used.
     for key, value in (
       ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
       ('TPU_SKIP_MDS_QUERY', '1'),
@@ -80,21 +80,21 @@ class Topology:
     ):
       os.environ.setdefault(key, value)
     try:
-      found = topologies.get_topology_desc(
+      description = topologies.get_topology_desc(
         platform='tpu',
         topology_name=f'{self.chip.name}:{"x".join(map(str, self.shape))}',
         **self._options(),
       )
     except (jax.errors.JaxRuntimeError, NotImplementedError) as e:
       raise ValueError(
-        f'topology: got {self}, which libtpu refuses ({_first_line(e)}); expected {known()}.'
+        f'topology: got {self}, which libtpu rejects ({_first_line(e)}); expected {known()}.'
       ) from None
-    if len(found.devices) != self.num_devices:
+    if len(description.devices) != self.num_devices:
       raise ValueError(
-        f'topology: got {self}, for which libtpu has {len(found.devices)} '
+        f'topology: got {self}, for which libtpu has {len(description.devices)} '
         f'devices instead of {self.num_devices}; expected {known()}.'
       )
-    return found.devices
+    return description.devices
 
   def _options(self) -> dict[str, Any]:
     options = {'num_slices': self.num_slices}
@@ -111,7 +111,7 @@ def parse(name: str) -> Topology:
   """`v5e:2x4` or `2xv5e:2x4` → a topology.
 
   Raises:
-    ValueError: no such name; lists what there is.
+    ValueError: there is no such name; lists the names.
   """
   match = re.fullmatch(r'(?:(\d+)x)?(v\w+):(\d+(?:x\d+)+)', name)
   chip = chips.CHIPS.get(match[2]) if match else None
@@ -131,9 +131,9 @@ def parse(name: str) -> Topology:
 
 
 def known() -> str:
-  """The names there are, for messages."""
+  """The known names, for messages."""
   names = '; '.join(f'{name}:{"|".join(shapes)}' for name, shapes in CLOUD_SHAPES.items())
-  return f'one of {names}; in front Nx for several slices, as in 2xv5e:4x4'
+  return f'one of {names}; with Nx in front for several slices, as in 2xv5e:4x4'
 
 
 def _first_line(e: Exception) -> str:

@@ -184,7 +184,7 @@ Q1B = Q1A.replace('_A', '_B')
       ),
       r'leaves out model\.layers\.0\.self_attn\.k_proj, but',
     ),
-    (lambda t: t.clear(), 'there is no tensor'),
+    (lambda t: t.clear(), 'it has no tensors'),
     (lambda t: t.update({Q1A: t[Q1A].astype(np.int32)}), 'has dtype I32'),
   ],
 )

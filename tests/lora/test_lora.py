@@ -186,8 +186,12 @@ class TestStack:
       ([], 'got no adapter to stack'),
       ([lora()], 'leaves of its base, expected adapters of one rank each'),
       ([toy.lora(lora_config=LoraConfig(rank=2, ranks={'.*/v': 1}))], r'lora\.ranks'),
+      (
+        [toy.lora(lora_config=LoraConfig(factorization=form)) for form in ('matrix', 'keras')],
+        'several factorizations or forms',
+      ),
     ],
-    ids=['none', 'trained base', 'ranks'],
+    ids=['none', 'trained base', 'ranks', 'two factorizations'],
   )
   def test_what_cannot_be_stacked_is_refused(self, loras, message):
     with pytest.raises(ValueError, match=message):

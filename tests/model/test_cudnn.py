@@ -80,5 +80,5 @@ def gpu(capability):
 )
 def test_refusal_names_the_reason(changes, dtype, device, reason):
   config = dataclasses.replace(variants.GEMMA_2B, **changes)
-  got = cudnn.refusal(config, dtype, device)
+  got = cudnn.unsupported_reason(config, dtype, device)
   assert got is None if reason is None else reason in got

@@ -29,7 +29,7 @@ def test_round_up_wastes_little_and_has_few_values():
   ('rows', 'message'),
   [
     ([], r'prompts: got none'),
-    ([[2], []], r'prompt 1: got no token, expected at least BOS'),
+    ([[2], []], r'prompt 1: got no tokens, expected at least BOS'),
     ([[2] * 442], r'prompt 0: got 442 tokens .*at most 512 together'),
     ([[2], [2, 263]], r'prompt 1: got token ids from 2 to 263, .*\[0, 263\)'),
     ([[-1]], r'prompt 0: got token ids from -1 to -1'),
