@@ -235,7 +235,6 @@ def make_program(
     members=members,
     accumulate_steps=config.optimizer.accumulate_steps,
     seed=config.seed,
-    skip_nonfinite=config.max_skipped_batches > 0,
     remat=config.model.remat,
     split_lora=config.lora if config.mesh.shard_adapter else None,
   )

@@ -39,7 +39,6 @@ class Program:
     members: K; None is one adapter, without a leading axis.
     accumulate_steps: parts of a batch.
     seed: of dropout.
-    skip_nonfinite: whether such updates are left out.
     remat: of `Transformer.remat`, or auto.
     split_lora: splits the adapter over the mesh as the base is split; None
       replicates it.
@@ -54,7 +53,6 @@ class Program:
   members: int | None = None
   accumulate_steps: int = 1
   seed: int = 0
-  skip_nonfinite: bool = False
   remat: str = 'auto'
   split_lora: LoraConfig | None = None
 
@@ -129,7 +127,6 @@ class Program:
       self.make_optimizer,
       accumulate_steps=self.accumulate_steps,
       seed=self.seed,
-      skip_nonfinite=self.skip_nonfinite,
     )
     if self.members is not None:
       step = batched.map_train_step(step, self._mapped_at_once(batch, self.accumulate_steps))

@@ -74,12 +74,13 @@ def make_train_step(
   *,
   accumulate_steps: int = 1,
   seed: int = 0,
-  skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Hyperparameters, Any, Batch], tuple[TrainState, dict[str, Any]]]:
   """Makes step(state, hyperparameters, frozen, batch) -> (state, metrics).
 
   The batch is computed in `accumulate_steps` parts; row i goes to part i mod
-  parts, so that every device keeps its own rows.
+  parts, so that every device keeps its own rows. A loss or gradient that is not
+  finite changes neither weights nor moments; the step is counted, so the
+  schedule moves on.
 
   Args:
     model: the transformer and its tokens.
@@ -88,8 +89,6 @@ def make_train_step(
       metrics; None where nobody knows.
     accumulate_steps: parts of a batch.
     seed: of dropout; its key is a function of (seed, step, part).
-    skip_nonfinite: a loss or gradient that is not finite changes neither
-      weights nor moments; the step is counted, so the schedule moves on.
 
   Returns:
     A pure function; metrics are float32 scalars: `loss` (per unit of weight:
@@ -146,13 +145,12 @@ def make_train_step(
       trainable=optax.apply_updates(state.trainable, updates),
       opt_state=opt_state,
     )
-    if skip_nonfinite:
-      is_finite = jnp.isfinite(metrics['loss'] + metrics['grad_norm'])
-      new = jax.tree.map(
-        lambda x, old: jnp.where(is_finite, x, old) if jnp.issubdtype(x.dtype, jnp.inexact) else x,
-        new,
-        state,
-      )
+    is_finite = jnp.isfinite(metrics['loss'] + metrics['grad_norm'])
+    new = jax.tree.map(
+      lambda x, old: jnp.where(is_finite, x, old) if jnp.issubdtype(x.dtype, jnp.inexact) else x,
+      new,
+      state,
+    )
     return new, metrics
 
   return step

@@ -282,7 +282,6 @@ def skipping_step():
     Model(Transformer(toy.FULL)),
     step_lib.token_loss,
     lambda _: (tx, schedule),
-    skip_nonfinite=True,
   )
   trainable, frozen = state_lib.split(variables(), ('lora/',))
   step = jax.jit(step)
