@@ -432,10 +432,9 @@ def test_a_workdir_of_another_trainer(base, lora, data, tmp_path):
   (metrics,) = trainer.run(steps=1)  # still its own
   assert metrics.step == 2
   del trainer
-  with pytest.raises(
-    ValueError, match=r'was made with learning_rate=0\.01, this trainer has 0\.03'
-  ):
+  with pytest.raises(ValueError, match='was made with learning_rate=') as refused:
     make(lora, learning_rate=0.03)
+  assert refused.tb  # the traceback, which a notebook keeps, does not keep the workdir
   assert make(lora).finished == 2
 
 

@@ -64,11 +64,15 @@ class Saves:
     step = self._checkpoints.latest_step()
     self._saved = step or 0
     self.newest = None
-    _OPEN[name] = self
     if step is not None:
       notes = self._checkpoints.read_notes(step)
-      self._check(workdir, notes.get('trainer'))
+      try:
+        self._check(workdir, notes.get('trainer'))
+      except ValueError:
+        self.close()  # now: the traceback may keep what is refused
+        raise
       self.newest = step, notes
+    _OPEN[name] = self
 
   def restore(self, abstract: TrainState) -> TrainState:
     """The state of `newest`, onto the shardings of an abstract one."""
