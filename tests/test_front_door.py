@@ -424,15 +424,31 @@ def test_a_workdir_of_another_trainer(base, lora, data, tmp_path):
   workdir = str(tmp_path)
   make = functools.partial(trainer_of, base, data=data, workdir=workdir)
   trainer = make(lora)
-  with pytest.raises(ValueError, match=f'workdir {re.escape(workdir)}: another'):
-    make(lora)
   next(iter(trainer.run(steps=1)))
-  del trainer
   with pytest.raises(ValueError, match=r'was made with learning_rate=0\.01, this trainer has 0.03'):
     make(lora, learning_rate=0.03)
   with pytest.raises(ValueError, match=r'was made with lora=.*rank=3.* has .*rank=2'):
     make(gj.Lora.init(base, rank=2))
-  assert make(lora).finished == 1
+  (metrics,) = trainer.run(steps=1)  # still its own
+  assert metrics.step == 2
+  del trainer
+  with pytest.raises(ValueError, match='was made with learning_rate=') as refused:
+    make(lora, learning_rate=0.03)
+  assert refused.tb  # the traceback, which a notebook keeps, does not keep the workdir
+  assert make(lora).finished == 2
+
+
+def test_a_cell_that_is_run_again_takes_the_workdir_over(base, lora, data, tmp_path):
+  """The name `trainer` still holds the former one while the later is made."""
+  make = functools.partial(trainer_of, base, lora, data, workdir=str(tmp_path))
+  former = make()
+  next(iter(former.run(steps=2)))
+  later = make()
+  assert later.finished == 1
+  with pytest.raises(ValueError, match='a later trainer has taken it over'):
+    former.run(steps=1)
+  assert [m.step for m in later.run(steps=1)] == [2]
+  assert make().finished == 2
 
 
 # A loss of one's own.

@@ -7,6 +7,7 @@
 from collections.abc import Mapping
 import contextlib
 import hashlib
+import os
 from typing import Any
 import weakref
 
@@ -14,14 +15,20 @@ from absl import logging
 import jax
 import numpy as np
 
-from gemma_jax import pytree
+from gemma_jax import files, pytree
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.runs.checkpoint import Checkpoints
 from gemma_jax.training.state import TrainState
 
+# Those of this process, by workdir: a cell that is run again makes its trainer
+# while the former is still there, or kept by the traceback of a Ctrl-C.
+_OPEN: 'weakref.WeakValueDictionary[str, Saves]' = weakref.WeakValueDictionary()
+
 
 class Saves:
   """Checkpoints of one trainer, which has the workdir for itself.
+
+  A later trainer of this process that may go on there takes it over.
 
   Attributes:
     newest: (step, notes) to go on from, or None.
@@ -42,6 +49,12 @@ class Saves:
       raise ValueError(f'save_every_steps: got {every_steps!r}, expected an integer >= 1.')
     self._every_steps = every_steps
     self._facts = dict(facts)
+    self._workdir = workdir
+    name = workdir if files.is_remote(workdir) else os.path.realpath(workdir)
+    former = _OPEN.get(name)
+    if former is not None:
+      self._check(workdir, former._facts)
+      former.close()
     stack = contextlib.ExitStack()
     # Released when the trainer is: a notebook has no end of its own.
     self.close = weakref.finalize(self, stack.close)
@@ -53,14 +66,27 @@ class Saves:
     self.newest = None
     if step is not None:
       notes = self._checkpoints.read_notes(step)
-      self._check(workdir, notes.get('trainer'))
+      try:
+        self._check(workdir, notes.get('trainer'))
+      except ValueError:
+        self.close()  # now: the traceback may keep what is refused
+        raise
       self.newest = step, notes
+    _OPEN[name] = self
 
   def restore(self, abstract: TrainState) -> TrainState:
     """The state of `newest`, onto the shardings of an abstract one."""
     step, _ = self.newest
     logging.info('Goes on from step %d of %s', step, self._place.workdir)
     return self._checkpoints.restore(step, abstract)
+
+  def check_open(self) -> None:
+    """ValueError if a later trainer has taken the workdir over."""
+    if not self.close.alive:
+      raise ValueError(
+        f'workdir {self._workdir}: a later trainer has taken it over, expected one at a time. '
+        'Go on with the later one.'
+      )
 
   def save_if_due(self, state: TrainState, position: Any) -> None:
     """Starts a checkpoint every so many updates."""

@@ -300,7 +300,8 @@ class Trainer:
       steps: updates, at least 1.
 
     Raises:
-      ValueError: steps that are none, or more than `total_steps`.
+      ValueError: steps that are none, or more than `total_steps`; a workdir that
+        a later trainer has taken over.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
       raise ValueError(f'steps: got {steps!r}, expected an integer >= 1.')
@@ -311,6 +312,8 @@ class Trainer:
         f'{self.total_steps - self.finished}: the schedule ends at total_steps='
         f'{self.total_steps}.'
       )
+    if self._saves is not None:
+      self._saves.check_open()
     return self._run(last)
 
   def _run(self, last: int) -> Iterator[Metrics]:

@@ -61,7 +61,7 @@ def run(name, kernels, **environ):
       patch.setenv(key, value)
     notebook = read(name)
     nbclient.NotebookClient(
-      notebook, timeout=300, kernel_name='python3', resources={'metadata': {'path': str(kernels)}}
+      notebook, timeout=900, kernel_name='python3', resources={'metadata': {'path': str(kernels)}}
     ).execute()
   outputs = [output for cell in notebook.cells for output in cell.get('outputs', ())]
   # Warnings go to stderr: a user would see them.
