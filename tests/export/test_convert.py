@@ -70,7 +70,7 @@ def test_to_an_object_store_and_read_from_there(tmp_path, monkeypatch):
     output = f'{gcs_toy.BUCKET}/model'
     result = convert.convert('random:tiny3', output, 'hf', verify=False)
     again = open_base.open_base(output)
-    with pytest.raises(ValueError, match='model is there already'):
+    with pytest.raises(ValueError, match='model already exists'):
       convert.convert('random:tiny3', output, 'hf', verify=False)
   assert {p.name for p in again.files} < set(result['files'])
   assert 'config.json' in result['files']
@@ -314,7 +314,7 @@ def test_output_that_another_conversion_wrote_meanwhile_is_kept(tmp_path, monkey
     return writer(new, *rest)
 
   monkeypatch.setattr(convert, '_write_model', slow)
-  with pytest.raises(ValueError, match='is there already'):
+  with pytest.raises(ValueError, match='already exists'):
     convert.convert('random:tiny', str(tmp_path / 'm'), 'hf')
   assert [p.name for p in tmp_path.rglob('*')] == ['m', 'theirs']
 
@@ -399,7 +399,7 @@ convert.convert('random:tiny', sys.argv[1], 'hf')
 def test_what_is_there_is_not_replaced(tmp_path):
   (tmp_path / 'mine').write_text('text')
   for output in (tmp_path, tmp_path / 'mine'):
-    with pytest.raises(ValueError, match='is there already'):
+    with pytest.raises(ValueError, match='already exists'):
       convert.convert('random:tiny', str(output), 'hf')
   assert (tmp_path / 'mine').read_text() == 'text'
 

@@ -139,7 +139,7 @@ def test_shard_or_index_that_is_wrong(tmp_path):
   with pytest.raises(ValueError, match=r'model-00002-of-00003\..*is missing'):
     hf_toy.open_folder(folder)
   shutil.copy(first, second)
-  with pytest.raises(ValueError, match='is in model-00001-of-00003'):
+  with pytest.raises(ValueError, match='is also in model-00001-of-00003'):
     hf_toy.open_folder(folder)
   for name in ('../elsewhere', str(first), '..', 'a\\b.safetensors', '', 7):
     index.write_text(json.dumps({'weight_map': weight_map | {Q1: name}}))

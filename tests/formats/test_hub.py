@@ -236,5 +236,5 @@ def test_error_of_any_library_is_one_line(monkeypatch):
       raise ReadTimeout(message)
 
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', fail)
-    with pytest.raises(ValueError, match=rf'fetched whole \({reason}\)'):
+    with pytest.raises(ValueError, match=rf'fetched completely \({reason}\)'):
       hub.fetch('hf:a/b')

@@ -188,7 +188,7 @@ def _rank(value):
     ),
     (
       _replace(lambda f, x: f.create_dataset(KERNEL, data=0 * x, compression='gzip')),
-      f'{KERNEL} lies in chunks',
+      f'{KERNEL} is stored in chunks',
     ),
     (
       _replace(lambda f, x: f.create_dataset(KERNEL, data=x * np.nan)),

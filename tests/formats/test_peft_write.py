@@ -117,7 +117,7 @@ def test_magnitudes_survive_a_round_trip(factorization, tmp_path):
 def test_factors_beyond_the_rank_are_refused(tmp_path):
   config = LoraConfig(rank=5, targets='qv', ranks={'layer_2/attn/q': 3})
   lora = peft_toy.make_lora(peft_toy.MODEL, config)
-  with pytest.raises(ValueError, match='layer_2/attn/q has rank 3 but factors'):
+  with pytest.raises(ValueError, match='layer_2/attn/q has rank 3 but nonzero factors'):
     peft.write_adapter(tmp_path / 'a', lora, config, 'base')
 
 
