@@ -5,7 +5,7 @@ A path joins the keys of nested dicts with '/':
 arrays and on `jax.ShapeDtypeStruct`s alike.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import math
 import re
 from typing import Any
@@ -80,7 +80,7 @@ def prune(tree: Tree) -> Tree:
   return {k: v for k, v in kept.items() if not is_hole(v) and not is_empty(v)}
 
 
-def unflatten(leaves: dict[str, Any]) -> Tree:
+def unflatten(leaves: Mapping[str, Any]) -> Tree:
   """Nested dicts from {'a/b': leaf}."""
   tree: dict[str, Any] = {}
   for name, leaf in leaves.items():

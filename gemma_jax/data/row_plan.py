@@ -23,6 +23,7 @@ import threading
 import numpy as np
 
 Row = tuple[int, ...]
+Slots = Sequence[int] | np.ndarray  # int [examples], places that each takes
 
 # Examples that are packed together; at 512 positions some 600 rows of Dolly.
 WINDOW = 2048
@@ -38,7 +39,7 @@ class RowPlan:
 
   def __init__(
     self,
-    slots: Sequence[int],
+    slots: Slots,
     seq_len: int,
     global_batch_size: int,
     seed: int,
@@ -131,7 +132,7 @@ class RowPlan:
     return -slots if slots >= LONG * self.seq_len else 0
 
 
-def eval_rows(slots: Sequence[int], seq_len: int, packing: bool = True) -> dict[int, list[Row]]:
+def eval_rows(slots: Slots, seq_len: int, packing: bool = True) -> dict[int, list[Row]]:
   """Rows that hold each example exactly once, by their length; longest first.
 
   Examples longer than seq_len go into rows of twice, four times, ... that.
@@ -153,7 +154,7 @@ def eval_rows(slots: Sequence[int], seq_len: int, packing: bool = True) -> dict[
   }
 
 
-def batch_length(rows: Sequence[Row], slots: Sequence[int], seq_len: int) -> int:
+def batch_length(rows: Sequence[Row], slots: Slots, seq_len: int) -> int:
   """The shortest of seq_len, a half, a quarter and an eighth that holds rows.
 
   Rows of one example each would otherwise be padding for the most part; a few
@@ -166,7 +167,7 @@ def batch_length(rows: Sequence[Row], slots: Sequence[int], seq_len: int) -> int
   return next(length for length in lengths if length >= longest)
 
 
-def pack(ids: Sequence[int], slots: Sequence[int], seq_len: int) -> list[Row]:
+def pack(ids: Sequence[int], slots: Slots, seq_len: int) -> list[Row]:
   """Best fit: each example goes to the fullest row that has room for it.
 
       slots       5, 3, 2, 4       seq_len 7
@@ -203,6 +204,6 @@ def pack(ids: Sequence[int], slots: Sequence[int], seq_len: int) -> list[Row]:
   return [tuple(row) for row in rows]
 
 
-def fill(rows: Sequence[Row], slots: Sequence[int], seq_len: int) -> float:
+def fill(rows: Sequence[Row], slots: Slots, seq_len: int) -> float:
   """The share of places that hold an example."""
   return sum(int(slots[i]) for row in rows for i in row) / (len(rows) * seq_len)
