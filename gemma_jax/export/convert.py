@@ -106,10 +106,12 @@ def convert(
   }
 
   if to == 'peft':
+    assert loaded is not None  # `_check_arguments` asks for an adapter
+    named = dataclasses.replace(loaded, reference=model)
 
     def write(new: Path) -> dict[str, Any]:
-      adapter_lib.write(new, dataclasses.replace(loaded, reference=model))
-      return {'parameters': pytree.num_params(loaded.factors)}
+      adapter_lib.write(new, named)
+      return {'parameters': pytree.num_params(named.factors)}
 
   else:
     result, trained_with = source, source.read_trained_with()
@@ -140,7 +142,7 @@ def convert(
       _verify_tokenizer(source.tokenizer(), _reopen(new).tokenizer(), to)
       record.update(_verify_weights(source, _reopen(new), loaded, record))
     measured = None
-    if verify:
+    if want is not None:
       logging.info('Reading it again, comparing logits')
       measured = _verify_logits(new, source, loaded, to, tokens, want, of_base, record)
     record['largest_logit_difference'] = measured

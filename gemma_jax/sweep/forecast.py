@@ -36,10 +36,10 @@ class GangForecast:
   @property
   def gain(self) -> float | None:
     """Least time of the members' own steps over that of the gang's."""
-    if not (self.together.fits and self.alone.fits):
+    each, gang = self.alone.bound, self.together.bound
+    if each is None or gang is None or not (self.together.fits and self.alone.fits):
       return None
-    separate = len(self.names) * self.alone.bound.secs
-    return separate / self.together.bound.secs
+    return len(self.names) * each.secs / gang.secs
 
   def report(self) -> str:
     """As text; the last line has the gain."""
@@ -49,8 +49,8 @@ class GangForecast:
       f'{size}: {" ".join(self.names)}',
       self.together.report(),
     ]
-    if self.gain is not None:
-      each, gang = self.alone.bound, self.together.bound
+    each, gang = self.alone.bound, self.together.bound
+    if self.gain is not None and each is not None and gang is not None:
       lines.append(
         f'an update of one adapter alone: {each.secs * 1e3:.2f} ms at the '
         f'least, bound by {each.bound_by}; of the gang: {gang.secs * 1e3:.2f} '
