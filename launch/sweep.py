@@ -38,7 +38,8 @@ def main() -> int:
 
   if bool(_TOPOLOGY.value) != _DRY_RUN.value:
     app.fail('--dry_run, --topology: got one, expected both or neither')
-  if not _WORKDIR.value and not _DRY_RUN.value:
+  workdir = _WORKDIR.value or ''
+  if not workdir and not _DRY_RUN.value:
     app.fail('--workdir: missing, expected a folder for the sweep')
   if not isinstance(_CONFIG.value, grid.SweepConfig):
     app.fail(
@@ -51,7 +52,7 @@ def main() -> int:
   app.set_compilation_cache(config.compilation_cache)
   try:
     with app.stop_on_signal() as should_stop:
-      sweep = worker.run(config, os.path.expanduser(_WORKDIR.value), should_stop)
+      sweep = worker.run(config, os.path.expanduser(workdir), should_stop)
   except Stopped:
     logging.warning('Run the same command again to resume.')
     return app.EXIT_RESUMABLE
@@ -68,6 +69,7 @@ def forecast(config) -> int:
   from gemma_jax.sweep import forecast
   from gemma_jax.tpu import topology
 
+  assert _TOPOLOGY.value is not None  # `main` asks for it
   # The slice is compiled for, not used; what this machine has is left alone.
   jax.config.update('jax_platforms', 'cpu')
   found = forecast.forecast(config, topology.parse(_TOPOLOGY.value))
