@@ -54,7 +54,7 @@ class Row:
   @property
   def seconds(self) -> float:
     """Of training, mean over seeds."""
-    return float(np.mean([cell.result['seconds'] for cell in self.cells]))
+    return float(np.mean([cell.seconds for cell in self.cells]))
 
 
 def rows(sweep: Sweep) -> list[Row]:
@@ -107,7 +107,7 @@ def paired(which: np.ndarray, *terms: tuple[float, list[Outcome]]) -> Estimate |
   contrast = np.zeros((len(seeds), int(which.sum())))
   for (weight, _), cells in zip(terms, by_seed, strict=True):
     for i, seed in enumerate(seeds):
-      contrast[i] += weight * cells.get(seed, cells.get(None)).last[0][which]
+      contrast[i] += weight * cells[seed if seed in cells else None].last[0][which]
   return intervals.estimate(contrast, terms[0][1][0].last[1][which])
 
 

@@ -48,7 +48,7 @@ def write_cells(sweep: Sweep, table: list[Row], answers: list[Answer], path: Pat
           cell.entry.get('rate', ''),
           cell.entry['trainable_parameters'],
           *(cell.loss(part) if done else '' for part in parts.values()),
-          cell.result.get('seconds', '') if done else '',
+          '' if cell.result is None else cell.result.get('seconds', ''),
           '' if clipped is None else clipped,
           int(row is not None),
           int(row.at_edge) if row else '',

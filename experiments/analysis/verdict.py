@@ -62,6 +62,12 @@ class Test:
   why_not: str
   state: str = ''
 
+  @property
+  def tested(self) -> Estimate:
+    """`excess` of a rank that can be tested: one that no `why_not` speaks against."""
+    assert self.excess is not None
+    return self.excess
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -208,7 +214,7 @@ def _sequence(tests: list[Test]) -> list[Test]:
     if is_open:
       state = NOT_COMPARABLE
       if not test.why_not:
-        state = HOLDS if test.excess.upper() < 0 else FAILS
+        state = HOLDS if test.tested.upper() < 0 else FAILS
       is_open = state == HOLDS
     decided.append(dataclasses.replace(test, state=state))
   return decided

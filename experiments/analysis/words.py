@@ -70,6 +70,7 @@ def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
 def _ranks(answer: Answer) -> str:
   if answer.refusal:
     return f'No verdict on ranks below {answer.reference}, the reference: {answer.refusal}.'
+  assert answer.margin is not None  # there is a verdict
   text = [
     f'The margin is {percent(answer.margin)} of what {answer.reference}, the '
     f'reference, gains over the base ({answer.gain} nats per token).'
@@ -78,7 +79,7 @@ def _ranks(answer: Answer) -> str:
   if held:
     text.append(
       f'{_upper(held.label)} is enough: the upper 95 % bound of its deficit '
-      f'minus the margin is {held.excess.upper():+.4f}, below 0'
+      f'minus the margin is {held.tested.upper():+.4f}, below 0'
       f'{_larger(answer)}. Its deficit is {held.deficit}.'
     )
   else:
@@ -86,7 +87,7 @@ def _ranks(answer: Answer) -> str:
   if stop and stop.state == verdict.FAILS:
     text.append(
       f'{_upper(stop.label)} was not shown to be enough: its bound is '
-      f'{stop.excess.upper():+.4f}, its deficit {stop.deficit}.'
+      f'{stop.tested.upper():+.4f}, its deficit {stop.deficit}.'
     )
   elif stop:
     text.append(f'{_upper(stop.label)} cannot be compared: {stop.why_not}.')
@@ -112,8 +113,9 @@ def _power(answer: Answer) -> list[str]:
     'With a power of 80 % this design calls a rank enough whose deficit lies below the '
     f'margin by {seen}.'
   ]
+  assert answer.margin is not None and answer.gain is not None  # there is a verdict
   last, margin = tested[-1], answer.margin * answer.gain.mean
-  if last.state == verdict.FAILS and last.excess.detectable() > margin:
+  if last.state == verdict.FAILS and last.tested.detectable() > margin:
     text.append(
       f'That is more than the margin ({margin:.4f}): even if {last.label} lost '
       'nothing, the design was too small to be likely to show it.'
@@ -123,8 +125,8 @@ def _power(answer: Answer) -> list[str]:
 
 def detectable(test: Test, answer: Answer) -> str:
   """'0.0041 (4 % of the gain)'; no share of a gain that is not known."""
-  size = test.excess.detectable()
-  if answer.refusal:
+  size = test.tested.detectable()
+  if answer.refusal or answer.gain is None:
     return f'{size:.4f}'
   return f'{size:.4f} ({percent(size / answer.gain.mean)} of the gain)'
 
@@ -139,7 +141,7 @@ def _pairs(pairs: list[Pair]) -> str:
   text = f'Pairs of arms that differ in other axes than the rank: {len(pairs)}.'
   if not known:
     return f'{text} None of them has a p-value.'
-  told = [pair for pair in known if pair.p < 0.05]
+  told = [pair for pair in known if pair.p is not None and pair.p < 0.05]
   text += f" After Holm's correction for {len(known)}, {len(told)} can be told apart at 5 %."
   for pair in told:
     text += (
