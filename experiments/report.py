@@ -348,7 +348,7 @@ _PAGE = """<!DOCTYPE html>
 def main(arguments: list[str]) -> int:
   """Runs the command; prints one line on standard error if something is wrong."""
   if len(arguments) != 1 or arguments[0].startswith('-'):
-    print(__doc__.strip(), file=sys.stderr)
+    print((__doc__ or '').strip(), file=sys.stderr)
     return 0 if arguments == ['--help'] else 1
   try:
     paths = write(arguments[0])

@@ -50,7 +50,7 @@ _DOORS = {
   'token_loss': 'gemma_jax.training.step',
 }
 
-__all__ = ['__version__', *_DOORS]
+__all__ = ['__version__', *_DOORS]  # pyright: ignore[reportUnsupportedDunderAll]: imported above
 
 
 def __getattr__(name: str) -> Any:

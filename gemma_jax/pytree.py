@@ -5,7 +5,7 @@ A path joins the keys of nested dicts with '/':
 arrays and on `jax.ShapeDtypeStruct`s alike.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import math
 import re
 from typing import Any

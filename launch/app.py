@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 import tqdm
@@ -95,7 +95,7 @@ def run(main: Callable[[], int | None]) -> None:
   app.run(guarded, flags_parser=_parse)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
   """Prints one line and exits with code 1."""
   print(f'error: {message}', file=sys.stderr, flush=True)
   jax = sys.modules.get('jax')  # not imported for this
@@ -230,8 +230,9 @@ def _parse(argv):
   try:
     rest = flags.FLAGS(argv)
     for name in _TEXT_FLAGS:
-      if name in flags.FLAGS and flags.FLAGS[name].value:
-        flags.FLAGS[name].value = _as_text(flags.FLAGS[name].value)
+      value = flags.FLAGS[name].value if name in flags.FLAGS else None
+      if value:
+        flags.FLAGS[name].value = _as_text(value)
     return rest
   except SystemExit:  # --help has printed its text, and ends with 1 in absl
     sys.exit(0)
@@ -249,10 +250,12 @@ def _as_text(value: str | list[str]) -> str | list[str]:
 
   File names need no decoding: they go back to the system unchanged.
   """
-  if isinstance(value, list):
-    return [_as_text(each) for each in value]
-  is_raw = any('\udc80' <= x <= '\udcff' for x in value)
-  return os.fsencode(value).decode('utf-8', 'replace') if is_raw else value
+
+  def text(given: str) -> str:
+    is_raw = any('\udc80' <= x <= '\udcff' for x in given)
+    return os.fsencode(given).decode('utf-8', 'replace') if is_raw else given
+
+  return [text(each) for each in value] if isinstance(value, list) else text(value)
 
 
 def _one_line(e: Exception) -> str:
@@ -272,8 +275,9 @@ def _own_flags(text: str) -> str:
   def own(setting: re.Match) -> str:
     path = setting[1] or setting[2] or setting[3]
     for name in (_FLAG_OF.get(path), path.rpartition('.')[2]):
-      is_flag = name is not None and name in flags.FLAGS
-      if is_flag and ('config' not in flags.FLAGS or flags.FLAGS[name].present):
+      if name is None or name not in flags.FLAGS:
+        continue
+      if 'config' not in flags.FLAGS or flags.FLAGS[name].present:
         return f'--{name}'
     return setting[0]
 

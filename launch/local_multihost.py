@@ -145,6 +145,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _copy_log(index: int, process: subprocess.Popen) -> None:
+  assert process.stderr is not None  # a pipe
   for line in process.stderr:
     sys.stderr.buffer.write(f'[{index}] '.encode() + line)
     sys.stderr.buffer.flush()

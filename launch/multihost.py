@@ -43,21 +43,18 @@ def join() -> None:
   Raises:
     ValueError: the flags do not go together.
   """
-  address = _COORDINATOR.value
-  given = [f.value is not None for f in (_NUM_PROCESSES, _PROCESS_ID)]
-  if address is None and not any(given):
+  address, count, index = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  if address is None and count is None and index is None:
     if not _is_tpu_vm():
       return
-  elif address is None or not all(given):
+  elif address is None or count is None or index is None:
     raise ValueError(
       f'--coordinator_address, --num_processes, --process_id: got {address}, '
-      f'{_NUM_PROCESSES.value}, {_PROCESS_ID.value}, expected all three or '
-      'none.'
+      f'{count}, {index}, expected all three or none.'
     )
-  elif not 0 <= _PROCESS_ID.value < _NUM_PROCESSES.value:
+  elif not 0 <= index < count:
     raise ValueError(
-      f'--process_id: got {_PROCESS_ID.value}, expected 0 to '
-      f'{_NUM_PROCESSES.value - 1}, below --num_processes.'
+      f'--process_id: got {index}, expected 0 to {count - 1}, below --num_processes.'
     )
   elif not re.fullmatch(r'.+:\d+', address):
     raise ValueError(f'--coordinator_address: got {address!r}, expected HOST:PORT.')
@@ -70,8 +67,8 @@ def join() -> None:
   try:
     jax.distributed.initialize(
       address,
-      _NUM_PROCESSES.value,
-      _PROCESS_ID.value,
+      count,
+      index,
       initialization_timeout=2 * _TIMEOUT_SECS.value + 10,
       heartbeat_timeout_seconds=_HEARTBEAT_SECS.value,
       shutdown_timeout_seconds=_HEARTBEAT_SECS.value,

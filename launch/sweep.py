@@ -48,7 +48,8 @@ def main() -> int:
     return 0
   if bool(_TOPOLOGY.value) != _DRY_RUN.value:
     app.fail('--dry_run, --topology: got one, expected both or neither')
-  if not _WORKDIR.value and not _DRY_RUN.value:
+  workdir = _WORKDIR.value or ''
+  if not workdir and not _DRY_RUN.value:
     app.fail('--workdir: missing, expected a folder for the sweep')
   if not isinstance(_CONFIG.value, grid.SweepConfig):
     app.fail(
@@ -61,7 +62,7 @@ def main() -> int:
   app.set_compilation_cache(config.compilation_cache)
   try:
     with app.stop_on_signal() as should_stop:
-      sweep = worker.run(config, os.path.expanduser(_WORKDIR.value), should_stop)
+      sweep = worker.run(config, os.path.expanduser(workdir), should_stop)
   except Stopped:
     logging.warning('Run the same command again to resume.')
     return app.EXIT_RESUMABLE

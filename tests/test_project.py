@@ -200,7 +200,7 @@ def test_hooks_are_local_and_installed_by_the_tests():
   assert repo['repo'] == 'local'
   for hook in repo['hooks']:
     assert hook['language'] == 'system'
-    assert hook['entry'].startswith('.venv/bin/ruff ')
+    assert hook['entry'].startswith(('.venv/bin/ruff ', '.venv/bin/basedpyright '))
 
 
 def test_nothing_else_stands_at_the_top():

@@ -9,12 +9,15 @@ phone.
 from collections.abc import Callable
 import contextlib
 import itertools
+from typing import Any
 
 import matplotlib
 
 matplotlib.use('Agg')
 
 from matplotlib import pyplot as plt
+from matplotlib import ticker
+from matplotlib.figure import Figure
 import numpy as np
 
 from experiments.analysis import compare, intervals, spectra
@@ -29,7 +32,7 @@ THEMES = {
   'dark': {'ground': '#14171b', 'ink': '#e8eaed', 'grid': '#3a4048', 'range': (0.4, 1.0)},
 }
 
-Draw = Callable[[plt.Figure, dict], None]
+Draw = Callable[[Figure, dict], None]
 
 
 @contextlib.contextmanager
@@ -37,7 +40,7 @@ def theme(name: str):
   """Applies Matplotlib's settings for a theme; yields its colours."""
   colours = THEMES[name]
   ink, ground = colours['ink'], colours['ground']
-  settings = {
+  settings: dict[Any, Any] = {
     'figure.facecolor': ground,
     'axes.facecolor': ground,
     'savefig.facecolor': ground,
@@ -133,7 +136,8 @@ def all_figures(
 
 def colours(theme: dict, count: int) -> np.ndarray:
   """A colour for each of `count` ordered arms."""
-  return plt.get_cmap('viridis')(np.linspace(*theme['range'], count))
+  low, high = theme['range']
+  return plt.get_cmap('viridis')(np.linspace(low, high, count))
 
 
 def bars_caption(answers: list[Answer]) -> str:
@@ -182,7 +186,7 @@ def draw_losses(figure, theme, table, answers, what) -> None:
     for i in (i for i, row in enumerate(rows) if row in references):
       axes.plot(x[i], y[i], marker, markersize=11, markerfacecolor='none', color=theme['ink'])
   if what == 'seconds':
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
   else:
     axes.set_xscale('log', base=2)
     ticks = sorted({getattr(row, what) for row in table})
@@ -310,4 +314,4 @@ def _layers(figure, theme, values) -> None:
 
 def _whole_ticks(axes) -> None:
   for axis in (axes.xaxis, axes.yaxis):
-    axis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axis.set_major_locator(ticker.MaxNLocator(integer=True))

@@ -84,7 +84,7 @@ class Estimate(NamedTuple):
     excess = lambda p: self.distance(1 - p / 2) - abs(self.mean)
     if excess(LEAST_P) <= 0:
       return LEAST_P if self.mean else 1.0
-    return float(optimize.brentq(excess, LEAST_P, 1.0))
+    return float(optimize.brentq(excess, LEAST_P, 1.0))  # pyright: ignore[reportArgumentType]: a pair with full_output
 
   def detectable(self, power: float = 0.8) -> float:
     """The distance from a bound that a one-sided test at 5 % would detect.

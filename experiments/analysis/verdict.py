@@ -62,6 +62,12 @@ class Test:
   unsupported_reason: str
   state: str = ''
 
+  @property
+  def tested(self) -> Estimate:
+    """`excess` of a rank that can be tested: one that no `why_not` speaks against."""
+    assert self.excess is not None
+    return self.excess
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:

@@ -80,7 +80,7 @@ def _ranks(answer: Answer) -> str:
   if held:
     text.append(
       f'{_upper(held.label)} is enough: the upper 95 % bound of its deficit '
-      f'minus the margin is {held.excess.upper():+.4f}, below 0'
+      f'minus the margin is {held.tested.upper():+.4f}, below 0'
       f'{_larger(answer)}. Its deficit is {held.deficit}.'
     )
   else:
@@ -88,7 +88,7 @@ def _ranks(answer: Answer) -> str:
   if stop and stop.state == verdict.FAILS:
     text.append(
       f'{_upper(stop.label)} was not shown to be enough: its bound is '
-      f'{stop.excess.upper():+.4f}, its deficit {stop.deficit}.'
+      f'{stop.tested.upper():+.4f}, its deficit {stop.deficit}.'
     )
   elif stop:
     text.append(f'{_upper(stop.label)} cannot be compared: {stop.unsupported_reason}.')
@@ -114,8 +114,9 @@ def _power(answer: Answer) -> list[str]:
     'With a power of 80 % this design calls a rank enough if its deficit lies below the '
     f'margin by {seen}.'
   ]
+  assert answer.margin is not None and answer.gain is not None  # there is a verdict
   last, margin = tested[-1], answer.margin * answer.gain.mean
-  if last.state == verdict.FAILS and last.excess.detectable() > margin:
+  if last.state == verdict.FAILS and last.tested.detectable() > margin:
     text.append(
       f'That is more than the margin ({margin:.4f}): even if {last.label} lost '
       'nothing, the design was too small to be likely to show it.'
@@ -141,7 +142,7 @@ def _pairs(pairs: list[Pair]) -> str:
   text = f'Pairs of arms that differ in axes other than the rank: {len(pairs)}.'
   if not known:
     return f'{text} None of them has a p-value.'
-  told = [pair for pair in known if pair.p < 0.05]
+  told = [pair for pair in known if pair.p is not None and pair.p < 0.05]
   text += f" After Holm's correction for {len(known)}, {len(told)} can be told apart at 5 %."
   for pair in told:
     text += (

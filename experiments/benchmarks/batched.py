@@ -23,7 +23,7 @@ from gemma_jax import files
 
 def main() -> None:
   """Runs both ways."""
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
   parser.add_argument('--model', default='gemma3_270m')
   parser.add_argument('--ranks', default='1,2,4,8,16,32')
   parser.add_argument('--steps', type=int, default=60)

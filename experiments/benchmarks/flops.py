@@ -36,7 +36,7 @@ def train_flops(config: ModelConfig, rows: int, length: int, supervised: int) ->
   loss = 2 * 2 * supervised * config.vocab_size * config.embed_dim
   pattern = config.layer_is_local or (False,) * config.num_layers
   seen = sum(
-    sum(min(i + 1, config.window_size if is_local else length) for i in range(length))
+    sum(min(i + 1, (config.window_size or length) if is_local else length) for i in range(length))
     for is_local in pattern
   )
   width = config.num_heads * config.head_dim

@@ -33,6 +33,7 @@ def train(job):
     ends = int(batch['segment_ids'].max(axis=1).sum())
     tokens.append(int(metrics.tokens) + ends)
     supervised += int(metrics.weight)
+  assert first is not None  # a job has an update
   return protocol.summarize_training(job, seconds, tokens, supervised, losses, first)
 
 

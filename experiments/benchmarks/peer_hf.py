@@ -48,6 +48,7 @@ def train(job):
     first = first or time.perf_counter() - protocol.STARTED
     tokens.append(int(is_real.sum()))
     supervised += int(loss_mask.sum())
+  assert first is not None  # a job has an update
   return protocol.summarize_training(job, seconds, tokens, supervised, losses, first)
 
 

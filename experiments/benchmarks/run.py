@@ -55,16 +55,14 @@ def main() -> int:
   """Runs the command."""
   from gemma_jax.formats import open_base
 
-  for name in ('suite', 'model', 'output'):
-    if not flags.FLAGS[name].value:
-      app.fail(f'--{name}: missing, expected a value; see --help')
-  config = open_base.open_base(_MODEL.value).config
-  output = Path(_OUTPUT.value).expanduser()
+  suite, model, folder = (_given(flag) for flag in (_SUITE, _MODEL, _OUTPUT))
+  config = open_base.open_base(model).config
+  output = Path(folder).expanduser()
   output.mkdir(parents=True, exist_ok=True)
   programs = _programs()
   with tempfile.TemporaryDirectory() as folder:
     inputs = jobs.Inputs(
-      model=str(Path(_MODEL.value).expanduser().resolve()),
+      model=str(Path(model).expanduser().resolve()),
       gguf=_GGUF.value,
       records=_RECORDS.value,
       folder=folder,
@@ -73,7 +71,7 @@ def main() -> int:
       max_records=_MAX_RECORDS.value,
       new_tokens=_NEW_TOKENS.value,
     )
-    cases = [case for case in jobs.SUITES[_SUITE.value](inputs) if _CASE.value in case.name]
+    cases = [case for case in jobs.SUITES[suite](inputs) if _CASE.value in case.name]
     measured = [(case, _earlier(output, case)) for case in cases]
     facts = {
       'command': ' '.join(sys.argv),
@@ -105,6 +103,10 @@ def main() -> int:
   rate = max(facts['gemm_flops_per_second'])
   print(f'float32 GEMM of this machine: {rate / 1e9:.0f} GFLOP/s')
   return 1 if failed else 0
+
+
+def _given(flag: flags.FlagHolder[str | None]) -> str:
+  return flag.value or app.fail(f'--{flag.name}: missing, expected a value; see --help')
 
 
 def _programs() -> dict[str, tuple[list[str], dict[str, str]]]:

@@ -356,10 +356,12 @@ def _documents(
   """Yields what each record becomes."""
 
   def encode(*chosen: Record) -> list[encoding.Document]:
+    assert tokenizer is not None  # text records are refused without one, below
     rendered = [templates.render(template, record) for record in chosen]
     return encoding.encode(rendered, tokenizer, parse_controls)
 
   def make(record: Record, document: encoding.Document) -> _Made:
+    assert tokenizer is not None  # it made the document
     fitted = truncation.fit(record, document, seq_len, lambda r: encode(r)[0], tokenizer)
     whole = Example(*document.arrays(loss_on))
     example, kept = None, 0

@@ -19,7 +19,7 @@ def train_batches(
   plan: row_plan_lib.RowPlan,
   start_step: int = 0,
   stop_step: int | None = None,
-  rows: Sequence[int] | None = None,
+  rows: Sequence[int] | np.ndarray | None = None,
   place: Callable[[Batch], Any] = lambda batch: batch,
 ) -> Iterator[tuple[int, Any]]:
   """Batches of steps start_step, start_step + 1, ..., read ahead by threads.

@@ -23,6 +23,7 @@ import threading
 import numpy as np
 
 Row = tuple[int, ...]
+Slots = Sequence[int] | np.ndarray  # int [examples], places that each takes
 
 # Examples that are packed together; at 512 positions, some 600 rows of Dolly.
 WINDOW = 2048
@@ -38,7 +39,7 @@ class RowPlan:
 
   def __init__(
     self,
-    slots: Sequence[int],
+    slots: Slots,
     seq_len: int,
     global_batch_size: int,
     seed: int,
@@ -131,7 +132,7 @@ class RowPlan:
     return -slots if slots >= LONG * self.seq_len else 0
 
 
-def eval_rows(slots: Sequence[int], seq_len: int, packing: bool = True) -> dict[int, list[Row]]:
+def eval_rows(slots: Slots, seq_len: int, packing: bool = True) -> dict[int, list[Row]]:
   """Rows that hold each example exactly once, by their length; longest first.
 
   Examples longer than seq_len go into rows of twice, four times, ... that.
@@ -170,7 +171,7 @@ def batch_length(rows: Sequence[Row], slots: Sequence[int], seq_len: int) -> int
   return next(length for length in lengths if length >= longest)
 
 
-def pack(ids: Sequence[int], slots: Sequence[int], seq_len: int) -> list[Row]:
+def pack(ids: Sequence[int], slots: Slots, seq_len: int) -> list[Row]:
   """Best fit: each example goes to the fullest row that has room for it.
 
       >>> pack(ids=(3, 1, 0, 2), slots=(5, 3, 2, 4), seq_len=7)

@@ -166,9 +166,8 @@ class SentencePieceTokenizer(Tokenizer):
         EOS 1, BOS 2, UNK 3), or an added token has the spelling of another.
     """
     import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = _empty_model_proto()
     try:
       proto.ParseFromString(model_proto)
     except Exception as e:  # protobuf raises its own types
@@ -207,7 +206,7 @@ class SentencePieceTokenizer(Tokenizer):
         f'{source}: got PAD, EOS, BOS, UNK = {got}, expected (0, 1, 2, 3) as '
         "in Gemma; is it another model's tokenizer?"
       )
-    self.model_proto = model_proto
+    self.model_proto: bytes = model_proto
     self.vocab_size = self._pieces.get_piece_size()
     self._bytes: dict[int, bytes] = {}  # of the tokens asked for so far
 
@@ -321,8 +320,6 @@ def build_model_proto(
     ValueError: the lists differ in length, are too short, or hold something that
       is not a piece, score or type.
   """
-  from sentencepiece import sentencepiece_model_pb2
-
   if not 4 <= len(pieces) == len(scores) == len(types):
     raise ValueError(
       f'vocabulary: got {len(pieces)} pieces, {len(scores)} scores and '
@@ -336,7 +333,7 @@ def build_model_proto(
     bad = next((x for x in values if not is_fine(x)), None)
     if bad is not None:
       raise ValueError(f'vocabulary: got {name} {bad!r}, expected {expected}.')
-  proto = sentencepiece_model_pb2.ModelProto()
+  proto = _empty_model_proto()
   trainer = proto.trainer_spec
   trainer.model_type = trainer.BPE
   trainer.vocab_size = len(pieces)
@@ -361,6 +358,12 @@ def build_model_proto(
       kind = UNKNOWN  # GGUF calls it a control token
     proto.pieces.add(piece=piece, score=score, type=kind)
   return proto.SerializeToString()
+
+
+def _empty_model_proto() -> Any:
+  from sentencepiece import sentencepiece_model_pb2 as pb2
+
+  return pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]: made when imported
 
 
 def is_control_name(spelling: str) -> bool:

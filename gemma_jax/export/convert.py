@@ -106,10 +106,12 @@ def convert(
   }
 
   if to == 'peft':
+    assert loaded is not None  # `_check_arguments` asks for an adapter
+    named = dataclasses.replace(loaded, reference=model)
 
     def write(new: Path) -> dict[str, Any]:
-      adapter_lib.write(new, dataclasses.replace(loaded, reference=model))
-      return {'parameters': pytree.num_params(loaded.factors)}
+      adapter_lib.write(new, named)
+      return {'parameters': pytree.num_params(named.factors)}
 
   else:
     result, trained_with = source, source.read_trained_with()

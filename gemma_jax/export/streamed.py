@@ -62,7 +62,7 @@ def logits(source: BaseSource, tokens: np.ndarray, lora: Lora | None = None) -> 
     for i, is_local in enumerate(pattern):
       params = _read(source, f'layer_{i}/', pool)
       variables = {'params': params}
-      if f'layer_{i}' in own:
+      if lora is not None and f'layer_{i}' in own:
         variables = factors.variables(params, own[f'layer_{i}'], lora.scale)
       x = run_layer(variables, x, is_local).block_until_ready()
     scale = _read(source, 'final_norm/', pool)

@@ -98,7 +98,7 @@ def compare(
   ):
     for path in written.tensors:
       module = path.removesuffix('/w')
-      if f'{module}/lora_a' in flat:
+      if lora is not None and f'{module}/lora_a' in flat:
         own = {n: x for n, x in flat.items() if n.startswith(f'{module}/')}
         old, got = (_read(x, path, shapes[path].shape, pool) for x in (source_with, written))
         want = _merge(path, old, own, lora.scale)

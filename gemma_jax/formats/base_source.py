@@ -251,7 +251,7 @@ def _run(jobs: list[Callable[[], None]], pool: futures.Executor):
 def weight_dtype(source: BaseSource, dtype: Any) -> np.dtype:
   """float32 or bfloat16; 'auto' is the base's own."""
   dtype = source.stored_dtype if dtype == 'auto' else jnp.dtype(dtype)
-  if dtype not in (np.float32, jnp.bfloat16):
+  if dtype not in (np.dtype(np.float32), np.dtype(jnp.bfloat16)):
     raise ValueError(
       f'dtype: got {dtype.name}, expected auto, float32 or bfloat16 (float16 overflows in Gemma).'
     )

@@ -215,7 +215,7 @@ def _open_arrays(root: Path) -> dict[str, Any]:
       spec = {'driver': driver, 'kvstore': own}
       array = ts.open(spec, open=True).result()
       block = array.chunk_layout.write_chunk.shape
-      wanted = math.prod(map(_ceil_div, array.shape, block))
+      wanted = math.prod(map(_ceil_div, array.shape, block))  # pyright: ignore[reportArgumentType]: no None in an open one
       if num_blocks[stem] != wanted:
         raise ValueError(f'array {path} has {num_blocks[stem]} of the {wanted} blocks of its shape')
       arrays[path] = array

@@ -1,7 +1,7 @@
 """Writes a base as a Flax release (`flax_release`), one array at a time."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 import dataclasses
 import functools
@@ -109,7 +109,7 @@ def _save(folder: Path, leaves: Mapping[str, _Leaf], nested: bool) -> None:
     Orbax would start all at once and hold everything not yet written.
     """
 
-    async def serialize(self, values, infos, args=None):
+    async def serialize(self, values: Sequence[Any], infos, args=None):
       args = args or [ocp.SaveArgs()] * len(values)
       for value, info, arg in zip(values, infos, args, strict=True):
         started = await super().serialize([value.load()], [info], [arg])

@@ -142,8 +142,8 @@ def _rope_scale(metadata: dict[str, Any], arch: str, where: str) -> float:
     return 1.0
   factor = metadata.get(f'{arch}.rope.scaling.factor')
   # Only Gemma 3 keeps the positions of local layers unscaled.
-  is_positive = isinstance(factor, int | float) and factor > 0
-  if kind != 'linear' or arch == 'gemma2' or not is_positive:
+  is_known = kind == 'linear' and arch != 'gemma2'
+  if not is_known or not isinstance(factor, int | float) or not factor > 0:
     raise ValueError(
       f'{where}: {arch}.rope.scaling is {kind!r} with factor {factor!r}, '
       'expected none, or linear with a factor > 0 (not in gemma2).'
@@ -165,7 +165,7 @@ def _check_type(kind: int, name: str, path: Path):
 def _can_dequantize(kind: int) -> bool:
   from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-  block = np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8)
+  block = np.zeros((1, GGML_QUANT_SIZES[GGMLQuantizationType(kind)][1]), np.uint8)
   try:
     quants.dequantize(block, GGMLQuantizationType(kind))
   except NotImplementedError:
@@ -179,7 +179,8 @@ def _read_rows(
   """Rows [start, stop) of a tensor, dequantized to float32."""
   from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-  block, block_bytes = GGML_QUANT_SIZES[info.type]
+  kind = GGMLQuantizationType(info.type)
+  block, block_bytes = GGML_QUANT_SIZES[kind]
   row_elements = math.prod(info.shape[1:])
   first, size = start * row_elements, (stop - start) * row_elements
   stored = np.fromfile(
@@ -189,9 +190,7 @@ def _read_rows(
     offset=info.offset + first // block * block_bytes,
   )
   # As one row, which `dequantize` takes at once, not sixteen rows at a time.
-  values = quants.dequantize(stored.reshape(1, -1), GGMLQuantizationType(info.type)).reshape(
-    stop - start, *info.shape[1:]
-  )
+  values = quants.dequantize(stored.reshape(1, -1), kind).reshape(stop - start, *info.shape[1:])
   return values - np.float32(1) if name.endswith('norm.weight') else values
 
 

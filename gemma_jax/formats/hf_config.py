@@ -201,8 +201,8 @@ def _object(value: Any, name: str, where: str) -> dict[str, Any]:
 
 def _positive(config: dict[str, Any], key: str, where: str) -> float:
   value = config.get(key)
-  is_number = isinstance(value, int | float) and not isinstance(value, bool)
-  if not is_number or not 0 < value < 1e300:
+  is_flag = isinstance(value, bool)
+  if is_flag or not isinstance(value, int | float) or not 0 < value < 1e300:
     raise ValueError(f'{where}: {key} is {value!r}, expected a number > 0.')
   return float(value)
 

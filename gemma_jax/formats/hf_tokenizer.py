@@ -13,7 +13,7 @@ All are read, and must agree. A token is special if one of them says so.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gemma_jax.data import tokenizer as tokenizer_lib
 from gemma_jax.data.tokenizer import AddedToken, SentencePieceTokenizer
@@ -148,8 +148,7 @@ def _parse(where: str, entry: Any, special: set[str]) -> AddedToken:
   fields = entry if isinstance(entry, dict) else {}
   token_id, content = fields.get('id'), fields.get('content')
   # No more rows than an int32 can count, whatever a file says.
-  is_id = type(token_id) is int and 0 <= token_id < 2**31
-  if not is_id or not _is_text(content):
+  if type(token_id) is not int or not 0 <= token_id < 2**31 or not _is_text(content):
     raise ValueError(f'{where}: got added token {entry!r:.80}, expected an id and a content.')
   is_special = fields.get('special') is True or content in special
   odd = next((name for name in _MATCHING if fields.get(name)), None)
@@ -199,7 +198,7 @@ def _field(path: Path, name: str, kind: type) -> Any:
   return value
 
 
-def _is_text(content: Any) -> bool:
+def _is_text(content: Any) -> TypeGuard[str]:
   """Whether it is a string of at least one character, and valid Unicode."""
   try:
     return isinstance(content, str) and len(content.encode()) > 0

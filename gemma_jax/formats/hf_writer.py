@@ -126,16 +126,15 @@ def write_tokenizer(folder: Path, source: BaseSource, trained_on: str | None = N
   tokenizer replaces it. Nothing is written for a base without SentencePiece.
   """
   tokenizer = source.tokenizer()
-  proto = None if tokenizer is None else tokenizer.model_proto
   if (origin := _origin(source)) is not None:
     for name in _TOKENIZER_FILES:
       if (origin / name).is_file():
         shutil.copyfile(origin / name, folder / name)
-  if proto is None:
+  if tokenizer is None or tokenizer.model_proto is None:
     return
   path = folder / 'tokenizer.model'
   if not path.is_file():
-    path.write_bytes(proto)
+    path.write_bytes(tokenizer.model_proto)
   path = folder / hf_tokenizer.CONFIG_NAME
   given = hf_tokenizer.read_object(path)
   config = dict(given or _TOKENIZER_CONFIG)

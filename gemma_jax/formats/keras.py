@@ -229,7 +229,7 @@ def _dataset(file: Any, name: str, shape: tuple[int, ...], dtypes: tuple[str, ..
 def _dtype(dataset: Any) -> np.dtype | None:
   """A dataset's dtype, None if NumPy has none; Keras marks its bfloat16."""
   try:
-    dtype = dataset.dtype
+    dtype: np.dtype = dataset.dtype
   except (TypeError, ValueError):
     return None
   if dtype == 'V2' and str(dataset.attrs.get('dtype')) == 'bfloat16':
@@ -241,4 +241,5 @@ def _shapes(target: str, config: ModelConfig, rank: int) -> tuple[tuple[int, ...
   """Shapes of A and B of a projection, e.g. [N, D, r] and [r, H]."""
   sizes = layout.axis_sizes(config) | {'R': rank}
   axes = adapter.factor_axes(layout.PROJECTION_EQUATIONS[target], 'keras')
-  return tuple(tuple(sizes[c] for c in letters) for letters in axes)
+  a, b = (tuple(sizes[c] for c in letters) for letters in axes)
+  return a, b

@@ -10,6 +10,7 @@ whatever the mesh, and no process has the whole of a leaf that is split.
 from collections.abc import Sequence
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,6 +93,7 @@ def make_parts(
   by_device = {}
   indices = sharding.addressable_devices_indices_map(shape)
   for device, slices in indices.items():
+    assert slices is not None  # each of these devices holds a part
     index = tuple(s.indices(size)[:2] for s, size in zip(slices, shape, strict=True))
     if index not in parts:
       sizes = tuple(stop - start for start, stop in index)
@@ -101,7 +103,7 @@ def make_parts(
 
 
 def to_devices(
-  parts: dict[jax.Device, Part], shape: tuple[int, ...], sharding: jax.sharding.Sharding
+  parts: dict[Any, Part], shape: tuple[int, ...], sharding: jax.sharding.Sharding
 ) -> jax.Array:
   """Makes the leaf from its parts; waits, so that their memory can be freed."""
   arrays = [jax.device_put(part.out, device) for device, part in parts.items()]

@@ -39,8 +39,8 @@ def align(loras: Sequence['Lora']) -> list['Lora']:
   shapes: dict[str, tuple[int, ...]] = {}
   for leaves in flat:
     for name, x in leaves.items():
-      known = shapes.get(name, x.shape)
-      shapes[name] = tuple(map(max, known, x.shape))
+      shape: tuple[int, ...] = x.shape
+      shapes[name] = tuple(map(max, shapes.get(name, shape), shape))
 
   def fit(x, shape):
     if x is None:

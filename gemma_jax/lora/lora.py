@@ -37,10 +37,17 @@ class Base(Protocol):
     scan_layers: form of the tree.
   """
 
-  reference: str
-  config: ModelConfig
-  params: Any
-  scan_layers: bool
+  @property
+  def reference(self) -> str: ...
+
+  @property
+  def config(self) -> ModelConfig: ...
+
+  @property
+  def params(self) -> Any: ...
+
+  @property
+  def scan_layers(self) -> bool: ...
 
 
 @jax.tree_util.register_dataclass

@@ -20,7 +20,9 @@ def factor_shapes(
   'attn/q'    [D, r], [r, N, H]
   'attn/o'    [N, H, r], [r, D]
   """
-  outputs, inputs = layout.projection_axes(f'layers/{name}/w')
+  axes = layout.projection_axes(f'layers/{name}/w')
+  assert axes is not None  # adapters have factors of projections alone
+  outputs, inputs = axes
   sizes = layout.axis_sizes(config)
   return ((*(sizes[c] for c in inputs), rank), (rank, *(sizes[c] for c in outputs)))
 

@@ -185,11 +185,10 @@ class Attention(nn.Module):
     k = rope.apply(k, sin, cos)
 
     if kv is not None:  # write the new keys and values, attend to all slots
+      assert context.index is not None  # a context with a cache says where to write
       start = (layer, 0, context.index, 0, 0)
-      kv = tuple(
-        jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
-        for old, new in zip(kv, (k, v), strict=True)
-      )
+      write = lambda old, new: jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), start)
+      kv = write(kv[0], k), write(kv[1], v)
       k, v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in kv)
 
     # The kernels are for whole rows; a cache is read by a few queries.
@@ -203,7 +202,7 @@ class Attention(nn.Module):
     elif isinstance(is_local, bool):
       y = attend(config.window_size if is_local else None)
     elif kv is not None:  # the whole cache is read; only the mask differs
-      y = attend(jnp.where(is_local, config.window_size, config.max_positions))
+      y = attend(jnp.where(is_local, config.window_size or 0, config.max_positions))
     else:  # one compiled layer serves both kinds; only one branch runs
       y = jax.lax.cond(is_local, lambda: attend(config.window_size), lambda: attend(None))
     return project('o', (N, H, D))(y), kv

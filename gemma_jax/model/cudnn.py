@@ -1,6 +1,6 @@
 """Attention on an NVIDIA GPU: cuDNN's fused kernel, through `jax.nn`."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def attend(
   context: Context,
   window: int | None,
   cap: float | None,
-  implementation: str = 'cudnn',
+  implementation: Literal['cudnn', 'xla'] = 'cudnn',
 ) -> jax.Array:
   """An `attention.Attend`: q [B, T, N, H], k and v [B, T, K, H].
 

@@ -120,4 +120,5 @@ def _attend_locally(q, k, v, segment_ids, *, window, cap, interpret):
   segment_ids = jnp.pad(segment_ids, pad[:2])  # 0, as padding has
   segments = pallas_splash.SegmentIds(q=segment_ids, kv=segment_ids)
   out = jax.vmap(kernel)(q, k, v, segments)  # [B, N, length, H]
+  assert isinstance(out, jax.Array)  # residuals, a pair's second, were not asked for
   return out.swapaxes(1, 2)[:, :T]

@@ -6,6 +6,7 @@ debugging and masks that name one layer. Features are switched by the fields of
 `ModelConfig`, never by a model's name.
 """
 
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -120,7 +121,7 @@ class Transformer(nn.Module):
         layer,
         variable_axes={'params': 0, 'rows': 0, 'lora': 0, 'intermediates': 0},
         split_rngs={'params': True, 'dropout': True},
-        in_axes=(0, 0, nn.broadcast),
+        in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]: not only an int
         length=config.num_layers,
       )(*arguments)
     else:
@@ -159,7 +160,8 @@ class Transformer(nn.Module):
       if cache is not None:
         positions += jnp.sum(cache.segment_ids > 0, axis=1, keepdims=True)
     if cache is not None:
-      cache = cache.replace(
+      cache = dataclasses.replace(
+        cache,
         positions=_write(cache.positions, positions, cache.index),
         segment_ids=_write(cache.segment_ids, segment_ids, cache.index),
       )
@@ -169,10 +171,10 @@ class Transformer(nn.Module):
     kv = None if cache is None else (cache.k, cache.v)
     x, kv = self._run_layers(x, kv, context)
     x = self.final_norm(x)
-    if cache is None:
+    if cache is None or kv is None:  # both or neither
       return x
     index = cache.index + tokens.shape[1]
-    return x, cache.replace(k=kv[0], v=kv[1], index=index)
+    return x, dataclasses.replace(cache, k=kv[0], v=kv[1], index=index)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """hidden [B, T, D] → float32 [B, T, V], with the model's soft cap, if any."""

@@ -173,14 +173,14 @@ def load(
 def _transformer(config: BaseConfig, model_config: ModelConfig, mesh: Mesh) -> Transformer:
   """The transformer as a config wants it computed on a mesh."""
   dtype = activation_dtype(config.activation_dtype, mesh)
+  head_axis = sharding.RULES.axis('N')
+  assert head_axis is not None  # the rules split heads
   return Transformer(
     model_config,
     dtype=dtype,
     scan_layers=config.scan_layers,
     hidden_sharding=sharding.batch_sharding(mesh),
-    attend=kernels.choose(
-      config.attention, model_config, dtype, mesh, sharding.BATCH, sharding.RULES.axis('N')
-    ),
+    attend=kernels.choose(config.attention, model_config, dtype, mesh, sharding.BATCH, head_axis),
   )
 
 

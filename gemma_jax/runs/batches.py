@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 import time
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,21 @@ _KINDS = {
   **dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), jnp.integer),
   'weights': jnp.floating,
 }
+
+
+class Positioned(Protocol):
+  """Batches whose place can be kept and found again."""
+
+  def state(self) -> Any:
+    """The place, JSON-able."""
+
+  def restore(self, state: Any) -> None:
+    """Goes to a place that `state` returned."""
+
+
+def has_position(data: Any) -> TypeGuard[Positioned]:
+  """Whether training on an iterable can resume."""
+  return hasattr(data, 'state') and hasattr(data, 'restore')
 
 
 def checked(batch: Any, parts: int) -> Any:

@@ -160,7 +160,8 @@ class Checkpoints:
         logging.warning(
           '%s. Going on from %s.', what, 'the start' if good is None else f'step {good}'
         )
-      bad.pop(good, None)
+      if good is not None:
+        bad.pop(good, None)
     if jax.process_count() > 1:  # the others look when it is done
       multihost_utils.sync_global_devices('checkpoints are checked')
     return set(bad) if read_only else set()
@@ -191,7 +192,7 @@ class Checkpoints:
       return self._manager.item_metadata(step)['state'].tree
 
   @contextlib.contextmanager
-  def _reading(self, step=''):
+  def _reading(self, step: int | str = ''):
     """ValueError in place of what Orbax raises for a broken folder."""
     try:
       yield

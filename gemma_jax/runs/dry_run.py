@@ -13,6 +13,7 @@ from gemma_jax.runs import describe, resume, summary
 from gemma_jax.runs import prepare as run_lib
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.runs.checkpoint import Checkpoints
+from gemma_jax.training import compiler
 
 # Brackets of control tokens.
 _OPEN, _CLOSE = '\u27e8', '\u27e9'
@@ -76,7 +77,7 @@ def _start(run: run_lib.Run, workdir: str, facts: resume.Facts) -> int:
 
 
 def _memory_lines(run: run_lib.Run) -> str:
-  analysis = run.program.compile_train_step(run.abstract_batch()).memory_analysis()
+  analysis = compiler.memory_analysis(run.program.compile_train_step(run.abstract_batch()))
   rows = (
     ('arguments (base, state, batch)', analysis.argument_size_in_bytes),
     ('temporaries (activations, gradients)', analysis.temp_size_in_bytes),

@@ -85,7 +85,7 @@ def evaluate(
         raise Stopped
       losses = np.asarray(eval_step(batch), np.float64)
       real = ids >= 0
-      np.add.at(nll, (..., ids[real]), losses[..., real])
+      np.add.at(nll, (..., ids[real]), losses[..., real])  # pyright: ignore[reportArgumentType]: it takes an Ellipsis
       np.add.at(tokens, ids[real], (batch['weights'] > 0)[real])
       bar.update(len(np.unique(ids[real])))
   return Evaluation(nll, tokens)

@@ -39,12 +39,15 @@ class Outputs(Protocol):
 
   def goes_on(self) -> bool:
     """Whether another update is wanted."""
+    ...
 
   def updated(self, metrics: Metrics) -> str:
     """After an update; returns what the progress bar shows."""
+    ...
 
   def wants_evaluation(self, step: int) -> bool:
     """Whether this step is to be evaluated, and was not yet."""
+    ...
 
   def evaluated(self, step: int, measured: Sequence[Evaluation], seconds: float) -> None:
     """After an evaluation, of every adapter."""

@@ -121,16 +121,16 @@ class _Board:
     from tensorboardX.proto import event_pb2, summary_pb2
 
     folder.mkdir(parents=True, exist_ok=True)
-    self._event = event_pb2.Event
-    self._summary = summary_pb2.Summary
+    # Both modules make their classes when they are imported.
+    self._event, log = event_pb2.Event, event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]: see above
+    self._summary = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]: see above
     self._writer = event_file_writer.EventsWriter(f'{folder}/events')
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._put(step=first_step, session_log=start)
+    self._put(step=first_step, session_log=log(status=log.START))
     self.flush()
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    values = [self._summary.Value(tag=tag, simple_value=x) for tag, x in values.items()]
-    self._put(step=step, summary=self._summary(value=values))
+    scalars = [self._summary.Value(tag=tag, simple_value=x) for tag, x in values.items()]
+    self._put(step=step, summary=self._summary(value=scalars))
     if time.monotonic() - self._flushed > _FLUSH_EVERY_SECS:
       self.flush()
 

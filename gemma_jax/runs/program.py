@@ -158,6 +158,7 @@ class Program:
     return compiled
 
   def _mapped_at_once(self, batch: Any, parts: int) -> int:
+    assert self.members is not None  # one adapter is not mapped
     positions = max(x.size for _, x in pytree.items(batch)) // parts
     platform = self.mesh.devices.flat[0].platform
     return batched.mapped_at_once(self.members, positions, platform)

@@ -78,8 +78,8 @@ def finished(workdir: str, now: Facts) -> dict[str, Any] | None:
     return None
   for name in _RESULT:
     value = result.get(name)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
+    is_flag = isinstance(value, bool)
+    if is_flag or not isinstance(value, int | float) or not math.isfinite(value):
       raise ValueError(
         f'{workdir}/result.json: {name} is {result.get(name)!r}, expected a number. {remedy}'
       )
@@ -115,7 +115,7 @@ def newest(
       had finished and is to go on.
   """
   step = None if checkpoints is None else checkpoints.latest_step()
-  if step is None:
+  if checkpoints is None or step is None:
     if workdir_lib.has_result(workdir):
       raise ValueError(
         f'workdir {workdir}: its run has finished and kept no checkpoint to '

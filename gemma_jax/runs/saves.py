@@ -63,7 +63,7 @@ class Saves:
     stack.callback(self._checkpoints.close)
     step = self._checkpoints.latest_step()
     self._saved = step or 0
-    self.newest = None
+    self.newest: tuple[int, dict[str, Any]] | None = None
     if step is not None:
       notes = self._checkpoints.read_notes(step)
       try:
@@ -76,6 +76,7 @@ class Saves:
 
   def restore(self, abstract: TrainState) -> TrainState:
     """The state of `newest`, onto the shardings of an abstract one."""
+    assert self.newest is not None  # else there is nothing to restore
     step, _ = self.newest
     logging.info('Goes on from step %d of %s', step, self._place.workdir)
     return self._checkpoints.restore(step, abstract)

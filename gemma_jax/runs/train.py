@@ -122,6 +122,7 @@ def _loop(
 def _stop_if_asked(trainer: Trainer, should_stop: Callable[[], bool]) -> None:
   """Stops before the first step, with nothing to save."""
   if should_stop():
+    assert trainer.total_steps is not None  # a run has an end
     loop_lib.log_stop(trainer.finished, trainer.total_steps)
     raise Stopped
 

@@ -186,7 +186,7 @@ class Trainer:
     state = program.init_state(jax.tree.map(jnp.copy, leaves))
     self._start(program, hyper, lora, state, frozen, data, plan, total_steps)
     if workdir:
-      if plan is None and not (hasattr(data, 'state') and hasattr(data, 'restore')):
+      if plan is None and not batches_lib.has_position(data):
         raise ValueError(
           f'data: got {type(data).__name__} beside a workdir, expected a Dataset, or an iterable '
           'with state() and restore(state): without a position it could not go on. workdir="" '
@@ -198,7 +198,7 @@ class Trainer:
         {
           'base': base.source.fingerprint(),
           'lora': f'{lora.configs} {saves.digest((lora.factors, lora.trained_base))}',
-          'data': None if plan is None else data.fingerprint(),
+          'data': data.fingerprint() if isinstance(data, Dataset) else None,
           'batch_size': None if plan is None else batch_size,
           'accumulate_steps': accumulate_steps,
           'trainable': list(trainable),
@@ -269,6 +269,7 @@ class Trainer:
     if self._saves.newest is not None:
       self.state = self._saves.restore(self.program.abstract[0])
       if self.plan is None:
+        assert batches_lib.has_position(self.data)  # others were refused
         self.data.restore(self._saves.newest[1]['data'])
 
   @property
@@ -334,19 +335,24 @@ class Trainer:
 
   def _position(self) -> Any:
     """Of an iterable that training has to find again; None where rows are planned."""
-    return None if self._saves is None or self.plan is not None else self.data.state()
+    if self._saves is None or self.plan is not None:
+      return None
+    assert batches_lib.has_position(self.data)  # others were refused
+    return self.data.state()
 
   def batches(self, last: int) -> Iterator[tuple[float, Any]]:
     """(seconds waited, batch on the mesh) from here to update `last`."""
     if isinstance(self.data, Dataset):
-      rows = sharding.local_rows(self.program.mesh, self.plan.global_batch_size)
+      assert self.plan is not None  # it has one
+      size = self.plan.global_batch_size
+      rows = sharding.local_rows(self.program.mesh, size)
       numbered = pipeline.train_batches(
         self.data.train,
         self.plan,
         self.finished,
         last,
         rows,
-        lambda batch: self.put(batch, self.plan.global_batch_size),
+        lambda batch: self.put(batch, size),
       )
       batches = (batch for _, batch in numbered)
     else:
@@ -526,6 +532,7 @@ def _optimizer(
   for rate in rates.ravel().tolist():
     dataclasses.replace(config, learning_rate=rate).check()
   if members is None:
-    config = dataclasses.replace(config, learning_rate=float(learning_rate or config.learning_rate))
+    rate = np.asarray(learning_rate or config.learning_rate, np.float64).item()
+    config = dataclasses.replace(config, learning_rate=rate)
   make = prepare_lib.make_optimizer(config, total_steps or 1, tuple(trainable))
   return make, None if members is None else np.broadcast_to(rates, members)

@@ -130,11 +130,11 @@ def _train(run: prepare_lib.Run, state: TrainState, last: int) -> TrainState:
 
 def _different(got: TrainState, want: TrainState) -> list[str]:
   """Names of the leaves that differ in a bit."""
-  got, want = (
+  left, right = (
     {name: np.asarray(x).tobytes() for name, x in pytree.items(tree)}
     for tree in jax.device_get((got, want))
   )
-  return [name for name in want if got[name] != want[name]]
+  return [name for name in right if left[name] != right[name]]
 
 
 def _last_two(checkpoints: Checkpoints) -> list[int]:

@@ -56,11 +56,11 @@ class Settings(NamedTuple):
     row_ids: int32 [B], which tell the rows' draws apart.
   """
 
-  temperature: jax.Array
-  top_k: jax.Array
-  top_p: jax.Array
-  seed: jax.Array
-  row_ids: jax.Array
+  temperature: jax.Array | np.float32
+  top_k: jax.Array | np.float32
+  top_p: jax.Array | np.float32
+  seed: jax.Array | np.uint32
+  row_ids: jax.Array | np.ndarray
 
   @classmethod
   def of(cls, sampling: SamplingConfig, row_ids: Sequence[int]) -> 'Settings':

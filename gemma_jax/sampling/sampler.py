@@ -13,6 +13,7 @@ length share a program.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import time
 from typing import Any, NamedTuple
 
@@ -95,11 +96,11 @@ class Sampler:
         the tokenizer has it.
     """
     on_cpu = jax.default_backend() == 'cpu'
-    if dtype is None:
-      dtype = jnp.float32 if on_cpu else jnp.bfloat16
+    default: jax.typing.DTypeLike = jnp.float32 if on_cpu else jnp.bfloat16
+    dtype = default if dtype is None else dtype
     if stop_ids is None:
       end_of_turn = None if tokenizer is None else tokenizer.end_of_turn_id
-      stop_ids = {Tokenizer.eos_id, end_of_turn} - {None}
+      stop_ids = [i for i in (Tokenizer.eos_id, end_of_turn) if i is not None]
     self.config = config
     self.num_pieces = config.vocab_size if tokenizer is None else tokenizer.vocab_size
     self.stop_ids = frozenset(stop_ids)
@@ -213,6 +214,10 @@ class Sampler:
     ends = [i for i, token in enumerate(new) if token in self.stop_ids]
     return new[: ends[0] + 1] if ends else new
 
+  def _apply(self, variables: Any, *arguments: Any, **options: Any) -> Any:
+    """`Transformer.apply`, whose own type allows for variables that change."""
+    return self.model.apply(variables, *arguments, **options)
+
   def _prefill(self, variables, tokens, segment_ids, settings, cache_length, num_samples=1):
     """Prompts [B, P], padded on the left → `State` with the first tokens."""
     B, P = tokens.shape
@@ -220,7 +225,7 @@ class Sampler:
     width = min(P, prompts_lib.PREFILL_TOKENS)
 
     def read(cache, part):
-      hidden, cache = self.model.apply(variables, *part, cache)
+      hidden, cache = self._apply(variables, *part, cache)
       return cache, hidden[:, -1]
 
     parts = [
@@ -229,7 +234,8 @@ class Sampler:
     cache = init_cache(self.config, B, cache_length, self.dtype)
     cache, hidden = jax.lax.scan(read, cache, parts)  # [P / width, B, D]
     repeat = lambda x, axis: jnp.repeat(x, num_samples, axis)
-    cache = cache.replace(
+    cache = dataclasses.replace(
+      cache,
       k=repeat(cache.k, 1),
       v=repeat(cache.v, 1),
       positions=repeat(cache.positions, 0),
@@ -269,7 +275,7 @@ class Sampler:
 
     def one_token(loop):
       i, state, tokens = loop
-      hidden, cache = self.model.apply(
+      hidden, cache = self._apply(
         variables,
         state.token[:, None],
         jnp.ones_like(state.token)[:, None],
@@ -286,7 +292,7 @@ class Sampler:
 
   def _choose(self, variables, hidden, settings, state):
     """The state with its next token, from hidden [B, D]."""
-    logits = self.model.apply(variables, hidden[:, None], method='logits')[:, 0]
+    logits = self._apply(variables, hidden[:, None], method='logits')[:, 0]
     is_piece = jnp.arange(logits.shape[1]) < self.num_pieces
     is_finite = jnp.all(jnp.isfinite(logits) | ~is_piece[None], axis=1)
     finite = state.finite & (is_finite | state.done)

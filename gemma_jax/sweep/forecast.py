@@ -38,8 +38,7 @@ class BatchForecast:
     """Least time of the members' own steps over that of the batch; None if one does not fit."""
     if not (self.together.fits and self.alone.fits):
       return None
-    separate = len(self.names) * self.alone.bound.secs
-    return separate / self.together.bound.secs
+    return len(self.names) * each.secs / gang.secs
 
   def report(self) -> str:
     """The forecast as text; the last line has the gain."""

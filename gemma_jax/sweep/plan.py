@@ -8,6 +8,7 @@ from typing import Any
 
 from absl import logging
 import jax
+from jax.sharding import Mesh
 
 from gemma_jax import pytree
 from gemma_jax.config.train import TrainConfig
@@ -54,7 +55,7 @@ def split(
   # No trial's step has larger shapes than that of the largest rank.
   largest = max(configs, key=lambda config: config.lora.rank)
   outline = prepare_lib.outline(largest)
-  limit_bytes = limit_bytes or int(SHARE * compiler.memory_limit_bytes(outline.base.mesh))
+  limit_bytes = limit_bytes or _share_of_memory(outline.base.mesh)
   return divide(
     len(configs),
     lambda size: peak_bytes(outline, size, limit_bytes),
@@ -62,6 +63,17 @@ def split(
     limit_bytes=limit_bytes,
     base_bytes=pytree.num_bytes(outline.program(1).abstract[1]),
   )
+
+
+def _share_of_memory(mesh: Mesh) -> int:
+  """What a step may take of a device, in bytes."""
+  limit = compiler.memory_limit_bytes(mesh)
+  if limit is None:
+    raise ValueError(
+      'grid.memory_gib: got 0, but the devices do not say how much memory they have; expected '
+      'the GiB that a step may take. Set --config.grid.memory_gib=GIB.'
+    )
+  return int(SHARE * limit)
 
 
 def divide(

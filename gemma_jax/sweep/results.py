@@ -54,6 +54,12 @@ class Outcome:
     """Whether it has a result or has failed."""
     return self.result is not None or self.error is not None
 
+  @property
+  def seconds(self) -> float:
+    """Of training, if it has a result."""
+    assert self.result is not None
+    return self.result['seconds']
+
   @functools.cached_property
   def losses(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Step → nll [N] in nats and supervised tokens [N], by held-out record."""

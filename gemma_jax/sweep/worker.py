@@ -54,6 +54,7 @@ def run(
   workdir_lib.check_writable(workdir)
   inputs = _plan(config, workdir, should_stop)
   planned = workdir_lib.read_json(workdir, manifest.NAME)
+  assert planned is not None  # `_plan` returns once it is there
   worker = _Worker(config, workdir, planned['fingerprints'], should_stop)
   jobs = planned['jobs']
   if inputs is None:

@@ -20,7 +20,7 @@ from gemma_jax.runs import prepare as prepare_lib
 from gemma_jax.runs import summary
 from gemma_jax.tpu import hlo, roofline
 from gemma_jax.tpu.topology import Topology
-from gemma_jax.training import sharding
+from gemma_jax.training import compiler, sharding
 from gemma_jax.training import state as state_lib
 
 _MAX_ROWS_PER_DEVICE = 4096
@@ -209,7 +209,9 @@ def forecast(config: TrainConfig, topology: Topology, members: int = 1) -> Forec
     - memory.alias_size_in_bytes,
     'program': memory.generated_code_size_in_bytes,
   }
-  collectives = hlo.collectives(compiled.as_text(), mesh.size)
+  text = compiled.as_text()
+  assert text is not None  # XLA has one on a TPU
+  collectives = hlo.collectives(text, mesh.size)
   tokens = members * config.data.global_batch_size * config.data.seq_len
   return dataclasses.replace(
     draft,

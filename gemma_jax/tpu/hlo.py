@@ -78,8 +78,8 @@ class Collective:
     """Whether a group reaches over slices, given the slice of each device."""
     if self.kind == 'send':
       return True
-    slices = np.asarray(slices)[self.groups]
-    return bool((slices != slices[:, :1]).any())
+    in_groups = np.asarray(slices)[self.groups]
+    return bool((in_groups != in_groups[:, :1]).any())
 
 
 def collectives(text: str, num_devices: int) -> list[Collective]:
@@ -153,9 +153,10 @@ def replica_groups(attributes: str, num_devices: int) -> np.ndarray:
 def _iota(text: str) -> np.ndarray:
   """'[2,4]<=[4,2]T(1,0)', or without its shape, → the array it stands for."""
   match = re.match(r'(?:\[([\d,]+)\]<=)?\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
-  shape, dims, order = (
-    tuple(map(int, part.split(','))) if part else None for part in match.groups()
-  )
+  assert match is not None, text  # XLA writes no other form
+  numbers = lambda part: tuple(map(int, part.split(','))) if part else None
+  shape, dims, order = numbers(match[1]), numbers(match[2]), numbers(match[3])
+  assert dims is not None  # the one part that is always there
   ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
   return ids if shape is None else ids.reshape(shape)
 
@@ -183,7 +184,7 @@ def _along_axes(axes: str, device_ids: str | None, chosen: str) -> np.ndarray:
 
 def _parse(text: str):
   """Instructions (name, type, kind, rest) by computation, and the entry."""
-  computations, entry, current = {}, None, None
+  computations, entry, current = {}, '', None
   for line in text.splitlines():
     if header := _HEADER.match(line):
       current = computations.setdefault(header[2], [])
@@ -228,7 +229,14 @@ def _result_bytes(result: str, kind: str) -> int:
 
 
 def _dtype_bits(name: str) -> int:
-  return 8 if name == 'pred' else int(re.search(r'\d+', name)[0])
+  return 8 if name == 'pred' else int(_first(r'(\d+)', name))
+
+
+def _first(pattern: str, text: str) -> str:
+  """What the pattern's group matches first; XLA's text has it."""
+  match = re.search(pattern, text)
+  assert match is not None, f'{pattern} in {text}'
+  return match[1]
 
 
 def _sent(by_place: dict[str, Collective]) -> float:

@@ -89,7 +89,7 @@ class Bound:
       'HBM': self.hbm_secs,
       'interconnect': self.interconnect_secs,
     }
-    return max(times, key=times.get)
+    return max(times, key=lambda name: times[name])
 
 
 def training_step(
@@ -171,6 +171,7 @@ def bound(
   # Both networks work at the same time.
   interconnect_secs = _sent(within) / chip.ici_bytes_per_sec
   if crossing:
+    assert chip.dcn_bytes_per_sec is not None  # else `topology.parse` refuses slices
     interconnect_secs = max(interconnect_secs, _sent(crossing) / chip.dcn_bytes_per_sec)
   compute_secs = work.executed_flops / (mesh.size * chip.peak_flops)
   hbm_secs = work.hbm_bytes / chip.hbm_bytes_per_sec

@@ -97,7 +97,7 @@ class Topology:
     return description.devices
 
   def _options(self) -> dict[str, Any]:
-    options = {'num_slices': self.num_slices}
+    options: dict[str, Any] = {'num_slices': self.num_slices}
     if self.chip.name == 'v4':  # both cores of a chip as one device
       options['chip_config_name'] = 'megacore'
     bounds = (*self.shape, 1)[:3]
@@ -115,7 +115,7 @@ def parse(name: str) -> Topology:
   """
   match = re.fullmatch(r'(?:(\d+)x)?(v\w+):(\d+(?:x\d+)+)', name)
   chip = chips.CHIPS.get(match[2]) if match else None
-  if chip is None:
+  if match is None or chip is None:
     raise ValueError(f'topology: got {name!r}, expected {known()}.')
   num_slices = int(match[1] or 1)
   shape = tuple(map(int, match[3].split('x')))

@@ -91,9 +91,16 @@ def with_remat(
   return compile_with(model.clone(remat=candidates[-1]))
 
 
+def memory_analysis(compiled: jax.stages.Compiled) -> Any:
+  """The compiler's account of a program's memory, per device: XLA's `CompiledMemoryStats`."""
+  analysis = compiled.memory_analysis()
+  assert analysis is not None  # XLA has one on CPU, GPU and TPU
+  return analysis
+
+
 def memory_bytes(compiled: jax.stages.Compiled) -> int:
   """Arguments, temporaries and new outputs of a program, per device."""
-  analysis = compiled.memory_analysis()
+  analysis = memory_analysis(compiled)
   return (
     analysis.argument_size_in_bytes
     + analysis.temp_size_in_bytes

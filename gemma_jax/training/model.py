@@ -42,7 +42,7 @@ class Model:
       dropout_key: switches the adapter's dropout on, if it has one.
     """
     has_dropout = dropout_key is not None and self.transformer.dropout > 0
-    return self.transformer.apply(
+    return self.apply(
       variables,
       batch['tokens'],
       batch['segment_ids'],

@@ -98,5 +98,5 @@ def _selective(inner, frozen) -> optax.GradientTransformation:
   at = lambda tree: optax.selective_transform(inner, freeze_mask=frozen(tree))
   return optax.GradientTransformation(
     init=lambda params: at(params).init(params),
-    update=lambda updates, state, params: at(updates).update(updates, state, params),
+    update=lambda updates, state, params=None: at(updates).update(updates, state, params),
   )

@@ -9,6 +9,7 @@ Several slices are connected by a slower network: `data` alone goes across it,
 so that it carries one sum of gradients an update and no parameters.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import math
 import re
@@ -70,7 +71,7 @@ class Rules:
 RULES = Rules()
 
 
-def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   """A mesh (data, fsdp, tensor); -1 takes the devices that are left.
 
   Sizes that ask for fewer devices than there are take the first ones, on a
@@ -224,9 +225,12 @@ def put_batch(batch: Any, mesh: Mesh, num_rows: int | None = None) -> Any:
     count = num_rows or len(x)
     rows = np.arange(count)
     have = rows if len(x) == count else local_rows(mesh, count)
-    return jax.make_array_from_callback(
-      (count, *x.shape[1:]), sharding, lambda index: x[np.isin(have, rows[index[0]])]
-    )
+
+    def part(index: tuple[slice, ...] | None):
+      assert index is not None  # a device of this process has a part
+      return x[np.isin(have, rows[index[0]])]
+
+    return jax.make_array_from_callback((count, *x.shape[1:]), sharding, part)
 
   return jax.tree.map(place, batch)
 

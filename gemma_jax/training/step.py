@@ -44,6 +44,10 @@ MakeOptimizer = Callable[
 ]
 
 
+# An array, of NumPy before the step has it, or its shape when the step is compiled.
+_Leaf = Any
+
+
 @struct.dataclass
 class Hyperparameters:
   """What the step is told of an adapter; [], or [K] of several.
@@ -54,9 +58,9 @@ class Hyperparameters:
     seed: of dropout; None where all have the step's own.
   """
 
-  scale: jax.Array
-  learning_rate: jax.Array | None = None
-  seed: jax.Array | None = None
+  scale: _Leaf
+  learning_rate: _Leaf | None = None
+  seed: _Leaf | None = None
 
 
 def token_loss(

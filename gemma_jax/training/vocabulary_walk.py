@@ -344,7 +344,9 @@ def _chunk_sizes(options: Options, num_positions: int) -> Chunk:
   if options.sharding is None:
     platform = jax.default_backend()
   else:
-    platform = options.sharding.mesh.devices.flat[0].platform
+    mesh = options.sharding.mesh
+    assert isinstance(mesh, jax.sharding.Mesh)  # with devices, not an abstract one
+    platform = mesh.devices.flat[0].platform
   sizes, C_V = CPU_CHUNK if platform == 'cpu' else ACCELERATOR_CHUNK
   last = min(sizes[-1], math.ceil(num_positions * _SMALLEST_CHUNK_SHARE))
   larger = (min(size, num_positions) for size in sizes[:-1])

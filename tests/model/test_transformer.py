@@ -154,6 +154,14 @@ def test_cached_decoding_equals_the_full_forward_pass(variables, apply):
   assert cache.index == prefill + 5
 
 
+def test_layers_that_are_all_global_need_no_window_to_decode():
+  config = dataclasses.replace(toy.FULL, layer_is_local=(False,) * 3, window_size=None)
+  model, params, tokens = Transformer(config), toy.base(config), random_tokens(1, 4)
+  cached = lambda x, cache: model.apply({'params': params}, x, cache=cache)[0]
+  hidden = jax.jit(cached)(tokens, init_cache(config, 1, 4, jnp.float32))
+  toy.assert_close(hidden, model.apply({'params': params}, tokens), 1e-5)
+
+
 def test_a_bfloat16_base_under_float32_activations_is_only_cast():
   tokens = jnp.asarray(random_tokens(2, 11))
   params = toy.base(dtype=jnp.bfloat16)

@@ -19,6 +19,7 @@ from gemma_jax.runs import metrics, prepare, train
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.runs.evaluate import Stopped
 from gemma_jax.sweep import grid, plan, results, worker
+from gemma_jax.training import compiler
 from tests import sweep_toy, toy
 
 ROOT = Path(__file__).parents[2]
@@ -369,6 +370,12 @@ def test_gangs_are_split_by_memory(records, caplog):
   found = plan.split(configs, limit_bytes=three)
   assert found == [[0, 1, 2], [3, 4, 5]]
   assert '6 trials are trained as 2 batches of adapters' in caplog.text
+
+
+def test_devices_that_do_not_say_their_memory(records, monkeypatch):
+  monkeypatch.setattr(compiler, 'memory_limit_bytes', lambda mesh: None)
+  with pytest.raises(ValueError, match=r'Set --config\.grid\.memory_gib=GIB'):
+    plan.split([sweep_toy.config(records).resolve()])
 
 
 def test_a_sweep_of_which_every_cell_is_refused(records, tmp_path):
