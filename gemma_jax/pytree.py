@@ -92,7 +92,7 @@ def prune(tree: Tree) -> Tree:
   return {k: v for k, v in kept.items() if not is_hole(v) and not is_empty(v)}
 
 
-def unflatten(leaves: dict[str, Any]) -> Tree:
+def unflatten(leaves: Mapping[str, Any]) -> Tree:
   """Nested dicts by path; undoes `items`.
 
   >>> unflatten({'a/b': 1, 'a/c': 2})

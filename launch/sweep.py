@@ -79,6 +79,7 @@ def forecast(config) -> int:
   from gemma_jax.sweep import forecast
   from gemma_jax.tpu import topology
 
+  assert _TOPOLOGY.value is not None  # `main` asks for it
   # The slice is compiled for, not used; this machine's own devices are left alone.
   jax.config.update('jax_platforms', 'cpu')
   forecasts = forecast.forecast(config, topology.parse(_TOPOLOGY.value))

@@ -117,6 +117,7 @@ def forecast(config) -> int:
 
   if not _DRY_RUN.value:
     app.fail('--topology: got one without --dry_run, expected both')
+  assert _TOPOLOGY.value is not None  # or `main` would train
   # The slice is compiled for, not used; this machine's own devices are left alone.
   jax.config.update('jax_platforms', 'cpu')
   find = forecast.largest_fit if _FIT.value else forecast.forecast

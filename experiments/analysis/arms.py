@@ -54,7 +54,7 @@ class Row:
   @property
   def seconds(self) -> float:
     """Seconds of training, mean over seeds."""
-    return float(np.mean([trial.result['seconds'] for trial in self.trials]))
+    return float(np.mean([trial.seconds for trial in self.trials]))
 
 
 def rows(sweep: Sweep) -> list[Row]:
@@ -107,7 +107,7 @@ def paired(which: np.ndarray, *terms: tuple[float, list[Outcome]]) -> Estimate |
   contrast = np.zeros((len(seeds), int(which.sum())))
   for (weight, _), trials in zip(terms, by_seed, strict=True):
     for i, seed in enumerate(seeds):
-      contrast[i] += weight * trials.get(seed, trials.get(None)).last[0][which]
+      contrast[i] += weight * trials[seed if seed in trials else None].last[0][which]
   return intervals.estimate(contrast, terms[0][1][0].last[1][which])
 
 

@@ -48,7 +48,7 @@ def write_trials(sweep: Sweep, table: list[Row], answers: list[Answer], path: Pa
           trial.entry.get('rate', ''),
           trial.entry['trainable_parameters'],
           *(trial.loss(part) if done else '' for part in parts.values()),
-          trial.result.get('seconds', '') if done else '',
+          '' if trial.result is None else trial.result.get('seconds', ''),
           '' if clipped is None else clipped,
           int(row is not None),
           int(row.at_edge) if row else '',

@@ -64,7 +64,7 @@ class Test:
 
   @property
   def tested(self) -> Estimate:
-    """`excess` of a rank that can be tested: one that no `why_not` speaks against."""
+    """`excess` of a rank that can be tested: one that no `unsupported_reason` speaks against."""
     assert self.excess is not None
     return self.excess
 
@@ -214,7 +214,7 @@ def _sequence(tests: list[Test]) -> list[Test]:
     if is_open:
       state = NOT_COMPARABLE
       if not test.unsupported_reason:
-        state = HOLDS if test.excess.upper() < 0 else FAILS
+        state = HOLDS if test.tested.upper() < 0 else FAILS
       is_open = state == HOLDS
     decided.append(dataclasses.replace(test, state=state))
   return decided

@@ -72,6 +72,7 @@ def _ranks(answer: Answer) -> str:
     return (
       f'No verdict on ranks below {answer.reference}, the reference: {answer.unsupported_reason}.'
     )
+  assert answer.margin is not None  # there is a verdict
   text = [
     f'The margin is {percent(answer.margin)} of what {answer.reference}, the '
     f'reference, gains over the base ({answer.gain} nats per token).'
@@ -126,8 +127,8 @@ def _power(answer: Answer) -> list[str]:
 
 def detectable(test: Test, answer: Answer) -> str:
   """'0.0041 (4 % of the gain)'; without the share if the gain is not known."""
-  size = test.excess.detectable()
-  if answer.unsupported_reason:
+  size = test.tested.detectable()
+  if answer.unsupported_reason or answer.gain is None:
     return f'{size:.4f}'
   return f'{size:.4f} ({percent(size / answer.gain.mean)} of the gain)'
 

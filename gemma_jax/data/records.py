@@ -81,7 +81,7 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
   with file.open('rb') as raw:
     opened = {'.gz': gzip.open, '.xz': lzma.open}.get(file.suffix)
     # An object store's own readline does not take a limit.
-    lines = opened(raw) if opened else io.BufferedReader(raw)
+    lines = opened(raw) if opened else io.BufferedReader(raw)  # pyright: ignore[reportArgumentType]: epath says IO of any
     number, is_known = 0, False
     try:
       while line := lines.readline(_MAX_LINE_BYTES + 1):

@@ -155,7 +155,7 @@ def eval_rows(slots: Slots, seq_len: int, packing: bool = True) -> dict[int, lis
   }
 
 
-def batch_length(rows: Sequence[Row], slots: Sequence[int], seq_len: int) -> int:
+def batch_length(rows: Sequence[Row], slots: Slots, seq_len: int) -> int:
   """The shortest of seq_len, its half, quarter and eighth that holds the rows.
 
   Rows of one example each would otherwise be mostly padding; a few lengths mean
@@ -207,6 +207,6 @@ def pack(ids: Sequence[int], slots: Slots, seq_len: int) -> list[Row]:
   return [tuple(row) for row in rows]
 
 
-def fill(rows: Sequence[Row], slots: Sequence[int], seq_len: int) -> float:
+def fill(rows: Sequence[Row], slots: Slots, seq_len: int) -> float:
   """The share of slots that hold an example."""
   return sum(int(slots[i]) for row in rows for i in row) / (len(rows) * seq_len)

@@ -142,7 +142,7 @@ def convert(
       _verify_tokenizer(source.tokenizer(), _reopen(new).tokenizer(), to)
       record.update(_verify_weights(source, _reopen(new), loaded, record))
     measured = None
-    if verify:
+    if want is not None:
       logging.info('Reading it back, comparing logits')
       measured = _verify_logits(new, source, loaded, to, tokens, want, of_base, record)
     record['largest_logit_difference'] = measured

@@ -207,7 +207,7 @@ def _dataset(file: Any, name: str, shape: tuple[int, ...], dtypes: tuple[str, ..
       raise ValueError(f'{name} is missing or a link, expected a dataset.')
     node = node[part]
   dtype = _dtype(node) if isinstance(node, h5py.Dataset) else None
-  if dtype is None or dtype.name not in dtypes:
+  if not isinstance(node, h5py.Dataset) or dtype is None or dtype.name not in dtypes:
     got = 'no dataset of numbers' if dtype is None else f'of {dtype.name}'
     raise ValueError(f'{name} is {got}, expected {" or ".join(dtypes)}.')
   if node.shape != shape:

@@ -84,7 +84,7 @@ def _spread(chunk: np.ndarray) -> np.ndarray:
 
 def make_parts(
   shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding
-) -> dict[jax.Device, Part]:
+) -> dict[Any, Part]:
   """Allocates memory for what each device of this process holds of a leaf.
 
   Devices that hold the same part share it.

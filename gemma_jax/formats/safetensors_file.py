@@ -193,7 +193,7 @@ def write(path: Path, tensors: Mapping[str, 'base_source.StoredTensor'], dtype: 
 
 def _write_at(descriptor: int, content: np.ndarray, offset: int):
   """Calls os.pwrite until all is written; a full disk is an OSError."""
-  view = memoryview(content)
+  view = content.data
   while view:
     written = os.pwrite(descriptor, view, offset)
     view, offset = view[written:], offset + written

@@ -36,9 +36,10 @@ class BatchForecast:
   @property
   def gain(self) -> float | None:
     """Least time of the members' own steps over that of the batch; None if one does not fit."""
-    if not (self.together.fits and self.alone.fits):
+    each, batch = self.alone.bound, self.together.bound
+    if each is None or batch is None or not (self.together.fits and self.alone.fits):
       return None
-    return len(self.names) * each.secs / gang.secs
+    return len(self.names) * each.secs / batch.secs
 
   def report(self) -> str:
     """The forecast as text; the last line has the gain."""
@@ -48,8 +49,8 @@ class BatchForecast:
       f'{size}: {" ".join(self.names)}',
       self.together.report(),
     ]
-    if self.gain is not None:
-      each, batch = self.alone.bound, self.together.bound
+    each, batch = self.alone.bound, self.together.bound
+    if self.gain is not None and each is not None and batch is not None:
       lines.append(
         f'an update of one adapter alone takes at least {each.secs * 1e3:.2f} ms, '
         f'bound by {each.bound_by}; of the batch, {batch.secs * 1e3:.2f} '

@@ -201,7 +201,7 @@ def forecast(config: TrainConfig, topology: Topology, members: int = 1) -> Forec
     if needed is None:
       raise
     return dataclasses.replace(draft, needed_bytes=needed)
-  memory = compiled.memory_analysis()
+  memory = compiler.memory_analysis(compiled)
   parts |= {
     'padding': memory.argument_size_in_bytes - sum(parts.values()),
     'temporaries': memory.temp_size_in_bytes

@@ -98,9 +98,7 @@ def collectives(text: str, num_devices: int) -> list[Collective]:
     by_place = {}
     for instruction, result, kind, rest in computations[name]:
       if kind == 'while':
-        condition, body = (
-          re.search(rf'{part}=%?([\w.\-]+)', rest)[1] for part in ('condition', 'body')
-        )
+        condition, body = (_first(rf'{part}=%?([\w.\-]+)', rest) for part in ('condition', 'body'))
         by_place |= visit(body, times * _trip_count(rest, computations[condition]))
       elif kind == 'conditional':
         branches = [visit(branch, times) for branch in _branches(rest)]
