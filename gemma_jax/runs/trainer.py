@@ -532,7 +532,7 @@ def _optimizer(
   for rate in rates.ravel().tolist():
     dataclasses.replace(config, learning_rate=rate).check()
   if members is None:
-    rate = np.asarray(learning_rate or config.learning_rate, np.float64).item()
+    rate = config.learning_rate if learning_rate is None else float(np.asarray(learning_rate))
     config = dataclasses.replace(config, learning_rate=rate)
   make = prepare_lib.make_optimizer(config, total_steps or 1, tuple(trainable))
   return make, None if members is None else np.broadcast_to(rates, members)
