@@ -514,7 +514,7 @@ def test_own_loss_that_is_not_finite_is_skipped(base, lora):
     return total * batch['factor'].sum(), weight, metrics
 
   tx = optax.adam(1e-2)
-  step = step_lib.make_train_step(base.model, loss_fn, lambda rate: (tx, None), skip_nonfinite=True)
+  step = step_lib.make_train_step(base.model, loss_fn, lambda rate: (tx, None))
   leaves, frozen = split({'params': base.params, 'lora': lora.factors}, ('lora/',))
   hyper = step_lib.Hyperparameters(jnp.asarray(lora.scale))
   step = jax.jit(step)

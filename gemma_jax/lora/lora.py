@@ -117,7 +117,7 @@ class Lora:
     from gemma_jax.formats import adapter
 
     lora = adapter.read(path, base.config, base.scan_layers)
-    return dataclasses.replace(lora, reference=base.reference)
+    return lora if lora.reference else dataclasses.replace(lora, reference=base.reference)
 
   def save(self, folder: str) -> None:
     """Writes a PEFT folder, new or in place of another adapter's.

@@ -35,7 +35,7 @@ def test_card_and_config(name):
   found = summary.summarize(config, model_config)
   assert found.counts['trainable'] > 0
   assert found.counts['frozen'] == found.counts['base']
-  adapter = state.abstract_variables(config, model_config, 'float32')
+  adapter = state.abstract_variables(model_config, config.lora, 'float32')
   assert len(jax.tree.leaves(adapter['lora'])) > 0
 
 

@@ -178,7 +178,7 @@ def fake(rows, needed):
   topo = topology.parse('v5e:1x1')
   fits = needed <= topo.chip.hbm_bytes
   return forecast.Forecast(
-    program=None,
+    outline=None,
     topology=topo,
     needed_bytes=int(needed),
     part_bytes={'base': int(needed) // 2, 'adapter': 0, 'optimizer': 0},
@@ -259,7 +259,7 @@ class TestCommand:
     flags = [f'--config={config}', '--dry_run', '--topology=v7x:2x2']
     done = call('train', *flags)
     assert done.returncode == 1
-    assert "error: topology: got 'v7x:2x2', expected one of v3:2x2" in (done.stderr)
+    assert "error: --topology: got 'v7x:2x2', expected one of v3:2x2" in (done.stderr)
 
   @pytest.mark.aot
   @pytest.mark.parametrize(('rows', 'code'), [(2, 0), (1_000_000, 1)])
