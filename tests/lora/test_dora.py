@@ -144,7 +144,7 @@ def test_adapters_train_side_by_side_under_vmap(params):
 
 def test_the_model_does_not_take_magnitudes_for_gains(hidden, params):
   factors = toy.factors(toy.FULL, CONFIG)
-  with pytest.raises(ValueError, match='got magnitudes, expected gains: use what Lora'):
+  with pytest.raises(ValueError, match='got magnitudes, expected gains: use the result of Lora'):
     hidden({'params': params, 'lora': factors})
 
 
