@@ -11,7 +11,6 @@ evaluates, saves and reports. The compiled step donates its state, so a
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
-import functools
 import time
 from typing import Any
 
@@ -27,17 +26,15 @@ from gemma_jax.data import pipeline
 from gemma_jax.data.dataset import Dataset
 from gemma_jax.data.row_plan import RowPlan
 from gemma_jax.formats.trained_with import TrainedWith
-from gemma_jax.lora import align
 from gemma_jax.lora import factors as factors_lib
 from gemma_jax.lora.lora import Lora
+from gemma_jax.runs import assemble, hosts, interrupts, saves
 from gemma_jax.runs import batches as batches_lib
 from gemma_jax.runs import evaluate as evaluate_lib
-from gemma_jax.runs import hosts, interrupts, saves
 from gemma_jax.runs import prepare as prepare_lib
 from gemma_jax.runs.base import Base
 from gemma_jax.runs.program import Program
 from gemma_jax.training import compiler, sharding
-from gemma_jax.training import optimizer as optimizer_lib
 from gemma_jax.training import state as state_lib
 from gemma_jax.training import step as step_lib
 from gemma_jax.training.step import Hyperparameters
@@ -46,6 +43,8 @@ from gemma_jax.training.step import Hyperparameters
 @dataclasses.dataclass(frozen=True)
 class Metrics:
   """What one update measured; of K adapters, float64 [K] in place of floats.
+
+  Where the loss or the gradient is not finite, the update was left out.
 
   Attributes:
     step: finished updates, with this one.
@@ -152,8 +151,10 @@ class Trainer:
       )
     first = lora.shapes()
     factors_lib.check_fit(base.config, first, base.scan_layers)
-    make_optimizer, rates = _optimizer(optimizer, learning_rate, total_steps, trainable, members)
-    transformer = base.transformer.clone(dropout=_dropout(lora))
+    make_optimizer, rates = assemble.make_optimizer(
+      optimizer, learning_rate, total_steps, trainable, members
+    )
+    transformer = base.transformer.clone(dropout=assemble.dropout(lora))
     program = Program(
       model=dataclasses.replace(base.model, transformer=transformer),
       mesh=base.mesh,
@@ -180,7 +181,7 @@ class Trainer:
       )
       plan = data.plan(seed, batch_size)
       lora = dataclasses.replace(lora, trained_with=TrainedWith.of(data.config))
-    variables = _place(program, base.params, lora)
+    variables = assemble.place(program, base.params, lora)
     leaves, frozen = state_lib.split(variables, program.trainable)
     # The step donates its state; what the caller has stays the caller's.
     state = program.init_state(jax.tree.map(jnp.copy, leaves))
@@ -203,7 +204,7 @@ class Trainer:
           'accumulate_steps': accumulate_steps,
           'trainable': list(trainable),
           'seed': seed,
-          'loss_fn': _name(loss_fn),
+          'loss_fn': assemble.loss_name(loss_fn),
           'optimizer': repr(optimizer) if isinstance(optimizer, OptimizerConfig) else None,
           'learning_rate': None if learning_rate is None else np.asarray(learning_rate).tolist(),
           'total_steps': total_steps,
@@ -465,74 +466,9 @@ class Trainer:
     return dataclasses.replace(self._lora, factors=factors, trained_base=trained_base)
 
 
-def _place(program: Program, params: pytree.Tree, lora: Lora) -> dict[str, Any]:
-  """{'params', 'lora'} on the mesh; leaves of the base stay where they are."""
-  state, frozen = program.abstract
-  placed = jax.tree.map(lambda x: x.sharding, state_lib.join(state.trainable, frozen))
-  put = lambda x, where: sharding.put(hosts.to_numpy(x), where)
-  replaced = align.replace_leaves(params, lora.trained_base)
-  params = jax.tree.map(
-    lambda x, old, where: old if x is old else put(x, where), replaced, params, placed['params']
-  )
-  return {'params': params, 'lora': put(lora.factors, placed['lora'])}
-
-
 def _until(should_stop: Callable[[], bool], items: Iterable[Any]) -> Iterator[Any]:
   """The items; Stopped in place of the next one if should_stop says so."""
   for item in items:
     if should_stop():
       raise evaluate_lib.Stopped
     yield item
-
-
-def _name(loss_fn: step_lib.LossFn) -> str:
-  """By which a workdir knows a loss; of a partial, with its arguments."""
-  if isinstance(loss_fn, functools.partial):
-    return f'{_name(loss_fn.func)} {loss_fn.args} {loss_fn.keywords}'
-  owner = loss_fn if hasattr(loss_fn, '__qualname__') else type(loss_fn)
-  return f'{owner.__module__}.{owner.__qualname__}'
-
-
-def _dropout(lora: Lora) -> float:
-  rates = {config.dropout for config in lora.configs}
-  if len(rates) > 1:
-    raise ValueError(f'lora.dropout: got {sorted(rates)}, expected one rate for all adapters.')
-  return rates.pop()
-
-
-def _optimizer(
-  given: OptimizerConfig | optax.GradientTransformation | None,
-  learning_rate: float | Sequence[float] | None,
-  total_steps: int | None,
-  trainable: Sequence[str],
-  members: int | None,
-) -> tuple[step_lib.MakeOptimizer, np.ndarray | None]:
-  """(what makes the optimizer, the learning rates [K] of several adapters)."""
-  if given is not None and not isinstance(given, OptimizerConfig):
-    if learning_rate is not None:
-      raise ValueError(
-        'learning_rate: got one beside an optimizer of your own, expected none; it has its own.'
-      )
-    frozen = optimizer_lib.freeze(given, trainable)
-    # The step of several is given a rate for each, which this optimizer ignores.
-    rates = None if members is None else np.full(members, np.nan, np.float32)
-    return lambda learning_rate: (frozen, None), rates
-  config = given or OptimizerConfig()
-  if config.schedule != 'constant' and total_steps is None:
-    raise ValueError(
-      f'total_steps: got none, expected the number of updates: optimizer.schedule='
-      f'{config.schedule!r} decays over them.'
-    )
-  rates = np.asarray(config.learning_rate if learning_rate is None else learning_rate, np.float32)
-  if rates.shape not in ((), (members,)):
-    raise ValueError(
-      f'learning_rate: got {rates.size} rates, expected one, or one for each of '
-      f'{members or 1} adapter(s).'
-    )
-  for rate in rates.ravel().tolist():
-    dataclasses.replace(config, learning_rate=rate).check()
-  if members is None:
-    rate = config.learning_rate if learning_rate is None else float(np.asarray(learning_rate))
-    config = dataclasses.replace(config, learning_rate=rate)
-  make = prepare_lib.make_optimizer(config, total_steps or 1, tuple(trainable))
-  return make, None if members is None else np.broadcast_to(rates, members)
