@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from gemma_jax.config.lora import LoraConfig as LoraConfig
+  from gemma_jax.config.train import MeshConfig as MeshConfig
   from gemma_jax.config.train import OptimizerConfig as OptimizerConfig
   from gemma_jax.data.dataset import Dataset as Dataset
   from gemma_jax.export.convert import convert as convert
@@ -41,6 +42,7 @@ _DOORS = {
   'Dataset': 'gemma_jax.data.dataset',
   'Lora': 'gemma_jax.lora.lora',
   'LoraConfig': 'gemma_jax.config.lora',
+  'MeshConfig': 'gemma_jax.config.train',
   'OptimizerConfig': 'gemma_jax.config.train',
   'Trainer': 'gemma_jax.runs.trainer',
   'convert': 'gemma_jax.export.convert',

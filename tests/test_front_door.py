@@ -24,7 +24,6 @@ import pytest
 
 import gemma_jax as gj
 from gemma_jax import pytree
-from gemma_jax.config.train import MeshConfig
 from gemma_jax.runs.program import Program
 from gemma_jax.training import step as step_lib
 from gemma_jax.training.state import init_state, split
@@ -56,7 +55,7 @@ def load(**settings):
 
 @pytest.fixture(scope='module')
 def base(every_submodule):
-  return load(mesh=MeshConfig(fsdp=1))
+  return load(mesh=gj.MeshConfig(fsdp=1))
 
 
 @pytest.fixture(scope='module')
@@ -198,7 +197,7 @@ def test_every_door_opens(base, data, tmp_path):
   assert answers == gj.generate(base, asked, lora=trainer.lora, max_new_tokens=5)
   assert answers[0] == gj.generate(base, asked[0], lora=again, max_new_tokens=5)
   made = gj.convert('random:tiny3', str(tmp_path / 'merged'), 'hf', adapter=folder, verify=False)
-  merged = gj.load(made['output'], mesh=MeshConfig(fsdp=1))
+  merged = gj.load(made['output'], mesh=gj.MeshConfig(fsdp=1))
   toy.assert_close(merged.params, again.merge(base.params), 1e-6)
 
 
@@ -226,7 +225,7 @@ def test_records_of_no_known_form(base, records, message):
 
 
 def test_an_adapter_of_another_base(base, data, lora):
-  other = gj.Lora.init(gj.load('random:tiny', mesh=MeshConfig(fsdp=1)), rank=3, targets='all')
+  other = gj.Lora.init(gj.load('random:tiny', mesh=gj.MeshConfig(fsdp=1)), rank=3, targets='all')
   for use in (
     lambda: trainer_of(base, other),
     lambda: gj.generate(base, 'Where?', lora=other),
@@ -237,7 +236,7 @@ def test_an_adapter_of_another_base(base, data, lora):
 
 
 def test_an_adapter_of_another_form(base, data, lora):
-  unrolled = load(scan_layers=False, mesh=MeshConfig(fsdp=1))
+  unrolled = load(scan_layers=False, mesh=gj.MeshConfig(fsdp=1))
   for use in (
     lambda: trainer_of(unrolled, lora),
     lambda: gj.generate(unrolled, 'Where?', lora=lora),
@@ -475,7 +474,7 @@ def test_own_loss_in_four_parts(base, lora):
 
 
 def test_own_loss_on_eight_devices(base, lora):
-  eight = load(mesh=MeshConfig(data=4, fsdp=2))
+  eight = load(mesh=gj.MeshConfig(data=4, fsdp=2))
   assert eight.mesh.size == 8
   assert_same_training(own_loss(base, lora), own_loss(eight, lora), rows=8)
 

@@ -151,7 +151,8 @@ def load(
     activation_dtype: auto is bfloat16 on TPU and GPU, float32 on CPU.
     attention: see `BaseConfig`.
     scan_layers: one compiled layer, scanned, or a leaf for each layer.
-    mesh: how devices are divided; default: parameters over all of them.
+    mesh: how devices are divided, e.g. MeshConfig(fsdp=1) for one alone; default:
+      parameters over all of them.
 
   Raises:
     ValueError: nothing is there, it is broken, or it does not fit the mesh.
