@@ -71,7 +71,7 @@ def evaluate(
       `pipeline.eval_batches`.
     num_examples: N.
     should_stop: asked before each batch.
-    members: axes in front of the losses, (K,) for a gang; the result's nll has
+    members: axes in front of the losses, (K,) of several adapters; the result's nll has
       them too.
 
   Raises:

@@ -203,17 +203,17 @@ class RunOutputs:
 
   def evaluated(self, step: int, measured: Sequence[Evaluation], seconds: float) -> None:
     """Held-out losses; the adapter is kept if it is the best so far."""
-    (found,) = measured
-    loss = found.nll_per_token
+    (evaluation,) = measured
+    loss = evaluation.nll_per_token
     guards.check_finite(step, {'eval_loss_nats_per_token': loss})
     if not self.notes['evals'] or loss < min(self.notes['evals'].values()):
       self._write_adapter('adapter_best')
     if hosts.is_lead():
       workdir_lib.write_heldout(
-        self.place.root, step, self.run.data.heldout.record_ids, found.nll, found.tokens
+        self.place.root, step, self.run.data.heldout.record_ids, evaluation.nll, evaluation.tokens
       )
     self.notes['evals'][str(step)] = loss
-    tokens = int(found.tokens.sum())
+    tokens = int(evaluation.tokens.sum())
     self.metrics.write(
       step,
       {'eval_loss_nats_per_token': loss, 'eval_tokens': tokens, 'eval_secs': seconds},
@@ -223,7 +223,7 @@ class RunOutputs:
       step,
       loss,
       tokens,
-      len(found.nll),
+      len(evaluation.nll),
       seconds,
     )
     if self.trainer.finished == self.first_step:

@@ -417,8 +417,8 @@ class Trainer:
       batches = data.eval_batches(size, sharding.batch_parts(self.program.mesh))
       if self.program.loss_fn is step_lib.token_loss:
         lead = () if self.program.members is None else (self.program.members,)
-        found = evaluate_lib.evaluate(self.losses, batches, len(data.heldout), should_stop, lead)
-        return found.members() if lead else found
+        losses = evaluate_lib.evaluate(self.losses, batches, len(data.heldout), should_stop, lead)
+        return losses.members() if lead else losses
       data = (batch for batch, _ in batches)
     return batches_lib.means(self._sums(batch) for batch in _until(should_stop, data))
 
