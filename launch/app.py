@@ -50,11 +50,10 @@ _NO_FIELD = re.compile(r"Field (\w+) not found .*'([\w.]+)\.(\w+)'")
 _NO_FILE = re.compile(r"Failed loading config file .* '(.*)'", re.DOTALL)
 _BROKEN_FILE = 'Error whilst parsing config file'
 
-# A setting in a message: its flag, its name (not part of a path), or an argument
-# at the start of the message.
+# A setting in a message: its name (not part of a path), perhaps with a value to
+# set, or an argument at the start of the message.
 _SETTING = re.compile(
-  r'--config\.((?:[a-z_0-9]+\.)*[a-z_0-9]+)'
-  r'|(?<![\w./\'"-])((?:data|model|lora|optimizer|mesh)\.[a-z_0-9]+)(?![\w/]|\.\w)'
+  r'(?<![\w./\'"-])((?:data|model|lora|optimizer|mesh|grid)\.[a-z_0-9]+)(?![\w/]|\.\w)(=(?! ))?'
   r'|^([a-z_]+)(?=: got )'
 )
 # Flags that name a field differently, in commands without a config.
@@ -268,18 +267,19 @@ def _one_line(e: Exception) -> str:
 def _own_flags(text: str) -> str:
   """Rewrites a message in the flags of this command, which may have no --config.
 
-  data.seq_len, or --config.data.seq_len, of launch.train is --seq_len of
-  launch.evaluate. In a command with a config, a flag is named if it was given.
+  data.seq_len of launch.train is --seq_len of launch.evaluate. In a command with
+  a config, a flag is named if it was given, and a remedy, data.seq_len=512, is
+  --config.data.seq_len=512.
   """
 
   def own(setting: re.Match) -> str:
-    path = setting[1] or setting[2] or setting[3]
+    path, equals = setting[1] or setting[3], setting[2] or ''
     for name in (_FLAG_OF.get(path), path.rpartition('.')[2]):
       if name is None or name not in flags.FLAGS:
         continue
       if 'config' not in flags.FLAGS or flags.FLAGS[name].present:
-        return f'--{name}'
-    return setting[0]
+        return f'--{name}{equals}'
+    return f'--config.{setting[0]}' if equals and 'config' in flags.FLAGS else setting[0]
 
   return _SETTING.sub(own, text)
 

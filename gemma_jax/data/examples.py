@@ -50,8 +50,8 @@ class Example(NamedTuple):
 _MOST_LOST_PROMPTS = 0.01
 _MOST_TRUNCATED = 0.05
 
-_PARSE = '--config.data.parse_control_tokens=True'
-_RAISE = 'Raise --config.data.seq_len, if the base has more positions'
+_PARSE = 'data.parse_control_tokens=True'
+_RAISE = 'Raise data.seq_len=N, if the base has more positions'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +275,7 @@ def _advice(template: str) -> str:
   """What to do about control tokens that a text spells."""
   if template == 'chat':  # renders the turns itself
     return f'Use {_PARSE} if they are meant as control tokens, and give texts without turns'
-  return f'Use --config.data.template=chat on texts that are not rendered yet, or {_PARSE}'
+  return f'Use data.template=chat on texts that are not rendered yet, or {_PARSE}'
 
 
 def empty_row(seq_len: int) -> Batch:
@@ -384,7 +384,7 @@ def _documents(
     if texts and tokenizer is None:
       raise ValueError(
         'model.tokenizer: got none, but there are text records; expected a '
-        'tokenizer.model. Set --config.model.tokenizer=PATH.'
+        'tokenizer.model. Set model.tokenizer=PATH.'
       )
     documents = iter(encode(*texts) if texts else ())
     for i, record in enumerate(chunk, start):

@@ -326,7 +326,7 @@ def _read_pair(fields: _Fields, template: str) -> Record:
   if template not in ('en_ko', 'ko_en'):
     raise ValueError(
       f'data.template: got {template!r} for a pair en + ko, expected en_ko or '
-      'ko_en. Set --config.data.template.'
+      'ko_en. Set data.template=en_ko.'
     )
   source, target = template.split('_')
   record = _single(fields, texts[source], texts[target])

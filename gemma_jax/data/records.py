@@ -25,8 +25,6 @@ _MAX_LINE_BYTES = 1 << 23
 # This much of the first line tells what kind of file it is.
 _HEAD_BYTES = 1 << 16
 
-SKIP_FLAG = '--config.data.skip_bad_records=True'
-
 
 class Reading(NamedTuple):
   """What a source gave.
@@ -110,7 +108,6 @@ def usable(
   name: str = 'data.path',
   source: str = '',
   skip_bad_records: bool = False,
-  skip_flag: str = SKIP_FLAG,
 ) -> Reading:
   """Keeps the rows that the template can use.
 
@@ -120,7 +117,6 @@ def usable(
     name: the setting that named the source, for error messages.
     source: the source itself, for error messages.
     skip_bad_records: count unusable rows instead of stopping at the first.
-    skip_flag: the flag of the command at hand for it, for error messages.
 
   Raises:
     ValueError: a bad row (with its place), no row, or no usable row.
@@ -139,7 +135,7 @@ def usable(
       if not skip_bad_records:
         raise ValueError(
           f'{name}: {place}: {e}. Every record needs one of {forms.FORMS}; '
-          f'{skip_flag} drops such rows and counts them.'
+          'data.skip_bad_records=True drops such rows and counts them.'
         ) from None
       skipped[e.reason] += 1
     except ValueError as e:

@@ -100,7 +100,6 @@ def load_heldout(
   name: str = 'data.eval_path',
   tfds_dir: str = '',
   skip_bad_records: bool = False,
-  skip_flag: str = records_lib.SKIP_FLAG,
 ) -> Reading:
   """Reads what a source offers for evaluation, in its order.
 
@@ -111,13 +110,12 @@ def load_heldout(
     name: the setting that holds the path, for error messages.
     tfds_dir: as in `load_records`.
     skip_bad_records: count unusable rows instead of stopping at the first.
-    skip_flag: the flag of the command at hand for it, for error messages.
 
   Raises:
     ValueError: a missing source or a bad record, with its place.
   """
   config = DataConfig(template=template, skip_bad_records=skip_bad_records)
-  return _load(path, name, 'heldout', config, tfds_dir, skip_flag)
+  return _load(path, name, 'heldout', config, tfds_dir)
 
 
 def split(
@@ -147,7 +145,7 @@ def split(
   if len(different) < 2:
     raise ValueError(
       f'data.path: {source} holds {len(different)} different prompt(s), '
-      'expected at least 2 to hold one out. Set --config.data.eval_path.'
+      'expected at least 2 to hold one out. Set data.eval_path=PATH.'
     )
   count = sum(place < fraction for place in different)
   chosen = set(different[: min(max(count, 1), len(different) - 1)])
@@ -180,10 +178,9 @@ def _load(
   part: str,
   config: DataConfig,
   tfds_dir: str,
-  skip_flag: str = records_lib.SKIP_FLAG,
 ) -> Reading:
   """The usable records of one part ('train' or 'heldout') of a source."""
-  return _usable(_rows(path, name, part, tfds_dir), name, path, config, skip_flag)
+  return _usable(_rows(path, name, part, tfds_dir), name, path, config)
 
 
 def _placed(rows: Sequence[Any], name: str) -> Iterator[tuple[str, Any]]:
@@ -195,7 +192,6 @@ def _usable(
   name: str,
   source: str,
   config: DataConfig,
-  skip_flag: str = records_lib.SKIP_FLAG,
 ) -> Reading:
   """The records of (place, row) that a config asks for."""
   reading = records_lib.usable(
@@ -204,7 +200,6 @@ def _usable(
     name=name,
     source=source,
     skip_bad_records=config.skip_bad_records,
-    skip_flag=skip_flag,
   )
   if config.with_context:
     return reading

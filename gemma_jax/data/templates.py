@@ -93,7 +93,7 @@ def _single(
     raise ValueError(
       f'data.template: got {name!r} for a conversation of '
       f'{len(record.dialogue)} turns, expected chat (the others hold one '
-      'question and one answer). Set --config.data.template=chat.'
+      'question and one answer). Set data.template=chat.'
     )
   if name in TRANSLATIONS and (record.system or record.context):
     raise ValueError(

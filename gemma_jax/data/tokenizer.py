@@ -217,7 +217,7 @@ class SentencePieceTokenizer(Tokenizer):
     if not file.is_file():
       raise ValueError(
         f'tokenizer: got {str(path)!r}, which is not a file; expected a '
-        'SentencePiece tokenizer.model. Set --config.model.tokenizer=PATH.'
+        'SentencePiece tokenizer.model. Set model.tokenizer=PATH.'
       )
     return cls(file.read_bytes(), str(path), added)
 
@@ -290,7 +290,7 @@ class ByteTokenizer(Tokenizer):
       return self.controls[name]
     raise ValueError(
       f'control token: got {name!r}, but the byte tokenizer has no turns; use '
-      'another template than chat, or set --config.model.tokenizer=PATH.'
+      'another template than chat, or set model.tokenizer=PATH.'
     )
 
   def fingerprint(self) -> str:

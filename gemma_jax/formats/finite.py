@@ -62,7 +62,7 @@ def narrow(
     raise ValueError(
       f'{where}: tensor {name} is {values[index]:.4g} at {place}, expected at most '
       f'{float(ml_dtypes.finfo(dtype).max):.4g}, the largest {dtype.name}. Set '
-      '--config.model.dtype=float32.'
+      'model.dtype=float32.'
     )
   return narrowed
 

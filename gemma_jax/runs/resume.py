@@ -230,7 +230,7 @@ def advice(workdir: str, same: str = '') -> str:
   text = 'Use another workdir'
   for name in ('adapter', 'adapter_best'):
     if (files.path(workdir) / name / 'adapter_config.json').exists():
-      text += f' (there --config.lora.path={workdir}/{name} starts from what was learnt here)'
+      text += f' (there lora.path={workdir}/{name} starts from what was learnt here)'
       break
   return f'{text}, or the same {same}.' if same else f'{text}.'
 

@@ -87,7 +87,7 @@ class GridConfig:
     axes = [getattr(self, name) for name in AXES]
     for name, values in zip(AXES, axes, strict=True):
       require(isinstance(values, tuple | list), f'grid.{name}', values, 'a tuple of values')
-    require(any(axes), 'grid', (), 'an axis with values', 'Set e.g. --config.grid.ranks="(1,2,4)".')
+    require(any(axes), 'grid', (), 'an axis with values', 'Set e.g. grid.ranks="(1,2,4)".')
     check_choices(self, 'grid')
     for names, kind, expected in (
       (('ranks', 'seeds'), int, 'integers'),

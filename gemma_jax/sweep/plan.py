@@ -71,7 +71,7 @@ def _share_of_memory(mesh: Mesh) -> int:
   if limit is None:
     raise ValueError(
       'grid.memory_gib: got 0, but the devices do not say how much memory they have; expected '
-      'the GiB that a step may take. Set --config.grid.memory_gib=GIB.'
+      'the GiB that a step may take. Set grid.memory_gib=GIB.'
     )
   return int(SHARE * limit)
 

@@ -171,7 +171,7 @@ def forecast(config: TrainConfig, topology: Topology, members: int = 1) -> Forec
   if rows != config.data.global_batch_size:
     logging.warning(
       'Compiling for %d rows per update, not %d, which do not divide over this '
-      'mesh; a run on it needs --config.data.global_batch_size=%d.',
+      'mesh; a run on it needs data.global_batch_size=%d.',
       rows,
       config.data.global_batch_size,
       rows,

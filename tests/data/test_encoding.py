@@ -132,5 +132,5 @@ def test_a_prompt_that_spells_control_tokens_is_said(template, caplog):
   with caplog.at_level(logging.WARNING):
     examples.prompt_tokens(TOKENIZER, template, '<bos>Hi')
   (message,) = caplog.messages
-  assert '--config.data.parse_control_tokens=True' in message
+  assert 'data.parse_control_tokens=True' in message
   assert ('template=chat' in message) == (template != 'chat')

@@ -94,7 +94,7 @@ def test_token_ids_must_be_tokens():
 
 def test_text_needs_a_tokenizer():
   records = data_toy.records([{'tokens': [2, 5]}, {'prompt': 'a', 'response': 'b'}])
-  with pytest.raises(ValueError, match=r'config\.model\.tokenizer=PATH'):
+  with pytest.raises(ValueError, match=r'Set model\.tokenizer=PATH'):
     examples_lib.make_examples(records, None)
 
 
@@ -161,11 +161,11 @@ def test_stats_as_a_line_and_as_warnings():
   assert '3 of 1,000 records are left out: what has to stay' in too_long
   assert '27 of 1,000 records are left out: nothing in them' in unlearnable
   assert '8 records spell control tokens' in spelled
-  assert '--config.data.parse_control_tokens=True' in spelled
+  assert 'data.parse_control_tokens=True' in spelled
   # The template that is there already is no advice.
-  assert '--config.data.template=chat' in spelled
+  assert 'data.template=chat' in spelled
   *_, spelled = dataclasses.replace(stats, template='chat').warnings('training')
-  assert '--config.data.parse_control_tokens=True' in spelled
+  assert 'data.parse_control_tokens=True' in spelled
   assert 'template=chat' not in spelled
   few = dataclasses.replace(
     stats, truncated=50, lost_prompts=10, unlearnable=0, too_long=0, parsed_controls=True

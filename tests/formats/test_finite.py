@@ -59,7 +59,7 @@ def test_a_weight_beyond_bfloat16(scan_layers, tmp_path):
   name = 'model.layers.1.mlp.up_proj.weight'
   message = (
     rf'{tmp_path}/b: tensor {name} is 3\.403e\+38 at \[9, 3\], expected at most 3\.39e\+38, '
-    r'the largest bfloat16\. Set --config\.model\.dtype=float32'
+    r'the largest bfloat16\. Set model\.dtype=float32'
   )
   with pytest.raises(ValueError, match=message):
     source.load_params('bfloat16', scan_layers)

@@ -168,26 +168,32 @@ def test_an_error_is_one_line():
 
 
 def test_advice_names_flags_of_the_command():
-  """Of every --config flag in a message: a field, and what others call it."""
+  """Every setting in a message is a field; remedies are flags that the command has."""
   advice = set()
   for path in (Path(app.__file__).parents[1] / 'gemma_jax').rglob('*.py'):
     text = path.read_text(encoding='utf-8')
-    advice |= set(re.findall(r'--config\.([a-z_.0-9]*[a-z_0-9])', text))
+    assert '--config.' not in text or path.parent.name == 'config', path
+    settings = r'\b(?:data|model|lora|optimizer|mesh|grid)\.[a-z_0-9]+(?==[^ =])'
+    advice |= set(re.findall(settings, text))
   assert len(advice) > 5
   fields = config_lib.flatten(config_lib.to_dict(grid.SweepConfig()))
   assert advice <= fields.keys()
   script = """
 from absl import flags
-from launch import app, evaluate
-flags.FLAGS(['evaluate'])
-print(app._own_flags('a --config.data.skip_bad_records=True b '
-  '--config.data.seq_len=5; --config.model.tokenizer=PATH, '
-  '--config.data.eval_path.'))
+from launch import app, {}
+flags.FLAGS(['x'])
+print(app._own_flags('a data.skip_bad_records=True b data.seq_len=5; model.tokenizer=PATH, '
+  'data.eval_path, data.template = x.'))
 """
-  shown = subprocess.run([sys.executable, '-c', script], capture_output=True, check=True, text=True)
-  assert shown.stdout == (
-    'a --skip_bad_records=True b --seq_len=5; --tokenizer=PATH, --config.data.eval_path.\n'
-  )
+  for command, shown in {
+    'evaluate': '--skip_bad_records=True b --seq_len=5; --tokenizer=PATH, data.eval_path, '
+    '--template = x.\n',
+    'train': '--config.data.skip_bad_records=True b --config.data.seq_len=5; '
+    '--config.model.tokenizer=PATH, data.eval_path, data.template = x.\n',
+  }.items():
+    run = [sys.executable, '-c', script.replace('{}', command)]
+    done = subprocess.run(run, capture_output=True, check=True, text=True)
+    assert done.stdout == f'a {shown}'
 
 
 @pytest.mark.parametrize(

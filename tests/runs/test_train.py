@@ -173,7 +173,7 @@ def test_a_finished_run_on_other_records_is_refused(finished, tmp_path):
   config = run_toy.config(run_toy.write_records(tmp_path, count=23)).resolve()
   with pytest.raises(ValueError, match='its data had the fingerprint') as e:
     train.train(config, str(finished[0]))
-  assert f'--config.lora.path={finished[0]}/adapter starts' in str(e.value)
+  assert f'lora.path={finished[0]}/adapter starts' in str(e.value)
 
 
 @pytest.fixture(scope='module')

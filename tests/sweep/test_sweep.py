@@ -374,7 +374,7 @@ def test_gangs_are_split_by_memory(records, caplog):
 
 def test_devices_that_do_not_say_their_memory(records, monkeypatch):
   monkeypatch.setattr(compiler, 'memory_limit_bytes', lambda mesh: None)
-  with pytest.raises(ValueError, match=r'Set --config\.grid\.memory_gib=GIB'):
+  with pytest.raises(ValueError, match=r'Set grid\.memory_gib=GIB'):
     plan.split([sweep_toy.config(records).resolve()])
 
 

@@ -120,7 +120,7 @@ def test_rows_are_rounded_up_to_the_mesh_and_said_so(small, caplog):
   config = make_config(rows=3, fsdp=2)
   found = forecast.forecast(config, topology.parse('v5e:1x2'))
   assert found.outline.config.data.global_batch_size == 4
-  assert 'needs --config.data.global_batch_size=4' in caplog.text
+  assert 'needs data.global_batch_size=4' in caplog.text
 
 
 @pytest.mark.aot
