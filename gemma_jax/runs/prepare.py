@@ -75,8 +75,8 @@ class Run:
     _ = self.program.abstract
 
   def summary(self) -> summary.Summary:
-    """The parameter table of one adapter."""
-    return summary.summarize(self.config, self.base.config, self.base.dtype)
+    """The parameter table."""
+    return summary.of_state(*self.program.abstract)
 
   def init_lora(self, base: Base) -> Lora:
     """The adapter, or the stack of several, before the first update.

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from gemma_jax import pytree
 from gemma_jax.config.train import TrainConfig
 from gemma_jax.model.config import ModelConfig
-from gemma_jax.training import optimizer, state
+from gemma_jax.training import optimizer
+from gemma_jax.training import state as state_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,32 +60,44 @@ def summarize(config: TrainConfig, model_config: ModelConfig, dtype: Any = jnp.f
     config: resolved; gives adapter, trainable mask and optimizer.
     model_config: architecture.
     dtype: of the base.
+  """
+  variables = state_lib.abstract_variables(
+    model_config, config.lora, dtype, config.model.scan_layers
+  )
+  trainable, frozen = state_lib.split(variables, config.trainable)
+  tx = optimizer.make_optimizer(config.optimizer, 1, config.trainable)
+  return of_state(jax.eval_shape(lambda t: state_lib.init_state(t, tx), trainable), frozen)
+
+
+def of_state(state: state_lib.TrainState, frozen: Any) -> Summary:
+  """Counts those of a training state, arrays or shapes.
+
+  Args:
+    state: trainable leaves and optimizer.
+    frozen: the other leaves.
 
   Returns:
     `base`, `adapter`, `model_total`, `trainable`, `frozen`, `optimizer` (its
     moments and counters) and `total_with_optimizer`.
   """
-  variables = state.abstract_variables(model_config, config.lora, dtype, config.model.scan_layers)
-  trainable, frozen = state.split(variables, config.trainable)
-  tx = optimizer.make_optimizer(config.optimizer, 1, config.trainable)
-  opt_state = jax.eval_shape(tx.init, trainable)
+  trainable = state.trainable
+  variables = state_lib.join(trainable, frozen)
   parts = {
     'base': variables['params'],
-    'adapter': variables['lora'],
-    'model_total': (trainable, frozen),
+    'adapter': variables.get('lora', {}),
+    'model_total': variables,
     'trainable': trainable,
     'frozen': frozen,
-    'optimizer': opt_state,
-    'total_with_optimizer': (trainable, frozen, opt_state),
+    'optimizer': state.opt_state,
+    'total_with_optimizer': (variables, state.opt_state),
   }
-  mask = dict(pytree.items(pytree.mask(variables, config.trainable)))
-  combined = pytree.combine(trainable, frozen)
+  trained = {name for name, _ in pytree.items(trainable)}
   return Summary(
     counts={name: pytree.num_params(tree) for name, tree in parts.items()},
     sizes_bytes={name: pytree.num_bytes(tree) for name, tree in parts.items()},
     rows=tuple(
-      (name, x.shape, str(x.dtype), pytree.num_params(x), mask[name])
-      for name, x in pytree.items(combined)
+      (name, x.shape, str(x.dtype), pytree.num_params(x), name in trained)
+      for name, x in pytree.items(variables)
     ),
   )
 
