@@ -20,6 +20,8 @@ _KINDS = {
 class Positioned(Protocol):
   """Batches whose place can be kept and found again."""
 
+  def __iter__(self) -> Iterator[Any]: ...
+
   def state(self) -> Any:
     """The place, JSON-able."""
 

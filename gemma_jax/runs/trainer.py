@@ -20,24 +20,21 @@ import numpy as np
 import optax
 
 from gemma_jax import pytree
-from gemma_jax.config.checks import at_least, require
-from gemma_jax.config.train import BaseConfig, OptimizerConfig
+from gemma_jax.config.train import OptimizerConfig
 from gemma_jax.data import pipeline
 from gemma_jax.data.dataset import Dataset
-from gemma_jax.data.row_plan import RowPlan
-from gemma_jax.formats.trained_with import TrainedWith
-from gemma_jax.lora import factors as factors_lib
 from gemma_jax.lora.lora import Lora
 from gemma_jax.runs import assemble, hosts, interrupts, saves
 from gemma_jax.runs import batches as batches_lib
 from gemma_jax.runs import evaluate as evaluate_lib
-from gemma_jax.runs import prepare as prepare_lib
+from gemma_jax.runs import summary as summary_lib
 from gemma_jax.runs.base import Base
-from gemma_jax.runs.program import Program
+from gemma_jax.runs.prepare import Run
+from gemma_jax.runs.summary import Summary
 from gemma_jax.training import compiler, sharding
 from gemma_jax.training import state as state_lib
 from gemma_jax.training import step as step_lib
-from gemma_jax.training.step import Hyperparameters
+from gemma_jax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,90 +131,35 @@ class Trainer:
     Raises:
       ValueError: the first thing that does not fit, with its remedy.
     """
-    for name, size in (('batch_size', batch_size), ('accumulate_steps', accumulate_steps)):
-      at_least(name, size, 1)
-    BaseConfig(remat=remat).check()
-    if lora.trained_base and any(not pattern.startswith('lora') for pattern in trainable):
-      raise ValueError(
-        f'trainable: got {tuple(trainable)} and an adapter that has leaves of its base already, '
-        'expected adapters only; merge it (Lora.merge, launch.convert) and train on that.'
-      )
-    base = base.load()
-    members = None if lora.is_single else len(lora.configs)
-    if members is not None and tuple(trainable) != ('lora/',):
-      raise ValueError(
-        f"trainable: got {tuple(trainable)}, expected ('lora/',): several adapters share all "
-        'else. Train them one by one.'
-      )
-    first = lora.shapes()
-    factors_lib.check_fit(base.config, first, base.scan_layers)
-    make_optimizer, rates = assemble.make_optimizer(
-      optimizer, learning_rate, total_steps, trainable, members
-    )
-    transformer = base.transformer.clone(dropout=assemble.dropout(lora))
-    program = Program(
-      model=dataclasses.replace(base.model, transformer=transformer),
-      mesh=base.mesh,
-      variables={'params': pytree.shapes(base.params), 'lora': first},
-      trainable=tuple(trainable),
+    settings = assemble.Settings(
+      learning_rate=learning_rate,
+      batch_size=batch_size,
       loss_fn=loss_fn,
-      make_optimizer=make_optimizer,
-      members=members,
+      optimizer=optimizer,
+      total_steps=total_steps,
       accumulate_steps=accumulate_steps,
+      trainable=tuple(trainable),
       seed=seed,
       remat=remat,
     )
-    seeds = None if members is None else np.full(members, seed, np.int32)
-    hyper = Hyperparameters(np.asarray(lora.scale, np.float32), rates, seeds)
-    plan = None
-    lora = dataclasses.replace(lora, reference=base.reference)
-    if isinstance(data, Dataset):
-      parts = accumulate_steps * sharding.batch_parts(base.mesh)
-      require(
-        batch_size % parts == 0,
-        'batch_size',
-        batch_size,
-        f'a multiple of {parts}: accumulate_steps times the parts in which the mesh splits rows',
-      )
-      plan = data.plan(seed, batch_size)
-      lora = dataclasses.replace(lora, trained_with=TrainedWith.of(data.config))
-    variables = assemble.place(program, base.params, lora)
-    leaves, frozen = state_lib.split(variables, program.trainable)
-    # The step donates its state; what the caller has stays the caller's.
-    state = program.init_state(jax.tree.map(jnp.copy, leaves))
-    self._start(program, hyper, lora, state, frozen, data, plan, total_steps)
+    base = base.load()
+    self._start(assemble.of_objects(base, lora, data, settings))
     if workdir:
-      if plan is None and not batches_lib.has_position(data):
+      if not isinstance(data, Dataset) and not batches_lib.has_position(data):
         raise ValueError(
           f'data: got {type(data).__name__} beside a workdir, expected a Dataset, or an iterable '
           'with state() and restore(state): without a position it could not go on. workdir="" '
           'keeps no checkpoint.'
         )
-      self._open_saves(
-        workdir,
-        save_every_steps,
-        {
-          'base': base.source.fingerprint(),
-          'lora': f'{lora.configs} {saves.digest((lora.factors, lora.trained_base))}',
-          'data': data.fingerprint() if isinstance(data, Dataset) else None,
-          'batch_size': None if plan is None else batch_size,
-          'accumulate_steps': accumulate_steps,
-          'trainable': list(trainable),
-          'seed': seed,
-          'loss_fn': assemble.loss_name(loss_fn),
-          'optimizer': repr(optimizer) if isinstance(optimizer, OptimizerConfig) else None,
-          'learning_rate': None if learning_rate is None else np.asarray(learning_rate).tolist(),
-          'total_steps': total_steps,
-        },
-      )
+      self._open_saves(workdir, save_every_steps, assemble.facts(base, lora, data, settings))
 
   @classmethod
   def of_run(
     cls,
-    run: prepare_lib.Run,
+    run: Run,
     base: Base | None = None,
     lora: Lora | None = None,
-    state: state_lib.TrainState | None = None,
+    state: TrainState | None = None,
   ) -> 'Trainer':
     """That of a prepared run.
 
@@ -228,42 +170,25 @@ class Trainer:
       state: to go on from; None is the start.
     """
     self = cls.__new__(cls)
-    base = base or run.base.load()
-    lora = lora or run.init_lora(base)
-    trainable, frozen = run.place(base, lora)
-    if state is None:
-      state = run.program.init_state(trainable)
-    self._start(
-      run.program, run.hyperparameters, lora, state, frozen, run.data, run.plan, run.steps
-    )
+    self._start(assemble.of_run(run, base, lora, state))
     return self
 
-  def _start(
-    self,
-    program: Program,
-    hyperparameters: Hyperparameters,
-    lora: Lora,
-    state: state_lib.TrainState,
-    frozen: Any,
-    data: Dataset | Iterable[Any],
-    plan: RowPlan | None,
-    total_steps: int | None,
-  ) -> None:
-    self.program = program
-    self.hyperparameters = hyperparameters
-    self.state = state
-    self.frozen = frozen
-    self.data = data
-    self.plan = plan
-    self.total_steps = total_steps
-    self._lora = dataclasses.replace(lora, factors={})
+  def _start(self, parts: assemble.Parts) -> None:
+    self.program = parts.program
+    self.hyperparameters = parts.hyperparameters
+    self.state = parts.state
+    self.frozen = parts.frozen
+    self.data = parts.data
+    self.plan = parts.plan
+    self.total_steps = parts.total_steps
+    self._lora = dataclasses.replace(parts.lora, factors={})
     self._iterator: Iterator[Any] | None = None
     self._saves: saves.Saves | None = None
     compiled = lambda compile_for: compiler.ByShape(
-      lambda batch: compile_for(program.abstract_batch(batch))
+      lambda batch: compile_for(self.program.abstract_batch(batch))
     )
-    self._train_step = compiled(program.compile_train_step)
-    self._eval_step = compiled(program.compile_eval_step)
+    self._train_step = compiled(self.program.compile_train_step)
+    self._eval_step = compiled(self.program.compile_eval_step)
 
   def _open_saves(self, workdir: str, every_steps: int, facts: dict[str, Any]) -> None:
     self._saves = saves.Saves(workdir, every_steps, facts)
@@ -282,6 +207,14 @@ class Trainer:
   def lora(self) -> Lora:
     """A copy of the adapter as it is now."""
     return self._current(lambda tree: jax.tree.map(jnp.copy, tree))
+
+  @property
+  def summary(self) -> Summary:
+    """Counts and bytes of what is trained, frozen and optimized.
+
+    print(trainer.summary.table())
+    """
+    return summary_lib.of_state(self.state, self.frozen)
 
   def host_lora(self) -> Lora:
     """The same in NumPy arrays; all processes have to ask for it."""
