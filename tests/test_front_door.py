@@ -297,6 +297,9 @@ def test_a_batch_of_another_dtype_or_structure(base, lora, change, message):
   trainer = trainer_of(base, lora)
   with pytest.raises(ValueError, match=message):
     trainer.step(batch(0) | change)
+  incomplete = {k: x for k, x in batch(0).items() if k != 'targets'}
+  with pytest.raises(ValueError, match=r"batch: got .*, expected also \['targets'\]; data.exam"):
+    trainer.step(incomplete)
   assert trainer.finished == 0
 
 

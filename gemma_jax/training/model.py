@@ -40,7 +40,11 @@ class Model:
       variables: {'params'} or {'params', 'lora'}, of `Lora.variables`.
       batch: `tokens`, `segment_ids`, `positions`, int32 [B, T].
       dropout_key: switches the adapter's dropout on, if it has one.
+
+    Raises:
+      ValueError: the batch has no such array.
     """
+    _check(batch, ('tokens', 'segment_ids', 'positions'))
     has_dropout = dropout_key is not None and self.transformer.dropout > 0
     return self.apply(
       variables,
@@ -66,6 +70,7 @@ class Model:
         [B, T]; positions of weight 0 are never computed.
       dropout_key: as in `hidden`.
     """
+    _check(batch, ('tokens', 'segment_ids', 'positions', 'targets', 'weights'))
     return losses.token_cross_entropy(
       self.hidden(variables, batch, dropout_key),
       variables['params']['embedder']['input_embedding'],
@@ -75,4 +80,13 @@ class Model:
       num_pieces=self.num_pieces,
       sharding=self.transformer.hidden_sharding,
       plain_gradients=self.transformer.plain_gradients,
+    )
+
+
+def _check(batch: Batch, names: tuple[str, ...]) -> None:
+  missing = [name for name in names if name not in batch]
+  if missing:
+    raise ValueError(
+      f'batch: got {sorted(batch)}, expected also {missing}; data.examples.make_batch makes '
+      'batches of records, and a loss_fn of your own takes any others.'
     )
