@@ -542,8 +542,18 @@ def test_a_partial_is_a_loss(base, lora, data, tmp_path):
   trainer = make(0.5)
   assert np.isfinite(next(iter(trainer.run(steps=1))).loss)
   del trainer
-  with pytest.raises(ValueError, match=r'loss_fn=.*scaled \(0\.5,\).*, this .*scaled \(0\.7,\)'):
+  with pytest.raises(ValueError, match=r'was made with loss_fn=.*scaled .*, this trainer has'):
     make(0.7)
+
+
+def test_an_optimizer_is_told_from_another(base, lora, data, tmp_path):
+  make = lambda rate: trainer_of(
+    base, lora, data, optimizer=optax.adam(rate), workdir=str(tmp_path), learning_rate=None
+  )
+  next(iter(make(1e-3).run(steps=1)))
+  assert make(1e-3).finished == 1
+  with pytest.raises(ValueError, match=r'was made with optimizer=.*, this trainer has'):
+    make(1e-1)
 
 
 def test_rates_may_be_an_array(base, lora, data, tmp_path):

@@ -18,6 +18,13 @@ def at_least(name: str, got: Any, low: int, remedy: str = ''):
   require(is_integer and got >= low, name, got, f'an integer >= {low}', remedy)
 
 
+def instance(name: str, got: Any, kind: Any, expected: str):
+  """Requires an object of a type, or of one of several."""
+  if not isinstance(got, kind):
+    shown = repr(got) if isinstance(got, str) else f'a {type(got).__name__}'
+    raise ValueError(f'{name}: got {shown}, expected {expected}.')
+
+
 def choice(default: str, *choices: str) -> Any:
   """A dataclass field that takes one of some words, the default among them.
 

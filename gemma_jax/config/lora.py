@@ -82,6 +82,8 @@ class LoraConfig(Freezable):
     check_choices(self, 'lora')
     require(0 <= self.dropout < 1, 'lora.dropout', self.dropout, 'a rate in [0, 1)')
     choices = f'{", ".join(TARGET_PRESETS)} or a regex over {PROJECTIONS}'
+    is_text = isinstance(self.targets, str)
+    require(is_text, 'lora.targets', self.targets, choices, "E.g. 'q|v'.")
     try:
       names = self.target_names
     except re.error as e:

@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from absl import logging
 import numpy as np
 
+from gemma_jax.config import checks
 from gemma_jax.config.train import DataConfig
 from gemma_jax.data import audit, examples, pipeline, row_plan, sources
 from gemma_jax.data.examples import Batch, Examples
@@ -17,6 +18,7 @@ from gemma_jax.data.tokenizer import Tokenizer
 DEFAULT_SEQ_LEN = 512
 
 
+@runtime_checkable
 class Base(Protocol):
   """What records have to know about a base.
 
@@ -97,6 +99,9 @@ class Dataset:
       ValueError: a missing source or a bad record, with its place; a length
         that the base does not have.
     """
+    checks.instance('base', base, Base, 'a loaded base, gemma_jax.load(...)')
+    kinds = (str, Sequence, DataConfig)
+    checks.instance('records', records, kinds, 'the name of a source, or rows as dicts')
     is_path = isinstance(records, str)
     if isinstance(records, DataConfig):
       config = dataclasses.replace(records, **fields)

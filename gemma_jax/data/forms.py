@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from gemma_jax.data.record import MODEL, SYSTEM, USER, Record, Turn, make_key
 
-FORMS = 'instruction+response, prompt+response, messages or tokens'
+FORMS = 'instruction+response, prompt+response, messages, tokens or en+ko'
 
 _ROLES = {'system': SYSTEM, 'user': USER, 'model': MODEL, 'assistant': MODEL}
 
@@ -107,6 +107,9 @@ def parse(row: Any, template: str) -> Record:
   form = next(iter(complete or begun), None)
   if form is None:
     raise fields.missing('instruction' if fields.has('response') else 'response')
+  for group in form.needs:
+    if not any(map(fields.has, group)):
+      raise fields.missing(group[0])
   record = form.read(fields, template)
   if record.is_text:
     fields.refuse(_UNSAYABLE)

@@ -12,6 +12,7 @@ A conversion that fails leaves nothing behind.
 
 import dataclasses
 import itertools
+import os
 from pathlib import Path
 import re
 from typing import Any
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax import files, pytree
+from gemma_jax.config import checks
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.export import merged, streamed, weight_check
 from gemma_jax.formats import adapter as adapter_lib
@@ -87,6 +89,8 @@ def convert(
     ValueError: the arguments do not fit together, or the output does not compute
       what it should; nothing is left behind.
   """
+  checks.instance('model', model, str, 'a model reference; that of a Base is base.reference')
+  checks.instance('adapter', adapter, str | os.PathLike, 'a folder; lora.save(FOLDER) writes one')
   folder = files.path(output)
   _check_arguments(folder, to, adapter, dtype)
   source = open_base.open_base(model, tokenizer)
@@ -208,7 +212,7 @@ def _write_model(
   record = {
     'dtype': base_source.weight_dtype(source, dtype).name,
     'parameters': sum(int(np.prod(shape)) for shape in shapes),
-    'model_config': flax_config.to_record(config),
+    'model_config': dataclasses.asdict(config),
   }
   text = files.to_json(record, flax_config.RECORD_NAME, indent=2, sort_keys=True) + '\n'
   (new / flax_config.RECORD_NAME).write_text(text, 'utf-8')

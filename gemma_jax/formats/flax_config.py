@@ -36,18 +36,21 @@ def model_config(shapes: dict[str, tuple[int, ...]], root: Path) -> ModelConfig:
   if record.is_file():
     return _recorded(record, len(shapes))
   fields = _sizes(shapes, root)
-  for variant in variants.VARIANTS.values():
-    tokens = hf_writer.TOKEN_ROWS.get(fields['vocab_size'])
-    for rows in (fields['vocab_size'], tokens):
-      told = {**fields, 'vocab_size': rows}
-      if all(getattr(variant, name) == x for name, x in told.items()):
-        return dataclasses.replace(variant, vocab_size=fields['vocab_size'])
-  return ModelConfig(**fields, **_family(fields))
-
-
-def to_record(config: ModelConfig) -> dict[str, Any]:
-  """The architecture as JSON-able fields, for `conversion.json`."""
-  return dataclasses.asdict(config)
+  rows = fields.pop('vocab_size')
+  like = {
+    name: dataclasses.replace(variant, vocab_size=rows)
+    for name, variant in variants.VARIANTS.items()
+    if variant.vocab_size in (rows, hf_writer.TOKEN_ROWS.get(rows))
+    and all(getattr(variant, field) == x for field, x in fields.items())
+  }
+  if len(set(like.values())) > 1:
+    raise ValueError(
+      f'{root}: has the shapes of {" and of ".join(like)}, expected {RECORD_NAME} beside it, which '
+      'says the architecture; launch.convert writes it.'
+    )
+  for config in like.values():
+    return config
+  return ModelConfig(vocab_size=rows, **fields, **_family(fields))
 
 
 def _recorded(record: Path, num_arrays: int) -> ModelConfig:

@@ -252,8 +252,9 @@ def to_json(config: ModelConfig, dtype: np.dtype) -> dict[str, Any]:
   else:
     scalar = config.head_dim
     if config.query_scale is not None:
-      scalar = round(config.query_scale**-2, 6)
-      scalar = int(scalar) if scalar == int(scalar) else scalar
+      scalar = config.query_scale**-2
+      # 255.99999999999997 comes of the root of 256.
+      scalar = round(scalar) if math.isclose(scalar, round(scalar)) else scalar
     pattern = config.layer_is_local or (False,) * config.num_layers
     raw |= {
       'attn_logit_softcapping': config.attention_softcap,

@@ -12,12 +12,13 @@ trained along are its arrays, the rest is static. The model is given what
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from gemma_jax import pytree
+from gemma_jax.config import checks
 from gemma_jax.config.lora import LoraConfig
 from gemma_jax.lora import align
 from gemma_jax.lora import factors as factors_lib
@@ -27,6 +28,7 @@ from gemma_jax.model.config import ModelConfig
 INIT_STREAM = 0
 
 
+@runtime_checkable
 class Base(Protocol):
   """What an adapter has to know of its base.
 
@@ -66,10 +68,10 @@ class Lora:
       is known.
   """
 
-  factors: pytree.Tree
+  factors: pytree.Tree = dataclasses.field(repr=False)
   scale: Any
   config: Any = dataclasses.field(metadata={'static': True})
-  trained_base: pytree.Tree = dataclasses.field(default_factory=dict)
+  trained_base: pytree.Tree = dataclasses.field(default_factory=dict, repr=False)
   reference: str = dataclasses.field(default='', metadata={'static': True})
   trained_with: Any = dataclasses.field(default=None, metadata={'static': True})
 
@@ -90,6 +92,8 @@ class Lora:
     Raises:
       ValueError: a field that does not fit the base, or DoRA without weights.
     """
+    checks.instance('base', base, Base, 'a loaded base, gemma_jax.load(...)')
+    checks.at_least('seed', seed, 0)
     config = dataclasses.replace(config or LoraConfig(), **fields)
     config.check()
     config.freeze()
@@ -116,6 +120,7 @@ class Lora:
     # Upwards: a method of the type is where people look for it.
     from gemma_jax.formats import adapter
 
+    checks.instance('base', base, Base, 'a loaded base, gemma_jax.load(...)')
     lora = adapter.read(path, base.config, base.scan_layers)
     return lora if lora.reference else dataclasses.replace(lora, reference=base.reference)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.lora import align
 from gemma_jax.lora import factors as factors_lib
 from gemma_jax.lora.lora import Lora
-from gemma_jax.runs import hosts, saves
+from gemma_jax.runs import hosts, identity, saves
 from gemma_jax.runs import prepare as prepare_lib
 from gemma_jax.runs.base import Base
 from gemma_jax.runs.program import Program
@@ -49,7 +48,12 @@ class Settings:
     """ValueError for a value that no trainer takes."""
     at_least('batch_size', self.batch_size, 1)
     at_least('accumulate_steps', self.accumulate_steps, 1)
+    at_least('seed', self.seed, 0)
     BaseConfig(remat=self.remat).check()
+    require(callable(self.loss_fn), 'loss_fn', self.loss_fn, 'a function; see training.step')
+    is_one = isinstance(self.optimizer, OptimizerConfig | optax.GradientTransformation | None)
+    expected = 'an OptimizerConfig or an optax transformation'
+    require(is_one, 'optimizer', self.optimizer, expected, 'E.g. optax.adam(1e-3).')
 
 
 class Parts(NamedTuple):
@@ -151,6 +155,7 @@ def facts(
   """What a trainer that goes on in a workdir has to have in common; JSON-able."""
   own, rate = settings.optimizer, settings.learning_rate
   is_planned = isinstance(data, Dataset)
+  is_theirs = isinstance(own, optax.GradientTransformation)
   return {
     'base': base.source.fingerprint(),
     'lora': f'{lora.configs} {saves.digest((lora.factors, lora.trained_base))}',
@@ -159,8 +164,8 @@ def facts(
     'accumulate_steps': settings.accumulate_steps,
     'trainable': list(settings.trainable),
     'seed': settings.seed,
-    'loss_fn': loss_name(settings.loss_fn),
-    'optimizer': repr(own) if isinstance(own, OptimizerConfig) else None,
+    'loss_fn': identity.of_function(settings.loss_fn),
+    'optimizer': identity.of_function(own) if is_theirs else repr(own),
     'learning_rate': None if rate is None else np.asarray(rate).tolist(),
     'total_steps': settings.total_steps,
   }
@@ -191,14 +196,6 @@ def place(program: Program, params: pytree.Tree, lora: Lora) -> dict[str, Any]:
   return {'params': params, 'lora': put(lora.factors, placed['lora'])}
 
 
-def loss_name(loss_fn: step_lib.LossFn) -> str:
-  """By which a workdir knows a loss; of a partial, with its arguments."""
-  if isinstance(loss_fn, functools.partial):
-    return f'{loss_name(loss_fn.func)} {loss_fn.args} {loss_fn.keywords}'
-  owner = loss_fn if hasattr(loss_fn, '__qualname__') else type(loss_fn)
-  return f'{owner.__module__}.{owner.__qualname__}'
-
-
 def dropout(lora: Lora) -> float:
   """The rate that all adapters have; ValueError if they differ."""
   rates = {config.dropout for config in lora.configs}
@@ -212,7 +209,7 @@ def make_optimizer(
 ) -> tuple[step_lib.MakeOptimizer, np.ndarray | None]:
   """(what makes the optimizer, the learning rates [K] of several adapters)."""
   given, learning_rate = settings.optimizer, settings.learning_rate
-  if given is not None and not isinstance(given, OptimizerConfig):
+  if isinstance(given, optax.GradientTransformation):
     if learning_rate is not None:
       raise ValueError(
         'learning_rate: got one beside an optimizer of your own, expected none; it has its own.'
@@ -227,12 +224,11 @@ def make_optimizer(
       f'total_steps: got none, expected the number of updates: optimizer.schedule='
       f'{config.schedule!r} decays over them.'
     )
-  rates = np.asarray(config.learning_rate if learning_rate is None else learning_rate, np.float32)
-  if rates.shape not in ((), (members,)):
-    raise ValueError(
-      f'learning_rate: got {rates.size} rates, expected one, or one for each of '
-      f'{members or 1} adapter(s).'
-    )
+  rates = np.asarray(config.learning_rate if learning_rate is None else learning_rate)
+  if rates.dtype.kind not in 'iuf' or rates.shape not in ((), (members,)):
+    several = '' if members is None else f', or one for each of {members} adapters'
+    raise ValueError(f'learning_rate: got {learning_rate!r}, expected a number{several}.')
+  rates = rates.astype(np.float32)
   for rate in rates.ravel().tolist():
     dataclasses.replace(config, learning_rate=rate).check()
   if members is None:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from gemma_jax import pytree
+from gemma_jax.config import checks
 from gemma_jax.config.train import BaseConfig, MeshConfig
 from gemma_jax.data.tokenizer import Tokenizer
 from gemma_jax.formats import open_base
@@ -24,7 +25,7 @@ from gemma_jax.training import compiler, sharding
 from gemma_jax.training.model import Model
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Base:
   """A base model; `load` gives it its weights.
 
@@ -74,6 +75,10 @@ class Base:
       dtype=np.dtype(dtype),
       transformer=_transformer(config, source.config, devices_mesh),
     )
+
+  def __repr__(self) -> str:
+    loaded = 'not loaded' if self.params is None else f'{self.dtype} weights'
+    return f'Base({self.reference!r}, {loaded}, on {dict(self.mesh.shape)} of {self.platform})'
 
   @functools.cached_property
   def sampler(self) -> Sampler:
@@ -166,6 +171,7 @@ def load(
     scan_layers=scan_layers,
   )
   mesh = mesh or MeshConfig()
+  checks.instance('mesh', mesh, MeshConfig, 'a MeshConfig, e.g. MeshConfig(fsdp=1)')
   config.check()
   mesh.check()
   return Base.open(config, mesh).load()

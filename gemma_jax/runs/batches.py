@@ -34,16 +34,18 @@ def has_position(data: Any) -> TypeGuard[Positioned]:
   return hasattr(data, 'state') and hasattr(data, 'restore')
 
 
-def checked(batch: Any, parts: int) -> Any:
+def checked(batch: Any, parts: int, num_tokens: int, max_positions: int) -> Any:
   """A batch in NumPy arrays of dtypes that a device takes.
 
   Args:
     batch: a pytree of arrays.
     parts: of which the number of rows has to be a multiple.
+    num_tokens: of the base; `tokens` are below it, and `targets` of a weight.
+    max_positions: of the base; rows of `tokens` are not longer.
 
   Raises:
     ValueError: leaves that are not arrays of the same rows, rows that do not
-      divide, or a dtype that a leaf of this name cannot have.
+      divide, or a dtype, a token or a length that a leaf of this name cannot have.
   """
   named = pytree.items(batch)
   if not named:
@@ -54,7 +56,8 @@ def checked(batch: Any, parts: int) -> Any:
     if not hasattr(x, 'dtype') or not np.ndim(x):
       kind = 'a scalar' if np.ndim(x) == 0 else type(x).__name__
       raise ValueError(
-        f'batch: got {kind} at {place}, expected an array whose leading axis is rows.'
+        f'batch: got {kind} at {place}, expected an array whose leading axis is rows; '
+        'a Dataset makes batches of records.'
       )
     rows[place] = x.shape[0]
     wanted = _KINDS.get(name.split('/')[-1])
@@ -68,6 +71,22 @@ def checked(batch: Any, parts: int) -> Any:
       f'batch: got {count} rows, expected a multiple of {parts}: accumulate_steps times the '
       'parts in which the mesh splits rows.'
     )
+  arrays = {name: np.asarray(x) for name, x in named}
+  for name, x in arrays.items():
+    folder, _, leaf = name.rpartition('/')
+    if leaf == 'tokens' and x.shape[-1] > max_positions:
+      raise ValueError(
+        f'batch: got rows of {x.shape[-1]} {name}, expected at most {max_positions}, the positions '
+        'of the base.'
+      )
+    weights = arrays.get(f'{folder}/weights'.lstrip('/')) if leaf == 'targets' else None
+    if weights is not None and weights.shape == x.shape:
+      x = x[weights != 0]
+    if leaf in ('tokens', 'targets') and x.size and not 0 <= x.min() <= x.max() < num_tokens:
+      raise ValueError(
+        f'batch: got {name} from {x.min()} to {x.max()}, expected 0 to {num_tokens - 1}, the '
+        'tokens of the base; a target that does not count has weight 0.'
+      )
   return jax.tree.map(lambda x: np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype)), batch)
 
 

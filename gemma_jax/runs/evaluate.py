@@ -32,8 +32,8 @@ class Evaluation:
     tokens: int64 [N], supervised tokens.
   """
 
-  nll: np.ndarray
-  tokens: np.ndarray
+  nll: np.ndarray = dataclasses.field(repr=False)
+  tokens: np.ndarray = dataclasses.field(repr=False)
 
   @property
   def nll_per_token(self) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from absl import logging
 import numpy as np
 
+from gemma_jax.config import checks
 from gemma_jax.config.train import TrainConfig
 from gemma_jax.data import dataset, pipeline, sources
 from gemma_jax.data import examples as examples_lib
@@ -97,6 +98,10 @@ def evaluate(
   Raises:
     ValueError: several adapters, or one of another base.
   """
+  checks.instance('base', base, Base, 'a loaded base, gemma_jax.load(...)')
+  checks.instance('lora', lora, Lora | None, 'a Lora, e.g. Lora.load(PATH, base)')
+  kinds = (dataset.Dataset, examples_lib.Examples)
+  checks.instance('data', data, kinds, 'a Dataset of the records, or its heldout examples')
   if isinstance(data, dataset.Dataset):
     seq_len = seq_len or data.config.seq_len
     data = data.heldout

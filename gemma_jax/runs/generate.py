@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any, overload
 
+from gemma_jax.config import checks
 from gemma_jax.data import examples
 from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.lora import factors
@@ -53,9 +54,13 @@ def generate(
       adapter of another base, or a setting that makes no sense.
     FloatingPointError: logits that are not finite.
   """
+  checks.instance('base', base, Base, 'a loaded base, gemma_jax.load(...)')
+  checks.instance('lora', lora, Lora | None, 'a Lora, e.g. Lora.load(PATH, base)')
   base = base.load()
   if base.tokenizer is None:
-    raise ValueError(f'base: {base.reference} has no tokenizer, expected one; load it with one.')
+    raise ValueError(
+      f'base: {base.reference} has no tokenizer, expected one; gemma_jax.load(..., tokenizer=PATH).'
+    )
   several = [prompts] if isinstance(prompts, str) else list(prompts)
   trained_with = (lora and lora.trained_with) or base.source.read_trained_with() or TrainedWith()
   rows = [

@@ -14,15 +14,18 @@ import dataclasses
 import time
 from typing import Any
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from gemma_jax import pytree
-from gemma_jax.config.train import OptimizerConfig
+from gemma_jax.config import checks
+from gemma_jax.config.train import DataConfig, OptimizerConfig
 from gemma_jax.data import pipeline
 from gemma_jax.data.dataset import Dataset
+from gemma_jax.data.examples import Examples
 from gemma_jax.lora.lora import Lora
 from gemma_jax.runs import assemble, hosts, interrupts, saves
 from gemma_jax.runs import batches as batches_lib
@@ -65,6 +68,11 @@ class Metrics:
   wait_seconds: float
   more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+  @property
+  def is_finite(self) -> bool:
+    """Whether the update was made, of every adapter."""
+    return bool(np.all(np.isfinite(self.loss) & np.isfinite(self.grad_norm)))
+
   def of_member(self, index: int) -> 'Metrics':
     """Those of one of K adapters."""
     pick = lambda x: float(x[index])
@@ -98,7 +106,7 @@ class Trainer:
     optimizer: OptimizerConfig | optax.GradientTransformation | None = None,
     total_steps: int | None = None,
     accumulate_steps: int = 1,
-    trainable: Sequence[str] = ('lora/',),
+    trainable: str | Sequence[str] = ('lora/',),
     seed: int = 0,
     remat: str = 'auto',
     workdir: str = '',
@@ -131,6 +139,10 @@ class Trainer:
     Raises:
       ValueError: the first thing that does not fit, with its remedy.
     """
+    checks.instance('base', base, Base, 'a loaded base, gemma_jax.load(...)')
+    checks.instance('lora', lora, Lora, 'a Lora, e.g. Lora.init(base, rank=8)')
+    if isinstance(data, str | DataConfig | Examples):
+      raise ValueError(f'data: got a {type(data).__name__}, expected a Dataset or batches.')
     settings = assemble.Settings(
       learning_rate=learning_rate,
       batch_size=batch_size,
@@ -138,7 +150,7 @@ class Trainer:
       optimizer=optimizer,
       total_steps=total_steps,
       accumulate_steps=accumulate_steps,
-      trainable=tuple(trainable),
+      trainable=(trainable,) if isinstance(trainable, str) else tuple(trainable),
       seed=seed,
       remat=remat,
     )
@@ -228,8 +240,9 @@ class Trainer:
   def run(self, steps: int) -> Iterator[Metrics]:
     """Trains for so many updates more, or until the data end.
 
+    An update happens when the iterator is asked for it: `run` alone does nothing.
     Stop iterating, and call it again to go on; an update that Ctrl-C meets is
-    finished first.
+    finished first. One whose loss or gradient is not finite is left out, and said.
 
     Args:
       steps: updates, at least 1.
@@ -257,6 +270,8 @@ class Trainer:
       for wait_seconds, batch in self.batches(last):
         metrics = self.step(batch, wait_seconds)
         counted, position = metrics.step, self._position()
+        if not metrics.is_finite:
+          logging.warning('Update %d left out: its loss or gradient is not finite.', counted)
         if self._saves is not None:
           self._saves.save_if_due(self.state, position)
         yield metrics
@@ -381,7 +396,11 @@ class Trainer:
       return batch
     # A process of several has a part of the rows.
     parts = parts * sharding.batch_parts(mesh) if jax.process_count() == 1 else 1
-    return sharding.put_batch(batches_lib.checked(batch, parts), mesh, num_rows)
+    model = self.program.model
+    checked = batches_lib.checked(
+      batch, parts, model.num_tokens, model.transformer.config.max_positions
+    )
+    return sharding.put_batch(checked, mesh, num_rows)
 
   def _sums(self, batch: Any) -> tuple[Any, Any, dict[str, Any]]:
     """(sum, weight, metrics) of a batch, as `loss_fn` gives them."""

@@ -29,6 +29,11 @@ class Model:
   transformer: Transformer
   num_pieces: int | None = None
 
+  @property
+  def num_tokens(self) -> int:
+    """Rows of the embedding that are tokens."""
+    return self.num_pieces or self.transformer.config.vocab_size
+
   def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
     """`Transformer.apply`: e.g. tokens [B, T] → hidden states [B, T, D]."""
     return self.transformer.apply(variables, *args, **kwargs)
@@ -38,21 +43,35 @@ class Model:
 
     Args:
       variables: {'params'} or {'params', 'lora'}, of `Lora.variables`.
-      batch: `tokens`, `segment_ids`, `positions`, int32 [B, T].
+      batch: `tokens`, int32 [B, T]; and, where rows are padded or packed,
+        `segment_ids` and `positions`, see `Transformer`.
       dropout_key: switches the adapter's dropout on, if it has one.
 
     Raises:
       ValueError: the batch has no such array.
     """
-    _check(batch, ('tokens', 'segment_ids', 'positions'))
+    _check(batch, 'tokens')
     has_dropout = dropout_key is not None and self.transformer.dropout > 0
     return self.apply(
       variables,
       batch['tokens'],
-      batch['segment_ids'],
-      batch['positions'],
+      batch.get('segment_ids'),
+      batch.get('positions'),
       rngs={'dropout': dropout_key} if has_dropout else None,
     )
+
+  def logits(self, variables: Any, batch: Batch, dropout_key: jax.Array | None = None) -> jax.Array:
+    """Logits over the tokens, float32 [B, T, num_tokens], with the model's soft cap.
+
+    For losses that need whole distributions; `token_losses` needs far less memory.
+
+    Args:
+      variables: as in `hidden`.
+      batch: as in `hidden`.
+      dropout_key: as in `hidden`.
+    """
+    hidden = self.hidden(variables, batch, dropout_key)
+    return self.apply(variables, hidden, method='logits')[..., : self.num_tokens]
 
   def token_losses(
     self, variables: Any, batch: Batch, dropout_key: jax.Array | None = None
@@ -70,7 +89,7 @@ class Model:
         [B, T]; positions of weight 0 are never computed.
       dropout_key: as in `hidden`.
     """
-    _check(batch, ('tokens', 'segment_ids', 'positions', 'targets', 'weights'))
+    _check(batch, 'tokens', 'targets', 'weights')
     return losses.token_cross_entropy(
       self.hidden(variables, batch, dropout_key),
       variables['params']['embedder']['input_embedding'],
@@ -83,7 +102,7 @@ class Model:
     )
 
 
-def _check(batch: Batch, names: tuple[str, ...]) -> None:
+def _check(batch: Batch, *names: str) -> None:
   missing = [name for name in names if name not in batch]
   if missing:
     raise ValueError(

@@ -52,18 +52,30 @@ def test_other_sizes_take_what_their_family_shares(tmp_path):
   assert settings(variants.TINY, 7).layer_is_local is None
 
 
+def test_shapes_of_two_variants_are_no_answer(monkeypatch, tmp_path):
+  config = variants.TINY3
+  places = flax_release.make_places(config, False, config.use_qk_norm)
+  shapes = {p.name: p.shape for p in places.values()}
+  assert flax_config.model_config(shapes, tmp_path / 'x') == config
+  monkeypatch.setitem(variants.VARIANTS, 'again', config)
+  assert flax_config.model_config(shapes, tmp_path / 'x') == config
+  monkeypatch.setitem(variants.VARIANTS, 'capped', dataclasses.replace(config, final_softcap=7.0))
+  with pytest.raises(ValueError, match='shapes of tiny3 and of again and of capped, expected conv'):
+    flax_config.model_config(shapes, tmp_path / 'x')
+
+
 def test_record_of_a_conversion_must_be_an_architecture(tmp_path):
   (tmp_path / 'm').mkdir()
   flax_writer.write_folder(tmp_path / 'm', logits_toy.source_of(variants.TINY))
   record = tmp_path / 'm' / flax_config.RECORD_NAME
   config = dataclasses.replace(variants.TINY, rope_theta=9973.0)
-  record.write_text(json.dumps({'model_config': flax_config.to_record(config)}))
+  record.write_text(json.dumps({'model_config': dataclasses.asdict(config)}))
   assert open_base.open_base(str(tmp_path / 'm')).config == config
   for text in ('{', '[]', '{"model_config": {"vocab_size": 3}}'):
     record.write_text(text)
     with pytest.raises(ValueError, match=r'conversion\.json: model_config'):
       open_base.open_base(str(tmp_path / 'm'))
-  fields = {**flax_config.to_record(config), 'num_layers': 10**9}
+  fields = {**dataclasses.asdict(config), 'num_layers': 10**9}
   record.write_text(json.dumps({'model_config': fields}))
   with pytest.raises(ValueError, match='got 1000000000 layers, expected'):
     open_base.open_base(str(tmp_path / 'm'))

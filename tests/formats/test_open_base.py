@@ -45,7 +45,7 @@ def test_random_weights_have_the_shapes_and_a_seed():
   )
 
 
-@pytest.mark.parametrize('variant', ['tiny', 'tiny2', 'tiny3'])
+@pytest.mark.parametrize('variant', [name for name in variants.VARIANTS if name.startswith('tiny')])
 def test_random_weights_do_not_depend_on_how_they_are_held(variant):
   base = open_base.open_base(f'random:{variant}')
   scanned = base.load_params()

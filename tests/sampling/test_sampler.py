@@ -105,7 +105,7 @@ def traces_during(function):
   return sum('jaxpr_trace' in event for event in events)
 
 
-@pytest.mark.parametrize('name', ['tiny', 'tiny2', 'tiny3'])
+@pytest.mark.parametrize('name', [name for name in variants.VARIANTS if name.startswith('tiny')])
 def test_cached_decoding_equals_full_forward_passes(name):
   model = Transformer(variants.get(name), remat='none')
   variables = base(name)
