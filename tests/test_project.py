@@ -152,7 +152,7 @@ def test_recipes_have_five_steps_and_their_names_are_there():
   _, *recipes = re.split(
     r'^\*\*An? ', read('CONTRIBUTING.md').split('## How to add\n')[1], flags=re.M
   )
-  assert len(recipes) == 5
+  assert len(recipes) == 6
   for recipe in recipes:
     assert re.findall(r'^(\d)\. ', recipe, re.M) == list('12345')
     assert 'Test: ' in recipe

@@ -20,11 +20,7 @@ import numpy as np
 
 
 def of_function(function: Any) -> str:
-  """Its name, and a digest of all that it is made of.
-
-  >>> of_function(lambda x: x + 1) == of_function(lambda x: x + 2)
-  False
-  """
+  """Its name, and a digest of all that it is made of."""
   inner = function
   while isinstance(inner, functools.partial):
     inner = inner.func
