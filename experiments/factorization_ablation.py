@@ -9,16 +9,13 @@ Cost       see experiments/README.md#shipped-ablations
 Result     not run yet
 """
 
-import dataclasses
-
 from experiments import rank_ablation
-from gemma_jax.sweep.grid import SweepConfig
+from gemma_jax.config.sweep import SweepConfig
 
 
 def get_config() -> SweepConfig:
   """`rank_ablation` with both factorizations at three budgets."""
   config = rank_ablation.get_config()
-  config.grid = dataclasses.replace(
-    config.grid, ranks=(6, 12, 24), factorizations=('matrix', 'keras'), equal_parameters=True
-  )
+  config.grid.ranks, config.grid.equal_parameters = (6, 12, 24), True
+  config.grid.factorizations = ('matrix', 'keras')
   return config

@@ -8,14 +8,12 @@ Cost       see experiments/README.md#shipped-ablations
 Result     not run yet
 """
 
-import dataclasses
-
 from experiments import rank_ablation
-from gemma_jax.sweep.grid import SweepConfig
+from gemma_jax.config.sweep import SweepConfig
 
 
 def get_config() -> SweepConfig:
   """`rank_ablation` with both initial limits."""
   config = rank_ablation.get_config()
-  config.grid = dataclasses.replace(config.grid, ranks=(1, 8, 32), inits=('peft', 'keras'))
+  config.grid.ranks, config.grid.inits = (1, 8, 32), ('peft', 'keras')
   return config

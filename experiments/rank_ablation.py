@@ -16,26 +16,21 @@ Cost       five days on two cores (an estimate), see
 Result     not run yet; a smaller one: experiments/README.md#rank-ablation
 """
 
-import dataclasses
-
 from experiments import dolly_lora
-from gemma_jax.config.train import TrainConfig
-from gemma_jax.sweep.grid import GridConfig, SweepConfig
+from gemma_jax.config.sweep import GridConfig, SweepConfig
 
 
 def get_config() -> SweepConfig:
   """`dolly_lora` at every rank, rate and seed."""
   base = dolly_lora.get_config()
-  shared = {f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)}
-  config = SweepConfig(
-    **shared,
+  base.optimizer.clip_norm = 0.0
+  # One row of 512 positions in each update, as in dolly_lora; all held-out records.
+  base.data.max_eval_records = 0
+  return SweepConfig(
+    base=base,
     grid=GridConfig(
       ranks=(1, 2, 4, 8, 16, 32),
       seeds=(0, 1, 2, 3, 4),
       learning_rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     ),
   )
-  config.optimizer.clip_norm = 0.0
-  # One row of 512 positions in each update, as in dolly_lora; all held-out records.
-  config.data.max_eval_records = 0
-  return config

@@ -9,17 +9,14 @@ Cost       see experiments/README.md#shipped-ablations
 Result     not run yet
 """
 
-import dataclasses
-
 from experiments import rank_ablation
-from gemma_jax.sweep.grid import SweepConfig
+from gemma_jax.config.sweep import SweepConfig
 
 
 def get_config() -> SweepConfig:
   """`rank_ablation` under three scale rules."""
   config = rank_ablation.get_config()
-  config.lora.alpha = 2.0
-  config.grid = dataclasses.replace(
-    config.grid, ranks=(1, 8, 32), scale_rules=('constant', 'alpha_over_r', 'alpha_over_sqrt_r')
-  )
+  config.base.lora.alpha = 2.0
+  config.grid.ranks = (1, 8, 32)
+  config.grid.scale_rules = ('constant', 'alpha_over_r', 'alpha_over_sqrt_r')
   return config

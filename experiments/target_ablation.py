@@ -10,16 +10,13 @@ Cost       see experiments/README.md#shipped-ablations
 Result     not run yet
 """
 
-import dataclasses
-
 from experiments import rank_ablation
-from gemma_jax.sweep.grid import SweepConfig
+from gemma_jax.config.sweep import SweepConfig
 
 
 def get_config() -> SweepConfig:
   """`rank_ablation` over three target sets, at three budgets."""
   config = rank_ablation.get_config()
-  config.grid = dataclasses.replace(
-    config.grid, ranks=(5, 21, 42), targets=('qv', 'attention', 'all'), equal_parameters=True
-  )
+  config.grid.ranks, config.grid.equal_parameters = (5, 21, 42), True
+  config.grid.targets = ('qv', 'attention', 'all')
   return config

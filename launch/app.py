@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from absl import app, flags, logging
 import tqdm
@@ -38,6 +38,8 @@ TOKENIZER_HELP = 'tokenizer.model to use instead of the one of the base.'
 # Flags whose values are text rather than file names.
 _TEXT_FLAGS = ('prompt',)
 
+_Config = TypeVar('_Config')
+
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: try the same command again
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -47,6 +49,7 @@ USER_ERRORS = (ValueError, OSError, KeyError, FloatingPointError)
 
 # Messages of ml_collections that `_explain` rewrites.
 _NO_FIELD = re.compile(r"Field (\w+) not found .*'([\w.]+)\.(\w+)'")
+_NO_PARENT = re.compile(r"Attribute <class '([\w.]+)\.(\w+)'>\.(\w+) does not exist")
 _NO_FILE = re.compile(r"Failed loading config file .* '(.*)'", re.DOTALL)
 _BROKEN_FILE = 'Error whilst parsing config file'
 
@@ -104,6 +107,18 @@ def fail(message: str) -> NoReturn:
     time.sleep(jax.process_index() == 0)
     os._exit(1)
   sys.exit(1)
+
+
+def config_of(kind: type[_Config], config: Any) -> _Config:
+  """Returns --config, which must be of the kind that a command takes."""
+  getattr(config, 'resolve', None)  # a file that did not load raises here
+  if not isinstance(config, kind):
+    fail(
+      f'--config: got a {type(config).__name__}, expected a {kind.__name__}. launch.train runs '
+      'a TrainConfig (experiments/dolly_lora.py), launch.sweep a SweepConfig '
+      '(experiments/rank_ablation.py).'
+    )
+  return config
 
 
 def set_compilation_cache(folder: str) -> None:
@@ -286,6 +301,8 @@ def _own_flags(text: str) -> str:
 
 def _explain(text: str) -> str:
   """Says what is wrong with --config; leaves any other message unchanged."""
+  # As in --config.lora.rnak=8 and --config.lroa.rank=8.
+  text = _NO_PARENT.sub(r"Field \3 not found on dataclass <class '\1.\2'>", text)
   if match := _NO_FIELD.search(text):
     field, module, name = match.groups()
     fields = dataclasses.fields(getattr(importlib.import_module(module), name))

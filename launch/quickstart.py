@@ -35,11 +35,12 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 120, 'Longest answer, i
 
 def main() -> int:
   """Runs the command."""
+  from gemma_jax.config.train import TrainConfig
   from gemma_jax.formats import open_base
   from gemma_jax.runs import summary, train
 
   workdir = os.path.expanduser(_WORKDIR.value)
-  config = _CONFIG.value.resolve()
+  config = app.config_of(TrainConfig, _CONFIG.value).resolve()
   app.set_compilation_cache(config.compilation_cache)
   source = open_base.open_base(config.model.path, config.model.tokenizer)
   dtype = config.model.dtype

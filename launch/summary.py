@@ -20,10 +20,11 @@ _FORMAT = flags.DEFINE_enum('format', 'text', ['text', 'json'], 'Table, or one J
 
 def main() -> int:
   """Runs the command."""
+  from gemma_jax.config.train import TrainConfig
   from gemma_jax.formats import adapter, open_base
   from gemma_jax.runs import summary
 
-  config = _CONFIG.value
+  config = app.config_of(TrainConfig, _CONFIG.value)
   config.model.path = _MODEL.value or config.model.path
   config = config.resolve()
   base = open_base.open_base(config.model.path)

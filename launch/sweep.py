@@ -3,11 +3,12 @@
   python -m launch.sweep --config=experiments/rank_ablation.py --workdir=DIR
 
 The same command resumes after a stop or a kill; run on another machine that
-shares the folder, it takes part. Any field can be set, e.g.
---config.grid.ranks="(1,4,16)" --config.data.path=FILE. Standard output is the
-table of trials; `python -m experiments.report DIR` makes the report. --dry_run
---topology=v5e:1x1 says, on any machine, how many trials would train at once on
-that TPU slice, what they need there and what training them together gains.
+shares the folder, it takes part. Any field can be set: of the base config as for
+launch.train (--config.data.path=FILE), of the grid as --config.grid.ranks="(1,4,16)";
+--help_config explains them all. Standard output is the table of trials;
+`python -m experiments.report DIR` makes the report. --dry_run --topology=v5e:1x1
+says, on any machine, how many trials would train at once on that TPU slice, what
+they need there and what training them together gains.
 """
 
 import os
@@ -38,28 +39,27 @@ _HELP_CONFIG = flags.DEFINE_bool(
 
 def main() -> int:
   """Runs the command."""
-  from gemma_jax.runs.evaluate import Stopped
-  from gemma_jax.sweep import grid, results, worker
+  from gemma_jax.config.sweep import SweepConfig
 
+  config = app.config_of(SweepConfig, _CONFIG.value)
   if _HELP_CONFIG.value:
     from gemma_jax.config.describe import describe
 
-    print(describe(_CONFIG.value))
+    print(describe(config.base), describe(config.grid, 'config.grid'), sep='\n')
     return 0
   if bool(_TOPOLOGY.value) != _DRY_RUN.value:
     app.fail('--dry_run, --topology: got one, expected both or neither')
   workdir = _WORKDIR.value or ''
   if not workdir and not _DRY_RUN.value:
     app.fail('--workdir: missing, expected a folder for the sweep')
-  if not isinstance(_CONFIG.value, grid.SweepConfig):
-    app.fail(
-      '--config: got an experiment without a grid, expected e.g. '
-      'experiments/rank_ablation.py; launch.train runs a single one'
-    )
-  config = _CONFIG.value.resolve()
+  config = config.resolve()
   if _DRY_RUN.value:
     return forecast(config)
-  app.set_compilation_cache(config.compilation_cache)
+
+  from gemma_jax.runs.evaluate import Stopped
+  from gemma_jax.sweep import results, worker
+
+  app.set_compilation_cache(config.base.compilation_cache)
   try:
     with app.stop_on_signal() as should_stop:
       sweep = worker.run(config, os.path.expanduser(workdir), should_stop)

@@ -55,20 +55,22 @@ flags.adopt_module_key_flags(multihost)
 
 def main() -> int:
   """Runs the command."""
+  from gemma_jax.config.train import TrainConfig
+
+  if _CONFIG.value is None and not _HELP_CONFIG.value:
+    app.fail('--config: missing, expected e.g. experiments/dolly_lora.py')
+  config = app.config_of(TrainConfig, _CONFIG.value or TrainConfig())
   if _HELP_CONFIG.value:
     from gemma_jax.config.describe import describe
-    from gemma_jax.config.train import TrainConfig
 
-    print(describe(_CONFIG.value or TrainConfig()))
+    print(describe(config))
     return 0
-  if _CONFIG.value is None:
-    app.fail('--config: missing, expected e.g. experiments/dolly_lora.py')
   if _TOPOLOGY.value:
-    return forecast(_CONFIG.value.resolve())
+    return forecast(config.resolve())
   if not _WORKDIR.value:
     app.fail('--workdir: missing, expected a folder for the run')
   workdir = os.path.expanduser(_WORKDIR.value)
-  config = _CONFIG.value.resolve()
+  config = config.resolve()
   multihost.join()
   if _DRY_RUN.value:
     from gemma_jax.runs import dry_run

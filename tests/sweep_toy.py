@@ -1,10 +1,9 @@
 """A whole sweep in seconds: three ranks, two rates, two seeds, a tiny base."""
 
-import dataclasses
 import json
 
-from gemma_jax.config.train import LoraConfig, TrainConfig
-from gemma_jax.sweep.grid import GridConfig, SweepConfig
+from gemma_jax.config.lora import LoraConfig
+from gemma_jax.config.sweep import GridConfig, SweepConfig
 from tests import run_toy
 
 CATEGORIES = ('brainstorming', 'open_qa')
@@ -41,10 +40,7 @@ def config(records, **axes) -> SweepConfig:
     'sample_prompts': 2,
     'sample_tokens': 3,
   }
-  names = [field.name for field in dataclasses.fields(TrainConfig)]
-  return SweepConfig(
-    **{name: getattr(base, name) for name in names}, grid=GridConfig(**{**grid, **axes})
-  )
+  return SweepConfig(base, GridConfig(**{**grid, **axes}))
 
 
 def config_file(folder, records, **axes) -> str:

@@ -30,10 +30,7 @@ def describe(config: Any, prefix: str = 'config') -> str:
 
 
 def _blocks(config: Any, prefix: str) -> Iterator[str]:
-  meanings = {}
-  for base in reversed(type(config).__mro__):
-    meanings |= _attributes(base)
-  nested = []
+  meanings, nested = _attributes(type(config)), []
   for field in dataclasses.fields(config):
     value, name = getattr(config, field.name), f'{prefix}.{field.name}'
     if dataclasses.is_dataclass(value):

@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import json
 import math
-from typing import Any, Self
+from typing import Any
 
 from gemma_jax.config.checks import Freezable, at_least, check_choices, check_regex, choice, require
 from gemma_jax.config.lora import LoraConfig
@@ -214,7 +214,7 @@ class TrainConfig(Freezable):
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
 
-  def resolve(self) -> Self:
+  def resolve(self) -> 'TrainConfig':
     """Returns a checked, frozen copy; ValueError on the first bad field.
 
     Call it once, after the last override. Nothing downstream checks again.

@@ -158,11 +158,11 @@ def check_fields(
   workdir: str,
   before: dict[str, Any],
   now: dict[str, Any],
-  default: TrainConfig | None = None,
+  defaults: dict[str, Any] | None = None,
   free: tuple[str, ...] = _MAY_DIFFER,
 ) -> None:
   """ValueError with the first field that decides a result and differs."""
-  for name, was, is_now in differing(before, now, default, free):
+  for name, was, is_now in differing(before, now, defaults, free):
     raise ValueError(
       f'workdir {workdir}: was made with {name}={was!r}, this config has '
       f'{is_now!r}. {advice(workdir, "config")}'
@@ -172,7 +172,7 @@ def check_fields(
 def differing(
   before: dict[str, Any],
   now: dict[str, Any],
-  default: TrainConfig | None = None,
+  defaults: dict[str, Any] | None = None,
   free: tuple[str, ...] = _MAY_DIFFER,
 ) -> list[tuple[str, Any, Any]]:
   """(name, before, now) of the fields that decide a result and differ.
@@ -181,11 +181,10 @@ def differing(
     before: a config as nested dicts; a field that it lacks, since it is of an
       earlier version, has its default.
     now: the same, of now.
-    default: a config with all defaults; None is a `TrainConfig`.
+    defaults: of every field; None are those of a `TrainConfig`.
     free: fields, or groups of them, that may differ.
   """
-  default = TrainConfig() if default is None else default
-  defaults = config_lib.flatten(config_lib.to_dict(default))
+  defaults = config_lib.flatten(defaults or config_lib.to_dict(TrainConfig()))
   before, now = (defaults | config_lib.flatten(each) for each in (before, now))
   for each in (before, now):  # a sweep's is as it was given
     each['data.seq_len'] = each['data.seq_len'] or dataset.DEFAULT_SEQ_LEN

@@ -13,6 +13,7 @@ from absl import logging
 import numpy as np
 
 from gemma_jax import files
+from gemma_jax.config.sweep import GridConfig
 from gemma_jax.config.train import TrainConfig
 from gemma_jax.formats import adapter
 from gemma_jax.lora import spectrum
@@ -23,7 +24,6 @@ from gemma_jax.runs.trainer import Trainer
 from gemma_jax.sampling import sampler as sampler_lib
 from gemma_jax.sampling.next_token import SamplingConfig
 from gemma_jax.sweep import evaluation, manifest, results
-from gemma_jax.sweep.grid import GridConfig
 from gemma_jax.sweep.results import Outcome, Sweep
 
 

@@ -7,9 +7,9 @@ read them once for all its members.
 import dataclasses
 import functools
 
+from gemma_jax.config.sweep import SweepConfig
 from gemma_jax.formats import open_base
 from gemma_jax.sweep import manifest, plan
-from gemma_jax.sweep.grid import SweepConfig
 from gemma_jax.tpu import forecast as forecast_lib
 from gemma_jax.tpu.forecast import Forecast
 from gemma_jax.tpu.topology import Topology
@@ -70,7 +70,7 @@ def forecast(config: SweepConfig, topology: Topology) -> list[BatchForecast]:
   Returns:
     One forecast for each shape of batch.
   """
-  source = open_base.open_base(config.model.path, config.model.tokenizer)
+  source = open_base.open_base(config.base.model.path, config.base.model.tokenizer)
   adapters = manifest.check_trials(config, source.config).adapters
   alike: dict[tuple, list[list[str]]] = {}
   for names in plan.groups(adapters):

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from absl import logging
 
 from gemma_jax import files
-from gemma_jax.config import train as config_lib
+from gemma_jax.config.sweep import SweepConfig
 from gemma_jax.config.train import TrainConfig
 from gemma_jax.data import sources
 from gemma_jax.data.examples import Example
@@ -36,7 +36,7 @@ from gemma_jax.runs import describe, resume, summary
 from gemma_jax.runs import prepare as run_lib
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.sweep import plan
-from gemma_jax.sweep.grid import SweepConfig, Trial, make_trials
+from gemma_jax.sweep.grid import Trial, make_trials
 
 NAME = 'manifest.json'
 SAMPLES = 'samples.jsonl'
@@ -64,8 +64,8 @@ def check_same_sweep(workdir: str, config: SweepConfig) -> bool:
   resume.check_fields(
     workdir,
     saved['config'],
-    config_lib.to_dict(config),
-    SweepConfig(),
+    config.to_dict(),
+    SweepConfig().to_dict(),
     # All trials of a table have the same number of steps.
     resume.FREE_FIELDS + resume.PATH_FIELDS,
   )
@@ -115,7 +115,7 @@ def draft(config: SweepConfig) -> Draft:
   Raises:
     ValueError: no trial of the sweep can run.
   """
-  source = open_base.open_base(config.model.path, config.model.tokenizer)
+  source = open_base.open_base(config.base.model.path, config.base.model.tokenizer)
   checked = check_trials(config, source.config)
   run = run_lib.prepare(next(iter(checked.resolved.values())))
   for line in describe.describe_data(run):
@@ -162,7 +162,7 @@ def make(config: SweepConfig, workdir: str, made: Draft) -> None:
     workdir,
     NAME,
     {
-      'config': config_lib.to_dict(config),
+      'config': config.to_dict(),
       'fingerprints': made.run.fingerprints(),
       'records': describe.describe_data(made.run),
       'base': source.reference,
@@ -233,7 +233,7 @@ def _jobs(config: SweepConfig, checked: Checked) -> list[dict[str, Any]]:
 
 def _heldout(config: SweepConfig, run: run_lib.Run) -> list[dict[str, Any]]:
   """What is known of each held-out record, apart from the sweep's results."""
-  records = sources.load_records(config.data).heldout
+  records = sources.load_records(config.base.data).heldout
   rows = []
   for index, example in zip(run.data.heldout.record_ids.tolist(), run.data.heldout, strict=True):
     record = records[index]

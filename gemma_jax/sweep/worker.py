@@ -13,13 +13,14 @@ from typing import Any
 from absl import logging
 import jax
 
+from gemma_jax.config.sweep import SweepConfig
 from gemma_jax.formats import open_base
 from gemma_jax.runs import prepare as run_lib
 from gemma_jax.runs import resume, train
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.runs.evaluate import Stopped
 from gemma_jax.sweep import evaluation, finalize, leases, manifest, results, trials
-from gemma_jax.sweep.grid import SweepConfig, make_trials
+from gemma_jax.sweep.grid import make_trials
 
 POLL_SECS = 2.0
 
@@ -92,7 +93,7 @@ class _Worker:
   """This process's part in a sweep."""
 
   def __init__(self, config, workdir, fingerprints, should_stop):
-    source = open_base.open_base(config.model.path, config.model.tokenizer)
+    source = open_base.open_base(config.base.model.path, config.base.model.tokenizer)
     self.config = config
     self.workdir = workdir
     self.should_stop = should_stop

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from gemma_jax.config.sweep import SweepConfig
 from gemma_jax.data import templates
 from gemma_jax.lora import factors
 from gemma_jax.model import variants
@@ -30,6 +31,7 @@ def test_card_and_config(name):
   for word in ('Question', 'Command', 'Cost', 'Result'):
     assert word in module.__doc__, word
   config = module.get_config().resolve()
+  config = config.base if isinstance(config, SweepConfig) else config
   model_config = variant_of(config)
   templates.check_name(config.data.template)
   found = summary.summarize(config, model_config)
@@ -45,7 +47,7 @@ SWEEPS = [name for name in NAMES if name.endswith('_ablation')]
 @pytest.mark.parametrize('name', SWEEPS)
 def test_no_cell_of_a_sweep_is_refused(name):
   config = importlib.import_module(f'experiments.{name}').get_config().resolve()
-  model_config = variant_of(config)
+  model_config = variant_of(config.base)
   cells = [cell for cell in grid.make_trials(config, model_config) if cell.kind == 'lora']
   arms = {}
   for cell in cells:

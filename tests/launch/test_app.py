@@ -15,7 +15,7 @@ import time
 import pytest
 
 from gemma_jax.config import train as config_lib
-from gemma_jax.sweep import grid
+from gemma_jax.config.sweep import SweepConfig
 from launch import app
 
 
@@ -176,7 +176,7 @@ def test_advice_names_flags_of_the_command():
     settings = r'\b(?:data|model|lora|optimizer|mesh|grid)\.[a-z_0-9]+(?==[^ =])'
     advice |= set(re.findall(settings, text))
   assert len(advice) > 5
-  fields = config_lib.flatten(config_lib.to_dict(grid.SweepConfig()))
+  fields = config_lib.flatten(SweepConfig().to_dict())
   assert advice <= fields.keys()
   script = """
 from absl import flags

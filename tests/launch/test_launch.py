@@ -1,13 +1,16 @@
 """The commands as a user calls them: results, help, one-line errors."""
 
+from dataclasses import fields
 import json
 from pathlib import Path
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 
+from gemma_jax.config.sweep import GridConfig
 from tests import run_toy
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +147,33 @@ def test_help_explains(command):
   text = done.stdout
   assert f'python -m launch.{command}' in text
   assert '--debug' in text.replace('--[no]debug', '--debug')
+
+
+@pytest.mark.parametrize(
+  ('command', 'experiment', 'message'),
+  [
+    ('train', 'rank_ablation', 'got a SweepConfig, expected a TrainConfig'),
+    ('summary', 'rank_ablation', 'got a SweepConfig, expected a TrainConfig'),
+    ('sweep', 'dolly_lora', 'got a TrainConfig, expected a SweepConfig'),
+  ],
+)
+def test_a_config_of_another_command_is_refused(command, experiment, message):
+  done = call(command, f'--config=experiments/{experiment}.py', '--config.steps=3')
+  assert done.returncode == 1
+  (line,) = done.stderr.splitlines()
+  assert line.startswith(f'error: --config: {message}')
+
+
+def test_every_field_of_a_sweep_is_explained():
+  """Those of its base as for a single run, then those of the grid."""
+  single, sweep = (
+    call(command, f'--config=experiments/{name}.py', '--help_config', '--config.steps=7')
+    for command, name in (('train', 'dolly_lora'), ('sweep', 'rank_ablation'))
+  )
+  names = [re.findall(r'^--(config[.\w]+)=', x.stdout, re.MULTILINE) for x in (single, sweep)]
+  assert '--config.steps=7\n' in sweep.stdout
+  assert names[1][: len(names[0])] == names[0]
+  assert names[1][len(names[0]) :] == [f'config.grid.{x.name}' for x in fields(GridConfig)]
 
 
 @pytest.mark.parametrize(

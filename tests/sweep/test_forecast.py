@@ -5,10 +5,9 @@ import math
 
 import pytest
 
-from gemma_jax.config.train import TrainConfig
+from gemma_jax.config.sweep import GridConfig, SweepConfig
 from gemma_jax.runs import prepare
 from gemma_jax.sweep import forecast, plan
-from gemma_jax.sweep.grid import GridConfig, SweepConfig
 from gemma_jax.tpu import hlo, topology
 from tests.launch.test_launch import call
 from tests.tpu import test_forecast
@@ -21,10 +20,8 @@ V5E = topology.parse('v5e:1x1')
 
 def sweep_config(**grid):
   base = test_forecast.make_config(rows=1, fsdp=1)
-  data = dataclasses.replace(base.data, seq_len=LENGTH)
-  fields = {f.name: getattr(base, f.name) for f in dataclasses.fields(TrainConfig)}
-  fields |= {'data': data, 'grid': GridConfig(RANKS, SEEDS, **grid)}
-  return SweepConfig(**fields).resolve()
+  base = dataclasses.replace(base, data=dataclasses.replace(base.data, seq_len=LENGTH))
+  return SweepConfig(base, GridConfig(RANKS, SEEDS, **grid)).resolve()
 
 
 @pytest.fixture(scope='module')

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
+from gemma_jax.config.sweep import GridConfig, SweepConfig
 from gemma_jax.config.train import TrainConfig
 from gemma_jax.model import variants
 from gemma_jax.sweep import grid
-from gemma_jax.sweep.grid import GridConfig, SweepConfig
 
 MODEL = variants.get('gemma3_270m')
 
@@ -35,8 +35,8 @@ def test_cells_are_the_product_and_differ_where_they_say():
 
 
 def test_an_axis_without_values_keeps_the_config():
-  config = SweepConfig(grid=GridConfig(ranks=(2,)), seed=5)
-  config.lora.targets = 'all'
+  config = SweepConfig(TrainConfig(seed=5), GridConfig(ranks=(2,)))
+  config.base.lora.targets = 'all'
   (cell,) = grid.make_trials(config.resolve(), MODEL)[1:]
   assert cell.config.seed == 5
   assert cell.config.lora.targets == 'all'
@@ -87,7 +87,7 @@ def test_full_baseline_trains_the_kernels_of_the_targets_alone():
 
 
 def test_arms_train_for_as_many_updates():
-  config = grid.SweepConfig(early_stopping_evals=2, grid=grid.GridConfig(ranks=(1, 2)))
+  config = SweepConfig(TrainConfig(early_stopping_evals=2), GridConfig(ranks=(1, 2)))
   with pytest.raises(ValueError, match='early_stopping_evals: got 2, expected 0'):
     config.resolve()
 
@@ -123,7 +123,29 @@ def test_ranks_that_a_budget_makes_equal_are_duplicates():
 
 def test_the_sweeps_own_config_stays_as_it_was():
   config = sweep(ranks=(3,))
-  before = dataclasses.asdict(config)
-  for cell in grid.make_trials(config, MODEL):
-    cell.config.lora.rank = 77
-  assert dataclasses.asdict(config) == before
+  before = config.to_dict()
+  _, cell = grid.make_trials(config, MODEL)
+  cell.config.seed = cell.config.lora.rank = 77
+  cell.config.optimizer.learning_rate = 77.0
+  assert config.to_dict() == before
+
+
+def test_resolved_is_a_copy_whose_parts_do_not_change():
+  config = SweepConfig(grid=GridConfig(ranks=(1, 2)))
+  resolved = config.resolve()
+  assert resolved.to_dict() == config.to_dict() == resolved.resolve().to_dict()
+  config.base.steps, config.grid.ranks = 77, (4,)
+  assert (resolved.base.steps, resolved.grid.ranks) == (0, (1, 2))
+  for part, name in (
+    (resolved.base, 'steps'),
+    (resolved.base.lora, 'rank'),
+    (resolved.grid, 'ranks'),
+  ):
+    with pytest.raises(dataclasses.FrozenInstanceError, match=name):
+      setattr(part, name, 5)
+
+
+def test_a_field_of_the_base_is_none_of_the_sweep():
+  """Written as before there was a base, it would be left out without a word."""
+  with pytest.raises(AttributeError, match='steps'):
+    SweepConfig().steps = 5

@@ -1,5 +1,12 @@
 """What a sweep keeps of its held-out records, whatever their form."""
 
+import dataclasses
+
+import pytest
+
+from gemma_jax import files
+from gemma_jax.config.sweep import GridConfig, SweepConfig
+from gemma_jax.config.train import TrainConfig
 from gemma_jax.sweep import manifest
 from tests import data_toy, run_toy, sweep_toy
 
@@ -23,7 +30,7 @@ def drafted(folder, form, **fields):
   path = data_toy.write_jsonl(folder / 'records.jsonl', rows)
   data_toy.write_jsonl(folder / 'heldout.jsonl', rows)
   config = sweep_toy.config(path)
-  run_toy.set_fields(config, fields)
+  run_toy.set_fields(config.base, fields)
   return manifest.draft(config.resolve()).heldout
 
 
@@ -44,3 +51,17 @@ def test_a_conversation_is_told_by_its_roles(tmp_path):
   assert [row['prompt'] for row in heldout] == [
     f'user: Q{i}\n\nmodel: A\n\nuser: And?' for i in range(10)
   ]
+
+
+def test_a_manifest_has_the_fields_of_the_base_with_the_grid_beside_them(tmp_path):
+  """As when a sweep's config was a `TrainConfig` with a grid, so that those sweeps go on."""
+  config = SweepConfig(TrainConfig(steps=5), GridConfig(ranks=(1, 2)))
+  names = [field.name for field in dataclasses.fields(TrainConfig)]
+  assert list(config.to_dict()) == [*names, 'grid']
+  written = {'steps': 5, 'lora': {'rank': 8}, 'grid': {'ranks': [1, 2]}}
+  files.write_json(tmp_path / manifest.NAME, {'config': written})
+  assert manifest.check_same_sweep(str(tmp_path), config)
+  for changes, name in (({'steps': 6}, 'steps'), ({'grid': {'ranks': [1]}}, r'grid\.ranks')):
+    files.write_json(tmp_path / manifest.NAME, {'config': written | changes})
+    with pytest.raises(ValueError, match=f'was made with {name}='):
+      manifest.check_same_sweep(str(tmp_path), config)

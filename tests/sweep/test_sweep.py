@@ -347,14 +347,14 @@ def test_an_experiment_without_a_grid_is_refused(tmp_path):
   process = launch('experiments/dolly_lora.py', tmp_path / 'run')
   _, log = process.communicate(timeout=200)
   assert process.returncode == 1
-  assert 'an experiment without a grid' in log
+  assert '--config: got a TrainConfig, expected a SweepConfig' in log
 
 
 def test_a_member_that_diverges_fails_alone(records, tmp_path):
   config = sweep_toy.config(
     records, ranks=(2,), seeds=(0,), learning_rates=(1e-3, 1e30), truncate=False, sample_prompts=0
   )
-  config.optimizer.clip_norm = 0.0
+  config.base.optimizer.clip_norm = 0.0
   sweep = worker.run(config.resolve(), str(tmp_path))
   good, bad = (c for c in sweep.trials if c.kind == 'lora')
   assert good.result is not None
@@ -375,7 +375,7 @@ def test_gangs_are_split_by_memory(records, caplog):
 def test_devices_that_do_not_say_their_memory(records, monkeypatch):
   monkeypatch.setattr(compiler, 'memory_limit_bytes', lambda mesh: None)
   with pytest.raises(ValueError, match=r'Set grid\.memory_gib=GIB'):
-    plan.split([sweep_toy.config(records).resolve()])
+    plan.split([sweep_toy.config(records).base.resolve()])
 
 
 def test_a_sweep_of_which_every_cell_is_refused(records, tmp_path):
