@@ -72,6 +72,10 @@ class Freezable:
       raise dataclasses.FrozenInstanceError(
         f'{name}: a resolved config does not change; set it before resolve().'
       )
+    fields = type(self).__annotations__
+    if name not in fields:
+      known = ', '.join(fields)
+      raise AttributeError(f'{name}: no field of {type(self).__name__}, expected one of {known}.')
     super().__setattr__(name, value)
 
   def freeze(self) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from gemma_jax.config import checks
+from gemma_jax.config.train import TrainConfig
 
 
 @dataclasses.dataclass
@@ -67,3 +68,11 @@ def test_frozen_is_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError, match='size'):
     part.size = 7
   assert part.size == 5
+
+
+def test_a_field_that_is_not_there_cannot_be_set():
+  config = TrainConfig()
+  with pytest.raises(AttributeError, match=r'stpes: no field of TrainConfig, expected .*steps'):
+    config.stpes = 5
+  with pytest.raises(AttributeError, match='rnak: no field of LoraConfig, expected one of rank'):
+    config.lora.rnak = 5
