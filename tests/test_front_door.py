@@ -322,7 +322,7 @@ def test_settings_that_make_no_sense(base, lora, data, tmp_path):
     trainer_of(base, lora, optimizer=cosine, learning_rate=None)
   with refused(match='learning_rate: got one beside an optimizer of your own'):
     trainer_of(base, lora, optimizer=optax.sgd(1.0))
-  with refused(match='learning_rate: got 2 rates, expected one'):
+  with refused(match='learning_rate: got .*, expected a number'):
     trainer_of(base, lora, learning_rate=[1e-3, 1e-2])
   with refused(match='optimizer.learning_rate: got 0'):
     trainer_of(base, lora, learning_rate=0)

@@ -272,7 +272,7 @@ class TestRefusals:
     [
       ({'optimizer': OptimizerConfig(schedule='cosine')}, r'total_steps: got none'),
       ({'optimizer': optax.sgd(1.0), 'learning_rate': 1.0}, r'learning_rate: got one beside'),
-      ({'learning_rate': [1e-3, 1e-2]}, r'learning_rate: got 2 rates'),
+      ({'learning_rate': [1e-3, 1e-2]}, r'learning_rate: got \[0.001, 0.01\], expected a number'),
       ({'learning_rate': 0.0}, r'learning_rate: got 0\.0, expected a number > 0'),
       ({'trainable': ('lora/x',)}, r'trainable'),
     ],
