@@ -7,9 +7,9 @@
 A `Sampler` holds two compiled programs: `prefill` reads the prompts and chooses
 each row's first token, `decode` chooses up to a given number more. Weights,
 adapter, temperature, top-k, top-p and seed are inputs of both, so changing them
-does not recompile. Changing the number of rows, the padded length of the prompts
-or the length of the cache does; lengths are rounded up, so that prompts of similar
-length share a program.
+does not recompile; nor does changing a min-p or a repetition penalty that is on.
+Changing the number of rows, the padded length of the prompts or the length of the
+cache does; lengths are rounded up, so that prompts of similar length share a program.
 """
 
 from collections.abc import Callable, Sequence
@@ -233,6 +233,10 @@ class Sampler:
     ]
     cache = init_cache(self.config, B, cache_length, self.dtype)
     cache, hidden = jax.lax.scan(read, cache, parts)  # [P / width, B, D]
+    seen = None
+    if settings.repetition_penalty is not None:
+      seen = jnp.zeros((B, self.config.vocab_size), bool)
+      seen = seen.at[jnp.arange(B)[:, None], tokens].max(segment_ids > 0)
     repeat = lambda x, axis: jnp.repeat(x, num_samples, axis)
     cache = dataclasses.replace(
       cache,
@@ -252,6 +256,7 @@ class Sampler:
         done=jnp.zeros(B * num_samples, bool),
         finite=jnp.ones(B * num_samples, bool),
         step=jnp.int32(0),
+        seen=None if seen is None else repeat(seen, 0),
       ),
     )
 
@@ -297,8 +302,11 @@ class Sampler:
     is_finite = jnp.all(jnp.isfinite(logits) | ~is_piece[None], axis=1)
     finite = state.finite & (is_finite | state.done)
     logits = jnp.where(is_piece[None], logits, -jnp.inf)
-    token = choose_tokens(logits, settings, state.step)
+    token = choose_tokens(logits, settings, state.step, state.seen)
     token = jnp.where(state.done, prompts_lib.PAD_ID, token)
+    seen = state.seen
+    if seen is not None:
+      seen = seen.at[jnp.arange(seen.shape[0]), token].set(True)
     ends = jnp.zeros_like(state.done)
     for stop_id in self.stop_ids:
       ends |= token == stop_id
@@ -308,6 +316,7 @@ class Sampler:
       done=state.done | ends | ~finite,
       finite=finite,
       step=state.step + 1,
+      seen=seen,
     )
 
 
@@ -339,6 +348,8 @@ class State:
     finite: bool [B], whether all logits so far were finite; a row ends when they
       are not.
     step: int32 [], tokens chosen so far.
+    seen: bool [B, V], the tokens of the prompt and of the answer so far; None
+      without a repetition penalty.
   """
 
   cache: Cache
@@ -347,3 +358,4 @@ class State:
   done: jax.Array
   finite: jax.Array
   step: jax.Array
+  seen: jax.Array | None

@@ -130,6 +130,49 @@ def test_cached_decoding_equals_full_forward_passes(name):
       assert sampling is GREEDY or len(set(expected)) > 20
 
 
+@pytest.mark.parametrize('sampling', [GREEDY, WARM], ids=['greedy', 'warm'])
+def test_a_penalty_is_for_the_prompt_and_what_was_said(sampling):
+  """Two samples of each prompt against forward passes over all there is, penalized by loops."""
+  model = Transformer(variants.get('tiny3'), remat='none')
+  variables, penalty, new = base(), np.float32(1.4), 19
+  choose = jax.jit(next_token_lib.choose_tokens)
+
+  @jax.jit
+  def logits_of(tokens):
+    hidden = model.apply(variables, tokens)
+    return model.apply(variables, hidden, method='logits')[0]
+
+  sampling = dataclasses.replace(sampling, max_new_tokens=new)
+  with_penalty = dataclasses.replace(sampling, repetition_penalty=float(penalty))
+  got = sampler().generate(ready(), PROMPTS, with_penalty, num_samples=2).tokens
+  for row, answer in enumerate(got):
+    tokens, start = np.zeros((1, len(PROMPTS[2]) + new), np.int32), len(PROMPTS[row // 2])
+    tokens[0, :start] = PROMPTS[row // 2]
+    for step in range(new):
+      length = start + step
+      logits = np.array(logits_of(tokens)[length - 1])
+      for token in set(tokens[0, :length].tolist()):
+        is_positive = logits[token] > 0
+        logits[token] = logits[token] / penalty if is_positive else logits[token] * penalty
+      settings = Settings.of(sampling, [row])
+      tokens[0, length] = choose(logits[None], settings, np.int32(step))[0]
+    assert answer == tokens[0, start : start + new].tolist()
+  without = sampler().generate(ready(), PROMPTS, sampling, num_samples=2).tokens
+  assert all(a != b for a, b in zip(got, without, strict=True))
+
+
+def test_tokens_seen_are_kept_only_for_a_penalty():
+  tokens, segment_ids = prompts_lib.pad(PROMPTS)
+  texts = []
+  for sampling in (WARM, dataclasses.replace(WARM, repetition_penalty=1.4)):
+    settings = Settings.of(sampling, range(3))
+    prefill = sampler().prefill.lower(ready(), tokens, segment_ids, settings, cache_length=48)
+    assert (prefill.out_info.seen is None) == (sampling is WARM)
+    decode = sampler().decode.lower(ready(), prefill.out_info, settings, np.int32(1))
+    texts.append(prefill.as_text() + decode.as_text())
+  assert ['scatter' in text for text in texts] == [False, True]
+
+
 @pytest.mark.parametrize('family', hf_toy.FAMILIES)
 def test_greedy_tokens_equal_transformers(family):
   folder = hf_toy.PARITY / family
