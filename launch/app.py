@@ -36,7 +36,7 @@ MODEL_HELP = (
 TOKENIZER_HELP = 'tokenizer.model to use instead of the one of the base.'
 
 # Flags whose values are text rather than file names.
-_TEXT_FLAGS = ('prompt',)
+_TEXT_FLAGS = ('prompt', 'context', 'system', 'record')
 
 _Config = TypeVar('_Config')
 

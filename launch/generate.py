@@ -3,6 +3,11 @@
   python -m launch.generate --model=gemma3_270m --adapter=DIR/adapter \\
       --prompt='What should I do on a trip to Seoul?' --stream
   python -m launch.generate --adapter=A --adapter=B --prompt=Hi --format=json
+  python -m launch.generate --adapter=A --system='Be brief.' --messages=FILE --prompt='And then?'
+  python -m launch.generate --adapter=A --record='{"instruction": "Why?", "context": "Once."}'
+
+What training reads can be asked: a prompt with a system text, a context and earlier
+turns, or a record of any form; it is rendered as training renders it.
 
 With one adapter only its text is decoded; with several, the base's comes first
 (`--adapter=base` names it). Standard output carries the text, in labelled blocks
@@ -10,7 +15,7 @@ if there are several, or with --format=json one line for each adapter, prompt an
 sample:
 
   adapter            the folder, or base
-  prompt             the text, or the token ids
+  prompt             the question, with its earlier turns, or the token ids
   sample             which of --num_samples
   text               the continuation
   tokens             its ids, with the stop token if it ended with one
@@ -21,12 +26,15 @@ sample:
 
 import dataclasses
 import itertools
+from typing import Any, NamedTuple
 
 from absl import flags, logging
 
 from gemma_jax import files
-from gemma_jax.data import examples
-from gemma_jax.data.tokenizer import StreamDecoder, Tokenizer
+from gemma_jax.data import examples, forms, records
+from gemma_jax.data.fields import BadRecord
+from gemma_jax.data.record import Record
+from gemma_jax.data.tokenizer import StreamDecoder
 from launch import app
 
 # Tokens of a continuation, if the base has that many positions left.
@@ -41,6 +49,22 @@ _ADAPTERS = flags.DEFINE_multi_string(
   'adapters are always compared with.',
 )
 _PROMPTS = flags.DEFINE_multi_string('prompt', [], 'What to answer or continue; may be repeated.')
+_CONTEXT = flags.DEFINE_string(
+  'context', '', 'Text that the prompts are about; beside --messages, their first question.'
+)
+_SYSTEM = flags.DEFINE_string('system', '', 'Text that holds for the whole conversation.')
+_MESSAGES = flags.DEFINE_string(
+  'messages',
+  '',
+  'File with a JSON list of {"role", "content"}: the turns before each prompt. Without a '
+  'prompt its last question is asked.',
+)
+_RECORDS = flags.DEFINE_multi_string(
+  'record',
+  [],
+  'JSON object of any form that training reads, to be asked as it was trained; an answer '
+  'that it holds is left out. May be repeated.',
+)
 _TOKENS = flags.DEFINE_multi_string(
   'tokens',
   [],
@@ -69,6 +93,14 @@ _TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy; larger is mo
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0 is all.')
 _TOP_P = flags.DEFINE_float(
   'top_p', 1.0, 'Draw from the most likely tokens whose probabilities together reach p.'
+)
+_MIN_P = flags.DEFINE_float(
+  'min_p', 0.0, "Draw from tokens with at least this share of the likeliest one's probability."
+)
+_REPETITION_PENALTY = flags.DEFINE_float(
+  'repetition_penalty',
+  1.0,
+  'Above 1, tokens of the prompt and of the answer so far are less likely; also when greedy.',
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
 _NUM_SAMPLES = flags.DEFINE_integer(
@@ -107,6 +139,8 @@ def main() -> int:
     temperature=_TEMPERATURE.value,
     top_k=_TOP_K.value,
     top_p=_TOP_P.value,
+    min_p=_MIN_P.value,
+    repetition_penalty=_REPETITION_PENALTY.value,
     seed=_SEED.value,
   )
   sampling.check()
@@ -125,27 +159,39 @@ def main() -> int:
   # Bad input is reported before the weights are read.
   source = open_base.open_base(_MODEL.value, _TOKENIZER.value)
   tokenizer = source.tokenizer()
-  prompts = [*_PROMPTS.value, *map(_parse_ids, _TOKENS.value)]
-  if not prompts:
-    app.fail('--prompt: missing, expected --prompt=TEXT or --tokens=2,5,7')
+  questions = _read_questions()
+  if not questions:
+    app.fail('--prompt: missing, expected --prompt=TEXT, --record=JSON or --tokens=2,5,7')
   names = _ADAPTERS.value or [adapter_lib.BASE]
   if len(names) > 1 and adapter_lib.BASE not in names:
     names = [adapter_lib.BASE, *names]
   folders = [name for name in names if name != adapter_lib.BASE]
   loaded = adapter_lib.load_adapters(folders, source.config)
   told = {'template': _TEMPLATE.value, 'parse_control_tokens': _PARSE_CONTROL_TOKENS.value}
+  is_told = any('tokens' not in question.asked for question in questions)
   asked_with = trained_with.asked_with(
     names,
     {name: x.trained_with for name, x in loaded.items() if name != adapter_lib.BASE},
-    told if _PROMPTS.value else {},
+    told if is_told else {},
     source.read_trained_with(),
   )
+  asked_records = {
+    name: [forms.question(q.asked, asked.template, q.name) for q in questions]
+    for name, asked in asked_with.items()
+  }
+  if tokenizer is None and any(record.is_text for record in asked_records[names[0]]):
+    app.fail(
+      f'--prompt: {_MODEL.value} has no tokenizer, expected one; set '
+      '--tokenizer=PATH, or give ids with --tokens.'
+    )
   rows = {
     name: [
-      _row(prompt, tokenizer, asked.template, asked.parse_control_tokens) for prompt in prompts
+      examples.prompt_tokens(tokenizer, asked.template, record, asked.parse_control_tokens)
+      for record in asked_records[name]
     ]
     for name, asked in asked_with.items()
   }
+  prompts = [_label(record) for record in asked_records[names[0]]]
   if _MAX_NEW_TOKENS.value is None:
     longest = max(map(len, itertools.chain.from_iterable(rows.values())))
     room = source.config.max_positions - longest
@@ -238,6 +284,56 @@ def _print_json(name, prompts, generation, tokenizer):
     print(text, flush=True)
 
 
+class _Question(NamedTuple):
+  """What is asked, and the flag that asks it."""
+
+  asked: dict[str, Any]
+  name: str
+
+
+def _read_questions() -> list[_Question]:
+  """All that the flags ask, as rows of a form of training."""
+  around = {
+    name: flag.value for name, flag in (('context', _CONTEXT), ('system', _SYSTEM)) if flag.value
+  }
+  prompts = _PROMPTS.value
+  if around and not prompts and not _MESSAGES.value:
+    app.fail(f'--{min(around)}: got one without a question, expected --prompt or --messages too')
+  questions = []
+  if _MESSAGES.value:
+    turns = _read_messages(_MESSAGES.value)
+    asked = [[*turns, {'role': 'user', 'content': prompt}] for prompt in prompts] or [turns]
+    questions += [_Question({'messages': each, **around}, '--messages') for each in asked]
+  else:
+    questions += [_Question({'prompt': prompt, **around}, '--prompt') for prompt in prompts]
+  for text in _RECORDS.value:
+    row = _parse_json(text.encode(), dict, '--record', f'a JSON object of {forms.FORMS}')
+    questions.append(_Question(row, '--record'))
+  questions += [_Question({'tokens': _parse_ids(text)}, '--tokens') for text in _TOKENS.value]
+  return questions
+
+
+def _read_messages(path: str) -> list[Any]:
+  expected = 'a JSON list of {"role", "content"}'
+  file = files.path(path)
+  if not file.is_file():
+    app.fail(f'--messages: got {path!r}, which is not a file, expected {expected}')
+  return _parse_json(file.read_bytes(), list, f'--messages: {path}', expected)
+
+
+def _parse_json(text: bytes, kind: type, name: str, expected: str) -> Any:
+  value = records.parse_json(text)
+  if not isinstance(value, kind):
+    got = value if isinstance(value, BadRecord) else type(value).__name__
+    app.fail(f'{name}: got {got}, expected {expected}')
+  return value
+
+
+def _label(record: Record) -> str | list[int]:
+  """A question for people."""
+  return record.question if record.tokens is None else list(record.tokens)
+
+
 def _parse_ids(text: str) -> list[int]:
   try:
     return [int(part) for part in text.split(',')]
@@ -253,19 +349,6 @@ def _default_length(room: int) -> int:
     'Continuations have at most %d tokens: %s has no more positions', room, _MODEL.value
   )
   return room
-
-
-def _row(
-  prompt: str | list[int], tokenizer: Tokenizer | None, template: str, parse_control_tokens: bool
-) -> list[int]:
-  if isinstance(prompt, list):
-    return prompt
-  if tokenizer is None:
-    raise ValueError(
-      f'--prompt: {_MODEL.value} has no tokenizer, expected one; set '
-      '--tokenizer=PATH, or give ids with --tokens.'
-    )
-  return examples.prompt_tokens(tokenizer, template, prompt, parse_control_tokens)
 
 
 if __name__ == '__main__':

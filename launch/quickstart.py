@@ -76,6 +76,7 @@ def main() -> int:
 def _answers(config, source, adapter: str) -> list[str]:
   """Greedy answers of the base and of the adapter, by one compilation."""
   from gemma_jax.data import examples
+  from gemma_jax.data.record import asking
   from gemma_jax.formats import adapter as adapter_lib
   from gemma_jax.sampling import sampler as sampler_lib
   from gemma_jax.sampling import weights
@@ -83,7 +84,7 @@ def _answers(config, source, adapter: str) -> list[str]:
 
   tokenizer = source.tokenizer()
   prompt = examples.prompt_tokens(
-    tokenizer, config.data.template, _PROMPT.value, config.data.parse_control_tokens
+    tokenizer, config.data.template, asking(_PROMPT.value), config.data.parse_control_tokens
   )
   variables = weights.for_adapters(
     source.load_params(config.model.dtype), adapter_lib.load_adapters([adapter], source.config)

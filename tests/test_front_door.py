@@ -196,6 +196,18 @@ def test_every_door_opens(base, data, tmp_path):
   answers = gj.generate(base, asked, lora=again, max_new_tokens=5)
   assert answers == gj.generate(base, asked, lora=trainer.lora, max_new_tokens=5)
   assert answers[0] == gj.generate(base, asked[0], lora=again, max_new_tokens=5)
+  # Records and messages are asked as training renders them.
+  asked = [{'role': 'system', 'content': 'S'}, {'role': 'user', 'content': 'Q'}]
+  rendered = ['Q', 'S\n\nQ\n\nContext:\nC', 'S\n\nQ']
+  rendered = [f'Instruction:\n{text}\n\nResponse:\n' for text in rendered]
+  row = {'instruction': 'Q', 'context': 'C', 'system': 'S', 'response': 'not shown'}
+  want = gj.generate(base, rendered, template='plain', max_new_tokens=5)
+  assert gj.generate(base, ['Q', row, asked], max_new_tokens=5) == want
+  assert gj.generate(base, [asked], max_new_tokens=5) == want[2:]
+  assert gj.generate(base, asked, max_new_tokens=5) == want[2]
+  assert gj.generate(base, row, max_new_tokens=5) == want[1]
+  said_less = gj.generate(base, 'Q', max_new_tokens=40, repetition_penalty=50.0)
+  assert said_less != gj.generate(base, 'Q', max_new_tokens=40)
   made = gj.convert('random:tiny3', str(tmp_path / 'merged'), 'hf', adapter=folder, verify=False)
   merged = gj.load(made['output'], mesh=gj.MeshConfig(fsdp=1))
   toy.assert_close(merged.params, again.merge(base.params), 1e-6)
@@ -222,6 +234,21 @@ def test_an_unknown_model():
 def test_records_of_no_known_form(base, records, message):
   with pytest.raises(ValueError, match=message):
     gj.Dataset(records, base)
+
+
+@pytest.mark.parametrize(
+  'asked, message',
+  [
+    (['Why?', {'question': 'Why?'}], r'prompt 1: field "instruction" is missing .*needs no resp'),
+    ([{'role': 'user', 'content': 'a'}] * 2, 'prompt 0: field "messages" must hold'),
+    ({'prompt': 'a', 'history': [['b', 'c']]}, "'dolly' for a conversation of 3 turns"),
+    ([], 'prompts: got none'),
+    (7, 'prompts: got .*expected a question, or a list'),
+  ],
+)
+def test_questions_of_no_known_form(base, asked, message):
+  with pytest.raises(ValueError, match=message):
+    gj.generate(base, asked)
 
 
 def test_an_adapter_of_another_base(base, data, lora):

@@ -150,16 +150,13 @@ def _closed(pieces: list[Piece], tokenizer: Tokenizer) -> list[Piece]:
   else:
     bos = Span('<bos>', is_control=True)
     pieces = [Piece(bos, [tokenizer.bos_id]), *pieces]
+  if not pieces[-1].span.is_answer:  # it is still to come
+    return pieces
   said = [i for i, piece in enumerate(pieces) if piece.span.text.strip()]
-  last = pieces[said[-1]]
-  if last.ids == [tokenizer.eos_id]:
+  if pieces[said[-1]].ids == [tokenizer.eos_id]:
     return pieces[: said[-1] + 1]
-  if pieces[-1].span.is_answer:
-    eos = dataclasses.replace(
-      pieces[-1].span, text='<eos>', is_control=True, spare=(), last_spare=()
-    )
-    pieces = [*pieces, Piece(eos, [tokenizer.eos_id])]
-  return pieces
+  eos = dataclasses.replace(pieces[-1].span, text='<eos>', is_control=True, spare=(), last_spare=())
+  return [*pieces, Piece(eos, [tokenizer.eos_id])]
 
 
 def _parsed(span: Span, finder: _Finder) -> Iterator[Span]:

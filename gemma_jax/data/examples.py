@@ -257,15 +257,29 @@ def make_examples(
 
 
 def prompt_tokens(
-  tokenizer: Tokenizer, template: str, prompt: str, parse_control_tokens: bool = False
+  tokenizer: Tokenizer | None, template: str, question: Record, parse_control_tokens: bool = False
 ) -> list[int]:
-  """BOS and the ids before the response: what generation starts from."""
-  spans = templates.render_prompt(template, prompt)
+  """The ids that generation starts from: those before the answer in training.
+
+  Args:
+    tokenizer: may be None for token ids.
+    template: for texts.
+    question: a record that waits for its answer.
+    parse_control_tokens: as in `make_examples`.
+
+  Raises:
+    ValueError: a text without a tokenizer, or one that the template cannot hold.
+  """
+  if question.tokens is not None:
+    return list(question.tokens)
+  if tokenizer is None:
+    raise ValueError('model.tokenizer: got none, but there is a text to answer; expected one.')
+  spans = templates.render(template, question)
   (document,) = encoding.encode([spans], tokenizer, parse_control_tokens)
   if document.spells_controls and not parse_control_tokens:
     logging.warning(
       'The prompt %.40r spells control tokens, which are read as plain text. %s',
-      prompt,
+      question.question,
       _advice(template),
     )
   return document.arrays('response')[0].tolist()

@@ -20,75 +20,28 @@ fields go into `Record.unread`, to be counted and reported.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
-from gemma_jax.data.record import MODEL, SYSTEM, USER, Record, Turn, make_key
+from absl import logging
+
+from gemma_jax.data.fields import ANSWER, CONTEXT, UNSAYABLE, BadRecord, Fields, kind
+from gemma_jax.data.record import MODEL, SYSTEM, USER, Record, Turn, asking, make_key
 
 FORMS = 'instruction+response, prompt+response, messages, tokens or en+ko'
 
+# What a model may be asked.
+Question = str | Mapping[str, Any] | Sequence[Mapping[str, Any]] | Record
+
 _ROLES = {'system': SYSTEM, 'user': USER, 'model': MODEL, 'assistant': MODEL}
 
-_ANSWER = ('response', 'output')
-_CONTEXT = ('context', 'input')
 
-# Fields that are part of what a model is shown or has to say.
-_UNSAYABLE = (
-  'tools',
-  'functions',
-  'tool_calls',
-  'function_call',
-  'reasoning',
-  'reasoning_content',
-  'thinking',
-  'image',
-  'images',
-  'audio',
-  'audios',
-  'video',
-  'videos',
-)
-
-# Fields that change what is shown or learned, wherever they appear.
-_MEANT = (*_CONTEXT, 'system', 'history', 'loss_mask')
-
-_KNOWN = frozenset(
-  (
-    *_ANSWER,
-    *_UNSAYABLE,
-    *_MEANT,
-    'instruction',
-    'prompt',
-    'messages',
-    'tokens',
-    'en',
-    'ko',
-    'category',
-    'weight',
-    'role',
-    'content',
-  )
-)
-
-
-class BadRecord(ValueError):
-  """Why a row cannot be used.
-
-  Attributes:
-    reason: the kind of defect, by which skipped rows are counted.
-  """
-
-  def __init__(self, reason: str, detail: str = ''):
-    super().__init__(reason + detail)
-    self.reason = reason
-
-
-def parse(row: Any, template: str) -> Record:
+def parse(row: Any, template: str, asks: bool = False) -> Record:
   """Reads a row of any form.
 
   Args:
     row: a parsed JSON value.
     template: its name; it decides the direction of a pair of sentences.
+    asks: the row is a question: its last answer may be missing, and is not kept.
 
   Raises:
     BadRecord: the row has none of the forms, or something in it cannot be read.
@@ -96,23 +49,25 @@ def parse(row: Any, template: str) -> Record:
   """
   if not isinstance(row, dict):
     raise BadRecord('not an object', f' (found: {kind(row)})')
-  fields = _Fields(row)
+  fields = Fields(row, asks=asks)
   complete = [form for form in _FORMS if form.is_complete(fields)]
-  if len(complete) > 1:
+  begun = [f for f in _FORMS if any(map(fields.has, (*f.lead, *f.needs[0])))]
+  # A question is complete without its answer.
+  rivals = complete or begun if asks else complete
+  if len(rivals) > 1:
     raise BadRecord(
-      f'two forms at once: {complete[0].name} and {complete[1].name}',
+      f'two forms at once: {rivals[0].name} and {rivals[1].name}',
       f' (found: {", ".join(row)}); take the fields of one of them out',
     )
-  begun = [f for f in _FORMS if any(map(fields.has, (*f.lead, *f.needs[0])))]
   form = next(iter(complete or begun), None)
   if form is None:
-    raise fields.missing('instruction' if fields.has('response') else 'response')
-  for group in form.needs:
+    raise fields.missing('instruction' if asks or fields.has('response') else 'response')
+  for group in () if asks else form.needs:
     if not any(map(fields.has, group)):
       raise fields.missing(group[0])
   record = form.read(fields, template)
   if record.is_text:
-    fields.refuse(_UNSAYABLE)
+    fields.refuse(UNSAYABLE)
     fields.refuse_untaken(form.name)
   weight = fields.take('weight')
   if weight not in (None, 1):
@@ -121,121 +76,49 @@ def parse(row: Any, template: str) -> Record:
       f' (found: {kind(weight)}); records are not weighted: take it out, or give it another name',
     )
   category = fields.take('category')
-  return dataclasses.replace(
+  record = dataclasses.replace(
     record,
     category='' if category is None else str(category),
     unread=(*record.unread, *fields.unread()),
   )
+  return record.unanswered() if asks else record
 
 
-def kind(value: Any) -> str:
-  """Describes a value in an error message: its type, and its text if that is short."""
-  text = repr(value)
-  name = type(value).__name__
-  return f'{name} {text}' if len(text) <= 40 else name
+def question(asked: Question, template: str, name: str = 'prompt') -> Record:
+  """A question of any form, as a record that waits for its answer.
+
+      'Why?'
+      {'instruction': 'Why?', 'context': 'Once.'}
+      [{'role': 'user', 'content': 'Why?'}, {'role': 'model', 'content': 'So.'},
+       {'role': 'user', 'content': 'Really?'}]
+
+  Args:
+    asked: a text, a row of any form or its messages; of a row or a `Record` that
+      has an answer already, the last one is left out.
+    template: its name; it decides the direction of a pair of sentences.
+    name: of the question, for error messages.
+
+  Raises:
+    ValueError: it has none of the forms, or something in it cannot be read.
+  """
+  if isinstance(asked, str):
+    return asking(asked)
+  if isinstance(asked, Record):
+    return asked.unanswered()
+  row = dict(asked) if isinstance(asked, Mapping) else {'messages': asked}
+  try:
+    record = parse(row, template, asks=True)
+  except BadRecord as e:
+    raise ValueError(
+      f'{name}: {e}. Expected a text, messages, or a record of {FORMS}, '
+      'which needs no response to be asked.'
+    ) from None
+  if record.unread:
+    logging.warning('%s has fields that nothing reads: %s', name, ', '.join(record.unread))
+  return record
 
 
-class _Fields:
-  """The fields of a row, or of a message, that are not null."""
-
-  def __init__(self, row: Mapping[str, Any], prefix: str = ''):
-    self._row = row
-    self._prefix = prefix
-    self._values: dict[str, Any] = {}
-    self._spelled: dict[str, str] = {}
-    self._taken: set[str] = set()
-    for spelled, value in row.items():
-      if _is_null(value):
-        continue
-      name = spelled.lower() if spelled.lower() in _KNOWN else spelled
-      if name in self._values and self._values[name] != value:
-        raise BadRecord(
-          f'fields "{prefix}{self._spelled[name]}" and "{prefix}{spelled}" differ',
-          '; take one of them out',
-        )
-      self._values[name] = value
-      self._spelled[name] = spelled
-
-  def has(self, name: str) -> bool:
-    return name in self._values
-
-  def take(self, *names: str) -> Any:
-    """The value of a field that goes by several names; None if it is missing."""
-    there = [name for name in names if self.has(name)]
-    self._taken |= set(there)
-    # An empty text next to another one is ignored.
-    there = [n for n in there if self._values[n] != ''] or there[:1]
-    for other in there[1:]:
-      if self._values[other] != self._values[there[0]]:
-        raise BadRecord(
-          f'fields {self._quoted(there[0])} and {self._quoted(other)} differ',
-          '; take one of them out',
-        )
-    return self._values[there[0]] if there else None
-
-  def text(self, *names: str) -> str:
-    """A field that must be there, a string, and valid Unicode."""
-    value = self.take(*names)
-    if value is None:
-      raise self.missing(names[0])
-    name = self._quoted(next(filter(self.has, names)))
-    if not isinstance(value, str):
-      raise BadRecord(f'field {name} is not a string', f' (found: {kind(value)})')
-    try:
-      value.encode()
-    except UnicodeEncodeError as e:
-      raise BadRecord(
-        f'field {name} is not valid Unicode', f' (lone surrogate at character {e.start})'
-      ) from None
-    return value
-
-  def optional_text(self, *names: str) -> str:
-    """Like `text`, but '' if the field is missing."""
-    return self.text(*names) if any(map(self.has, names)) else ''
-
-  def answer(self, *names: str) -> str:
-    """A text that is to be learned, which must not be blank."""
-    text = self.text(*names)
-    if not text.strip():
-      name = self._quoted(next(filter(self.has, names)))
-      raise BadRecord(f'field {name} is empty')
-    return text
-
-  def refuse(self, names: Sequence[str]) -> None:
-    """Raises BadRecord if one of these fields holds anything."""
-    for name in names:
-      if self.take(name) not in (None, '', [], {}):
-        raise BadRecord(
-          f'field {self._quoted(name)} cannot be rendered by the templates',
-          '; take it out, or write its content into the text',
-        )
-
-  def refuse_untaken(self, place: str) -> None:
-    """Raises BadRecord if a field that is meant to change the text was not read."""
-    for name in _MEANT:
-      if name not in self._taken and self.take(name) not in (None, '', []):
-        raise BadRecord(
-          f'field {self._quoted(name)} is not read in {place}',
-          '; take it out, or give it another name',
-        )
-
-  def missing(self, name: str) -> BadRecord:
-    """The error for a field that is missing or null."""
-    is_null = name in map(str.lower, self._row)
-    return BadRecord(
-      f'field "{self._prefix}{name}" is {"null" if is_null else "missing"}',
-      f' (found: {", ".join(self._row) or "no field"})',
-    )
-
-  def unread(self) -> list[str]:
-    """The fields that nothing has read, as they are spelled."""
-    return [self._spelled[n] for n in self._values if n not in self._taken]
-
-  def _quoted(self, name: str) -> str:
-    return f'"{self._prefix}{self._spelled.get(name, name)}"'
-
-
-def _read_tokens(fields: _Fields, template: str) -> Record:
+def _read_tokens(fields: Fields, template: str) -> Record:
   del template
   tokens, mask = fields.take('tokens'), fields.take('loss_mask')
   if (
@@ -258,7 +141,7 @@ def _read_tokens(fields: _Fields, template: str) -> Record:
   )
 
 
-def _read_messages(fields: _Fields, template: str) -> Record:
+def _read_messages(fields: Fields, template: str) -> Record:
   del template
   messages = fields.take('messages')
   if not isinstance(messages, list) or not messages:
@@ -271,13 +154,14 @@ def _read_messages(fields: _Fields, template: str) -> Record:
       raise BadRecord(
         'field "messages" is not a list of messages', f' (found: {kind(message)} at {i})'
       )
-    inner = _Fields(message, f'messages[{i}].')
+    inner = Fields(message, f'messages[{i}].')
     role = inner.text('role')
     turns.append(_message(inner, _ROLES.get(role, role)))
     inner.refuse_untaken('a message')
     parts.append([role, turns[-1].text])
     unread |= {f'messages[].{name}': None for name in inner.unread()}
-  parts.pop()
+  if turns[-1].role == MODEL:
+    parts.pop()
   if system := fields.optional_text('system'):
     if turns[0].role == SYSTEM:
       raise BadRecord('field "system" beside a system message', '; take one of them out')
@@ -285,21 +169,23 @@ def _read_messages(fields: _Fields, template: str) -> Record:
     parts.insert(0, [SYSTEM, system])
   first_user = int(turns[0].role == SYSTEM)
   roles = [turn.role for turn in turns]
+  if fields.asks and roles[-1] == USER:
+    roles.append(MODEL)  # the answer that is still to come
   if roles[first_user:] != [USER, MODEL] * max(len(roles) // 2, 1):
     raise BadRecord(
       'field "messages" must hold user and model (or assistant) in turns, '
-      'from a user to a model, after at most one system message',
+      f'from a user to a {"user" if fields.asks else "model"}, after at most one system message',
       f' (found: {", ".join(roles)})',
     )
-  if context := fields.optional_text(*_CONTEXT):
+  if context := fields.optional_text(*CONTEXT):
     turns[first_user] = dataclasses.replace(turns[first_user], context=context)
     parts.append(context)
   return Record(turns=tuple(turns), key=make_key(parts), unread=tuple(unread))
 
 
-def _message(fields: _Fields, role: str) -> Turn:
+def _message(fields: Fields, role: str) -> Turn:
   """A message as a turn; the caller checks whether its role is in the right place."""
-  fields.refuse(_UNSAYABLE)
+  fields.refuse(UNSAYABLE)
   weight = fields.take('weight')
   if weight not in (None, 0, 1):
     raise BadRecord('a message has a weight other than 0 and 1', f' (found: {kind(weight)})')
@@ -313,18 +199,18 @@ def _message(fields: _Fields, role: str) -> Turn:
   return Turn(role, text, is_target=is_target)
 
 
-def _read_instruction(fields: _Fields, template: str) -> Record:
+def _read_instruction(fields: Fields, template: str) -> Record:
   del template
-  question, answer = fields.text('instruction'), fields.answer(*_ANSWER)
+  question, answer = fields.text('instruction'), fields.answer(*ANSWER)
   return _single(fields, question, answer, is_instruction=True)
 
 
-def _read_prompt(fields: _Fields, template: str) -> Record:
+def _read_prompt(fields: Fields, template: str) -> Record:
   del template
-  return _single(fields, fields.text('prompt'), fields.answer(*_ANSWER))
+  return _single(fields, fields.text('prompt'), fields.answer(*ANSWER))
 
 
-def _read_pair(fields: _Fields, template: str) -> Record:
+def _read_pair(fields: Fields, template: str) -> Record:
   texts = {name: fields.answer(name) for name in ('en', 'ko')}
   if template not in ('en_ko', 'ko_en'):
     raise ValueError(
@@ -332,18 +218,18 @@ def _read_pair(fields: _Fields, template: str) -> Record:
       'ko_en. Set data.template=en_ko.'
     )
   source, target = template.split('_')
-  record = _single(fields, texts[source], texts[target])
+  record = _single(fields, fields.filled(source), texts[target])
   # Both directions hold out the same pairs.
   return dataclasses.replace(record, key=make_key(list(texts.values())))
 
 
-def _single(fields: _Fields, question: str, answer: str, is_instruction: bool = False) -> Record:
+def _single(fields: Fields, question: str, answer: str, is_instruction: bool = False) -> Record:
   """One question and its answer, preceded by system text and history."""
   before = []
   if system := fields.optional_text('system'):
     before.append(Turn(SYSTEM, system))
   before += _history(fields)
-  context = fields.optional_text(*_CONTEXT)
+  context = fields.optional_text(*CONTEXT)
   parts = [question, context, *([turn.role, turn.text] for turn in before)]
   return Record(
     turns=(*before, Turn(USER, question, context), Turn(MODEL, answer, is_target=True)),
@@ -352,7 +238,7 @@ def _single(fields: _Fields, question: str, answer: str, is_instruction: bool = 
   )
 
 
-def _history(fields: _Fields) -> list[Turn]:
+def _history(fields: Fields) -> list[Turn]:
   """Earlier turns; their answers are learned, like those in messages."""
   history = fields.take('history')
   if history in (None, ''):
@@ -367,7 +253,7 @@ def _history(fields: _Fields) -> list[Turn]:
     )
   turns = []
   for i, pair in enumerate(history):
-    inner = _Fields(dict(zip(('prompt', 'response'), pair, strict=True)), f'history[{i}].')
+    inner = Fields(dict(zip(('prompt', 'response'), pair, strict=True)), f'history[{i}].')
     turns.append(Turn(USER, inner.text('prompt')))
     turns.append(Turn(MODEL, inner.answer('response'), is_target=True))
   return turns
@@ -385,21 +271,17 @@ class _Form(NamedTuple):
 
   name: str
   needs: tuple[tuple[str, ...], ...]
-  read: Callable[[_Fields, str], Record]
+  read: Callable[[Fields, str], Record]
   lead: tuple[str, ...] = ()
 
-  def is_complete(self, fields: _Fields) -> bool:
+  def is_complete(self, fields: Fields) -> bool:
     return all(any(map(fields.has, group)) for group in self.needs)
 
 
 _FORMS = (
   _Form('tokens', (('tokens',),), _read_tokens),
   _Form('messages', (('messages',),), _read_messages),
-  _Form('instruction+response', (('instruction',), _ANSWER), _read_instruction),
-  _Form('prompt+response', (('prompt',), _ANSWER), _read_prompt),
+  _Form('instruction+response', (('instruction',), ANSWER), _read_instruction),
+  _Form('prompt+response', (('prompt',), ANSWER), _read_prompt),
   _Form('en+ko', (('en',), ('ko',)), _read_pair, lead=('ko',)),
 )
-
-
-def _is_null(value: Any) -> bool:
-  return value is None or (isinstance(value, float) and math.isnan(value))

@@ -83,14 +83,27 @@ class Record:
     """The contexts of all turns, as one text."""
     return '\n\n'.join(turn.context for turn in self.turns if turn.context)
 
+  def unanswered(self) -> 'Record':
+    """What generation starts from: the record without its last answer, if it has one.
+
+    Of token ids, the answer is what counts at the end: [2, 10, 20, 1] with the loss
+    mask [0, 0, 1, 1] asks with [2, 10]. Without a mask all of them ask.
+    """
+    if self.tokens is not None:
+      mask = self.loss_mask or ()
+      asked = [i for i, counts in enumerate(mask) if not counts]
+      end = max(asked, default=0) + 1 if mask else len(self.tokens)
+      return dataclasses.replace(self, tokens=self.tokens[:end], loss_mask=None)
+    is_answered = bool(self.turns) and self.turns[-1].role == MODEL
+    return dataclasses.replace(self, turns=self.turns[:-1]) if is_answered else self
+
   @property
   def question(self) -> str:
     """What precedes the last answer, for people; '' for token ids.
 
     Several turns are labelled with their roles.
     """
-    is_answered = bool(self.turns) and self.turns[-1].role == MODEL
-    asked = self.turns[:-1] if is_answered else self.turns
+    asked = self.unanswered().turns
     if len(asked) == 1:
       return asked[0].text
     return '\n\n'.join(f'{turn.role}: {turn.text}' for turn in asked)

@@ -15,7 +15,7 @@ import zlib
 
 from gemma_jax import files
 from gemma_jax.data import file_kinds, forms, templates
-from gemma_jax.data.forms import BadRecord
+from gemma_jax.data.fields import BadRecord
 from gemma_jax.data.record import Record
 
 # A few million tokens; and whatever JSON of that size becomes in memory (a list of
@@ -95,7 +95,7 @@ def read_jsonl(path: str, name: str = 'data.path') -> Iterator[tuple[str, Any]]:
             'bytes; expected JSON Lines, one record per line.'
           )
         if line.strip():
-          yield f'{path} line {number}', _parse(line)
+          yield f'{path} line {number}', parse_json(line)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
       raise ValueError(
         f'{name}: {path} cannot be read after line {number}: {e}. Is it complete?'
@@ -163,10 +163,10 @@ def _check_kind(line: bytes, path: str, name: str) -> None:
     raise ValueError(f'{name}: {path} is {kind}.')
 
 
-def _parse(line: bytes) -> Any:
-  """A line's JSON value, or a BadRecord."""
+def parse_json(text: bytes) -> Any:
+  """The JSON value that a line or a file holds, or a BadRecord."""
   try:
-    return json.loads(line.decode(), object_pairs_hook=_object)
+    return json.loads(text.decode(), object_pairs_hook=_object)
   except BadRecord as e:
     return e
   except UnicodeDecodeError as e:

@@ -26,7 +26,7 @@ import dataclasses
 import functools
 
 from gemma_jax.data import tokenizer as tokenizer_lib
-from gemma_jax.data.record import MODEL, Record, Turn, asking
+from gemma_jax.data.record import MODEL, Record, Turn
 
 # Templates that say by themselves what to do.
 TRANSLATIONS = ('en_ko', 'ko_en')
@@ -63,11 +63,6 @@ def render(template: str, record: Record) -> list[Span]:
     ValueError: unknown template, or one that cannot hold this record.
   """
   return _template(template)(record)
-
-
-def render_prompt(template: str, prompt: str) -> list[Span]:
-  """The spans before the response, for generation; none is an answer."""
-  return render(template, asking(prompt))
 
 
 def check_name(template: str):

@@ -15,6 +15,7 @@ do not depend on a renderer's `trim_blocks`.
 from absl import logging
 
 from gemma_jax.data import templates
+from gemma_jax.data.record import asking
 from gemma_jax.data.tokenizer import START_OF_TURN, Tokenizer
 
 # What begins a turn of Gemma 1 to 3, and of Gemma 4.
@@ -136,7 +137,7 @@ def of_export(trained_on: str | None, own: str | None, tokenizer: Tokenizer | No
 def _parts(template: str) -> tuple[str, str, str]:
   """The text before a question, after it, and before the answer."""
   mark = '\x00'
-  (span,) = templates.render_prompt(template, mark)
+  (span,) = templates.render(template, asking(mark))
   before, after = span.text.split(mark)
   # The last line asks for the answer: 'Response:\n'.
   end = after.rfind('\n\n') + 2 if '\n\n' in after else 0

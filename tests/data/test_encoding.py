@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from gemma_jax.data import encoding, examples
+from gemma_jax.data.record import asking
 from gemma_jax.data.templates import Span
 from gemma_jax.data.tokenizer import AddedToken, SentencePieceTokenizer
 from tests import data_toy
@@ -56,7 +57,7 @@ def test_spelled_ends_are_not_doubled(blank):
   (example,) = make(row, parse_control_tokens=True)
   hi, ab = TOKENIZER.encode('Hi'), TOKENIZER.encode('ab')
   assert example.tokens.tolist() == [2, *hi, *ab, 1]
-  ids = examples.prompt_tokens(TOKENIZER, 'plain', '<bos>Hi', True)
+  ids = examples.prompt_tokens(TOKENIZER, 'plain', asking('<bos>Hi'), True)
   assert ids == [2, *TOKENIZER.encode('Hi')]
 
 
@@ -130,7 +131,7 @@ def test_added_tokens_of_any_spelling_are_found(name):
 @pytest.mark.parametrize('template', ['plain', 'chat'])
 def test_a_prompt_that_spells_control_tokens_is_said(template, caplog):
   with caplog.at_level(logging.WARNING):
-    examples.prompt_tokens(TOKENIZER, template, '<bos>Hi')
+    examples.prompt_tokens(TOKENIZER, template, asking('<bos>Hi'))
   (message,) = caplog.messages
   assert 'data.parse_control_tokens=True' in message
   assert ('template=chat' in message) == (template != 'chat')

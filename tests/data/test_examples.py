@@ -67,15 +67,6 @@ def test_chat_learns_model_turns_and_eos():
   assert tokens.count(end) == 4
 
 
-@pytest.mark.parametrize('template', ['dolly', 'chat', 'plain', 'korean', 'en_ko', 'ko_en'])
-def test_generation_starts_with_the_tokens_of_training(template):
-  record = {'prompt': 'Hi user', 'response': 'ab'}
-  tokens, mask = only(record, SENTENCEPIECE, template=template)
-  start = examples_lib.prompt_tokens(SENTENCEPIECE, template, 'Hi user')
-  assert tokens[: len(start)] == start
-  assert mask == [0] * len(start) + [1] * (len(tokens) - len(start))
-
-
 def test_token_records_are_taken_as_they_are():
   record = {'tokens': [7, 8, 9, 5], 'loss_mask': [1, 0, 1, 0]}
   assert only(record, None) == ([7, 8, 9, 5], [0, 0, 1, 0])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import pytest
 
 from gemma_jax.data import forms, templates
-from gemma_jax.data.record import Record, Turn
+from gemma_jax.data.record import Record, Turn, asking
 from gemma_jax.data.templates import Span
 from tests import data_toy
 
@@ -137,10 +137,10 @@ def test_forms_of_one_question_render_alike(template):
 @settings(deadline=None)
 @given(prompt=st.text(), response=st.text())
 def test_generation_starts_from_what_training_showed(template, prompt, response):
-  """The spans before the first target are those of `render_prompt`."""
+  """The spans before the first target are those of the question alone."""
   record = Record((Turn('user', prompt), Turn('model', response, '', True)))
   spans = templates.render(template, record)
-  start = templates.render_prompt(template, prompt)
+  start = templates.render(template, asking(prompt))
   assert spans[: len(start)] == start
   assert not any(span.is_target for span in start)
   assert all(span.is_target for span in spans[len(start) :])
@@ -177,7 +177,6 @@ def test_an_unknown_template_lists_those_there_are():
   for call in (
     lambda: templates.check_name('dollly'),
     lambda: templates.render('dollly', Record((Turn('user', ''),))),
-    lambda: templates.render_prompt('dollly', 'a'),
   ):
     with pytest.raises(ValueError, match="'dollly', expected one of dolly, chat"):
       call()
@@ -194,7 +193,7 @@ def test_chat_is_the_released_format():
   rows = json.loads(golden.read_text())['tokenizer']
   (expected,) = [row['hf'] for row in rows if row['text'] == text]
   tokenizer = open_base.open_base('gemma3_270m').tokenizer()
-  ids = examples.prompt_tokens(tokenizer, 'chat', 'Hi')
+  ids = examples.prompt_tokens(tokenizer, 'chat', asking('Hi'))
   assert ids == [tokenizer.bos_id, *expected]
 
 
@@ -202,7 +201,7 @@ def test_toy_turns_have_their_ids():
   from gemma_jax.data import examples
 
   tokenizer = data_toy.make_tokenizer()
-  ids = examples.prompt_tokens(tokenizer, 'chat', 'Hi')
+  ids = examples.prompt_tokens(tokenizer, 'chat', asking('Hi'))
   start, end = (tokenizer.control_id(name) for name in data_toy.TURNS)
   text = tokenizer.encode('user\nHi')
   newline = tokenizer.encode('\n')

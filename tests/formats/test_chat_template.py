@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from gemma_jax.data import templates
+from gemma_jax.data.record import asking
 from gemma_jax.formats import chat_template
 from tests import data_toy
 
@@ -50,7 +51,7 @@ def test_a_question_is_the_prompt_of_generation(name, trim_blocks):
   template = chat_template.jinja(name)
   for text in TEXTS:
     got = render(template, [message('user', text)], True, trim_blocks)
-    assert got == spelled(templates.render_prompt(name, text))
+    assert got == spelled(templates.render(name, asking(text)))
     parts = message('user', [{'type': 'text', 'text': text}])
     assert render(template, [parts], True, trim_blocks) == got
 

@@ -16,6 +16,7 @@ import pytest
 
 from gemma_jax.data import templates
 from gemma_jax.data import tokenizer as tokenizer_lib
+from gemma_jax.data.record import asking
 from gemma_jax.formats import gguf_file, hf_writer, open_base
 from tests import data_toy, hf_toy
 
@@ -133,5 +134,5 @@ def test_llama_cpp_makes_our_tokens(server):
 def test_llama_cpp_asks_as_the_adapter_was_trained(server):
   messages = [{'role': 'user', 'content': 'Hi <b>'}]
   got = ask(server, 'apply-template', messages=messages)['prompt']
-  (prompt,) = templates.render_prompt('dolly', 'Hi <b>')
+  (prompt,) = templates.render('dolly', asking('Hi <b>'))
   assert got.removeprefix('<bos>') == prompt.text

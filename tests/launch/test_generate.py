@@ -10,6 +10,7 @@ import pytest
 
 from gemma_jax.config.train import LoraConfig
 from gemma_jax.data import examples
+from gemma_jax.data.record import asking
 from gemma_jax.formats import adapter, open_base, peft
 from gemma_jax.formats.trained_with import TrainedWith
 from gemma_jax.model import variants
@@ -72,7 +73,7 @@ def expected(folders):
   found_tokens = {}
   for name, chosen in variables.items():
     template = 'dolly' if name == folders[1] else 'korean'
-    asked = examples.prompt_tokens(tokenizer, template, QUESTION)
+    asked = examples.prompt_tokens(tokenizer, template, asking(QUESTION))
     found_tokens[name] = sampler.generate(chosen, [asked, [2, 5, 7]], SAMPLING).tokens
   return tokenizer, found_tokens
 
@@ -148,6 +149,47 @@ def test_samples_are_labelled():
   assert ends == sorted(ends)
 
 
+def test_what_was_trained_can_be_asked(tmp_path):
+  """Context, system text, messages and records, as their rendered text in `plain`."""
+  turns = tmp_path / 'turns.json'
+  turns.write_text(json.dumps([{'role': 'system', 'content': 'S 서울'}]), 'utf-8')
+  record = {'instruction': 'Q', 'input': '맥락', 'output': 'not shown', 'category': 'c'}
+  flags = ('--max_new_tokens=9', '--format=json', f'--record={json.dumps(record)}')
+  flags += (f'--record={json.dumps({"tokens": [2, 5, 7, 9], "loss_mask": [0, 0, 0, 1]})}',)
+  asked = (
+    (('--prompt=Q', '--context=C', '--system=S'), 'S\n\nQ\n\nContext:\nC'),
+    ((f'--messages={turns}', '--prompt=Q'), 'S 서울\n\nQ'),
+  )
+  for own, text in asked:
+    lines = [json.loads(line) for line in output_of(*own, *flags).splitlines()]
+    rendered = (
+      f'--prompt=Instruction:\n{each}\n\nResponse:\n' for each in (text, 'Q\n\nContext:\n맥락')
+    )
+    plain = ('--template=plain', '--tokens=2,5,7', *flags[:2])
+    want = [json.loads(line) for line in output_of(*rendered, *plain).splitlines()]
+    assert [line['tokens'] for line in lines] == [line['tokens'] for line in want]
+    assert lines[2]['prompt'] == [2, 5, 7] and lines[1]['prompt'] == 'Q'
+
+
+def test_a_penalty_and_min_p_reach_the_choice(expected):
+  flags = ('--tokens=2,5,7', '--max_new_tokens=23', '--format=json')
+  found = open_base.open_base(MODEL)
+  made = Sampler(found.config, expected[0])
+  variables = weights.prepare({'params': found.load_params()})
+  seen = set()
+  for own in (
+    {'repetition_penalty': 1.7},
+    {'temperature': 2.0, 'min_p': 0.3},
+    {'temperature': 2.0},
+  ):
+    sampling = SamplingConfig(max_new_tokens=23, **own)
+    want = made.generate(variables, [[2, 5, 7]], sampling).tokens[0]
+    line = output_of(*flags, *(f'--{name}={value}' for name, value in own.items()))
+    assert json.loads(line)['tokens'] == want
+    seen.add(tuple(want))
+  assert len(seen) == 3
+
+
 def test_tokens_need_no_tokenizer(tmp_path):
   folder = Path(__file__).parents[1] / 'golden' / 'parity' / 'gemma2'
   flags = [f'--model={folder}', '--tokens=2,5', '--max_new_tokens=5']
@@ -171,7 +213,20 @@ def test_tokens_need_no_tokenizer(tmp_path):
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [
-    ((), '--prompt: missing, expected --prompt=TEXT or --tokens=2,5,7'),
+    ((), '--prompt: missing, expected --prompt=TEXT, --record=JSON or --tokens=2,5,7'),
+    (('--system=S', '--tokens=2,5'), '--system: got one without a question, expected --prompt'),
+    (('--messages=no.json',), "--messages: got 'no.json', which is not a file, expected a JSON"),
+    (('--messages=setup.py',), '--messages: setup.py: got invalid JSON'),
+    (('--record={"prompt": "a", "prompt": "b"}',), '--record: got a field occurs twice'),
+    (('--record=[1]',), '--record: got list, expected a JSON object of instruction+response'),
+    (('--record={"question": "Q"}',), '--record: field "instruction" is missing'),
+    (
+      ('--record={"prompt": "Q", "history": [["a", "b"]]}',),
+      "--template: got 'dolly' for a conversation of 3 turns, expected chat",
+    ),
+    (('--prompt=Q', '--context=C', '--template=en_ko'), 'expected only a sentence'),
+    (('--prompt=Q', '--min_p=2'), 'min_p: got 2.0, expected a number in [0, 1]'),
+    (('--prompt=Q', '--repetition_penalty=0'), '--repetition_penalty: got 0.0, expected'),
     (('--tokens=2,x',), "--tokens: got '2,x', expected ids separated by commas"),
     (('--tokens=2,261',), 'ids from 2 to 261, expected ids in [0, 260)'),
     (('--prompt=Hi', '--top_p=0'), 'top_p: got 0.0, expected a number in'),
@@ -204,6 +259,12 @@ def test_help_explains_every_flag():
     'temperature',
     'top_k',
     'top_p',
+    'min_p',
+    'repetition_penalty',
+    'context',
+    'system',
+    'messages',
+    'record',
     'seed',
     'stream',
     'format',
