@@ -2,12 +2,13 @@
 
   bash launch/quickstart.sh
 
-Prints the parameter table, the base's and the adapted answer to one question
-(greedy), and the held-out loss before and after. The last line is the result of
-launch.train with `answer_base`, `answer_adapted` and `difference_interval`, the
-paired 95 % interval of the held-out difference (adapted minus base, nats per
-token, bootstrap over records; null with fewer than 10). It holds for this one
-adapter: another seed would train a different one.
+Prints the parameter table, the base's and the adapted answer to one question, and
+the held-out loss before and after. Answers are drawn with a fixed seed;
+greedy ones (`--greedy`) of so small a model go round in circles. The last line is
+the result of launch.train with `answer_base`, `answer_adapted` and
+`difference_interval`, the paired 95 % interval of the held-out difference (adapted
+minus base, nats per token, bootstrap over records; null with fewer than 10). It
+holds for this one adapter: another seed would train a different one.
 """
 
 import os
@@ -30,7 +31,11 @@ _WORKDIR = flags.DEFINE_string(
 _PROMPT = flags.DEFINE_string(
   'prompt', 'What should I do on a trip to Seoul?', 'Asked before and after.'
 )
+_GREEDY = flags.DEFINE_bool('greedy', False, 'Answer with the most likely tokens, not with draws.')
 _MAX_NEW_TOKENS = flags.DEFINE_integer('max_new_tokens', 120, 'Longest answer, in tokens.')
+
+# How answers are drawn, unless they are greedy.
+_DRAWN = {'temperature': 0.7, 'top_p': 0.9, 'seed': 0}
 
 
 def main() -> int:
@@ -56,6 +61,8 @@ def main() -> int:
 
   answers = _answers(config, source, result['adapter'])
   interval, over = _interval(workdir, result['steps'])
+  drawn = ', '.join(f'{name} {value}' for name, value in _DRAWN.items())
+  print(f'answers, {"greedy" if _GREEDY.value else f"drawn with {drawn}"}:\n')
   for name, answer in zip(('base', 'adapted'), answers, strict=True):
     print(f'{name}: {_PROMPT.value}')
     print(textwrap.indent(textwrap.fill(answer.strip(), 76), '  ') + '\n')
@@ -74,7 +81,7 @@ def main() -> int:
 
 
 def _answers(config, source, adapter: str) -> list[str]:
-  """Greedy answers of the base and of the adapter, by one compilation."""
+  """Answers of the base and of the adapter, by one compilation."""
   from gemma_jax.data import examples
   from gemma_jax.data.record import asking
   from gemma_jax.formats import adapter as adapter_lib
@@ -90,10 +97,11 @@ def _answers(config, source, adapter: str) -> list[str]:
     source.load_params(config.model.dtype), adapter_lib.load_adapters([adapter], source.config)
   )
   sampler = sampler_lib.Sampler.of_base(source, tokenizer)
-  greedy = SamplingConfig(max_new_tokens=_MAX_NEW_TOKENS.value, temperature=0.0)
+  drawn = {} if _GREEDY.value else _DRAWN
+  sampling = SamplingConfig(max_new_tokens=_MAX_NEW_TOKENS.value, **drawn)
   texts = []
   for name in (adapter_lib.BASE, adapter):
-    made = sampler.generate(variables[name], [prompt], greedy)
+    made = sampler.generate(variables[name], [prompt], sampling)
     texts.append(tokenizer.decode(made.tokens[0]))
   return texts
 

@@ -29,7 +29,7 @@ def call(*flags):
 
 @pytest.fixture(scope='module')
 def done(tmp_path_factory):
-  """A quickstart, the same again, and again with 9 held-out records."""
+  """A quickstart, the same again, again with 9 held-out records, and with greedy answers."""
   folder = tmp_path_factory.mktemp('quickstart')
   records = run_toy.write_records(folder)
   rows = files.read_json_lines(records)
@@ -44,9 +44,10 @@ def done(tmp_path_factory):
     '--max_new_tokens=7',
   )
   first, again = call(*flags), call(*flags)
+  greedy = call(*flags, '--greedy')
   for path in (folder / 'run' / 'heldout').iterdir():
     files.write_json_lines(path, files.read_json_lines(path)[:9])
-  return first, again, call(*flags)
+  return first, again, call(*flags), greedy
 
 
 def test_shows_the_table_both_answers_and_the_loss(done):
@@ -77,6 +78,24 @@ def test_few_records_give_no_interval(done):
   assert '9 held-out records, no interval with fewer than 10' in done[2].stdout
   result = json.loads(done[2].stdout.splitlines()[-1])
   assert result['difference_interval'] is None
+
+
+def test_answers_are_drawn_unless_greedy_ones_are_asked_for(done, tmp_path):
+  said = 'answers, drawn with temperature 0.7, top_p 0.9, seed 0:'
+  assert said in done[0].stdout and 'answers, greedy:' in done[3].stdout
+  drawn, greedy = (json.loads(done[i].stdout.splitlines()[-1]) for i in (0, 3))
+  assert drawn['answer_base'] != greedy['answer_base']
+  # The adapter is the same, and so is its greedy answer elsewhere.
+  command = [sys.executable, '-m', 'launch.generate', '--model=random:tiny3', '--format=json']
+  command += [f'--adapter={greedy["adapter"]}', f'--prompt={PROMPT}', '--max_new_tokens=7']
+  for flags, result in (
+    ([], greedy),
+    (['--temperature=0.7', '--top_p=0.9', '--seed=0'], drawn),
+  ):
+    lines = subprocess.run([*command, *flags], cwd=ROOT, check=True, capture_output=True).stdout
+    assert json.loads(lines)['text'] == result['answer_adapted']
+  del drawn['answer_base'], drawn['answer_adapted']
+  assert drawn.items() <= greedy.items()
 
 
 def test_again_it_shows_the_same_without_training(done):
