@@ -130,7 +130,7 @@ def test_a_bad_row_is_named_and_may_be_skipped(tmp_path, row, expected):
   message = str(error.value)
   assert message.startswith(f'data.path: {path} line 3: ')
   assert expected in message
-  assert 'instruction+response, prompt+response, messages or tokens' in message
+  assert 'instruction+response, prompt+response, messages, tokens or en+ko' in message
   assert 'data.skip_bad_records=True' in message
   assert '\n' not in message
   found, skipped = read(path, skip_bad_records=True)
@@ -147,7 +147,7 @@ def test_the_message_is_the_documented_one(tmp_path, monkeypatch):
   assert str(error.value) == (
     'data.path: dolly.jsonl line 412: field "response" is missing (found: '
     'instruction, context). Every record needs one of instruction+response, '
-    'prompt+response, messages or tokens; '
+    'prompt+response, messages, tokens or en+ko; '
     'data.skip_bad_records=True drops such rows and counts them.'
   )
 
