@@ -32,19 +32,19 @@ def items(tree: Tree) -> list[tuple[str, Any]]:
 
 
 def map_with_name(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-  """jax.tree.map whose function takes the path's name first."""
+  """`jax.tree.map` whose function takes the leaf's path first."""
   return jax.tree_util.tree_map_with_path(
     lambda path, *leaves: fn(path_name(path), *leaves), tree, *rest
   )
 
 
 def shapes(tree: Tree) -> Tree:
-  """The tree of `jax.ShapeDtypeStruct`s."""
+  """The tree as `jax.ShapeDtypeStruct`s."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def mask(tree: Tree, patterns: Iterable[str]) -> Tree:
-  """Booleans: whether one of the patterns matches a leaf's path at its start.
+  """Booleans: whether any of the patterns matches the start of a leaf's path.
 
   >>> mask({'lora': {'a': 1}, 'params': {'w': 2}}, ('lora/', 'params/mlp/up'))
   {'lora': {'a': True}, 'params': {'w': False}}

@@ -1,8 +1,8 @@
-"""Adapters side by side over one base: made equal, stacked, taken apart.
+"""Several adapters of one base: aligned, stacked, taken apart.
 
-Adapters of different rank, scale and targets become trees of one shape: ranks
-are padded with zero columns, missing targets filled with zeros. The base itself
-is then the adapter of zeros, whose update is exactly 0.
+Adapters of different rank, scale and targets become trees of equal
+shapes: ranks are padded with zero columns, missing targets filled with zeros.
+The base itself is then the all-zero adapter, whose update is exactly 0.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def align(loras: Sequence['Lora']) -> list['Lora']:
-  """Gives adapters one structure and one rank per target, by zeros.
+  """Pads adapters with zeros to one structure and one rank per target.
 
       align([Lora({}, ...), Lora({'layers': {'attn': {'q': {'lora_a': [L, D, 3], ...}}}}, ...)])
 
-  returns for the first adapter zeros of the second's shapes.
+  gives the first adapter zeros in the second's shapes.
 
   Args:
     loras: all scanned or all unrolled, factorization `matrix` (as read from
@@ -56,48 +56,45 @@ def align(loras: Sequence['Lora']) -> list['Lora']:
 
 
 def stack(loras: Sequence['Lora']) -> 'Lora':
-  """One object of K adapters, its arrays [K, ...].
+  """Stacks K adapters into one `Lora` whose arrays are [K, ...].
 
-  Ranks are made equal by zeros, and that is exact in training too. Where a
-  column of A and its row of B are zero, so are their gradients (each is a
-  product with the other), hence their moments, updates and decay, and what they
-  add to the clipped norm:
+  Ranks are padded with zeros, which is exact in training too. Where a column of
+  A and its row of B are zero, so are their gradients (each is a product with the
+  other), hence their moments, updates, decay and share of the clipped norm:
 
       rank 2 among 4    A [a1 a2 0 0]    B [b1 b2 0 0]^T    A B = a1 b1 + a2 b2
 
   Raises:
-    ValueError: none, one with ranks by layer or a trained base, or adapters of
-      several factorizations or forms (scanned or not).
+    ValueError: no adapters, one with per-layer ranks or a trained base, or a mix
+      of factorizations or forms (scanned or not).
   """
   if not loras:
     raise ValueError('lora: got no adapter to stack, expected at least one.')
   for each in loras:
     if each.config.ranks or each.trained_base:
       raise ValueError(
-        'lora: got an adapter with lora.ranks or leaves of its base, expected adapters of one '
-        'rank each, and nothing else; train this one alone.'
+        'lora: got an adapter with lora.ranks or trained leaves of the base, expected adapters '
+        'with a single rank and nothing else; train this one alone.'
       )
   forms = {(each.config.factorization, 'layers' in each.factors) for each in loras}
   if len(forms) > 1:
     raise ValueError(
-      'lora: got adapters of several factorizations or forms (scanned or not) to stack, expected '
-      'one of each.'
+      'lora: got a mix of factorizations or forms (scanned or not) to stack, expected one of each.'
     )
   aligned = align(loras)
-  known = lambda values: values[0] if all(x == values[0] for x in values) else None
-  pile = lambda *leaves: jnp.stack(leaves)
+  shared = lambda values: values[0] if all(x == values[0] for x in values) else None
   return dataclasses.replace(
     aligned[0],
-    factors=jax.tree.map(pile, *(each.factors for each in aligned)),
+    factors=jax.tree.map(lambda *leaves: jnp.stack(leaves), *(each.factors for each in aligned)),
     scale=jnp.asarray([each.scale for each in aligned], jnp.float32),
     config=tuple(each.config for each in loras),
-    reference=known([each.reference for each in loras]) or '',
-    trained_with=known([each.trained_with for each in loras]),
+    reference=shared([each.reference for each in loras]) or '',
+    trained_with=shared([each.trained_with for each in loras]),
   )
 
 
 def member(tree: pytree.Tree, index: int) -> pytree.Tree:
-  """The leaves [K, ...] of one of K adapters."""
+  """One adapter's leaves, out of [K, ...]."""
   return jax.tree.map(lambda x: x[index], tree)
 
 
@@ -112,13 +109,13 @@ def cut(factors: pytree.Tree, rank: int) -> pytree.Tree:
 
 
 def replace_leaves(params: Any, leaves: Any) -> Any:
-  """A base with some leaves replaced, cast to the dtype of those they replace.
+  """A base with some leaves replaced, each cast to the old leaf's dtype.
 
   Either tree may be scanned or unrolled: `layer_3/attn/v/w` goes to index 3 of
   a scanned leaf, and a scanned leaf to every layer of an unrolled base.
 
   Raises:
-    ValueError: a leaf that the base does not have, or of another shape.
+    ValueError: a leaf that the base does not have, or has in another shape.
   """
   if not leaves:
     return params

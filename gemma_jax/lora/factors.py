@@ -6,18 +6,18 @@ exactly the base's (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 The factors are a tree of their own (the collection `lora`), beside the base and
 never inside it; `model.adapter` says what shapes they have.
 
-DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) gives each output of W' a length
-m of its own, which is trained too:
+DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) gives each output of W' a
+trained length m of its own:
 
     W' = m * (W + scale * B A) / ||W + scale * B A||     m = ||W|| at the start
 
-with the norm over an output's inputs and, as in section 4.3, a constant in the
-gradient. With B = 0 it is the base up to the rounding of the norm. A magnitude
-of 0 stands for none: plain LoRA, to the bit.
+with the norm taken over an output's inputs and, as in section 4.3, treated as a
+constant by the gradient. With B = 0 this is the base up to the rounding of the
+norm. A magnitude of 0 means none: plain LoRA, to the bit.
 
 The model applies whatever factors it is given and knows neither rank nor scale
 nor norms: `variables` folds the scale into B and each m / norm into one number
-an output, so adapters of one shape are interchangeable inputs of one compiled
+per output, so adapters of one shape are interchangeable inputs of one compiled
 program.
 """
 
@@ -44,7 +44,7 @@ def target_paths(lora: LoraConfig) -> dict[str, str]:
 
 
 def leaf_axes(config: ModelConfig, lora: LoraConfig, scan_layers: bool = True) -> dict[str, str]:
-  """Axis letters of every leaf, by path; as `layout.param_axes`."""
+  """Axis letters of every leaf, by path, as in `layout.param_axes`."""
   axes = {}
   for path, equation in target_paths(lora).items():
     a, b = adapter.factor_axes(equation, lora.factorization)
@@ -57,13 +57,13 @@ def leaf_axes(config: ModelConfig, lora: LoraConfig, scan_layers: bool = True) -
 def init(
   key: jax.Array, config: ModelConfig, lora: LoraConfig, scan_layers: bool = True
 ) -> pytree.Tree:
-  """Factors at the start: A uniform within the rule's limit, B zero; float32.
+  """Initial factors: A uniform within the rule's limit, B zero; float32.
 
   Where ranks differ between layers (`LoraConfig.ranks`), leaves are as wide as
-  the largest, and zero beyond a layer's own rank: zero in A and in B, a column
-  has no gradient and stays so.
+  the largest, and zero beyond a layer's own rank: a column that is zero in both A
+  and B has no gradient and stays zero.
 
-  Column j of A comes from a key of its own (target, layer, j), so the A of a
+  Column j of A is drawn with a key of its own (target, layer, j), so the A of a
   smaller rank is a prefix of the A of a larger one, and scanned and unrolled
   trees hold the same numbers.
 
@@ -75,7 +75,7 @@ def init(
 
   Returns:
     Tree of `<layer>/<projection>/lora_a` and `lora_b`; with DoRA also
-    `lora_magnitude`, 0 until `with_magnitudes` takes them from a base.
+    `lora_magnitude`, 0 until `with_magnitudes` sets them from a base.
   """
   check_rank(config, lora)
   sizes = layout.axis_sizes(config)
@@ -106,7 +106,7 @@ def init(
 
 
 def rank_axis(name: str, x: Any) -> int | None:
-  """Where R stands: last in A; first in B, behind L where layers are stacked.
+  """Index of R: last in A; in B first, or after L where layers are stacked.
 
   >>> rank_axis('layers/attn/q/lora_b', jnp.zeros([3, 8, 4, 16]))  # [L, R, N, H]
   1
@@ -123,8 +123,8 @@ def rank_axis(name: str, x: Any) -> int | None:
 def check_rank(config: ModelConfig, lora: LoraConfig) -> None:
   """ValueError if a rank exceeds the smaller side of a target's kernel.
 
-  Unless it is that of an adapter to start from. Or if a pattern of `lora.ranks`
-  matches no target.
+  Also if a pattern in `lora.ranks` matches no target. An adapter to start from
+  (`lora.path`) may have any rank.
   """
   sizes = layout.axis_sizes(config)
   modules = []
@@ -142,19 +142,19 @@ def check_rank(config: ModelConfig, lora: LoraConfig) -> None:
     if not any(re.fullmatch(pattern, module) for module in modules):
       raise ValueError(
         f'lora.ranks: {pattern!r} matches no target, expected a regex that '
-        f'matches the whole of a path such as {modules[0]}.'
+        f'matches a whole path such as {modules[0]}.'
       )
 
 
 def check_fit(config: ModelConfig, factors: pytree.Tree, scan_layers: bool) -> None:
-  """ValueError unless factors have the paths and shapes of a base's adapter.
+  """ValueError unless the factors' paths and shapes fit a base.
 
   Args:
     config: the base's architecture.
-    factors: of one adapter, arrays or `jax.ShapeDtypeStruct`s.
-    scan_layers: form of the base.
+    factors: one adapter's, as arrays or `jax.ShapeDtypeStruct`s.
+    scan_layers: whether the base's layers are stacked.
   """
-  remedy = 'it belongs to another base, or to one of another form (scan_layers).'
+  remedy = 'it belongs to another base, or to one whose scan_layers differs.'
   flat = dict(pytree.items(factors))
   sizes = layout.axis_sizes(config)
   modules = set(layout.in_layers(layout.PROJECTION_EQUATIONS, config, scan_layers))
@@ -184,15 +184,15 @@ def _ranks(config: ModelConfig, lora: LoraConfig, path: str) -> list[int]:
 
 
 def variables(params: pytree.Tree, factors: pytree.Tree, scale: float | jax.Array) -> dict:
-  """{'params', 'lora'} as the model takes them: scaled, and brought to length.
+  """{'params', 'lora'} as the model takes them: scaled, with DoRA's gains.
 
   Args:
-    params: the base, with leaves trained along already in it.
+    params: the base, with any trained leaves already in place.
     factors: an adapter of the same form (scanned or not); {} gives the base.
-    scale: of the adapter, a number or [].
+    scale: the factor on B A, a number or [].
 
   Raises:
-    ValueError: an adapter of another form, which the model would not see.
+    ValueError: an adapter of the other form, which the model would ignore.
   """
   if not factors:
     return {'params': params}
@@ -204,18 +204,18 @@ def _check_form(params: pytree.Tree, factors: pytree.Tree) -> None:
   base, adapter = ('scanned' if 'layers' in tree else 'unrolled' for tree in (params, factors))
   if base != adapter:
     raise ValueError(
-      f'lora: got a {adapter} adapter for a {base} base, expected one form; '
+      f'lora: the adapter is {adapter}, the base {base}; expected one form, '
       'see layout.stack_layers and layout.unstack_layers.'
     )
 
 
 def _scaled(factors: pytree.Tree, scale: float | jax.Array) -> pytree.Tree:
-  """B times the scale, the rest as it is."""
+  """B times the scale, the rest unchanged."""
   return pytree.map_with_name(lambda name, x: x * scale if name.endswith('lora_b') else x, factors)
 
 
 def with_magnitudes(factors: pytree.Tree, params: pytree.Tree) -> pytree.Tree:
-  """DoRA's start, m = ||W|| for every `lora_magnitude`; the rest as it is."""
+  """Sets every `lora_magnitude` to DoRA's start, m = ||W||."""
   flat, base = dict(pytree.items(factors)), dict(pytree.items(params))
   for module in _modules(flat, 'lora_magnitude'):
     flat[f'{module}/lora_magnitude'] = _norms(module, flat, base)
@@ -237,7 +237,7 @@ def _with_gains(scaled: pytree.Tree, params: pytree.Tree) -> pytree.Tree:
 def merge(params: pytree.Tree, factors: pytree.Tree, scale: float) -> pytree.Tree:
   """W' = W + scale * B A, in float32, cast once to W's dtype.
 
-  With magnitudes it is DoRA's W', which has their lengths.
+  With magnitudes this is DoRA's W', whose outputs have those lengths.
 
   Args:
     params: the base, scanned or unrolled; it is not changed.
@@ -255,7 +255,7 @@ def merge(params: pytree.Tree, factors: pytree.Tree, scale: float) -> pytree.Tre
     if f'{module}/w' not in names:
       raise ValueError(
         f'lora: got factors at {module}, where the base has no kernel; '
-        'expected an adapter of its architecture and form (scanned or not).'
+        'expected an adapter for its architecture and form (scanned or not).'
       )
   flat = dict(pytree.items(_with_gains(_scaled(factors, scale), params)))
 
@@ -280,7 +280,7 @@ def _modules(flat: dict[str, jax.Array], leaf: str = 'lora_a') -> list[str]:
 
 
 def _equation(module: str) -> tuple[str, str]:
-  """Equation of the projection at a path; 'L' if it is of all layers."""
+  """(equation of the projection at a path, 'L' if its layers are stacked else '')."""
   *layer, block, name = module.split('/')
   equation = layout.PROJECTION_EQUATIONS[f'{block}/{name}']
   return equation, 'L' if layer == ['layers'] else ''
@@ -289,8 +289,8 @@ def _equation(module: str) -> tuple[str, str]:
 def _norms(module: str, flat: dict[str, jax.Array], base: dict[str, jax.Array]) -> jax.Array:
   """||W + B A|| of each output of one projection, e.g. [N, H]; float32.
 
-  ||W||² + 2 W·BA + ||BA||² go through the rank, one layer after the other, so
-  that nothing of a kernel's size is made but its float32 copy.
+  ||W||² + 2 W·BA + ||BA||² is contracted through the rank, layer by layer, so the
+  only array of a kernel's size is its float32 copy.
   """
   equation, stacked = _equation(module)
   _, w_axes, _ = adapter.split(equation)

@@ -1,14 +1,14 @@
-"""The adapter as one object: its factors, what they are, and their scale.
+"""An adapter as one object: its factors, their configuration and their scale.
 
     lora = Lora.init(base, rank=8, targets='all')
     model.apply(lora.variables(base.params), tokens)
 
-A `Lora` is a pytree: factors, scale and the leaves of the base that were
-trained along are its arrays, the rest is static. The model is given what
-`variables` makes of it, so that no caller can forget the scale.
+A `Lora` is a pytree: its arrays are the factors, the scale and any trained
+leaves of the base; the rest is static. The model only gets the result of
+`variables`, so no caller can forget the scale.
 
-`Lora.stack` makes one object of K adapters, whose arrays have a leading axis K;
-`members` takes it apart again.
+`Lora.stack` turns K adapters into one object, whose arrays have a leading axis
+K; `members` takes it apart again.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from gemma_jax.lora import align
 from gemma_jax.lora import factors as factors_lib
 from gemma_jax.model.config import ModelConfig
 
-# The stream of random numbers, of those drawn from one seed, that starts A.
+# Of the random streams of one seed, the one that A is drawn from.
 INIT_STREAM = 0
 
 
 @runtime_checkable
 class Base(Protocol):
-  """What an adapter has to know of its base.
+  """What an adapter has to know about its base.
 
   Attributes:
-    reference: where it came from.
+    reference: what it was opened by.
     config: the architecture.
     params: the weights, or None where they are not loaded.
-    scan_layers: form of the tree.
+    scan_layers: whether the leaves of all layers are stacked.
   """
 
   @property
@@ -61,11 +61,11 @@ class Lora:
     factors: `<layer>/<projection>/lora_a`, `lora_b` and, with DoRA,
       `lora_magnitude`, float32; {} changes nothing.
     scale: the factor on B A, float32 [] or [K].
-    config: what the factors are; of K adapters, a tuple of theirs.
-    trained_base: leaves that take the place of the base's, {} for most.
-    reference: the base that it was made for, '' where nobody knows.
-    trained_with: how its records were rendered (`formats.TrainedWith`), if that
-      is known.
+    config: its configuration; for K adapters, a tuple of K.
+    trained_base: leaves that replace the base's, usually {}.
+    reference: the base it was made for, '' if unknown.
+    trained_with: how its records were rendered (`formats.TrainedWith`), None
+      if unknown.
   """
 
   factors: pytree.Tree = dataclasses.field(repr=False)
@@ -85,9 +85,9 @@ class Lora:
 
     Args:
       base: DoRA takes its magnitudes from the weights; others need none.
-      config: default: `LoraConfig()`.
-      seed: of A.
-      **fields: of `LoraConfig`, in place of the config's.
+      config: by default `LoraConfig()`.
+      seed: from which A is drawn.
+      **fields: fields of `LoraConfig` that override the config's.
 
     Raises:
       ValueError: a field that does not fit the base, or DoRA without weights.
@@ -103,7 +103,7 @@ class Lora:
         'Lora.load reads one.'
       )
     if config.dora and base.params is None:
-      raise ValueError('lora.dora: got a base without weights, expected those it starts from.')
+      raise ValueError('lora.dora: got a base without weights, expected a loaded one.')
     key = jax.random.fold_in(jax.random.key(seed), INIT_STREAM)
     factors = factors_lib.init(key, base.config, config, base.scan_layers)
     if config.dora:
@@ -112,12 +112,12 @@ class Lora:
 
   @classmethod
   def load(cls, path: str, base: Base) -> 'Lora':
-    """Reads the adapter of a base: a PEFT folder, or a .lora.h5 file of Keras.
+    """Reads an adapter for a base: a PEFT folder, or a .lora.h5 file from Keras.
 
     Raises:
       ValueError: nothing is there, it is broken, or it is for another base.
     """
-    # Upwards: a method of the type is where people look for it.
+    # An import upwards, since people look for this as a method of the type.
     from gemma_jax.formats import adapter
 
     checks.instance('base', base, Base, 'a loaded base, gemma_jax.load(...)')
@@ -125,7 +125,7 @@ class Lora:
     return lora if lora.reference else dataclasses.replace(lora, reference=base.reference)
 
   def save(self, folder: str) -> None:
-    """Writes a PEFT folder, new or in place of another adapter's.
+    """Writes a PEFT folder; an adapter that is already there is replaced.
 
     Raises:
       ValueError: several adapters; save its `members`.
@@ -145,7 +145,7 @@ class Lora:
 
   @property
   def configs(self) -> tuple[LoraConfig, ...]:
-    """Of every adapter."""
+    """The configuration of every adapter."""
     return (self.config,) if self.is_single else self.config
 
   def shapes(self) -> pytree.Tree:
@@ -164,7 +164,7 @@ class Lora:
     return factors_lib.variables(params, self.factors, self.scale)
 
   def merge(self, params: pytree.Tree) -> pytree.Tree:
-    """The base with this adapter in its kernels, each cast once to its dtype.
+    """The base with this adapter merged in; each kernel is cast once to its dtype.
 
     Raises:
       ValueError: an adapter of another form (scanned or not) or architecture.
@@ -174,7 +174,7 @@ class Lora:
     return factors_lib.merge(params, self.factors, self.scale)
 
   def members(self) -> list['Lora']:
-    """The K adapters, each with its own targets and of its own rank."""
+    """The K adapters, each with its own targets and rank."""
     if self.is_single:
       return [self]
     return [
@@ -195,7 +195,7 @@ class Lora:
 
 
 def _own(factors: pytree.Tree, config: LoraConfig) -> pytree.Tree:
-  """Factors without the zeros that `align` put where an adapter has none."""
+  """One adapter's factors, without the targets that `align` filled with zeros."""
   leaves = {}
   for name, x in pytree.items(factors):
     *_, target, leaf = name.split('/')

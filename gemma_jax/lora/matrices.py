@@ -15,13 +15,13 @@ _PER_HEAD = ('attn/q', 'attn/k', 'attn/v')
 def factor_shapes(
   name: str, config: ModelConfig, rank: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Shapes of lora_a and lora_b of one layer, factorization `matrix`.
+  """Shapes of one layer's lora_a and lora_b in the factorization `matrix`.
 
   'attn/q'    [D, r], [r, N, H]
   'attn/o'    [N, H, r], [r, D]
   """
   axes = layout.projection_axes(f'layers/{name}/w')
-  assert axes is not None  # adapters have factors of projections alone
+  assert axes is not None  # only projections have factors
   outputs, inputs = axes
   sizes = layout.axis_sizes(config)
   return ((*(sizes[c] for c in inputs), rank), (rank, *(sizes[c] for c in outputs)))
@@ -36,7 +36,7 @@ def matrices(
     name: the projection, e.g. 'attn/q'.
     a: lora_a of one layer, in the factorization of `lora_config`.
     b: lora_b of that layer.
-    lora_config: tells the factorization; of `keras`, r is N times its rank.
+    lora_config: gives the factorization; for `keras`, r is N times its rank.
   """
   if lora_config.factorization == 'keras' and name in _PER_HEAD:
     return _keras_matrices(a, b)
@@ -47,13 +47,13 @@ def matrices(
 def as_matrix(
   factors: pytree.Tree, lora_config: LoraConfig, model_config: ModelConfig
 ) -> pytree.Tree:
-  """The same adapter in the factorization `matrix`, of the same scale.
+  """The same adapter in the factorization `matrix`, with the same scale.
 
-  `keras` factors of q, k and v take rank N r (K r); others stay as they are.
+  `keras` factors of q, k and v get rank N r (K r); others are unchanged.
 
   Args:
     factors: scanned tree in the factorization of `lora_config`.
-    lora_config: tells the factorization.
+    lora_config: gives the factorization.
     model_config: the base's architecture.
   """
   leaves = dict(pytree.items(jax.device_get(factors)))
@@ -75,8 +75,8 @@ def _keras_matrices(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
       A [N, D, r], B [r, H] → [N r, D], [N H, N r]
 
-  Head n's update A[n] B needs r rows of its own; B stands N times on the
-  diagonal.
+  Head n's update A[n] B needs r rows of its own; B is repeated N times
+  along the diagonal.
   """
   num_heads, embed_dim, rank = a.shape
   head_dim = b.shape[1]

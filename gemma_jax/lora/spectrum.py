@@ -25,30 +25,30 @@ from gemma_jax.model.config import ModelConfig
 
 
 def singular_values(lora: Lora, config: ModelConfig) -> dict[str, np.ndarray]:
-  """Of dW, for every projection and layer.
+  """Singular values of dW, for every projection and layer.
 
   Args:
-    lora: one adapter, scanned or unrolled, of either factorization.
+    lora: one adapter, scanned or unrolled, in either factorization.
     config: the base's architecture.
 
   Returns:
-    'attn/q' → float64 [L, R], in falling order (R is N r where Keras's
-    factorization gives each head factors of its own).
+    'attn/q' → float64 [L, R], in descending order (R is N r where Keras's
+    factorization gives each head its own factors).
   """
-  found = {}
+  values = {}
   for path, (a, b) in _matrices(lora, config).items():
     _, core, _ = _core(a, b, lora.config.scale)
-    found[path] = np.linalg.svd(core, compute_uv=False)
-  return found
+    values[path] = np.linalg.svd(core, compute_uv=False)
+  return values
 
 
 def truncate(lora: Lora, config: ModelConfig, rank: int) -> Lora:
-  """The best approximation of a rank to every dW, scanned.
+  """The best approximation of every dW at a given rank, scanned.
 
   Args:
-    lora: one adapter, scanned or unrolled, of either factorization.
+    lora: one adapter, scanned or unrolled, in either factorization.
     config: the base's architecture.
-    rank: of the approximation.
+    rank: the rank of the approximation.
 
   Returns:
     An adapter of the `matrix` factorization whose scale is 1; float32.
@@ -58,8 +58,8 @@ def truncate(lora: Lora, config: ModelConfig, rank: int) -> Lora:
   """
   if lora.config.dora:
     raise ValueError(
-      'lora.dora: got True, expected False: the magnitudes of an adapter do '
-      'not fit another dW. Merge it, or truncate plain LoRA.'
+      'lora.dora: got True, expected False: magnitudes fit only their own dW. '
+      'Merge it, or truncate plain LoRA.'
     )
   tree = {}
   sizes = layout.axis_sizes(config)
@@ -73,14 +73,14 @@ def truncate(lora: Lora, config: ModelConfig, rank: int) -> Lora:
     a_shape, b_shape = ([sizes.get(c, rank) for c in x] for x in axes)
     for name, x, shape in (('lora_a', a, a_shape), ('lora_b', b, b_shape)):
       tree[f'layers/{path}/{name}'] = x.reshape(len(x), *shape).astype(np.float32)
-  of_rank = LoraConfig(rank=rank, alpha=1.0, scale_rule='constant', targets=lora.config.targets)
+  lora_config = LoraConfig(rank=rank, alpha=1.0, scale_rule='constant', targets=lora.config.targets)
   return dataclasses.replace(
-    lora, factors=pytree.unflatten(tree), scale=np.float32(1), config=of_rank, trained_base={}
+    lora, factors=pytree.unflatten(tree), scale=np.float32(1), config=lora_config, trained_base={}
   )
 
 
 def effective_rank(values: np.ndarray) -> np.ndarray:
-  """exp of the entropy of the values' shares (Roy and Vetterli 2007).
+  """exp of the entropy of the normalized values (Roy and Vetterli 2007).
 
   k equal values and zeros give k; one value gives 1; all zeros give 0.
 
@@ -88,7 +88,7 @@ def effective_rank(values: np.ndarray) -> np.ndarray:
   [2.0, 1.0, 0.0]
 
   Args:
-    values: [..., R], not negative.
+    values: [..., R], non-negative.
 
   Returns:
     float64 [...].
@@ -103,13 +103,13 @@ def input_directions(lora: Lora, config: ModelConfig) -> dict[str, np.ndarray]:
   """Singular vectors of dW on its input side: what an adapter reads.
 
   Returns:
-    'attn/q' → float64 [L, inputs, R], orthonormal, the strongest first.
+    'attn/q' → float64 [L, inputs, R], orthonormal, strongest first.
   """
-  found = {}
+  directions = {}
   for path, (a, b) in _matrices(lora, config).items():
     q_a, core, _ = _core(a, b, lora.config.scale)
-    found[path] = q_a @ np.linalg.svd(core)[0]
-  return found
+    directions[path] = q_a @ np.linalg.svd(core)[0]
+  return directions
 
 
 def similarity(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -147,15 +147,15 @@ def _matrices(lora, config):
   if lora.config.factorization == 'keras':
     factors = matrices.as_matrix(factors, lora.config, config)
   flat = dict(pytree.items(factors))
-  found = {}
+  pairs = {}
   for name in flat:
     if not name.endswith('/lora_a'):
       continue
     module = name.removesuffix('/lora_a')
     a = np.asarray(flat[name], np.float64)
     b = np.asarray(flat[f'{module}/lora_b'], np.float64)
-    found[module.removeprefix('layers/')] = (
+    pairs[module.removeprefix('layers/')] = (
       a.reshape(len(a), -1, a.shape[-1]),
       b.reshape(len(b), b.shape[1], -1),
     )
-  return found
+  return pairs

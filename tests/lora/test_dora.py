@@ -187,11 +187,11 @@ class TestRanks:
 
   def test_a_is_zero_beyond_a_layers_own_rank(self):
     tree = factors_lib.init(jax.random.key(0), toy.FULL, self.config)
-    found = {
+    ranks = {
       name: np.count_nonzero(np.any(tree['layers']['attn'][name]['lora_a'], 1), axis=-1).tolist()
       for name in 'qv'
     }
-    assert found == {'q': [2, 5, 2], 'v': [3, 5, 3]}
+    assert ranks == {'q': [2, 5, 2], 'v': [3, 5, 3]}
     assert tree['layers']['attn']['q']['lora_b'].shape == (3, 5, 10, 14)
     wide = factors_lib.init(jax.random.key(0), toy.FULL, LoraConfig(rank=5))
     for name in 'qv':

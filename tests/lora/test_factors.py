@@ -303,7 +303,7 @@ def test_variables_of_another_form_are_refused(scan_layers):
   """The model would find no factors and compute the base."""
   base, own = toy.base(scan_layers=scan_layers), toy.factors(scan_layers=not scan_layers)
   got, want = ('unrolled', 'scanned') if scan_layers else ('scanned', 'unrolled')
-  message = f'{got} adapter for a {want} base, expected one form; see layout'
+  message = f'the adapter is {got}, the base {want}; expected one form, see layout'
   with pytest.raises(ValueError, match=message):
     factors_lib.variables(base, own, 1.0)
 

@@ -184,11 +184,11 @@ class TestStack:
     ('loras', 'message'),
     [
       ([], 'got no adapter to stack'),
-      ([lora()], 'leaves of its base, expected adapters of one rank each'),
+      ([lora()], 'trained leaves of the base, expected adapters with a single rank'),
       ([toy.lora(lora_config=LoraConfig(rank=2, ranks={'.*/v': 1}))], r'lora\.ranks'),
       (
         [toy.lora(lora_config=LoraConfig(factorization=form)) for form in ('matrix', 'keras')],
-        'several factorizations or forms',
+        'a mix of factorizations or forms',
       ),
     ],
     ids=['none', 'trained base', 'ranks', 'two factorizations'],
@@ -219,7 +219,7 @@ class TestVariables:
     assert nothing.variables(params).keys() == {'params'}
 
   def test_another_form_is_refused(self):
-    with pytest.raises(ValueError, match='unrolled adapter for a scanned base'):
+    with pytest.raises(ValueError, match='the adapter is unrolled, the base scanned'):
       toy.lora(scan_layers=False).variables(toy.base())
 
 

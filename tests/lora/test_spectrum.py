@@ -16,7 +16,7 @@ CONFIGS = [
 
 def updates(lora):
   """Path → scale B A as matrices [L, inputs, outputs], float64."""
-  found = {}
+  matrices = {}
   for name, x in pytree.items(toy.deltas(lora.factors, lora.scale)):
     x = np.asarray(x, np.float64)
     path = name.removeprefix('layers/').removesuffix('/w')
@@ -24,8 +24,8 @@ def updates(lora):
       x = x.reshape(len(x), -1, x.shape[-1])
     elif x.ndim == 4:  # [L, heads, D, H]
       x = x.transpose(0, 2, 1, 3).reshape(len(x), x.shape[2], -1)
-    found[path] = x
-  return found
+    matrices[path] = x
+  return matrices
 
 
 @pytest.fixture(params=CONFIGS, ids=['matrix', 'keras'])
@@ -68,15 +68,15 @@ def test_truncation_is_the_best_of_its_rank(adapter, rank):
 
 def test_a_truncation_of_dora_is_refused():
   lora = toy.lora(lora_config=LoraConfig(rank=3, targets='qv', dora=True))
-  with pytest.raises(ValueError, match='do not fit another dW'):
+  with pytest.raises(ValueError, match='magnitudes fit only their own dW'):
     spectrum.truncate(lora, toy.FULL, 1)
 
 
 def test_effective_rank():
   rows = np.array([[2.0, 2, 2, 0], [7, 0, 0, 0], [0, 0, 0, 0], [4, 3, 2, 1]])
-  found = spectrum.effective_rank(rows)
-  np.testing.assert_allclose(found[:3], [3, 1, 0], atol=1e-12)
-  assert 3 < found[3] < 4
+  ranks = spectrum.effective_rank(rows)
+  np.testing.assert_allclose(ranks[:3], [3, 1, 0], atol=1e-12)
+  assert 3 < ranks[3] < 4
 
 
 def test_similarity():
@@ -86,5 +86,4 @@ def test_similarity():
   np.testing.assert_allclose(spectrum.similarity(u[..., :3] @ turn, u[..., :3]), 1)
   np.testing.assert_allclose(spectrum.similarity(u[..., :2], u[..., 2:]), 0, atol=1e-12)
   # One of two directions of the smaller lies in the larger.
-  found = spectrum.similarity(u[..., [0, 4]], u[..., :3])
-  np.testing.assert_allclose(found, 0.5)
+  np.testing.assert_allclose(spectrum.similarity(u[..., [0, 4]], u[..., :3]), 0.5)

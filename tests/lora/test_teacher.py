@@ -113,9 +113,9 @@ def test_spectra_show_as_many_values_as_the_teacher_has(learnt):
   loras, _ = learnt
   for rank in (2, 3, 4):
     values = spectrum.singular_values(loras[rank], MODEL)
-    (found,) = values['mlp/down']
-    np.testing.assert_allclose(found[:2], [2, 1], rtol=0.05)
-    assert np.all(found[2:] < 0.05), found
+    (down,) = values['mlp/down']
+    np.testing.assert_allclose(down[:2], [2, 1], rtol=0.05)
+    assert np.all(down[2:] < 0.05), down
 
 
 def test_truncation_agrees(learnt):

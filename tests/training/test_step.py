@@ -269,7 +269,7 @@ def test_an_adapter_of_the_other_form_is_refused():
     'params': toy.base(config),
     'lora': toy.factors(config, toy.ALL_TARGETS, scan_layers=False),
   }
-  with pytest.raises(ValueError, match='unrolled adapter for a scanned base'):
+  with pytest.raises(ValueError, match='the adapter is unrolled, the base scanned'):
     eval_step(*whole(variables), toy.batch(2, 7))
 
 
