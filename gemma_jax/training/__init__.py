@@ -2,9 +2,9 @@
 
 step       the step itself, and the forward pass that evaluation shares
 state      what a step changes
-losses     cross-entropy from hidden states, without logits; `vocabulary_walk`
-           is how
+losses     cross-entropy from hidden states, without logits, by
+           `vocabulary_walk`
 optimizer  AdamW under a freeze
 sharding   mesh axes for axis letters
-compiler   what a compiled step is asked for, and whether it fits
+compiler   options and remat of a compiled step, and whether it fits
 """

@@ -1,8 +1,8 @@
-"""K adapters trained at once over one base: the same step, mapped.
+"""K adapters trained at once on one base: the same step, mapped.
 
 Adapters may differ in rank, scale, learning rate, seed and initial A; they see
 the same batches. The base lives once in memory and the step is compiled once.
-Ranks are made equal by zeros (`lora.align.stack`); what differs enters the step
+Ranks are padded with zeros (`lora.align.stack`); what differs enters the step
 as `Hyperparameters` [K]. Leaves have a leading axis K.
 """
 
@@ -16,8 +16,8 @@ import optax
 from gemma_jax.training.state import TrainState
 from gemma_jax.training.step import Hyperparameters
 
-# Positions that a CPU has enough to do with: two rows of 512 mapped took as
-# long as one after the other, and more memory.
+# Positions that keep a CPU busy: two mapped rows of 512 took as long as one
+# after the other, and more memory.
 _CPU_POSITIONS = 768
 
 
@@ -27,15 +27,15 @@ def init_state(trainable: Any, tx: optax.GradientTransformation) -> TrainState:
 
 
 def map_train_step(step: Callable[..., Any], at_once: int | None = None) -> Callable[..., Any]:
-  """The step of one adapter → that of K; signatures as in `training.step`.
+  """One adapter's step → a step for K; signatures as in `training.step`.
 
   Args:
-    step: of `make_train_step`.
-    at_once: adapters that are mapped at a time, a divisor of K; None maps all.
+    step: from `make_train_step`.
+    at_once: adapters mapped at a time, a divisor of K; None maps all.
 
   Returns:
-    A pure function; state and metrics have a leading axis K, but for the
-    finished updates, which the adapters share.
+    A pure function; state and metrics have a leading axis K, except
+    for the step count, which the adapters share.
   """
 
   def mapped(state: TrainState, hyper: Hyperparameters, frozen: Any, batch: Any):
@@ -62,12 +62,12 @@ def map_eval_step(step: Callable[..., Any], at_once: int | None = None) -> Calla
 def mapped_at_once(members: int, num_positions: int, platform: str) -> int:
   """How many of K adapters a step maps at a time: a divisor of K.
 
-  On a CPU, as many as fill its cores; their groups follow each other inside the
-  step, since more would cost memory and caches, and gain nothing.
+  On a CPU, as many as fill its cores; groups run one after the other inside the
+  step, since more at once would cost memory and cache and gain nothing.
 
   Args:
     members: K.
-    num_positions: of a batch, or of a part of it.
+    num_positions: positions in a batch, or in a part of it.
     platform: e.g. 'cpu'.
   """
   if platform != 'cpu':
@@ -77,7 +77,7 @@ def mapped_at_once(members: int, num_positions: int, platform: str) -> int:
 
 
 def _map(fn: Callable[..., Any], args: tuple[Any, ...], at_once: int | None) -> Any:
-  """fn of each adapter, `at_once` of them mapped, their groups in turn."""
+  """fn of each adapter, `at_once` of them mapped at a time."""
   if at_once in (None, jax.tree.leaves(args)[0].shape[0]):
     return jax.vmap(fn)(*args)
   return jax.lax.map(lambda xs: fn(*xs), args, batch_size=at_once)

@@ -1,4 +1,4 @@
-"""What a compiled step is asked for, and whether it fits in memory."""
+"""Options and remat of a compiled step, and whether it fits in memory."""
 
 from collections.abc import Callable
 import os
@@ -11,17 +11,18 @@ from jax.sharding import Mesh
 from gemma_jax.model.transformer import Transformer
 
 # Keeps bfloat16 weights bfloat16 on a CPU: each layer's are widened where they
-# are used, and XLA would move that out of the loops over layers and tokens, to
-# hold a float32 copy of the whole base beside it.
+# are used, and XLA would hoist that out of the loops over layers and tokens, to
+# hold a float32 copy of the whole base.
 _CPU_OPTIONS = {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
 
-# What `auto` tries, in this order. Keeping all activations (`none`) is not: it
-# was no faster than `dots` on a CPU, and takes three times the temporaries
+# What `auto` tries, in this order. Not `none`, which keeps all activations: on
+# a CPU it was no faster than `dots` and took three times the temporaries
 # (0.94 against 0.35 GiB for 512 tokens of the 270M; `full` 0.09).
 _AUTO_REMAT = ('dots', 'full')
 
-# Of a host's memory, what a step may take: Python, its libraries and the files
-# being read want some too. A device's own limit leaves out what it needs.
+# The share of a host's memory that a step may take: Python, its libraries and
+# the files being read need some too. An accelerator's limit already allows for
+# its own needs.
 _HOST_SHARE = 0.85
 
 
@@ -31,13 +32,13 @@ def options(platform: str) -> dict[str, str] | None:
 
 
 class ByShape:
-  """A step with a compiled program for each form of batch that it meets."""
+  """A step that compiles a program for each form of batch it meets."""
 
   def __init__(self, compile_for: Callable[[Any], jax.stages.Compiled]):
     """Compiles nothing yet.
 
     Args:
-      compile_for: a batch, or the shapes of one → its program.
+      compile_for: compiles the program for a batch, or for the shapes of one.
     """
     self._compile_for = compile_for
     self._programs: dict[Any, jax.stages.Compiled] = {}
@@ -63,15 +64,15 @@ def with_remat(
 ) -> jax.stages.Compiled:
   """The training step under a remat policy; auto takes the first that fits.
 
-  The choice is made from the compiler's own account of the step's memory
-  against all the memory that a device has, used or not, so that a resumed run
-  computes as the first one did.
+  The choice compares the compiler's own account of the step's memory with all
+  of a device's memory, used or not, so that a resumed run computes as the first
+  one did.
 
   Args:
-    model: the transformer; its own policy does not matter.
+    model: the transformer; its own policy is ignored.
     remat: auto, or a policy of `Transformer.remat`.
     mesh: where the step runs.
-    compile_with: compiles the step of a model.
+    compile_with: compiles the step with a given model.
   """
   candidates = _AUTO_REMAT if remat == 'auto' else (remat,)
   limit = memory_limit_bytes(mesh)
@@ -110,7 +111,7 @@ def memory_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def memory_limit_bytes(mesh: Mesh) -> int | None:
-  """What a device of the mesh may hold; None where nobody knows."""
+  """What a device of the mesh may hold; None if unknown."""
   device = mesh.devices.flat[0]
   if device.platform == 'cpu':
     total = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')

@@ -5,15 +5,15 @@ response-only training needs most of them for nothing. `vocabulary_walk` makes
 the losses of the supervised positions, and each one's gradient with it, from a
 few logits at a time.
 
-That gradient is the position's own, so the backward pass only multiplies it by
+Each gradient belongs to one position, so the backward pass only multiplies it by
 the position's cotangent, whatever function of the losses is differentiated. The
-embedding's is a sum over positions: a second walk, only if it is asked for.
+embedding's gradient is a sum over positions: a second walk, made only if needed.
 
 On a mesh each device walks its own positions (rows over some axes) and its own
 part of the vocabulary (over the others). Devices with more supervised positions
-walk longer, and none waits inside the walk: m, s and g meet after it. Of its
-rows of the embedding a device needs all D columns: what `fsdp` has divided is
-gathered for the walk, V / tensor x D values at once (1 GB in bfloat16 for 256k
+walk longer, and none waits inside the walk: m, s and g are combined after it. A
+device needs all D columns of its rows of the embedding: what `fsdp` has divided
+is gathered for the walk, V / tensor x D values at once (1 GB in bfloat16 for 256k
 rows of 2048).
 """
 
@@ -56,10 +56,10 @@ def token_cross_entropy(
     embedding: [V, D], tied.
     targets: int32 [B, T].
     weights: float32 [B, T]; positions of weight 0 are never computed.
-    softcap: of the logits, or None.
+    softcap: the logits' soft cap, or None.
     num_pieces: rows of the embedding that are tokens; later rows are masked,
       and the loss of a target among them is infinite.
-    sharding: of `hidden`; mesh axes that do not split its rows split the
+    sharding: `hidden`'s; mesh axes that do not split its rows split the
       vocabulary. None: one device.
     chunk: positions and rows at a time, see `vocabulary_walk.Chunk`; None
       chooses by the platform.
@@ -67,8 +67,8 @@ def token_cross_entropy(
       for small models only, but `jax.jvp` and second derivatives work.
 
   Returns:
-    float32 [B, T], weight times nats; 0 where the weight is 0. Their sum over
-    that of the weights is the loss per token.
+    float32 [B, T], weight times nats; 0 where the weight is 0. Their sum
+    divided by the sum of the weights is the loss per token.
   """
   options = walk.Options(softcap, num_pieces, sharding, chunk)
   losses = _plain_losses if plain_gradients else _token_losses
@@ -83,10 +83,10 @@ def _plain_losses(options, hidden, embedding, targets, weights):
   logits = jnp.einsum('BTD,VD->BTV', hidden, embedding, preferred_element_type=jnp.float32)
   logits = layers.softcap(logits, options.softcap)
   logits = logits[..., : options.num_pieces]
-  of_target = jnp.take_along_axis(
+  target_logits = jnp.take_along_axis(
     logits, targets[..., None], axis=-1, mode='fill', fill_value=-jnp.inf
   )
-  nats = jax.nn.logsumexp(logits, axis=-1) - of_target[..., 0]
+  nats = jax.nn.logsumexp(logits, axis=-1) - target_logits[..., 0]
   return jnp.where(is_supervised, weights * nats, 0.0)
 
 
@@ -111,8 +111,8 @@ def _token_losses_forward(options, hidden, embedding, targets, weights):
 
 def _token_losses_backward(options, residuals, cotangent):
   weights, d_hidden, second_walk = residuals
-  # 0 times infinity is no gradient. (The cotangents of a sum are a constant 1;
-  # then the compiler sees that nothing has to be done here.)
+  # 0 times infinity would be NaN, not 0. (The cotangents of a sum are a constant
+  # 1; the compiler then drops this.)
   is_needed = (weights != 0) | jnp.isfinite(cotangent)
   scale = jnp.where(is_needed, cotangent, 0.0)[..., None]
   d_hidden = (scale * d_hidden.astype(jnp.float32)).astype(d_hidden.dtype)
@@ -137,14 +137,14 @@ def _on_mesh(
   wanted: tuple[str, ...],
   *arrays: jax.Array,
 ) -> dict[str, jax.Array]:
-  """What `on_device` makes on every device of the mesh, put together.
+  """Runs `on_device` on every device of the mesh and puts the results together.
 
   Args:
     on_device: a function of `vocabulary_walk`.
     options: static.
     wanted: names of results.
-    *arrays: its arguments, of which the second, the embedding, is divided over
-      the vocabulary and the others over rows.
+    *arrays: its arguments; the second, the embedding, is divided over the
+      vocabulary, the others over rows.
   """
   embedding = arrays[1]
   if options.num_pieces is not None and options.num_pieces >= len(embedding):
@@ -160,5 +160,5 @@ def _on_mesh(
     mesh=mesh,
     in_specs=(by_row, by_column, *[by_row] * len(arrays[2:])),
     out_specs={name: by_column if name == 'd_embedding' else by_row for name in wanted},
-    check_vma=False,  # the loops' states start equal and do not stay so
+    check_vma=False,  # the loops' states start equal and diverge
   )(*arrays)

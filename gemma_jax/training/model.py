@@ -42,7 +42,7 @@ class Model:
     """Hidden states [B, T, D] of a batch, after the final norm.
 
     Args:
-      variables: {'params'} or {'params', 'lora'}, of `Lora.variables`.
+      variables: {'params'} or {'params', 'lora'}, from `Lora.variables`.
       batch: `tokens`, int32 [B, T]; and, where rows are padded or packed,
         `segment_ids` and `positions`, see `Transformer`.
       dropout_key: switches the adapter's dropout on, if it has one.
@@ -78,10 +78,10 @@ class Model:
   ) -> jax.Array:
     """Weight times next-token loss of every position: float32 [B, T], nats.
 
-    Differentiable in whatever part of the variables is differentiated, once and
-    in reverse; a transformer with `plain_gradients` allows the rest (`jax.jvp`,
-    second derivatives). Weights count as constants. Minus the sum over a row is
-    the log-likelihood of its targets, where weights are 0 and 1.
+    Differentiable once, in reverse, in any part of the variables; a transformer
+    with `plain_gradients` allows the rest (`jax.jvp`, second derivatives). Weights
+    count as constants. Minus the sum over a row is the log-likelihood of its
+    targets, where weights are 0 and 1.
 
     Args:
       variables: as in `hidden`.

@@ -1,10 +1,10 @@
 """AdamW with warm-up, clipping and a freeze, as one optax transformation.
 
 The freeze is outermost (`optax.selective_transform`): frozen leaves get zero
-updates, are never clipped, decayed or given moments. (`optax.masked` would let
-their raw gradients through as updates.) The train step hands over the trainable
-leaves only, so that base gradients are not even traced; the freeze keeps its
-promise for callers who hand over a whole tree.
+updates and are never clipped, decayed or given moments. (`optax.masked` would let
+their raw gradients through as updates.) The train step passes only the
+trainable leaves, so base gradients are not even traced; the freeze still holds
+for callers who pass a whole tree.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
 
   Args:
-    config: peak, form and warm-up.
+    config: peak, shape and warm-up.
     steps: updates in the run.
 
   Returns:
@@ -54,7 +54,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
   config: OptimizerConfig, steps: int, trainable: Sequence[str]
 ) -> optax.GradientTransformation:
-  """Clip by global norm, AdamW, all of it frozen where no regex matches.
+  """Clipping by global norm, then AdamW; frozen where no regex matches.
 
   Args:
     config: see `OptimizerConfig`.
@@ -85,7 +85,7 @@ def make_optimizer(
 def freeze(
   tx: optax.GradientTransformation, trainable: Sequence[str]
 ) -> optax.GradientTransformation:
-  """A transformation that sees the trainable leaves alone; others get zero updates."""
+  """A transformation that sees only the trainable leaves; others get zero updates."""
 
   def frozen(tree):
     return jax.tree.map(lambda m: not m, pytree.mask(tree, trainable))

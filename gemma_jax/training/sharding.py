@@ -3,10 +3,10 @@
 Mesh axes: `data` (replicas), `fsdp` (parameters and batch), `tensor` (heads,
 MLP width, vocabulary). Batches are split over data x fsdp. Adapters and their
 moments are small and replicated, or split as the base is
-(`mesh.shard_adapter`); moments lie as what they belong to.
+(`mesh.shard_adapter`); moments are placed like the leaves they belong to.
 
-Several slices are connected by a slower network: `data` alone goes across it,
-so that it carries one sum of gradients an update and no parameters.
+Several slices are connected by a slower network, which only `data` crosses, so
+that it carries one sum of gradients per update and no parameters.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ BATCH = ('data', 'fsdp')
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """The mesh axis over which each axis letter is split; None is nowhere.
+  """The mesh axis over which each axis letter is split, or None.
 
   Attributes are the letters of `gemma_jax.model`.
   """
@@ -47,7 +47,7 @@ class Rules:
   R: str | None = None
 
   def axis(self, letter: str) -> str | None:
-    """The mesh axis of a letter; None also for those of no parameter."""
+    """The mesh axis of a letter; None also for letters that no parameter has."""
     return getattr(self, letter, None)
 
   def axes(self, letters: str) -> list[str | None]:
@@ -62,8 +62,7 @@ class Rules:
       if len(both) > 1:
         raise ValueError(
           f'sharding rules: {" and ".join(both)} of a parameter [{letters}] '
-          f'both go to the mesh axis {axis}, expected one of them; let the '
-          'other be None.'
+          f'are both split over mesh axis {axis}, expected one; set the other to None.'
         )
     return axes
 
@@ -72,14 +71,14 @@ RULES = Rules()
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh (data, fsdp, tensor); -1 takes the devices that are left.
+  """A mesh (data, fsdp, tensor); -1 takes the remaining devices.
 
-  Sizes that ask for fewer devices than there are take the first ones, on a
-  single host, and say so.
+  On a single host, sizes that ask for fewer devices than there are take the
+  first ones, with a warning.
 
   Args:
-    config: sizes.
-    devices: default: all that JAX sees.
+    config: the sizes.
+    devices: by default all that JAX sees.
 
   Raises:
     ValueError: the sizes do not fit the number of devices, or `data` does not
@@ -108,7 +107,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   if sizes[0] % slices:
     raise ValueError(
       f'mesh.data: got {sizes[0]}, expected a multiple of {slices}, the number '
-      'of slices; only whole replicas go across slices.'
+      'of slices; a replica does not span slices.'
     )
   from jax.experimental import mesh_utils
 
@@ -124,12 +123,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of [B, T] and [B, T, D]: rows over data x fsdp."""
+  """For [B, T] and [B, T, D]: rows over data x fsdp."""
   return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def batch_parts(mesh: Mesh) -> int:
-  """In how many parts the rows of a batch are split."""
+  """Number of parts into which the rows of a batch are split."""
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
@@ -145,8 +144,8 @@ def check_batch(mesh: Mesh, rows: int, name: str) -> None:
 def param_spec(letters: str, sizes: dict[str, int], mesh: Mesh):
   """Letters → PartitionSpec, by `RULES`.
 
-  The kv heads of a grouped-query model may be fewer than the tensor shards:
-  they are then replicated (each shard needs them whole).
+  A grouped-query model may have fewer kv heads than tensor shards; they are then
+  replicated (each shard needs them whole).
 
   Raises:
     ValueError: a size that its mesh axis does not divide.
@@ -170,16 +169,16 @@ def tree_shardings(
 ) -> Any:
   """A NamedSharding for every leaf of variables, state or optimizer state.
 
-  A leaf belongs to the base if its path runs through 'params/' to a path of
-  `layout.param_axes`, wherever that stands (`opt_state/.../mu/params/...`), and
-  to the adapter if it does so through 'lora/'; all else is replicated.
+  A leaf belongs to the base if its path ends with 'params/' and a path of
+  `layout.param_axes`, whatever comes before (`opt_state/.../mu/params/...`), and
+  to the adapter likewise with 'lora/'; all else is replicated.
 
   Args:
     tree: arrays or `jax.ShapeDtypeStruct`s.
     config: architecture.
     mesh: from `make_mesh`.
-    split_lora: splits the adapter of this config as the base is split; None
-      replicates whatever adapter there is.
+    split_lora: splits an adapter of this config as the base is split; None
+      replicates the adapter.
   """
   sizes = layout.axis_sizes(config)
   axes = {}
@@ -201,9 +200,9 @@ def tree_shardings(
 
 
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
-  """Rows of a global batch that devices of this process hold, ascending.
+  """Rows of a global batch that this process's devices hold, ascending.
 
-  They need not be a block, nor this process's alone: with `tensor` over
+  They need not be contiguous, nor held here alone: with `tensor` across
   processes, several hold the same rows.
   """
   indices = batch_sharding(mesh).addressable_devices_indices_map((num_rows,))
@@ -215,7 +214,7 @@ def put_batch(batch: Any, mesh: Mesh, num_rows: int | None = None) -> Any:
   """Rows of this process → the global batch [B, ...] on the mesh.
 
   Args:
-    batch: a pytree of arrays of all B rows, or of those of `local_rows` only.
+    batch: a pytree of arrays with all B rows, or only those of `local_rows`.
     mesh: from `make_mesh`.
     num_rows: B; None means that the arrays have all rows.
   """

@@ -18,8 +18,8 @@ from gemma_jax.lora import factors
 from gemma_jax.model import layout
 from gemma_jax.model.config import ModelConfig
 
-# The stream of random numbers, of those drawn from one seed, for dropout;
-# `lora.INIT_STREAM` is another.
+# Of the random streams of one seed, the one for dropout; `lora.INIT_STREAM` is
+# another.
 DROPOUT_STREAM = 1
 
 
@@ -31,7 +31,7 @@ class TrainState:
     step: int32 [], finished updates.
     trainable: variables {'params', 'lora'} with `optax.MaskedNode` where a
       leaf is frozen; float32.
-    opt_state: of the trainable leaves.
+    opt_state: the optimizer's, for the trainable leaves.
   """
 
   step: jax.Array
@@ -50,7 +50,7 @@ def split(variables: Any, patterns) -> tuple[Any, Any]:
       some = [name for name, _ in pytree.items(variables)][:4]
       raise ValueError(
         f'trainable: {pattern!r} matches no leaf, expected a regex that '
-        f'matches a path from its start; paths are such as {some}.'
+        f'matches a path from its start, such as one of {some}.'
       )
   mask = pytree.mask(variables, patterns)
   trainable, frozen = pytree.partition(variables, mask)
@@ -75,9 +75,9 @@ def abstract_variables(
 
   Args:
     model_config: architecture.
-    lora_config: of the adapter.
-    dtype: of the base.
-    scan_layers: form of the trees.
+    lora_config: the adapter's.
+    dtype: the base's.
+    scan_layers: whether layers are stacked.
   """
   params = layout.abstract_params(model_config, dtype, scan_layers)
   key = jax.random.key(0)

@@ -32,7 +32,7 @@ from gemma_jax.training.state import DROPOUT_STREAM, TrainState
 # What every step measures.
 OWN_METRICS = ('loss', 'weight', 'tokens', 'grad_norm', 'learning_rate')
 
-# Of any structure; the leading axis of every leaf is rows.
+# Any pytree whose leaves have rows as their leading axis.
 Batch = Any
 LossFn = Callable[
   [Model, Any, Batch, jax.Array | None],
@@ -44,18 +44,18 @@ MakeOptimizer = Callable[
 ]
 
 
-# An array, of NumPy before the step has it, or its shape when the step is compiled.
+# An array (NumPy outside the step), or its shape while the step is compiled.
 _Leaf = Any
 
 
 @struct.dataclass
 class Hyperparameters:
-  """What the step is told of an adapter; [], or [K] of several.
+  """What the step is told about an adapter; [], or [K] for several.
 
   Attributes:
     scale: the factor on B A.
-    learning_rate: None where all have the optimizer's own.
-    seed: of dropout; None where all have the step's own.
+    learning_rate: None takes the optimizer's own.
+    seed: for dropout; None takes the step's own.
   """
 
   scale: _Leaf
@@ -89,10 +89,10 @@ def make_train_step(
   Args:
     model: the transformer and its tokens.
     loss_fn: see the module.
-    make_optimizer: its schedule is that which the optimizer follows, for the
-      metrics; None where nobody knows.
+    make_optimizer: its schedule is the one that the optimizer follows, for the
+      metrics; None if unknown.
     accumulate_steps: parts of a batch.
-    seed: of dropout; its key is a function of (seed, step, part).
+    seed: for dropout; the key is a function of (seed, step, part).
 
   Returns:
     A pure function; metrics are float32 scalars: `loss` (per unit of weight:
@@ -101,7 +101,7 @@ def make_train_step(
     schedule), and those of `loss_fn`.
 
   Raises:
-    ValueError: when it is traced, if `loss_fn` returns something else.
+    ValueError: when traced, if `loss_fn` returns anything else.
   """
 
   def sums(trainable, scale, frozen, batch, key):
@@ -117,8 +117,8 @@ def make_train_step(
     grad_fn = jax.value_and_grad(sums, has_aux=True)
 
     def one(index, batch):
-      key_of_part = jax.random.fold_in(key, index)
-      return grad_fn(state.trainable, hyper.scale, frozen, batch, key_of_part)
+      part_key = jax.random.fold_in(key, index)
+      return grad_fn(state.trainable, hyper.scale, frozen, batch, part_key)
 
     def part(carry, xs):
       return jax.tree.map(jnp.add, carry, one(*xs)), None
@@ -165,7 +165,7 @@ def make_eval_step(
 ) -> Callable[[Any, Hyperparameters, Any, Batch], Any]:
   """Makes eval_step(trainable, hyperparameters, frozen, batch) -> losses.
 
-  Of `token_loss` these are float32 [B, T], weight times nats; of another loss
+  For `token_loss` these are float32 [B, T], weight times nats; for another loss,
   what it returns: (sum, weight, metrics). There is no dropout.
   """
 
@@ -210,7 +210,7 @@ def _kind(x: Any) -> str:
 
 
 def _count_tokens(batch: Batch) -> jax.Array:
-  """Positions that are not padding, in all rows there are."""
+  """Number of positions that are not padding."""
   total = jnp.float32(0)
   for name, x in pytree.items(batch):
     if name.split('/')[-1] == 'segment_ids':

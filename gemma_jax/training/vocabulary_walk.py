@@ -1,6 +1,6 @@
 """A walk through the vocabulary in tiles, with the logits of a few positions.
 
-Supervised positions are brought together first; then each keeps a running
+Supervised positions are gathered first; then each keeps a running
 maximum and sum, as in attention that never holds its scores (Dao et al. 2022,
 arXiv 2205.14135, algorithm 1):
 
@@ -15,8 +15,8 @@ gradient w (g / s - E[y]), made in the same pass: no logit is kept or computed
 twice. Work is proportional to the supervised tokens, not to B T; a tile is read
 (and cast) once for all positions, and stays in cache while they use it.
 
-The embedding's gradient is a sum over positions, each with its cotangent and its
-whole logsumexp, so that it takes a second walk.
+The embedding's gradient is a sum over positions that needs each one's cotangent
+and final logsumexp, so it takes a second walk.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-# (sizes, C_V): a chunk of positions and a tile of C_V embedding rows have
-# logits at a time. Positions are walked in chunks of the first size, what is
-# left of them in chunks of the next, smaller one. On a CPU a tile and its
+# (sizes, C_V): logits exist for one chunk of positions and one tile of C_V
+# embedding rows at a time. Positions are walked in chunks of the first size, the
+# remainder in chunks of the next, smaller one. On a CPU a tile and its
 # logits stay in cache (with 1,024 positions, chunks of 128 alone reach 75 % of
 # the rate of a matrix product, and those of 512 reach 90 %); an accelerator
 # wants large products.
@@ -59,11 +59,11 @@ def losses_on_device(
   targets: jax.Array,
   weights: jax.Array,
 ) -> dict[str, jax.Array]:
-  """Losses and more of each position, from one device's shares.
+  """Each position's loss and more, from one device's share.
 
   Args:
     options: static.
-    wanted: of 'losses', 'd_hidden' (a loss's gradient), 'logsumexp' and 'slope'
+    wanted: any of 'losses', 'd_hidden' (a loss's gradient), 'logsumexp' and 'slope'
       (the soft cap's, at the target's logit).
     row_axes: mesh axes over which rows are divided.
     column_axes: mesh axes over which the vocabulary is divided.
@@ -94,7 +94,7 @@ def losses_on_device(
   target_logit = total(jnp.sum(share.h.astype(jnp.float32) * row, axis=-1))
   target_logit, slope = _capped(options, target_logit)
   if options.num_pieces is not None:
-    # A target behind the tokens has no probability; who checks losses stops.
+    # A target beyond the tokens has no probability; a check of the loss sees it.
     target_logit = jnp.where(y < options.num_pieces, target_logit, -jnp.inf)
 
   results = {'losses': w * (logsumexp - target_logit), 'logsumexp': logsumexp, 'slope': slope}
@@ -118,10 +118,10 @@ def embedding_gradient_on_device(
   logsumexp: jax.Array,
   slope: jax.Array,
 ) -> dict[str, jax.Array]:
-  """The embedding's gradient, of this device's part of the vocabulary.
+  """The embedding's gradient, for this device's part of the vocabulary.
 
-  Args as in `losses_on_device`, two of whose results the last two are, and:
-    cotangent: float32 [B, T], of the losses.
+  Args as in `losses_on_device`, the last two from its results, and:
+    cotangent: float32 [B, T], the losses'.
 
   Returns:
     {'d_embedding': [V, D], summed over the rows of all devices}.
@@ -130,20 +130,20 @@ def embedding_gradient_on_device(
   share = _share(options, column_axes, hidden, embedding, weights)
   w = share.gather(weights) * share.gather(cotangent)
   d = _embedding_gradient(options, share, share.gather(logsumexp), w)
-  of_target = -share.h.astype(jnp.float32) * (w * share.gather(slope))[..., None]
+  target_term = -share.h.astype(jnp.float32) * (w * share.gather(slope))[..., None]
   number, is_here = share.row_of(share.gather(targets))
-  d = d.at[jnp.where(is_here, number, len(embedding))].add(of_target, mode='drop')
+  d = d.at[jnp.where(is_here, number, len(embedding))].add(target_term, mode='drop')
   d = jax.lax.psum(d, row_axes) if row_axes else d
   return {'d_embedding': d.astype(embedding.dtype)}
 
 
 class _Walk(NamedTuple):
-  """Chunks of one size that follow each other.
+  """Consecutive chunks of one size.
 
   Attributes:
-    size: C, positions of a chunk.
+    size: C, positions in a chunk.
     start: int32 [], the first position.
-    count: int32 [], chunks.
+    count: int32 [], number of chunks.
   """
 
   size: int
@@ -154,9 +154,9 @@ class _Walk(NamedTuple):
 def _walks(sizes: tuple[int, ...], supervised: jax.Array) -> list[_Walk]:
   """Walks over the positions that count, the smallest chunks last.
 
-  A larger chunk also takes what would fill it but for a part of the smallest:
-  511 positions are one chunk of 512, not four of 128. So the walks end less
-  than one smallest chunk behind the last position that counts.
+  A larger chunk also takes a remainder that fills it up to less than one smallest
+  chunk: 511 positions are one chunk of 512, not four of 128. So the walks end
+  less than one smallest chunk past the last position that counts.
   """
   walks, start = [], jnp.zeros_like(supervised)
   for size in sizes:
@@ -173,9 +173,9 @@ class _Share(NamedTuple):
   Attributes:
     h: hidden states [S, D], supervised positions first.
     embedding: [V, D].
-    order: int32 [S], where the position stands in [B, T]; behind the supervised
-      ones B T, which reads as zeros and drops what is written.
-    offset: number of the embedding's first row in the whole vocabulary.
+    order: int32 [S], each position's index in flat [B T]; past the supervised ones
+      B T itself, where reads give zeros and writes are dropped.
+    offset: index of the embedding's first row in the whole vocabulary.
     walks: chunks that hold a supervised position.
     tile_rows: C_V.
   """
@@ -203,7 +203,7 @@ class _Share(NamedTuple):
     return number, (number >= 0) & (number < len(self.embedding))
 
   def visit(self, visit_chunk: Callable[..., Any], state: Any) -> Any:
-    """state = visit_chunk(start, size, state) for one chunk after the other."""
+    """state = visit_chunk(start, size, state) for each chunk in turn."""
     for walk in self.walks:
 
       def visit_next(i, state, walk=walk):
@@ -214,11 +214,11 @@ class _Share(NamedTuple):
 
 
 def _share(options, column_axes, hidden, embedding, weights) -> _Share:
-  """One device's share, from its arrays as `losses_on_device` has them."""
+  """One device's share, from its arrays as `losses_on_device` takes them."""
   V, end = len(embedding), weights.size
   sizes, C_V = _chunk_sizes(options, end)
-  # A walk's last chunk ends less than sizes[-1] behind the supervised positions,
-  # so that no slice of a chunk is moved back.
+  # A walk's last chunk ends less than sizes[-1] past the supervised positions,
+  # so no chunk's slice is clamped.
   order = jnp.flatnonzero(weights, size=end + sizes[-1], fill_value=end)
   return _Share(
     h=_gather(hidden, order),
@@ -236,7 +236,7 @@ def _gather(x: jax.Array, order: jax.Array) -> jax.Array:
 
 
 def _statistics(options: Options, share: _Share, with_gradient: bool):
-  """m, s [S] and g [S, D] (or None), see the module."""
+  """m, s [S] and g [S, D] (or None), as in the module docstring."""
   S, D = share.h.shape
 
   def visit_tile(number, state):
@@ -299,7 +299,7 @@ def _tile(options: Options, share: _Share, number: jax.Array):
   Returns:
     The first row, the rows [C_V, D] in the dtype of the hidden states, and a
     mask bool [C_V] or None: the last tile is moved back to end with the
-    embedding, and the rows behind the tokenizer's pieces are no tokens.
+    embedding, and rows beyond the tokenizer's pieces are not tokens.
   """
   V, rows = share.embedding.shape[0], share.tile_rows
   start = jnp.minimum(number * rows, V - rows)

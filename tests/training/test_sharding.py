@@ -119,11 +119,11 @@ class TestSpecs:
 
   def test_two_letters_on_one_mesh_axis_are_refused(self):
     mesh = sharding.make_mesh(CUBE)
-    with pytest.raises(ValueError, match=r'F and N of a parameter \[FN\] both'):
+    with pytest.raises(ValueError, match=r'F and N of a parameter \[FN\] are both'):
       sharding.param_spec('FN', self.SIZES, mesh)
     rules = sharding.Rules(N='fsdp')
     assert rules.axes('LNH') == [None, 'fsdp', None]
-    with pytest.raises(ValueError, match=r'N and D .* go to the mesh axis fsdp'):
+    with pytest.raises(ValueError, match=r'N and D .* split over mesh axis fsdp'):
       rules.axes('LNDH')
 
   @pytest.mark.parametrize('factorization', ['matrix', 'keras'])
