@@ -269,7 +269,7 @@ def test_an_adapter_of_another_form(base, data, lora):
     lambda: gj.generate(unrolled, 'Where?', lora=lora),
     lambda: gj.evaluate(unrolled, data, lora=lora),
   ):
-    with pytest.raises(ValueError, match=r'lora: got .* another form \(scan_layers\)'):
+    with pytest.raises(ValueError, match=r'lora: got .* whose scan_layers differs'):
       use()
 
 
@@ -315,7 +315,7 @@ def test_a_batch_of_another_shape_is_compiled_anew(base, lora, monkeypatch):
   [
     ({'tokens': np.zeros((4, 11), np.float32)}, 'batch: got float32 at tokens, expected integer'),
     ({'weights': np.ones((4, 11), np.int32)}, 'batch: got int32 at weights, expected floating'),
-    ({'more': np.zeros(3)}, 'batch: got leaves of different rows'),
+    ({'more': np.zeros(3)}, 'batch: got different numbers of rows'),
     ({'more': [1, 2, 3, 4]}, 'batch: got a scalar at more/0, expected an array'),
     ({'more': 'a text'}, 'batch: got .* at more, expected an array'),
   ],

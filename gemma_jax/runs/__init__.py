@@ -1,11 +1,11 @@
 """A run from its config to its adapter.
 
-prepare              everything that a run is made of
+prepare              everything a run is made of
 train                its loop; `batched` trains many adapters at once
 evaluate             held-out losses; `evaluate_adapters` compares adapters
-resume               whether it may go on in a workdir
+resume               whether it may continue in a workdir
 workdir, checkpoint  what a run leaves behind, with its `checksums`
-verify               checks them, and repeats the arithmetic
+verify               checks these, and repeats the arithmetic
 metrics, guards      what it logs, and which numbers stop it
 hosts                what several processes agree on
 dry_run, summary     what a run would do, what it trains

@@ -27,15 +27,15 @@ from gemma_jax.training.model import Model
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Base:
-  """A base model; `load` gives it its weights.
+  """A base model; `load` adds its weights.
 
   Attributes:
-    source: the files, found and checked.
+    source: its files, opened and checked.
     tokenizer: None if the base came without one.
-    mesh: devices; not this machine's if a program is compiled for others.
-    dtype: of the weights in memory.
+    mesh: its devices; described ones if a program is compiled for another machine.
+    dtype: the weights' dtype in memory.
     transformer: with the activations' dtype and the attention for the mesh.
-    params: the weights, where the mesh wants them; None until they are loaded.
+    params: the weights, placed on the mesh; None until they are loaded.
   """
 
   source: BaseSource
@@ -56,10 +56,10 @@ class Base:
     """Opens a base's header and chooses how it is computed.
 
     Args:
-      config: which one, checked.
-      mesh: sizes, checked.
-      devices: default: all that JAX sees.
-      source: of the same reference, if it is open already.
+      config: which base; already checked.
+      mesh: sizes; already checked.
+      devices: by default all that JAX sees.
+      source: the files, if they are open already.
 
     Raises:
       ValueError: the first thing that does not fit, with its remedy.
@@ -82,7 +82,7 @@ class Base:
 
   @functools.cached_property
   def sampler(self) -> Sampler:
-    """Decodes with this architecture; kept, since it keeps what it compiled."""
+    """Decodes with this architecture; kept, for the programs it has compiled."""
     return Sampler.of_base(self.source, self.tokenizer, scan_layers=self.scan_layers)
 
   @functools.cached_property
@@ -112,16 +112,16 @@ class Base:
 
   @property
   def num_pieces(self) -> int | None:
-    """Embedding rows that are tokens, or None where nobody knows."""
+    """Embedding rows that are tokens, or None if unknown."""
     return None if self.tokenizer is None else self.tokenizer.vocab_size
 
   @property
   def platform(self) -> str:
-    """Of the mesh, e.g. 'cpu'."""
+    """The mesh's platform, e.g. 'cpu'."""
     return self.mesh.devices.flat[0].platform
 
   def load(self) -> 'Base':
-    """The same with its weights; itself if it has them."""
+    """This base with its weights; itself if it has them."""
     if self.params is not None:
       return self
     started = time.perf_counter()
@@ -152,12 +152,12 @@ def load(
   Args:
     model: see `open_base`.
     tokenizer: path of a tokenizer.model, in place of the base's own.
-    dtype: of the weights in memory: auto (the file's own), float32 or bfloat16.
+    dtype: the weights' dtype in memory: auto (the file's own), float32 or bfloat16.
     activation_dtype: auto is bfloat16 on TPU and GPU, float32 on CPU.
     attention: see `BaseConfig`.
     scan_layers: one compiled layer, scanned, or a leaf for each layer.
-    mesh: how devices are divided, e.g. MeshConfig(fsdp=1) for one alone; default:
-      parameters over all of them.
+    mesh: how devices are used, e.g. MeshConfig(fsdp=1) for a single one; by
+      default parameters are split over all of them.
 
   Raises:
     ValueError: nothing is there, it is broken, or it does not fit the mesh.
@@ -178,7 +178,7 @@ def load(
 
 
 def _transformer(config: BaseConfig, model_config: ModelConfig, mesh: Mesh) -> Transformer:
-  """The transformer as a config wants it computed on a mesh."""
+  """The transformer, computed on a mesh as a config says."""
   dtype = activation_dtype(config.activation_dtype, mesh)
   head_axis = sharding.RULES.axis('N')
   assert head_axis is not None  # the rules split heads

@@ -6,7 +6,7 @@ from typing import Any
 from gemma_jax.config import train as config_lib
 from gemma_jax.config.train import TrainConfig
 
-# In these fields adapters that are trained at once may differ.
+# Fields in which adapters trained at once may differ.
 MEMBER_FIELDS = (
   'seed',
   'lora.rank',
@@ -18,9 +18,9 @@ MEMBER_FIELDS = (
 
 
 def common_fields(config: TrainConfig) -> dict[str, Any]:
-  """The fields, by name, that adapters that are trained at once share.
+  """The fields, by name, that adapters trained at once share.
 
-  The seed is one of them if the order of the data hangs on it.
+  The seed is one of them if the order of the data depends on it.
   """
   fields = config_lib.flatten(config_lib.to_dict(config))
   own = set(MEMBER_FIELDS)
@@ -51,11 +51,11 @@ def check(configs: Sequence[TrainConfig]) -> None:
   if first.lora.path or first.lora.ranks:
     raise ValueError(
       'batched adapters: got lora.path or lora.ranks, expected neither: they start '
-      'anew, with one rank each. Train this config alone.'
+      'from scratch, with a single rank. Train this config alone.'
     )
   if first.max_skipped_batches:
     raise ValueError(
       f'max_skipped_batches: got {first.max_skipped_batches}, expected 0: a '
-      'batch is left out for one adapter and not for another. Train this '
+      'batch would be skipped for one adapter and not for another. Train this '
       'config alone.'
     )

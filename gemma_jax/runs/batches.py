@@ -1,4 +1,4 @@
-"""Batches of any structure: checked before a step, and what they measured."""
+"""Batches of any structure: checks before a step, and means of what was measured."""
 
 from collections.abc import Iterable, Iterator
 import time
@@ -10,7 +10,7 @@ import numpy as np
 
 from gemma_jax import pytree
 
-# What leaves of these names have to be; others may be anything.
+# The dtypes that leaves of these names must have; others are free.
 _KINDS = {
   **dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), jnp.integer),
   'weights': jnp.floating,
@@ -18,15 +18,15 @@ _KINDS = {
 
 
 class Positioned(Protocol):
-  """Batches whose place can be kept and found again."""
+  """Batches whose position can be saved and restored."""
 
   def __iter__(self) -> Iterator[Any]: ...
 
   def state(self) -> Any:
-    """The place, JSON-able."""
+    """The position, JSON-able."""
 
   def restore(self, state: Any) -> None:
-    """Goes to a place that `state` returned."""
+    """Goes to a position that `state` returned."""
 
 
 def has_position(data: Any) -> TypeGuard[Positioned]:
@@ -35,24 +35,24 @@ def has_position(data: Any) -> TypeGuard[Positioned]:
 
 
 def checked(batch: Any, parts: int, num_tokens: int, max_positions: int) -> Any:
-  """A batch in NumPy arrays of dtypes that a device takes.
+  """The batch as NumPy arrays in dtypes that devices take.
 
   Args:
     batch: a pytree of arrays.
-    parts: of which the number of rows has to be a multiple.
-    num_tokens: of the base; `tokens` are below it, and `targets` of a weight.
-    max_positions: of the base; rows of `tokens` are not longer.
+    parts: must divide the number of rows.
+    num_tokens: the base's; `tokens`, and `targets` that have a weight, are below it.
+    max_positions: the base's; rows of `tokens` are not longer.
 
   Raises:
-    ValueError: leaves that are not arrays of the same rows, rows that do not
-      divide, or a dtype, a token or a length that a leaf of this name cannot have.
+    ValueError: leaves that are not arrays with one number of rows, rows that do
+      not divide, or a dtype, token or length that a leaf of this name cannot have.
   """
   named = pytree.items(batch)
   if not named:
     raise ValueError('batch: got no array, expected a pytree whose leading axis is rows.')
   rows = {}
   for name, x in named:
-    place = name or 'its root'
+    place = name or 'the root'
     if not hasattr(x, 'dtype') or not np.ndim(x):
       kind = 'a scalar' if np.ndim(x) == 0 else type(x).__name__
       raise ValueError(
@@ -64,12 +64,12 @@ def checked(batch: Any, parts: int, num_tokens: int, max_positions: int) -> Any:
     if wanted is not None and not jnp.issubdtype(x.dtype, wanted):
       raise ValueError(f'batch: got {x.dtype} at {place}, expected {wanted.__name__} values.')
   if len(set(rows.values())) > 1:
-    raise ValueError(f'batch: got leaves of different rows, {rows}, expected one number of rows.')
+    raise ValueError(f'batch: got different numbers of rows, {rows}, expected one.')
   count = next(iter(rows.values()))
   if not count or count % parts:
     raise ValueError(
       f'batch: got {count} rows, expected a multiple of {parts}: accumulate_steps times the '
-      'parts in which the mesh splits rows.'
+      'parts into which the mesh splits rows.'
     )
   arrays = {name: np.asarray(x) for name, x in named}
   for name, x in arrays.items():
@@ -91,10 +91,10 @@ def checked(batch: Any, parts: int, num_tokens: int, max_positions: int) -> Any:
 
 
 def means(returned: Iterable[Any]) -> dict[str, np.ndarray]:
-  """'loss', 'weight' and the metrics of a loss over batches.
+  """'loss', 'weight' and a loss's metrics, averaged over batches.
 
   Args:
-    returned: what a `training.step.LossFn` returned for each.
+    returned: what a `training.step.LossFn` returned for each batch.
 
   Raises:
     ValueError: there is no batch.
@@ -104,13 +104,13 @@ def means(returned: Iterable[Any]) -> dict[str, np.ndarray]:
     for name, pair in {'loss': (total, weight), **metrics}.items():
       sums[name] = sums.get(name, 0.0) + np.asarray(pair, np.float64)
   if not sums:
-    raise ValueError('data: got no batch to measure on, expected at least one.')
+    raise ValueError('data: got no batch to evaluate, expected at least one.')
   result = {name: total / np.where(w == 0, 1, w) for name, (total, w) in sums.items()}
   return {**result, 'weight': sums['loss'][1]}
 
 
 def timed(items: Iterable[Any]) -> Iterator[tuple[float, Any]]:
-  """(seconds for which it was waited for, item) of each item."""
+  """(seconds spent waiting for it, item) for each item."""
   items = iter(items)
   while True:
     started = time.perf_counter()

@@ -3,13 +3,14 @@
 Orbax writes each step to a temporary folder and renames it when it is whole, in
 the background; a kill in between leaves the previous step. Arrays are stored by
 path, so a checkpoint does not depend on optax's classes. Beside them, as JSON,
-stands everything else that a resume needs: the full config, the fingerprints of
-base, tokenizer and data, and what the evaluations have found so far. The
-position in the data is the step.
+is everything else that a resume needs: the full config, the fingerprints of
+base, tokenizer and data, and the results of the evaluations so far. The position
+in the data is the step.
 
-Each step carries checksums (`checksums.seal`), part of what is renamed. Opening
-the folder checks the newest step: a damaged one is renamed to N.set_aside, said
-so, and the newest good one is used; the updates after it are computed again.
+Each step carries checksums (`checksums.seal`), renamed with it. Opening the
+folder checks the newest step: a damaged one is renamed to N.set_aside, with a
+warning, and the newest good one is used; the updates after it are computed
+again.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from gemma_jax.runs import checksums
 from gemma_jax.runs.workdir import Place
 from gemma_jax.training.state import TrainState
 
-# Orbax writes into it once more while it renames a step.
+# Orbax writes to this file once more while it renames a step.
 _TIMES = '_CHECKPOINT_METADATA'
 
 
@@ -34,17 +35,16 @@ class Checkpoints:
   """The checkpoints under `workdir/checkpoints`; the newest two are kept.
 
   Attributes:
-    folder: that one.
+    folder: their folder.
   """
 
   def __init__(self, workdir: str, read_only: bool = False, place: Place | None = None):
     """Opens the folder and checks its newest step.
 
     Args:
-      workdir: of the run.
-      read_only: neither make, clean nor rename anything; damaged steps are
-        passed over.
-      place: the workdir as `workdir.only_run` gives it; None goes by the path
+      workdir: the run's.
+      read_only: makes, cleans and renames nothing; damaged steps are skipped.
+      place: the workdir as `workdir.only_run` gives it; None uses the path
         alone.
     """
     import orbax.checkpoint as ocp
@@ -53,7 +53,7 @@ class Checkpoints:
     self.folder = self._root = files.absolute(workdir) / 'checkpoints'
     self._place = place
     if place is not None and place.root != workdir:
-      # Not resolved: a save under way goes where the workdir goes.
+      # Not resolved, so that a save under way follows the workdir.
       self._root = files.path(place.root) / 'checkpoints'
     self._unusable = self._check_newest(read_only)
     self._saving = None  # the step of the last save
@@ -75,7 +75,7 @@ class Checkpoints:
       )
 
   def latest_step(self) -> int | None:
-    """Newest step that is whole, or None."""
+    """Newest complete step, or None."""
     steps = set(self._manager.all_steps()) - self._unusable
     return max(steps, default=None)
 
@@ -84,7 +84,7 @@ class Checkpoints:
 
     Args:
       state: may be donated to the next step right after.
-      notes: JSON-able facts of the run at this step.
+      notes: JSON-able facts about the run at this step.
     """
     self.wait()
     self._saving = int(state.step)
@@ -121,7 +121,7 @@ class Checkpoints:
     return pytree.map_with_name(lambda name, _: leaves[name], abstract)
 
   def read_leaves(self, step: int) -> dict[str, np.ndarray]:
-    """All arrays of a step by path, whole, in the memory of this host."""
+    """All arrays of a step by path, whole, in this host's memory."""
     on_host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     tree = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_host), self._read_tree(step)
@@ -162,12 +162,12 @@ class Checkpoints:
         )
       if good is not None:
         bad.pop(good, None)
-    if jax.process_count() > 1:  # the others look when it is done
+    if jax.process_count() > 1:  # the others wait for the renames
       multihost_utils.sync_global_devices('checkpoints are checked')
     return set(bad) if read_only else set()
 
   def _check_place(self) -> None:
-    """Where paths do not follow the folder, it must not have been renamed."""
+    """OSError if the folder was renamed where paths do not follow it."""
     if self._place is not None and self._place.root == self._place.workdir:
       self._place.check()
 
@@ -201,7 +201,7 @@ class Checkpoints:
       reason = reason.replace(str(self._root), str(self.folder))
       raise ValueError(
         f'checkpoint {self.folder / str(step)}: cannot be read '
-        f'({reason:.300}). Rename the step, and an older one is used.'
+        f'({reason:.300}). Rename the step to use an older one.'
       ) from e
 
   def _check_leaves(self, step, abstract):
@@ -212,8 +212,8 @@ class Checkpoints:
       missing = sorted(wanted.keys() - saved.keys())
       extra = sorted(saved.keys() - wanted.keys())
       raise ValueError(
-        f'checkpoint {where}: lacks {missing[:3]} and has {extra[:3]} beyond '
-        'what this run trains. Use another workdir.'
+        f'checkpoint {where}: lacks {missing[:3]} and has {extra[:3]}, which '
+        'this run does not train. Use another workdir.'
       )
     for name, leaf in wanted.items():
       got = (tuple(saved[name].shape), np.dtype(saved[name].dtype))

@@ -28,7 +28,7 @@ def describe(run: run_lib.Run) -> str:
 
 
 def describe_data(run: run_lib.Run) -> list[str]:
-  """What became of the records: read, cut, left out, skipped, not read."""
+  """What happened to the records: read, cut, left out, skipped, not read."""
   data = run.config.data
   return [
     f'data: {data.path}, template {data.template}, loss on {data.loss_on}',

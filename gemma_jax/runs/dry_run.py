@@ -18,8 +18,8 @@ from gemma_jax.training import compiler
 # Brackets of control tokens.
 _OPEN, _CLOSE = '\u27e8', '\u27e9'
 
-# What of a text could be taken for a mark, or for an escaped one: brackets of
-# control tokens, a square one beside its like or where another may follow (at
+# Whatever in a text could be taken for a mark, or for an escaped one: brackets of
+# control tokens, a square bracket beside its like or where another may follow (at
 # an end of the text), and a backslash before the code of any of these.
 _MARK = re.compile(
   rf'[{_OPEN}{_CLOSE}]|(?<![^\[])\[|\[(?![^\[])|(?<![^\]])\]|\](?![^\]])'
@@ -28,7 +28,7 @@ _MARK = re.compile(
 
 
 def dry_run(config: TrainConfig, workdir: str) -> str:
-  """Goes through a run's start and returns what it found, as text.
+  """Goes through a run's start and returns a report, as text.
 
   Nothing is written to the workdir and no weight is read; downloads, prepared
   data sets and compiled programs are cached as in a run. The step is compiled
@@ -36,7 +36,7 @@ def dry_run(config: TrainConfig, workdir: str) -> str:
 
   Args:
     config: resolved.
-    workdir: must be writable, and its checkpoint, if any, this run's.
+    workdir: must be writable; a checkpoint in it must be this run's.
 
   Raises:
     ValueError: the first thing that would have stopped the run.
@@ -61,7 +61,7 @@ def dry_run(config: TrainConfig, workdir: str) -> str:
 
 
 def _start(run: run_lib.Run, workdir: str, facts: resume.Facts) -> int:
-  """The step at which the run would go on; its checkpoint can be read."""
+  """The step from which the run would continue; reads its checkpoint."""
   if not (files.path(workdir) / 'checkpoints').is_dir():
     resume.newest(workdir, None, facts)
     return 0
@@ -91,12 +91,12 @@ def _memory_lines(run: run_lib.Run) -> str:
 
 
 def _first_batch(run: run_lib.Run, step: int) -> str:
-  """The rows of a step as text; what counts in the loss in brackets."""
+  """The rows of a step as text; what counts in the loss is in brackets."""
   rows = run.plan.rows(step)
   batch = examples_lib.make_batch(run.data.train, rows, run.config.data.seq_len)
   filled = (batch['segment_ids'] > 0).sum(axis=1)
   lines = [
-    f'batch of step {step}; targets of the loss in [[ ]], control tokens in {_OPEN} {_CLOSE} '
+    f'batch of step {step}; loss targets in [[ ]], control tokens in {_OPEN} {_CLOSE} '
     '(in a text these are \\uXXXX)'
   ]
   for i, row in enumerate(rows):
@@ -134,5 +134,5 @@ def _visible(ids: list[int], tokenizer: Tokenizer | None) -> str:
 
 
 def _escape(text: str) -> str:
-  """'[[1, 2]]' → '\\u005b\\u005b1, 2\\u005d\\u005d': no mark stays in it."""
+  """'[[1, 2]]' → '\\u005b\\u005b1, 2\\u005d\\u005d': no mark is left in it."""
   return _MARK.sub(lambda mark: f'\\u{ord(mark[0]):04x}', text)

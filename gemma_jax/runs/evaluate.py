@@ -2,7 +2,7 @@
 
     nll_per_token = sum over records of nll / sum over records of tokens
 
-A mean of batch means would weigh short records more.
+A mean of batch means would give short records more weight.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ import numpy as np
 
 from gemma_jax.runs import hosts
 
-# With fewer, neither their spread nor the shape of their mean is known.
+# With fewer, neither their spread nor the distribution of their mean is known.
 FEWEST_RECORDS = 10
 
 
@@ -41,7 +41,7 @@ class Evaluation:
     return float(self.nll.sum() / max(self.tokens.sum(), 1))
 
   def members(self) -> list['Evaluation']:
-    """Of nll [K, N]: that of each of K adapters."""
+    """Splits nll [K, N] into one evaluation per adapter."""
     return [Evaluation(row, self.tokens) for row in self.nll]
 
   def line(self) -> dict[str, Any]:
@@ -67,12 +67,12 @@ def evaluate(
 
   Args:
     eval_step: batch → weighted losses float32 [*members, B, T].
-    batches: (batch, example_ids [B, T], -1 at padding) of
+    batches: (batch, example_ids [B, T], -1 at padding) from
       `pipeline.eval_batches`.
     num_examples: N.
     should_stop: asked before each batch.
-    members: axes in front of the losses, (K,) of several adapters; the result's nll has
-      them too.
+    members: leading axes of the losses, (K,) for several adapters; the result's
+      nll has them too.
 
   Raises:
     Stopped: should_stop said so.
@@ -98,13 +98,13 @@ def paired_interval(
 
   Records are drawn with replacement, 10,000 times; both models are measured on
   the same records, so what makes a record hard cancels (percentile interval,
-  Efron and Tibshirani 1993, chapter 13). It is about other records and these
-  two models: what another seed would have trained is not in it.
+  Efron and Tibshirani 1993, chapter 13). It covers other records for these two
+  models, not what another seed would have trained.
 
   Args:
     difference: float [N], nll of one model minus nll of another, by record.
     tokens: int [N], supervised tokens of each record.
-    seed: of the draws.
+    seed: for the draws.
 
   Returns:
     (low, high) in nats per token; None with fewer than 10 records.

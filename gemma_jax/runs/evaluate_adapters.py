@@ -1,4 +1,4 @@
-"""A base and adapters on it, measured on the same records."""
+"""A base and its adapters, measured on the same records."""
 
 from collections.abc import Iterator, Sequence
 
@@ -25,10 +25,10 @@ def evaluate_adapters(
   """Evaluates one adapter after the other; one compilation serves all.
 
   Args:
-    config: resolved; `model`, `mesh` and `data` are used, and all held-out
-      records of `data.path` (a file is held out whole), up to
-      `data.max_eval_records`. `data.seq_len` cuts records; 0 scores them whole,
-      as far as the base has positions.
+    config: resolved; uses `model`, `mesh` and `data`: all held-out records of
+      `data.path` (a file is held out whole), up to `data.max_eval_records`.
+      `data.seq_len` cuts records; 0 scores them whole, as far as the base has
+      positions.
     names: PEFT folders, or 'base'.
     source: the base, if it is open already.
 
@@ -36,8 +36,8 @@ def evaluate_adapters(
     (name, the examples measured, their losses).
 
   Raises:
-    ValueError: what does not fit, before any weight is read.
-    FloatingPointError: a loss that is not finite.
+    ValueError: something does not fit; before any weight is read.
+    FloatingPointError: a loss is not finite.
   """
   data = config.data
   base = Base.open(config.model, config.mesh, source=source)
@@ -88,12 +88,12 @@ def evaluate(
 
   Args:
     base: loaded.
-    data: examples, such as `Dataset.heldout`; of a `Dataset`, its held-out ones.
-    lora: of the base; None measures the base.
-    seq_len: positions in a row; longer examples go into longer rows. 0 is the
+    data: examples, or a `Dataset`, whose held-out examples are measured.
+    lora: an adapter of the base; None measures the base itself.
+    seq_len: positions in a row; longer examples get longer rows. 0 takes the
       dataset's, or 512.
     batch_size: rows of this length at a time.
-    packing: several examples in a row.
+    packing: puts several examples into a row.
 
   Raises:
     ValueError: several adapters, or one of another base.
@@ -125,14 +125,14 @@ def evaluate(
 
 
 def _check_finite(name: str, examples: examples_lib.Examples, measured: Evaluation):
-  """FloatingPointError that names the first record whose loss is not."""
+  """FloatingPointError that names the first record whose loss is not finite."""
   bad = np.flatnonzero(~np.isfinite(measured.nll))
   if bad.size:
-    reason = 'the adapter diverged in training, or is for another base.'
+    reason = 'the adapter diverged in training, or belongs to another base.'
     if name == adapter.BASE:
       reason = 'the base itself overflows: its file is damaged, or its weights need float32.'
     raise FloatingPointError(
       f'{name}: the loss of record {examples.record_ids[bad[0]]} is '
       f'{measured.nll[bad[0]]} ({bad.size} of {len(examples)} records are not '
-      f'finite), expected numbers; {reason}'
+      f'finite), expected a finite number; {reason}'
     )

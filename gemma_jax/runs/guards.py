@@ -1,9 +1,9 @@
-"""What the numbers of an update must not be: not finite, or a sudden jump.
+"""Guards over the numbers of each update: not finite, or a sudden jump.
 
 not finite    stops the run, with step, learning rate and records; or, up
-              to `max_skipped_batches` times, the update is left out
-              (on the device: see `training.step`) and the run goes on
-a jump        is said, with the records, and changes nothing
+              to `max_skipped_batches` times, the update is skipped (on the
+              device: see `training.step`) and the run continues
+a jump        gives a warning, with the records, and changes nothing
 """
 
 import collections
@@ -14,8 +14,8 @@ from typing import Any
 
 from absl import logging
 
-# A loss so many median absolute deviations above the median of the last ones
-# is a jump; noise of small batches stays far below it.
+# A loss this many median absolute deviations above the median of the last ones is
+# a jump; the noise of small batches stays far below.
 _JUMP = 10.0
 _LEAST_JUMP_NATS = 0.5
 _WINDOW, _LEAST = 50, 20
@@ -27,17 +27,17 @@ class Guard:
   """Looks at each update of a run.
 
   Attributes:
-    skipped: steps whose update was left out, in order; may be shared with
-      what a checkpoint keeps.
+    skipped: steps whose update was skipped, in order; may be shared with a
+      checkpoint's notes.
   """
 
   def __init__(self, max_skipped: int, skipped: list[int], record_ids: Callable[[int], list[int]]):
-    """Starts to look.
+    """Starts with no losses seen.
 
     Args:
-      max_skipped: how many updates may be left out.
-      skipped: those left out so far; grows.
-      record_ids: training records in the batch of a step.
+      max_skipped: how many updates may be skipped.
+      skipped: the steps skipped so far; grows.
+      record_ids: a step → the training records in its batch.
     """
     self.skipped = skipped
     self._max_skipped = max_skipped
@@ -48,12 +48,12 @@ class Guard:
     """Stops, skips or warns.
 
     Args:
-      step: updates finished with this one.
+      step: finished updates, this one included.
       values: its metrics line; has `loss_nats_per_token`.
 
     Returns:
-      The line to write: what is not finite is left out, and said by
-      `skipped_updates`, how many there were.
+      The line to write; that of a skipped update lacks what is not finite and
+      counts the `skipped_updates` so far.
 
     Raises:
       FloatingPointError: a value is not finite, and no more may be skipped.
@@ -66,12 +66,12 @@ class Guard:
     if len(self.skipped) >= self._max_skipped:
       remedy = 'lower optimizer.learning_rate or look at these records'
       if not self._max_skipped:
-        remedy += '; max_skipped_batches leaves such batches out'
+        remedy += '; max_skipped_batches skips such batches'
       check_finite(step, values, records, remedy)
     self.skipped.append(step)
     logging.warning(
-      'Step %d: the loss or gradient is not finite (%s): the update is left '
-      'out, the %d. of at most %d.',
+      'Step %d: the loss or gradient is not finite (%s): the update is skipped, '
+      'number %d of at most %d.',
       step,
       records,
       len(self.skipped),
@@ -112,7 +112,7 @@ def check_finite(
   Args:
     step: finished updates.
     values: by name.
-    records: where the values come from, in words.
+    records: where the values come from, for the message.
     remedy: what to do about it.
   """
   for name, value in values.items():
@@ -123,6 +123,6 @@ def check_finite(
       raise FloatingPointError(
         f'{name}: got {value} at step {step}'
         + (f' ({"; ".join(where)})' if where else '')
-        + f', expected a finite number. Nothing of this step was saved; '
+        + f', expected a finite number. Nothing from this step was saved; '
         f'{remedy}.'
       )

@@ -1,10 +1,9 @@
 """Several processes that train one run, and what they have to agree on.
 
-Each process (a host of a pod slice) has devices of its own and goes through the
-same program, so each must take the same decisions at the same place: whoever
-leaves the common path alone leaves the others waiting in a collective. Process
-0 leads: it alone logs and writes adapters, metrics and results. Checkpoints are
-written by all.
+Each process (a host of a pod slice) has its own devices and runs the same
+program, so all must take the same decisions at the same point: one that leaves
+the common path leaves the others waiting in a collective. Process 0 leads: it
+alone logs and writes adapters, metrics and results. All write checkpoints.
 
 With a single process nothing here communicates.
 """
@@ -25,17 +24,17 @@ import tqdm
 from gemma_jax import files
 from gemma_jax.config import train as config_lib
 
-# How long a file of another host may take to appear on a network disk.
+# How long another host's file may take to appear on a network disk.
 _SHARED_DISK_SECS = 30
 
 
 def is_lead() -> bool:
-  """Whether this process logs and writes for all."""
+  """Whether this process logs and writes for all of them."""
   return jax.process_index() == 0
 
 
 def any_of_them(local: Callable[[], bool]) -> Callable[[], bool]:
-  """The question whether it holds for any process, asked by all of them."""
+  """Whether `local` holds on any process; all of them must ask together."""
   if jax.process_count() == 1:
     return local
   return lambda: bool(_gather_flag(local()).any())
@@ -45,7 +44,7 @@ def check_agreement(what: str, value: Mapping[str, Any]) -> None:
   """ValueError, on every process, unless all have the same value.
 
   Args:
-    what: its name in the message.
+    what: the value's name in the message.
     value: JSON-able nested dicts.
   """
   if jax.process_count() == 1:
@@ -71,7 +70,7 @@ def check_agreement(what: str, value: Mapping[str, Any]) -> None:
 def check_shared(folder: str) -> None:
   """ValueError, on every process, unless all see the same folder.
 
-  The leading process leaves a file there for as long as the check takes.
+  The leading process puts a file there while the check lasts.
   """
   if jax.process_count() == 1:
     return
@@ -102,14 +101,14 @@ def wait_for_all(where: str) -> None:
 
 
 def progress_bar(**options: Any) -> tqdm.tqdm:
-  """A bar of the leading process, where there is a terminal."""
+  """A progress bar on the leading process, if there is a terminal."""
   return tqdm.tqdm(disable=None if is_lead() else True, **options)
 
 
 def to_numpy(tree: Any) -> Any:
   """Arrays of any sharding, or NumPy's → NumPy arrays, on every process.
 
-  All processes have to ask at the same place.
+  All processes must call it at the same point.
   """
   return jax.tree.map(_whole, tree)
 
@@ -123,14 +122,14 @@ def _whole(x: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def _gather_flag(flag: bool) -> np.ndarray:
-  """What each process said, bool [processes]."""
+  """Each process's flag, bool [processes]."""
   from jax.experimental import multihost_utils
 
   return np.ravel(multihost_utils.process_allgather(np.bool_(flag)))
 
 
 def _gather(content: bytes) -> list[bytes]:
-  """The bytes that each process has given, in the order of the processes."""
+  """Each process's bytes, in the order of the processes."""
   from jax.experimental import multihost_utils
 
   gather = multihost_utils.process_allgather

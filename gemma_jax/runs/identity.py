@@ -1,9 +1,9 @@
-"""What a function is, as text: how a workdir tells one loss from another.
+"""A function's identity as text, by which a workdir tells one loss from another.
 
-A name alone would let a notebook go on under a loss that was edited in between.
-So the text has the function's code, what it closes over, its defaults and the
-module's own values and functions that it names; of a function from an installed
-package, its name and what it closes over, which is where optax keeps a rate.
+A name alone would let a notebook continue with a loss that was edited meanwhile.
+So the text covers the function's code, closure and defaults, and what it uses of
+its own module; for a function from an installed package, only its name and its
+closure, where optax keeps a rate.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ import numpy as np
 
 
 def of_function(function: Any) -> str:
-  """Its name, and a digest of all that it is made of."""
+  """The function's name, and a digest of everything it is made of."""
   inner = function
   while isinstance(inner, functools.partial):
     inner = inner.func
@@ -30,7 +30,7 @@ def of_function(function: Any) -> str:
 
 
 def _lines(x: Any, seen: set[int]) -> Iterator[str]:
-  """What is known of a value, line by line; of what stands there twice, once."""
+  """Describes a value line by line; what occurs twice is described once."""
   if isinstance(x, str | int | float | complex | bytes | type(None)):
     yield repr(x)
     return
@@ -66,18 +66,18 @@ def _lines(x: Any, seen: set[int]) -> Iterator[str]:
 
 def _closed_over(function: types.FunctionType) -> Iterator[Any]:
   for cell in function.__closure__ or ():
-    with contextlib.suppress(ValueError):  # not filled yet
+    with contextlib.suppress(ValueError):  # an empty cell
       yield cell.cell_contents
 
 
 def _own_parts(function: types.FunctionType) -> Iterator[Any]:
-  """Code of a function that no package has, and what it names in its module."""
+  """A function's code and what it uses of its module, unless a package has it."""
   root = function.__module__.partition('.')[0]
   installed = '-packages' in function.__code__.co_filename or root in sys.stdlib_module_names
   if installed or root == __name__.partition('.')[0]:
     return
   codes = [function.__code__]
-  for code in codes:  # grows by the functions inside
+  for code in codes:  # grows by nested functions
     yield code.co_code.hex()
     yield [x for x in code.co_consts if not isinstance(x, types.CodeType)]
     codes += [x for x in code.co_consts if isinstance(x, types.CodeType)]

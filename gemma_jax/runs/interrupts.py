@@ -8,12 +8,12 @@ import threading
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-  """Ctrl-C waits until the block is over, where Python itself would raise it.
+  """Delays Ctrl-C to the end of the block, where Python itself would raise it.
 
-  In other threads, and where somebody handles the signal, nothing changes.
+  Does nothing in other threads, or where SIGINT's handler is not Python's own.
 
   Raises:
-    KeyboardInterrupt: at the end, if it came.
+    KeyboardInterrupt: at the end, if one came.
   """
   in_main = threading.current_thread() is threading.main_thread()
   if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

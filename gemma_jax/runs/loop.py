@@ -4,11 +4,11 @@
 
 So a checkpoint at step n holds what evaluation n measured, or the resumed run
 evaluates first: it repeats nothing and misses nothing. One adapter and several
-run through the same loop; what is written for them is an `Outputs` each.
+share this loop, each with an `Outputs` of its own.
 
 Several processes go through it together, each with its part of every batch.
 What they decide by, losses and whether to stop, is the same on all of them; the
-leading one logs and writes what is not a checkpoint.
+leading one logs, and writes everything but checkpoints.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ from gemma_jax.runs.trainer import Metrics, Trainer
 
 
 class Outputs(Protocol):
-  """What is reported and written of a run.
+  """What a run reports and writes.
 
   Attributes:
     notes: what a checkpoint keeps beside the state; JSON-able.
@@ -50,7 +50,7 @@ class Outputs(Protocol):
     ...
 
   def evaluated(self, step: int, measured: Sequence[Evaluation], seconds: float) -> None:
-    """After an evaluation, of every adapter."""
+    """After an evaluation, with the losses of each adapter."""
 
   def saving(self) -> None:
     """Before a checkpoint."""
@@ -76,15 +76,15 @@ class Loop:
     should_stop: Callable[[], bool],
     profile: 'Profile',
   ):
-    """Nothing is done yet.
+    """Starts nothing yet.
 
     Args:
       run: gives the schedule of evaluations and checkpoints.
       trainer: at the start, or where a checkpoint left it.
-      place: of the workdir.
-      checkpoints: of the run; closed at the end.
-      facts: of `resume.facts`, saved with every checkpoint.
-      outputs: of the run; closed at the end.
+      place: the workdir.
+      checkpoints: the run's; closed at the end.
+      facts: from `resume.facts`, saved with every checkpoint.
+      outputs: the run's; closed at the end.
       should_stop: asked at every update and every evaluation batch.
       profile: closed at the end.
     """
@@ -109,7 +109,7 @@ class Loop:
       for part in (self.checkpoints, self.outputs, self.profile):
         at_end.callback(part.close)
       try:
-        self._evaluate_if_wanted()  # also one that a stop cut short
+        self._evaluate_if_wanted()  # even one that a stop cut short
         with hosts.progress_bar(total=steps, initial=self.trainer.finished, unit='step') as bar:
           for wait_seconds, batch in self.trainer.batches(steps):
             if not self.outputs.goes_on():
@@ -162,12 +162,12 @@ class Profile:
     folder: str | os.PathLike = '',
     place: workdir_lib.Place | None = None,
   ):
-    """Nothing is traced yet.
+    """Traces nothing yet.
 
     Args:
-      steps: the first and the last of them are traced, and those in between.
-      folder: a folder `profile` is made in it.
-      place: of the workdir, checked before something is written.
+      steps: traced from the smallest to the largest.
+      folder: where the folder `profile` is made.
+      place: the workdir, checked before anything is written.
     """
     self._steps = steps
     self._folder = folder
@@ -175,7 +175,7 @@ class Profile:
     self._is_tracing = False
 
   def before(self, step: int) -> None:
-    """Starts or ends the trace; `step` updates are finished."""
+    """Starts or ends the trace, before update `step` (from 0)."""
     if self._steps and step == min(self._steps) and hosts.is_lead():
       jax.profiler.start_trace(os.path.join(self._folder, 'profile'))
       self._is_tracing = True
@@ -192,10 +192,10 @@ class Profile:
 
 
 def is_due(every: int, step: int) -> bool:
-  """Whether what is done every so many updates is done at this one."""
+  """Whether something done every `every` updates is due at this one."""
   return every > 0 and step % every == 0
 
 
 def log_stop(step: int, steps: int) -> None:
-  """Says where a run was stopped."""
+  """Logs where a run was stopped."""
   logging.warning('Stopped at step %d of %d.', step, steps)

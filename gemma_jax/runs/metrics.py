@@ -1,7 +1,7 @@
 """Metrics with units in their names: JSON Lines and TensorBoard.
 
 `metrics.jsonl` has a line for every update and one more for every evaluation,
-that of the base at step 0 included:
+including the base's at step 0:
 
     {"step": 7, "loss_nats_per_token": 2.31, "learning_rate": 5e-05, ...}
     {"step": 10, "eval_loss_nats_per_token": 2.27, "eval_tokens": 4113, ...}
@@ -24,11 +24,11 @@ _FLUSH_EVERY_SECS = 10
 class MetricsWriter:
   """Appends to metrics.jsonl and to TensorBoard files under a workdir.
 
-  A resumed run first drops what came after its checkpoint, and a line that a
-  crash left torn, so that the file reads as if nothing had happened.
+  A resumed run first drops whatever came after its checkpoint, and a line that a
+  crash left incomplete, so that the file reads as if nothing had happened.
 
-  An object store knows no append: there the files grow in a local folder, and
-  are put whole every minute and at each `flush`.
+  An object store cannot append: there the files grow in a local folder, and are
+  uploaded whole every minute and at each `flush`.
 
   Attributes:
     folder: where files are written, the workdir itself if it is local.
@@ -43,7 +43,7 @@ class MetricsWriter:
     path = self.folder / 'metrics.jsonl'
     # A run that begins anew evaluates the base again.
     files.write_json_lines(path, [row for row in rows if row['step'] <= finished_steps > 0])
-    # Of what was just written: no link is followed.
+    # The file just written: a link in its place is not followed.
     flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
     self._file = os.fdopen(os.open(path, flags), 'a', encoding='utf-8')
     self._board = _Board(self.folder / 'tensorboard', finished_steps + 1 if finished_steps else 0)
@@ -52,8 +52,8 @@ class MetricsWriter:
     """Writes one line.
 
     Args:
-      step: the finished updates.
-      values: finite numbers; what an update that was skipped has not is left out.
+      step: finished updates.
+      values: finite numbers; a skipped update lacks the others.
     """
     values = {k: _plain(v) for k, v in values.items()}
     line = files.to_json({'step': step, **values}, f'metrics.jsonl, step {step}')
@@ -70,7 +70,7 @@ class MetricsWriter:
       self.flush()
 
   def flush(self) -> None:
-    """Makes the workdir hold all that was written so far."""
+    """Brings everything written so far into the workdir."""
     self._board.flush()
     if self._remote:
       started = time.time() - 1.0  # clocks of file systems lag a little
@@ -87,7 +87,7 @@ class MetricsWriter:
 
 
 class NullWriter:
-  """The writer of processes that do not lead: it writes nothing."""
+  """The writer of the processes that do not lead; writes nothing."""
 
   folder = Path()
 
@@ -109,10 +109,10 @@ def open_writer(workdir: str, finished_steps: int) -> MetricsWriter | NullWriter
 
 
 class _Board:
-  """TensorBoard's events, written at once.
+  """TensorBoard's events, written synchronously.
 
   tensorboardX's own SummaryWriter writes in a thread; a full disk ends that
-  thread, and the run then waits for it for ever.
+  thread, and the run then waits for it forever.
   """
 
   def __init__(self, folder: Path, first_step: int):
@@ -121,7 +121,7 @@ class _Board:
     from tensorboardX.proto import event_pb2, summary_pb2
 
     folder.mkdir(parents=True, exist_ok=True)
-    # Both modules make their classes when they are imported.
+    # Both modules create their classes on import.
     self._event, log = event_pb2.Event, event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]: see above
     self._summary = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]: see above
     self._writer = event_file_writer.EventsWriter(f'{folder}/events')

@@ -1,9 +1,9 @@
 """From a `TrainConfig` to the objects that a run is made of.
 
 `prepare` opens the base (its header), reads and tokenizes the records, plans
-the rows, and says what is to be compiled. Training, dry run, sweeps and tests
-start from the same `Run`, so they cannot differ. A program alone needs no
-records: `prepare_program` is for shapes.
+the rows, and defines what is compiled. Training, dry run, sweeps and tests start
+from the same `Run`, so they cannot differ. A program needs no records, only
+shapes: an `Outline` makes one too.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,14 +38,14 @@ class Run:
   """A prepared run, of one adapter or of several.
 
   Attributes:
-    given: the resolved config that `prepare` was given, with a length of rows.
-    config: the same, with the facts of the adapter at `lora.path`; of several
-      adapters, that of the largest rank.
+    given: the resolved config that `prepare` was given, with the row length set.
+    config: the same, with the settings of the adapter at `lora.path`; for
+      several adapters, the config with the largest rank.
     members: the configs of several adapters, else None.
     base: not yet loaded.
     start: the adapter at `lora.path`, or None.
-    data: records as tokens.
-    plan: rows of every step.
+    data: the records as tokens.
+    plan: the rows of every step.
     steps: updates in the run.
     program: what is compiled.
   """
@@ -62,12 +62,12 @@ class Run:
 
   @property
   def configs(self) -> tuple[TrainConfig, ...]:
-    """Of every adapter."""
+    """The config of every adapter."""
     return self.members or (self.config,)
 
   @property
   def hyperparameters(self) -> Hyperparameters:
-    """The step's arguments; [], or [K] of several adapters."""
+    """The step's hyperparameters; [], or [K] for several adapters."""
     return hyperparameters(self.config, self.members)
 
   def check(self) -> None:
@@ -82,7 +82,7 @@ class Run:
     """The adapter, or the stack of several, before the first update.
 
     Args:
-      base: loaded, if DoRA starts from its weights.
+      base: loaded if the adapter is DoRA, which starts from its weights.
     """
     if self.start is not None:
       return dataclasses.replace(self.start, reference=base.reference, trained_with=self._with())
@@ -103,16 +103,16 @@ class Run:
     return state_lib.split({'params': base.params, 'lora': factors}, self.config.trainable)
 
   def abstract_batch(self, length: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch [B, length], by default [B, T]; rows over the mesh."""
+    """A global batch [B, length], by default [B, T]; rows split over the mesh."""
     return abstract_batch(self.program, self.config, length)
 
   def record_ids(self, step: int) -> list[int]:
-    """Which training records the batch of step 0, 1, 2, ... holds."""
+    """The training records in the batch of step 0, 1, 2, ..."""
     rows = self.plan.rows(step)
     return [int(self.data.train.record_ids[i]) for row in rows for i in row]
 
   def fingerprints(self) -> dict[str, str]:
-    """What a resume must find unchanged besides the config."""
+    """What must be unchanged on resuming, besides the config."""
     tokenizer = self.base.tokenizer
     start = hashlib.sha256()
     if self.start is not None:
@@ -153,7 +153,7 @@ class Outline(NamedTuple):
 
     Args:
       steps: updates in the run, for the schedule.
-      members: K adapters with a leading axis; None is one without.
+      members: K adapters with a leading axis; None: one without.
     """
     return make_program(self.config, self.base, steps, members)
 
@@ -162,7 +162,7 @@ def prepare(config: TrainConfig) -> Run:
   """Opens, reads and checks everything but the weights.
 
   Args:
-    config: resolved (`TrainConfig.resolve`).
+    config: resolved, by `TrainConfig.resolve`.
 
   Raises:
     ValueError: the first thing that does not fit, with its remedy.
@@ -171,17 +171,17 @@ def prepare(config: TrainConfig) -> Run:
 
 
 def prepare_several(configs: Sequence[TrainConfig]) -> Run:
-  """The same for adapters that train at once (`batched`).
+  """The same for several adapters trained at once (`batched`).
 
   Raises:
-    ValueError: also configs that cannot be trained at once.
+    ValueError: as `prepare`, or the configs cannot be trained at once.
   """
   batched.check(configs)
   return _prepare(max(configs, key=lambda config: config.lora.rank), tuple(configs))
 
 
 def with_members(run: Run, configs: Sequence[TrainConfig]) -> Run:
-  """A prepared run, its base and its records, for other adapters at once."""
+  """A prepared run with the same base and records, for other adapters at once."""
   batched.check(configs)
   largest = max(configs, key=lambda config: config.lora.rank)
   config = dataclasses.replace(largest, data=run.config.data).resolve()
@@ -194,11 +194,11 @@ def with_members(run: Run, configs: Sequence[TrainConfig]) -> Run:
 
 
 def outline(config: TrainConfig, devices: Sequence[Any] | None = None) -> Outline:
-  """Opens the base and checks it against the mesh; reads no record.
+  """Opens the base and checks it against the mesh; reads no records.
 
   Args:
     config: resolved.
-    devices: default: all that JAX sees.
+    devices: by default all that JAX sees.
 
   Raises:
     ValueError: the first thing that does not fit, with its remedy.
@@ -221,7 +221,7 @@ def outline(config: TrainConfig, devices: Sequence[Any] | None = None) -> Outlin
 def make_program(
   config: TrainConfig, base: Base, steps: int, members: int | None = None
 ) -> Program:
-  """What is compiled of a config; arguments as in `Outline.program`."""
+  """What is compiled for a config; arguments as in `Outline.program`."""
   model = dataclasses.replace(
     base.model, transformer=base.transformer.clone(dropout=config.lora.dropout)
   )
@@ -243,7 +243,7 @@ def make_program(
 def make_optimizer(
   config: OptimizerConfig, steps: int, trainable: Sequence[str]
 ) -> Callable[..., Any]:
-  """`training.step.MakeOptimizer` of a config."""
+  """The `training.step.MakeOptimizer` for a config."""
 
   def make(learning_rate=None):
     own = config
@@ -257,7 +257,7 @@ def make_optimizer(
 def hyperparameters(
   config: TrainConfig, members: Sequence[TrainConfig] | None = None
 ) -> Hyperparameters:
-  """The step's arguments of one adapter, or [K] of several."""
+  """The step's hyperparameters for one adapter, or [K] for several."""
   if members is None:
     return Hyperparameters(np.float32(config.lora.scale))
   column = lambda values, dtype: np.asarray(list(values), dtype)
@@ -271,7 +271,7 @@ def hyperparameters(
 def abstract_batch(
   program: Program, config: TrainConfig, length: int | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """A global batch [B, length], by default [B, T]; rows over the mesh."""
+  """A global batch [B, length], by default [B, T]; rows split over the mesh."""
   row = examples.empty_row(length or config.data.seq_len)
   rows = config.data.global_batch_size
   return program.abstract_batch(

@@ -1,7 +1,7 @@
-"""What is compiled of a run: its steps, for shapes alone.
+"""What a run compiles: its steps, from shapes alone.
 
-No weight and no record is needed: a program can be compiled for devices that
-are not here. It is that of one adapter, or of K with a leading axis K
+It needs neither weights nor records, so it can be compiled for devices that are
+not here. A program is for one adapter, or for K with a leading axis K
 (`training.batched`); both have the signatures of `training.step`.
 """
 
@@ -31,15 +31,15 @@ class Program:
 
   Attributes:
     model: the transformer and its tokens, with the adapter's dropout.
-    mesh: devices.
+    mesh: the devices.
     variables: {'params', 'lora'} of one adapter, `jax.ShapeDtypeStruct`s.
-    trainable: regexes over their paths; what none matches is frozen.
-    loss_fn: of `training.step`.
-    make_optimizer: of `training.step`.
-    members: K; None is one adapter, without a leading axis.
+    trainable: regexes over their paths; leaves that none matches are frozen.
+    loss_fn: as in `training.step`.
+    make_optimizer: as in `training.step`.
+    members: K; None: one adapter, without a leading axis.
     accumulate_steps: parts of a batch.
-    seed: of dropout.
-    remat: of `Transformer.remat`, or auto.
+    seed: for dropout.
+    remat: a policy of `Transformer.remat`, or auto.
     split_lora: splits the adapter over the mesh as the base is split; None
       replicates it.
   """
@@ -69,7 +69,7 @@ class Program:
 
   @property
   def hyperparameters(self) -> Hyperparameters:
-    """Abstract ones of the form that the steps are compiled for."""
+    """Abstract hyperparameters, as the steps are compiled for."""
     shape = () if self.members is None else (self.members,)
     everywhere = sharding.replicated(self.mesh)
     array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
@@ -78,12 +78,12 @@ class Program:
     return Hyperparameters(array('float32'), array('float32'), array('int32'))
 
   def abstract_batch(self, batch: Any) -> Any:
-    """Shapes and dtypes of a batch, its rows over the mesh."""
+    """Shapes and dtypes of a batch, its rows split over the mesh."""
     placed = sharding.batch_sharding(self.mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), batch)
 
   def init_state(self, trainable: Any) -> state_lib.TrainState:
-    """The state before the first update; takes the leaves over."""
+    """The state before the first update; donates the leaves."""
     placed = jax.tree.map(lambda x: x.sharding, self.abstract[0])
     return jax.jit(self._init_state, out_shardings=placed, donate_argnums=0)(trainable)
 
@@ -93,7 +93,7 @@ class Program:
     The state is donated.
 
     Args:
-      batch: abstract, of `abstract_batch`.
+      batch: abstract, from `abstract_batch`.
     """
     return compiler.with_remat(
       self.model.transformer,
@@ -106,7 +106,7 @@ class Program:
     """eval_step(trainable, hyperparameters, frozen, batch) -> losses.
 
     Args:
-      batch: abstract, of `abstract_batch`.
+      batch: abstract, from `abstract_batch`.
     """
     step = step_lib.make_eval_step(self.model, self.loss_fn)
     if self.members is not None:

@@ -1,15 +1,15 @@
-"""Whether a run may go on in a workdir: what must be the same, what may change.
+"""Whether a run may continue in a workdir: what must be the same, what may change.
 
-What decides lies beside the weights: the notes of the newest checkpoint or,
-of a finished run, its result.json. Both hold the run's facts: its config, the
-steps that this amounts to, and the fingerprints of base, tokenizer, data and
-start. (run.json has them for people to read.) A run goes on if its bits are
-those of a run that was never stopped, and is refused otherwise.
+The decision rests on the notes of the newest checkpoint or, for a finished run,
+on its result.json. Both hold the run's facts: its config, the number of steps
+that follows from it, and the fingerprints of base, tokenizer, data and start.
+(run.json is a copy to read.) A run continues if it ends with the bits of a run
+that was never stopped, and is refused otherwise.
 
-Some fields stay fixed although the last adapter does not depend on them:
-`eval_every_steps` and `early_stopping_evals` decide which adapter is the best
-and which is the last. Fields that are free because they change nothing but the order
-of sums (`mesh`, `model.attention`, `model.remat`) may move the last bits.
+Some fields stay fixed although no update depends on them: `eval_every_steps` and
+`early_stopping_evals` decide which adapter is the best and which is the last.
+Fields that are free because they only change the order of sums (`mesh`,
+`model.attention`, `model.remat`) may move the last bits.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ Facts = Mapping[str, Any]
 
 # Changing these changes nothing that is learnt: what is logged, traced and
 # kept; where and in which pieces the same sums are computed; and what happens
-# at the first batch that is not finite, before which nothing differs.
+# at the first batch that is not finite, up to which nothing differs.
 FREE_FIELDS = (
   'log_every_steps',
   'profile_steps',
@@ -40,14 +40,14 @@ FREE_FIELDS = (
   'max_skipped_batches',
 )
 
-# Where bytes lie; the fingerprints say whether they are the same.
+# Where bytes are; the fingerprints tell whether they are the same.
 PATH_FIELDS = ('data.path', 'data.eval_path', 'model.path', 'model.tokenizer', 'lora.path')
 
-# Where a run ends; `_check_steps` compares what they amount to. The evaluation
-# at an earlier end stays among the others, and may be that of the best adapter.
+# Where a run ends; `_check_steps` compares the resulting steps. The evaluation at
+# an earlier end stays among the others, and its adapter may be the best.
 END_FIELDS = ('steps', 'epochs')
 
-# What a finished run has said at least.
+# The least that a result says.
 _RESULT = ('steps', 'loss_base', 'loss_adapted')
 
 _MAY_DIFFER = FREE_FIELDS + PATH_FIELDS + END_FIELDS
@@ -63,16 +63,16 @@ def facts(run: prepare_lib.Run) -> dict[str, Any]:
 
 
 def finished(workdir: str, now: Facts) -> dict[str, Any] | None:
-  """The result of a run that has finished; None if there is more to do.
+  """The result of a finished run; None if there is more to do.
 
   Args:
-    workdir: of the run.
-    now: facts of the run that was asked for.
+    workdir: the run's.
+    now: facts of the requested run.
 
   Raises:
-    ValueError: another run has finished here, or nothing says which one.
+    ValueError: another run has finished here, or it is unknown which one.
   """
-  remedy = 'Remove it, and the same command goes on from the checkpoint.'
+  remedy = 'Remove it to continue from the checkpoint with the same command.'
   result = workdir_lib.read_json(workdir, 'result.json', remedy)
   if result is None:
     return None
@@ -88,9 +88,8 @@ def finished(workdir: str, now: Facts) -> dict[str, Any] | None:
     saved = workdir_lib.read_json(workdir, 'run.json')
   if saved is None:
     raise ValueError(
-      f'{workdir}/run.json: missing, and result.json does not say of which '
-      'config, base and data it is the result. Put it back, or use another '
-      'workdir.'
+      f'{workdir}/run.json: missing, and result.json does not say which config, '
+      'base and data it is from. Put it back, or use another workdir.'
     )
   check(workdir, saved, now, result['steps'])
   has_adapter = (files.path(workdir) / 'adapter' / 'adapter_config.json').exists()
@@ -103,23 +102,23 @@ def finished(workdir: str, now: Facts) -> dict[str, Any] | None:
 def newest(
   workdir: str, checkpoints: Checkpoints | None, now: Facts
 ) -> tuple[int, dict[str, Any]] | None:
-  """The step to go on from and its notes; None if there is none.
+  """The step to continue from and its notes; None if there is none.
 
   Args:
-    workdir: of the run.
-    checkpoints: its own; None if it has none.
-    now: facts of the run that was asked for.
+    workdir: the run's.
+    checkpoints: the workdir's; None if it has none.
+    now: facts of the requested run.
 
   Raises:
-    ValueError: the checkpoint is another run's, or has gone although the run
-      had finished and is to go on.
+    ValueError: the checkpoint is another run's, or is missing although a
+      finished run is to continue.
   """
   step = None if checkpoints is None else checkpoints.latest_step()
   if checkpoints is None or step is None:
     if workdir_lib.has_result(workdir):
       raise ValueError(
         f'workdir {workdir}: its run has finished and kept no checkpoint to '
-        f'go on from. {advice(workdir)}'
+        f'continue from. {advice(workdir)}'
       )
     return None
   notes = checkpoints.read_notes(step)
@@ -128,26 +127,26 @@ def newest(
   allowed = now['config']['max_skipped_batches']
   if len(skipped) > allowed:
     raise ValueError(
-      f'max_skipped_batches: got {allowed}, but the run in {workdir} has left out '
+      f'max_skipped_batches: got {allowed}, but the run in {workdir} has skipped '
       f'{len(skipped)}; expected at least as many. {advice(workdir)}'
     )
   return step, notes
 
 
 def check(workdir: str, saved: Facts, now: Facts, done: int) -> None:
-  """ValueError unless a run may go on.
+  """ValueError unless a run may continue.
 
   Args:
-    workdir: of the run.
-    saved: facts of the run that was there.
-    now: facts of the run that was asked for.
+    workdir: the run's.
+    saved: facts of the run in the workdir.
+    now: facts of the requested run.
     done: finished updates.
   """
   missing = [name for name in now if type(saved.get(name)) is not type(now[name])]
   if missing:
     raise ValueError(
-      f'workdir {workdir}: does not say the {missing[0]} of its run, which '
-      f'another version made. {advice(workdir)}'
+      f'workdir {workdir}: was made by another version, which did not record '
+      f'the {missing[0]}. {advice(workdir)}'
     )
   check_fields(workdir, saved['config'], now['config'])
   check_fingerprints(workdir, saved['fingerprints'], now['fingerprints'])
@@ -161,7 +160,7 @@ def check_fields(
   defaults: dict[str, Any] | None = None,
   free: tuple[str, ...] = _MAY_DIFFER,
 ) -> None:
-  """ValueError with the first field that decides a result and differs."""
+  """ValueError with the first field that affects the result and differs."""
   for name, was, is_now in differing(before, now, defaults, free):
     raise ValueError(
       f'workdir {workdir}: was made with {name}={was!r}, this config has '
@@ -175,18 +174,18 @@ def differing(
   defaults: dict[str, Any] | None = None,
   free: tuple[str, ...] = _MAY_DIFFER,
 ) -> list[tuple[str, Any, Any]]:
-  """(name, before, now) of the fields that decide a result and differ.
+  """(name, before, now) of the fields that affect the result and differ.
 
   Args:
-    before: a config as nested dicts; a field that it lacks, since it is of an
-      earlier version, has its default.
-    now: the same, of now.
-    defaults: of every field; None are those of a `TrainConfig`.
-    free: fields, or groups of them, that may differ.
+    before: a config as nested dicts; a field that it lacks, since an earlier
+      version wrote it, has its default.
+    now: the requested config, likewise.
+    defaults: every field's; None takes a `TrainConfig`'s.
+    free: fields, or groups of fields, that may differ.
   """
   defaults = config_lib.flatten(defaults or config_lib.to_dict(TrainConfig()))
   before, now = (defaults | config_lib.flatten(each) for each in (before, now))
-  for each in (before, now):  # a sweep's is as it was given
+  for each in (before, now):  # a sweep's is unresolved
     each['data.seq_len'] = each['data.seq_len'] or dataset.DEFAULT_SEQ_LEN
   return [
     (name, before.get(name), now.get(name))
@@ -199,20 +198,20 @@ def differing(
 def check_fingerprints(
   workdir: str, before: Mapping[str, str], now: Mapping[str, str], remedy: str = ''
 ) -> None:
-  """ValueError if base, tokenizer, data or start are not those of before.
+  """ValueError if base, tokenizer, data or start have changed.
 
   Args:
-    workdir: of the run.
-    before: fingerprints of the run that was there.
-    now: those of the run that was asked for; each must be the same.
-    remedy: default: how to train on.
+    workdir: the run's.
+    before: fingerprints of the run in the workdir.
+    now: the requested run's; each must be the same.
+    remedy: by default, how to train on.
   """
   for name, is_now in now.items():
     was = before.get(name)
     if was == is_now:
       continue
-    changed = f'had the fingerprint {was[:16]}' if isinstance(was, str) else 'is not known'
-    hint = ', or another version prepared it otherwise' if name == 'data' else ''
+    changed = f'had the fingerprint {was[:16]}' if isinstance(was, str) else 'has no fingerprint'
+    hint = ', or another version prepared it differently' if name == 'data' else ''
     raise ValueError(
       f'workdir {workdir}: its {name} {changed}, the {name} of this run has {is_now[:16]}{hint}. '
       f'{remedy or advice(workdir, name)}'
@@ -223,8 +222,8 @@ def advice(workdir: str, same: str = '') -> str:
   """What to do when a run is refused.
 
   Args:
-    workdir: of another run.
-    same: what would have to be the same, if that can be chosen.
+    workdir: the other run's.
+    same: what must be the same, if the user can choose it.
   """
   text = 'Use another workdir'
   for name in ('adapter', 'adapter_best'):
@@ -235,7 +234,7 @@ def advice(workdir: str, same: str = '') -> str:
 
 
 def _check_steps(workdir: str, before: int, now: Facts, done: int) -> None:
-  """More steps, or fewer, change none of those done if the rate is constant."""
+  """More or fewer steps leave the finished ones unchanged if the rate is constant."""
   steps = now['steps']
   if steps == before:
     return

@@ -1,7 +1,7 @@
-"""A workdir for a `Trainer` of a notebook: it goes on where it was left.
+"""A workdir for a `Trainer` in a notebook, which continues where it stopped.
 
 `launch.train` has more in its workdir and decides by its config
-(`runs.resume`); here what decides are the objects that a `Trainer` was given.
+(`runs.resume`); here the objects that a `Trainer` was given decide.
 """
 
 from collections.abc import Mapping
@@ -20,18 +20,18 @@ from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.runs.checkpoint import Checkpoints
 from gemma_jax.training.state import TrainState
 
-# Those of this process, by workdir: a cell that is run again makes its trainer
-# while the former is still there, or kept by the traceback of a Ctrl-C.
+# This process's, by workdir: a cell that is run again makes its trainer while the
+# former one still exists, perhaps kept by the traceback of a Ctrl-C.
 _OPEN: 'weakref.WeakValueDictionary[str, Saves]' = weakref.WeakValueDictionary()
 
 
 class Saves:
-  """Checkpoints of one trainer, which has the workdir for itself.
+  """Checkpoints of one trainer, which has the workdir to itself.
 
-  A later trainer of this process that may go on there takes it over.
+  A later trainer in this process that may continue there takes it over.
 
   Attributes:
-    newest: (step, notes) to go on from, or None.
+    newest: (step, notes) to continue from, or None.
   """
 
   def __init__(self, workdir: str, every_steps: int, facts: Mapping[str, Any]):
@@ -40,10 +40,10 @@ class Saves:
     Args:
       workdir: a folder, made if need be.
       every_steps: updates between checkpoints.
-      facts: what must be the same when training goes on; JSON-able.
+      facts: what must be the same when training continues; JSON-able.
 
     Raises:
-      ValueError: another process trains there, or it is of other facts.
+      ValueError: another process trains there, or other facts hold there.
     """
     if isinstance(every_steps, bool) or not isinstance(every_steps, int) or every_steps < 1:
       raise ValueError(f'save_every_steps: got {every_steps!r}, expected an integer >= 1.')
@@ -56,7 +56,7 @@ class Saves:
       self._check(workdir, former._facts)
       former.close()
     stack = contextlib.ExitStack()
-    # Released when the trainer is: a notebook has no end of its own.
+    # Runs when the trainer is collected: a notebook never says that it is done.
     self.close = weakref.finalize(self, stack.close)
     self._place = stack.enter_context(workdir_lib.only_run(workdir))
     self._checkpoints = Checkpoints(workdir, place=self._place)
@@ -69,16 +69,16 @@ class Saves:
       try:
         self._check(workdir, notes.get('trainer'))
       except ValueError:
-        self.close()  # now: the traceback may keep what is refused
+        self.close()  # now, as the traceback may keep this object
         raise
       self.newest = step, notes
     _OPEN[name] = self
 
   def restore(self, abstract: TrainState) -> TrainState:
-    """The state of `newest`, onto the shardings of an abstract one."""
+    """The state of `newest`, with the shardings of an abstract one."""
     assert self.newest is not None  # else there is nothing to restore
     step, _ = self.newest
-    logging.info('Goes on from step %d of %s', step, self._place.workdir)
+    logging.info('Continues from step %d of %s', step, self._place.workdir)
     return self._checkpoints.restore(step, abstract)
 
   def check_open(self) -> None:
@@ -86,11 +86,11 @@ class Saves:
     if not self.close.alive:
       raise ValueError(
         f'workdir {self._workdir}: a later trainer has taken it over, expected one at a time. '
-        'Go on with the later one.'
+        'Use the later one.'
       )
 
   def save_if_due(self, state: TrainState, position: Any) -> None:
-    """Starts a checkpoint every so many updates."""
+    """Starts a checkpoint if one is due."""
     if int(state.step) % self._every_steps == 0:
       self.save(state, position)
 
@@ -99,7 +99,7 @@ class Saves:
 
     Args:
       state: may be donated right after.
-      position: of the data; JSON-able.
+      position: the data's; JSON-able.
     """
     step = int(state.step)
     if step == self._saved:
@@ -127,7 +127,7 @@ class Saves:
 
 
 def digest(tree: Any) -> str:
-  """Hex sha256 of the names and bytes of a tree of arrays."""
+  """SHA-256, in hex, of the names and bytes of a tree of arrays."""
   total = hashlib.sha256()
   for name, x in pytree.items(jax.device_get(tree)):
     total.update(name.encode())

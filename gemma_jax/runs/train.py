@@ -1,15 +1,15 @@
 """The training loop, in the order in which it happens.
 
-How a run starts. Base, data and config are read first; then, with the workdir
+How a run starts: config, base and data are read first; then, with the workdir
 locked, the order is the contract:
-  1. a finished run in the workdir, and it is this one → say so and change
-     nothing, unless there are more steps now;
-  2. a checkpoint in the workdir → resume it, if base, data and config are its
+  1. this run has finished in the workdir → say so and change nothing, unless
+     there are more steps now;
+  2. the workdir has a checkpoint → resume it, if base, data and config are its
      own (`resume`);
   3. else load the base, then make the adapter (its shapes follow the base's);
-  4. there is no training from random weights unless model.path says random:.
+  4. nothing trains from random weights unless model.path says random:.
 
-How a step goes is said in `loop`.
+`loop` has the order within a step.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,20 +42,20 @@ def train(
 
   Args:
     config: resolved.
-    workdir: see `gemma_jax.runs.workdir` for what is left there.
+    workdir: `gemma_jax.runs.workdir` says what is left there.
     should_stop: asked at every step and every evaluation batch.
-    check_inputs: raises if the run is not to be on these (`Run.fingerprints`).
+    check_inputs: raises if the run's inputs (`Run.fingerprints`) are not wanted.
 
   Returns:
     `steps`, `tokens` (seen in training, padding not counted), `seconds` (of
     this process), `loss_base` and `loss_adapted` (held-out, nats per supervised
-    token, before the first update and after the last; before it an adapter
-    changes nothing, unless the run started from one, `lora.path`), `loss_best`,
+    token, before the first update and after the last; at first an adapter changes
+    nothing, unless the run started from one, `lora.path`), `loss_best`,
     `adapter` (its folder), `peak_memory_bytes`.
 
   Raises:
-    ValueError: the workdir belongs to another config, base or data, or another
-      process trains in it, or the processes do not agree on these.
+    ValueError: the workdir belongs to another config, base or data, another
+      process trains in it, or the processes do not agree.
     FloatingPointError: a loss or gradient is not finite.
     OSError: the workdir's disk is full, read-only or gone, or the workdir was
       renamed.
@@ -67,7 +67,7 @@ def train(
   if not workdir_lib.has_result(workdir):
     workdir_lib.check_writable(workdir)
   run = prepare_lib.prepare(config)
-  run.check()  # before there is a workdir that could have trouble of its own
+  run.check()  # before there is a workdir, which could fail in its own ways
   facts = resume.facts(run)
   hosts.check_agreement('inputs', facts['fingerprints'])
   check_inputs(facts['fingerprints'])
@@ -95,13 +95,13 @@ def _loop(
   should_stop: Callable[[], bool],
   started: float,
 ) -> loop_lib.Loop:
-  """The loop at the step where the workdir says that the run is."""
-  # Whatever can be refused is refused before anything is written.
+  """The loop, at the step that the workdir has reached."""
+  # All refusals come before anything is written.
   checkpoints = Checkpoints(place.workdir, place=place)
   newest = resume.newest(place.workdir, checkpoints, facts)
   hosts.wait_for_all('workdir is checked')
   if hosts.is_lead():
-    # Of fewer steps: from here on the checkpoint alone says what is done.
+    # The result has fewer steps: from here on only the checkpoint says what is done.
     workdir_lib.remove_result(place.root)
     workdir_lib.write_json(place.root, 'run.json', facts)
     log_start(run)
@@ -122,7 +122,7 @@ def _loop(
 def _stop_if_asked(trainer: Trainer, should_stop: Callable[[], bool]) -> None:
   """Stops before the first step, with nothing to save."""
   if should_stop():
-    assert trainer.total_steps is not None  # a run has an end
+    assert trainer.total_steps is not None  # a run has a last step
     loop_lib.log_stop(trainer.finished, trainer.total_steps)
     raise Stopped
 
@@ -144,10 +144,10 @@ class RunOutputs:
     Args:
       run: gives config and records.
       trainer: has the adapter.
-      facts: of `resume.facts`.
-      place: of the workdir.
-      notes: of the checkpoint that the run goes on from; grow.
-      started: when the process began to work, of time.perf_counter().
+      facts: from `resume.facts`.
+      place: the workdir.
+      notes: from the checkpoint that the run continues; they grow.
+      started: when the process began to work, from time.perf_counter().
     """
     self.run = run
     self.trainer = trainer
@@ -163,7 +163,7 @@ class RunOutputs:
     self.metrics = metrics_lib.open_writer(place.root, self.first_step)
 
   def updated(self, metrics: Metrics) -> str:
-    """Metrics line, guards, log; returns what the progress bar shows."""
+    """Guards, metrics line and log; returns what the progress bar shows."""
     tokens = int(metrics.tokens)
     rate = tokens / metrics.seconds
     self.notes['tokens'] += tokens
@@ -195,14 +195,14 @@ class RunOutputs:
     return f'loss {metrics.loss:.3f} nats/token, {rate:.0f} tokens/s'
 
   def wants_evaluation(self, step: int) -> bool:
-    """At the ends and in between, once at each step."""
+    """At both ends and every so often in between, once per step."""
     is_end = step in (0, self.run.steps)
     return str(step) not in self.notes['evals'] and (
       is_end or loop_lib.is_due(self.run.config.eval_every_steps, step)
     )
 
   def evaluated(self, step: int, measured: Sequence[Evaluation], seconds: float) -> None:
-    """Held-out losses; the adapter is kept if it is the best so far."""
+    """Reports held-out losses; keeps the adapter if it is the best so far."""
     (evaluation,) = measured
     loss = evaluation.nll_per_token
     guards.check_finite(step, {'eval_loss_nats_per_token': loss})
@@ -230,10 +230,10 @@ class RunOutputs:
       self.loop_started = time.perf_counter()
 
   def goes_on(self) -> bool:
-    """False once `early_stopping_evals` evaluations gave no lower loss.
+    """False once `early_stopping_evals` evaluations in a row gave no lower loss.
 
-    One at the end of a run that then got more steps does not count: a run that
-    had them from the start would not have made it.
+    An evaluation at the end of a run that later got more steps does not count: a
+    run with these steps from the start would not have made it.
     """
     patience = self.run.config.early_stopping_evals
     losses = [
@@ -249,11 +249,11 @@ class RunOutputs:
     return False
 
   def saving(self) -> None:
-    """The metrics file is as far as the checkpoint."""
+    """Brings the metrics file up to the checkpoint."""
     self.metrics.flush()
 
   def finish(self, step: int) -> dict[str, Any]:
-    """Adapter and result."""
+    """Writes adapter and result."""
     folder = self._write_adapter('adapter')
     losses = self.notes['evals']
     result = {
@@ -281,7 +281,7 @@ class RunOutputs:
     return tqdm.tqdm.format_interval(pace * (self.run.steps - step))
 
   def _write_adapter(self, name: str) -> str:
-    """Writes the adapter as it is now to a folder of the workdir."""
+    """Writes the current adapter to a folder of the workdir."""
     self.place.check()
     lora = self.trainer.host_lora()
     if hosts.is_lead():
@@ -290,7 +290,7 @@ class RunOutputs:
 
 
 def log_start(run: prepare_lib.Run) -> None:
-  """Parameter table and description, before anything expensive."""
+  """Logs the parameter table and description, before anything expensive."""
   table = run.summary().table(leaves=False)
   for line in f'{table}\n{describe.describe(run)}'.splitlines():
     logging.info('%s', line)

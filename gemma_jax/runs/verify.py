@@ -1,9 +1,9 @@
 """Is a workdir what it claims to be? Its files, its facts, its arithmetic.
 
-Checking reads every step: checksums, that the notes tell of the same run as
-run.json, and that every number is finite. Replaying computes the newest step
-once more from the one before and compares all bits: code, base, data and
-machine then still do what they did.
+Checking reads every step: its checksums match, its notes name the same run as
+run.json, and every number is finite. Replaying computes the newest step again
+from the one before and compares all bits: if equal, code, base, data and machine
+still do what they did.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from gemma_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """What was found out about one step.
+  """The verdict on one step.
 
   Attributes:
     step: finished updates.
@@ -45,10 +45,10 @@ def check(workdir: str) -> Iterator[Finding]:
   """Checks each step that is kept, the oldest first.
 
   Args:
-    workdir: of a run; nothing in it is changed.
+    workdir: a run's; nothing in it is changed.
 
   Yields:
-    A finding a step.
+    A finding per step.
 
   Raises:
     ValueError: there is no run, or no checkpoint.
@@ -66,16 +66,16 @@ def replay(workdir: str) -> Finding:
   """Computes the newest step from the one before it, and compares the bits.
 
   Args:
-    workdir: of a run that keeps two steps; nothing in it is changed.
+    workdir: a run's, with two steps kept; nothing in it is changed.
 
   Raises:
-    ValueError: there are no two good steps, or base, tokenizer or data are
-      not those of the run.
+    ValueError: there are no two good steps, or base, tokenizer or data have
+      changed.
   """
   facts = _facts(workdir)
   config = config_lib.from_dict(facts['config'])
   run = prepare_lib.prepare(config.resolve())
-  remedy = 'A replay needs what the run was trained on; put it back where run.json names it.'
+  remedy = 'A replay needs what the run was trained on; put it back at its path in run.json.'
   resume.check_fingerprints(workdir, facts['fingerprints'], run.fingerprints(), remedy)
   checkpoints = Checkpoints(workdir, read_only=True)
   try:
@@ -87,8 +87,8 @@ def replay(workdir: str) -> Finding:
   different = _different(_train(run, state, last), want)
   what = f'computed again from step {first}: '
   if different:
-    return Finding(last, f'{what}other bits in {different[:3]}', False)
-  return Finding(last, f'{what}every bit is equal', True)
+    return Finding(last, f'{what}bits differ in {different[:3]}', False)
+  return Finding(last, f'{what}all bits are equal', True)
 
 
 def _check_step(checkpoints: Checkpoints, step: int, facts: dict[str, Any]) -> Finding:
@@ -101,9 +101,9 @@ def _check_step(checkpoints: Checkpoints, step: int, facts: dict[str, Any]) -> F
   except (ValueError, OSError) as e:
     return Finding(step, str(e), False)
   if notes.get('fingerprints') != facts['fingerprints']:
-    return Finding(step, 'its fingerprints is not that of run.json', False)
+    return Finding(step, 'its fingerprints differ from run.json', False)
   if resume.differing(notes.get('config', {}), facts['config']):
-    return Finding(step, 'its config is not that of run.json', False)
+    return Finding(step, 'its config differs from run.json', False)
   bad = [
     name
     for name, x in leaves.items()
@@ -129,7 +129,7 @@ def _train(run: prepare_lib.Run, state: TrainState, last: int) -> TrainState:
 
 
 def _different(got: TrainState, want: TrainState) -> list[str]:
-  """Names of the leaves that differ in a bit."""
+  """Names of the leaves in which any bit differs."""
   left, right = (
     {name: np.asarray(x).tobytes() for name, x in pytree.items(tree)}
     for tree in jax.device_get((got, want))
@@ -143,7 +143,7 @@ def _last_two(checkpoints: Checkpoints) -> list[int]:
   if len(good) < 2:
     raise ValueError(
       f'{checkpoints.folder}: got {len(good)} good checkpoint(s), expected 2 '
-      'to replay the updates in between. Let the run go on, or set '
+      'to replay the updates in between. Let the run continue, or set '
       'checkpoint_every_steps so that it saves more often.'
     )
   return good[-2:]

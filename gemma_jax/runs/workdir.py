@@ -1,11 +1,11 @@
 """What a run leaves in its workdir, and who may write there.
 
-run.json          config and fingerprints, for people to read
+run.json          config and fingerprints, a copy to read
 checkpoints/      Orbax, the newest two steps, with the same facts (`resume`)
 adapter/          the last adapter, PEFT layout, when the run has finished
-adapter_best/     the adapter with the least held-out loss so far
+adapter_best/     the adapter with the lowest held-out loss so far
 heldout/          step_N.jsonl: index, nll, tokens of every held-out record
-metrics.jsonl     a line an update, one more per evaluation
+metrics.jsonl     a line per update and per evaluation
 tensorboard/      the same
 result.json       the result line and the same facts, when the run has finished;
                   paths in it are relative to the workdir
@@ -25,7 +25,7 @@ import jax
 from gemma_jax import files
 from gemma_jax.runs import checksums, hosts
 
-# What may befall a disk, as the system names it.
+# What can go wrong with a disk, in the system's terms.
 _DISK_ERRORS = (
   errno.ENOSPC,
   errno.EDQUOT,
@@ -65,7 +65,7 @@ def has_result(workdir: str) -> bool:
 
 
 def remove_result(workdir: str) -> None:
-  """Makes a finished run one that goes on."""
+  """Turns a finished run into one that continues."""
   (files.path(workdir) / 'result.json').unlink(missing_ok=True)
 
 
@@ -75,7 +75,7 @@ def write_json(workdir: str, name: str, value: dict[str, Any]) -> None:
 
 
 def write_heldout(workdir: str, step: int, index, nll, tokens) -> None:
-  """Keeps the losses of an evaluation by record, each [N], nats and tokens."""
+  """Writes the losses of an evaluation by record; index, nll and tokens are [N]."""
   rows = [
     {'index': int(i), 'nll': float(n), 'tokens': int(t)}
     for i, n, t in zip(index, nll, tokens, strict=True)
@@ -84,7 +84,7 @@ def write_heldout(workdir: str, step: int, index, nll, tokens) -> None:
 
 
 def read_heldout(workdir: str, step: int) -> list[dict[str, Any]]:
-  """What `write_heldout` kept."""
+  """Reads what `write_heldout` wrote."""
   return files.read_json_lines(_heldout(workdir, step))
 
 
@@ -97,13 +97,10 @@ def check_writable(workdir: str) -> None:
   while not path.exists():
     path = path.parent
   if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
-    raise ValueError(
-      f'workdir: got {workdir}, but {path} is not a folder that can be '
-      'written to; expected one that can.'
-    )
+    raise ValueError(f'workdir: got {workdir}, but {path} is not a writable folder; expected one.')
 
 
-# Where Linux has the files that a process has open, as links.
+# Where Linux lists a process's open files, as links.
 _DESCRIPTORS = '/proc/self/fd/'
 
 
@@ -112,14 +109,14 @@ class Moved(OSError):
 
 
 class Place:
-  """A workdir that a run has for itself.
+  """A workdir that a run has to itself.
 
-  The folder of that name may become another one, with a run of its own.
+  Its path may come to name another folder, with a run of its own.
 
   Attributes:
-    workdir: its path, for people.
-    root: for writers: a path that goes on leading to the folder when it is
-      renamed, where the system has such (Linux); else the same.
+    workdir: its path, for messages.
+    root: its path for writers, which still leads to the folder after a rename
+      where the system has such paths (Linux); else the same.
   """
 
   def __init__(self, workdir: str, descriptor: int | None = None):
@@ -127,7 +124,7 @@ class Place:
 
     Args:
       workdir: its path.
-      descriptor: open and locked; None if there is nothing to look at.
+      descriptor: the open, locked folder; None: nothing is checked.
     """
     self.workdir = self.root = workdir
     self._descriptor = descriptor
@@ -152,7 +149,7 @@ class Place:
     raise Moved(
       f'workdir {self.workdir}: was renamed while a run was training in it '
       f'({now}); nothing more was written. Run the same command again with '
-      'its new place as --workdir.'
+      'its new path as --workdir.'
     )
 
 
@@ -161,11 +158,11 @@ def only_run(workdir: str) -> Iterator[Place]:
   """Keeps a second run out of the workdir, which is made if need be.
 
   The lock is the kernel's, on the folder itself: it leaves nothing behind and
-  ends with the process, however that ends. An object store has none, nor do
-  some network disks; there nobody is kept out.
+  ends with the process, however that ends. Object stores and some network disks
+  have no locks; there nothing is kept out.
 
   Yields:
-    The place, to be checked before something is written.
+    The place, to be checked before anything is written.
 
   Raises:
     ValueError: another process trains in this workdir.
@@ -181,7 +178,7 @@ def only_run(workdir: str) -> Iterator[Place]:
     os.close(folder)
     raise ValueError(
       f'workdir {workdir}: another process is training in it; wait until it '
-      'has ended, or use another workdir.'
+      'ends, or use another workdir.'
     ) from None
   except OSError:
     pass
@@ -189,7 +186,7 @@ def only_run(workdir: str) -> Iterator[Place]:
   try:
     yield place
   except Exception:
-    # Writers below us say that a file is missing, or something else.
+    # What a writer raised may hide that the folder was renamed.
     place.check()
     raise
   finally:
@@ -197,11 +194,11 @@ def only_run(workdir: str) -> Iterator[Place]:
 
 
 def disk_error(workdir: str, e: Exception) -> OSError | None:
-  """What a failure says of the workdir's disk; None if it is another one.
+  """A failure as an error of the workdir's disk; None if it is another one.
 
-  Writers below us raise errors of their own kinds, with the words of the
-  system somewhere in a long text. This is one line: what happened, which step
-  is safe, and what to do.
+  Libraries raise errors of their own kinds, with the system's words somewhere in
+  a long text. This is one line: what happened, which step is safe, and what to
+  do.
   """
   words = _system_words(workdir, e)
   if words is None:
@@ -210,12 +207,12 @@ def disk_error(workdir: str, e: Exception) -> OSError | None:
   kept = 'no checkpoint' if step is None else f'the checkpoint of step {step}'
   return OSError(
     f'workdir {workdir}: {words}. It keeps {kept} and no half-written '
-    'adapter; mend that and run the same command again.'
+    'adapter; fix that and run the same command again.'
   )
 
 
 def _system_words(workdir: str, e: Exception) -> str | None:
-  """'No space left on device', or what else befell the disk."""
+  """'No space left on device', or whatever else went wrong with the disk."""
   if not files.path(workdir).exists():
     return os.strerror(errno.ENOENT)
   for number in _DISK_ERRORS:

@@ -48,7 +48,7 @@ class Model:
       dropout_key: switches the adapter's dropout on, if it has one.
 
     Raises:
-      ValueError: the batch has no such array.
+      ValueError: the batch lacks tokens.
     """
     _check(batch, 'tokens')
     has_dropout = dropout_key is not None and self.transformer.dropout > 0

@@ -61,7 +61,7 @@ def assert_said(e, workdir, words):
   """One line with the workdir, the system's words and the remedy."""
   message = str(e.value)
   assert message.startswith(f'workdir {workdir}: {words}. It keeps ')
-  assert message.endswith('mend that and run the same command again.')
+  assert message.endswith('fix that and run the same command again.')
   assert '\n' not in message
 
 
@@ -89,7 +89,7 @@ def test_a_read_only_disk(config, undisturbed, tmp_path):
     with pytest.raises(train.Stopped):
       train.train(config, str(workdir), stop_at(9))
     disks.remount(disk, 'ro')
-    with pytest.raises(ValueError, match='expected one that can'):
+    with pytest.raises(ValueError, match='not a writable folder'):
       train.train(config, str(workdir))
     disks.remount(disk, 'rw')
     train.train(config, str(workdir))

@@ -107,7 +107,7 @@ def test_padding_stays_zero_to_the_bit(together):
 
 def configs(records, **changes):
   """Three resolved configs to train at once; `changes` are of all of them."""
-  found = []
+  made = []
   for rank, alpha, rule, rate, seed in MEMBERS:
     config = run_toy.config(records, **changes)
     config.lora = lora_config(rank, alpha, rule)
@@ -116,8 +116,8 @@ def configs(records, **changes):
     config.data.order_seed = 0
     config.data.global_batch_size = 4
     config.data.seq_len = 48
-    found.append(config.resolve())
-  return found
+    made.append(config.resolve())
+  return made
 
 
 @pytest.fixture(scope='module')
@@ -162,15 +162,15 @@ def test_configs_that_differ_in_more_are_refused(records):
 
 
 def test_seeds_that_order_the_data_are_refused(records):
-  found = []
+  members = []
   for config in configs(records):
     data = dataclasses.replace(config.data, order_seed=-1)
-    found.append(dataclasses.replace(config, data=data).resolve())
+    members.append(dataclasses.replace(config, data=data).resolve())
   with pytest.raises(ValueError, match='batched adapters: seed is 0 for one adapter'):
-    prepare_lib.prepare_several(found)
+    prepare_lib.prepare_several(members)
 
 
 def test_a_base_that_is_trained_is_refused(records):
-  found = configs(records, trainable=('params/layers/attn/v/w',))
+  members = configs(records, trainable=('params/layers/attn/v/w',))
   with pytest.raises(ValueError, match='Train this config alone'):
-    prepare_lib.prepare_several(found)
+    prepare_lib.prepare_several(members)

@@ -30,7 +30,7 @@ def test_one_flipped_bit_is_found(folder, bit):
   content = bytearray(path.read_bytes())
   content[bit // 8] ^= 1 << bit % 8
   path.write_bytes(content)
-  assert checksums.defects(folder) == ['state/d/a has another content']
+  assert checksums.defects(folder) == ['state/d/a has other content']
 
 
 def test_truncation_and_removal_are_found(folder):
@@ -55,7 +55,7 @@ def test_sealing_again_adds_only_what_is_new(folder):
   (folder / 'late').write_bytes(b'new')
   (folder / 'state' / 'manifest').write_bytes(b'x' * 7)
   checksums.seal(folder)
-  assert checksums.defects(folder) == ['state/manifest has another content']
+  assert checksums.defects(folder) == ['state/manifest has other content']
   assert 'late' in json.loads((folder / checksums.CHECKSUMS).read_text())
 
 
@@ -89,7 +89,7 @@ def test_the_newest_good_step_is_found(tmp_path):
   (root / '12.orbax-checkpoint-tmp').mkdir()
   assert checksums.newest_good(root) == (10, {})
   break_step(root, 10)
-  assert checksums.newest_good(root) == (4, {10: 'a has another content'})
+  assert checksums.newest_good(root) == (4, {10: 'a has other content'})
   for step in (2, 4):
     break_step(root, step)
   assert checksums.newest_good(root)[0] is None

@@ -11,13 +11,13 @@ LOSSES = np.array([[0, 3.0, 1, 9, 9], [2, 2, 5, 0, 9]], np.float32)
 
 
 def test_sums_by_example_and_divides_by_tokens():
-  found = evaluate.evaluate(
+  measured = evaluate.evaluate(
     lambda batch: LOSSES * batch['weights'], [({'weights': WEIGHTS}, IDS)], 3
   )
-  np.testing.assert_array_equal(found.nll, [3, 1, 9])
-  np.testing.assert_array_equal(found.tokens, [1, 1, 3])
-  assert found.nll_per_token == 13 / 5  # not the mean of 3, 1 and 3
-  line = found.line()
+  np.testing.assert_array_equal(measured.nll, [3, 1, 9])
+  np.testing.assert_array_equal(measured.tokens, [1, 1, 3])
+  assert measured.nll_per_token == 13 / 5  # not the mean of 3, 1 and 3
+  line = measured.line()
   assert line['examples'] == 3
   assert line['tokens'] == 5
   np.testing.assert_allclose(line['perplexity'], np.exp(13 / 5))
@@ -34,8 +34,8 @@ def test_does_not_depend_on_how_rows_are_batched():
 
 
 def test_nothing_supervised_gives_zero():
-  found = evaluate.Evaluation(np.zeros(2), np.zeros(2, np.int64))
-  assert found.nll_per_token == 0
+  measured = evaluate.Evaluation(np.zeros(2), np.zeros(2, np.int64))
+  assert measured.nll_per_token == 0
 
 
 def test_stops_when_asked():

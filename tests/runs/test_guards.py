@@ -32,8 +32,8 @@ def test_finite_lines_pass_unchanged():
 def test_skips_up_to_the_limit_and_then_stops(caplog):
   skipped = [2]
   guard = make_guard(3, skipped)
-  found = guard.check(5, line(grad_norm=math.nan))
-  assert found == {'loss_nats_per_token': 2.5, 'learning_rate': 1e-3, 'skipped_updates': 2}
+  written = guard.check(5, line(grad_norm=math.nan))
+  assert written == {'loss_nats_per_token': 2.5, 'learning_rate': 1e-3, 'skipped_updates': 2}
   assert 'training records 4, 11' in caplog.text
   guard.check(7, line(grad_norm=math.inf))
   assert skipped == [2, 5, 7]

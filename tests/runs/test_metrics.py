@@ -70,7 +70,7 @@ def test_no_thread_writes(tmp_path):
 
 def read_events(workdir):
   """(tag, step, value) of each event file, and that later files purge."""
-  found = []
+  boards = []
   for path in sorted((workdir / 'tensorboard').iterdir()):
     content, events = path.read_bytes(), []
     while content:
@@ -78,5 +78,5 @@ def read_events(workdir):
       event = event_pb2.Event.FromString(content[12 : 12 + size])
       content = content[16 + size :]
       events += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
-    found.append(events)
-  return found
+    boards.append(events)
+  return boards

@@ -42,10 +42,10 @@ def test_fingerprints_tell_data_and_base_apart(run, tmp_path):
   assert same.fingerprints() == run.fingerprints()
   other = run_toy.config(run_toy.write_records(tmp_path, 23))
   other.model.path = 'random:tiny2'
-  found = run_lib.prepare(other.resolve()).fingerprints()
-  assert found['data'] != run.fingerprints()['data']
-  assert found['base'] != run.fingerprints()['base']
-  assert found['tokenizer'] == run.fingerprints()['tokenizer']
+  changed = run_lib.prepare(other.resolve()).fingerprints()
+  assert changed['data'] != run.fingerprints()['data']
+  assert changed['base'] != run.fingerprints()['base']
+  assert changed['tokenizer'] == run.fingerprints()['tokenizer']
 
 
 def test_tensor_shards_beyond_the_heads_are_refused(run):

@@ -103,7 +103,7 @@ def test_a_field_that_an_earlier_version_did_not_have_has_its_default():
 
 
 def test_notes_that_say_nothing_are_refused():
-  with pytest.raises(ValueError, match='does not say the fingerprints of its'):
+  with pytest.raises(ValueError, match='which did not record the fingerprints'):
     resume.check('run', {'config': {}, 'steps': 7}, facts(), 4)
 
 
@@ -150,12 +150,12 @@ def test_a_finished_run_without_its_adapter_goes_on(tmp_path):
 
 def test_fewer_skipped_batches_than_there_were_are_refused():
   class Checkpoints:
-    """Of a run that has left out two."""
+    """Of a run that has skipped two."""
 
     latest_step = staticmethod(lambda: 4)
     read_notes = staticmethod(lambda step: {**facts(), 'found': {'skipped': [1, 3]}})
 
   for allowed in (2, 5):
     resume.newest('run', Checkpoints, facts(max_skipped_batches=allowed))
-  with pytest.raises(ValueError, match=r'max_skipped_batches: got 1, but .* left out 2'):
+  with pytest.raises(ValueError, match=r'max_skipped_batches: got 1, but .* skipped 2'):
     resume.newest('run', Checkpoints, facts(max_skipped_batches=1))

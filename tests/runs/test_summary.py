@@ -23,18 +23,18 @@ def test_keras_backbone_with_adapters():
 
 def test_keras_training_summary_by_its_mask():
   """One layer's value kernel with its adapter was trainable there."""
-  found = summarize(
+  parameters = summarize(
     'gemma_2b',
     trainable=('params/layer_17/attn/v/w', 'lora/layer_17/attn/v/'),
     scan_layers=False,
     factorization='keras',
     targets='qv',
   )
-  assert found.counts['trainable'] == 533_504
-  assert found.counts['frozen'] == 2_507_002_880
-  assert found.counts['optimizer'] == 1_067_010
-  assert found.counts['total_with_optimizer'] == 2_508_603_394
-  sizes = {k: summary.format_bytes(v) for k, v in found.sizes_bytes.items()}
+  assert parameters.counts['trainable'] == 533_504
+  assert parameters.counts['frozen'] == 2_507_002_880
+  assert parameters.counts['optimizer'] == 1_067_010
+  assert parameters.counts['total_with_optimizer'] == 2_508_603_394
+  sizes = {k: summary.format_bytes(v) for k, v in parameters.sizes_bytes.items()}
   assert sizes['trainable'] == '2.04 MiB'
   assert sizes['frozen'] == '9.34 GiB'
   assert sizes['optimizer'] == '4.07 MiB'
@@ -71,13 +71,13 @@ def test_no_weight_is_made():
 
 
 def test_json_and_table_agree():
-  found = summarize('tiny', targets='qv')
-  as_json = found.to_json()
+  parameters = summarize('tiny', targets='qv')
+  as_json = parameters.to_json()
   assert as_json['trainable_bytes'] == 4 * as_json['trainable']
-  table = found.table()
+  table = parameters.table()
   assert f'{as_json["total_with_optimizer"]:,}' in table
   assert 'lora/layers/attn/q/lora_a' in table
-  assert 'params/embedder' not in found.table(leaves=False)
+  assert 'params/embedder' not in parameters.table(leaves=False)
 
 
 @pytest.mark.parametrize(('size', 'text'), [(7, '7 B'), (1536, '1.50 KiB'), (2**31, '2.00 GiB')])

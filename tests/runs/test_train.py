@@ -210,7 +210,7 @@ def test_more_steps_need_the_checkpoint(finished, records, tmp_path):
   shutil.rmtree(workdir / 'checkpoints')
   before = snapshot(workdir)
   train.train(run_toy.config(records).resolve(), str(workdir))
-  with pytest.raises(ValueError, match='kept no checkpoint to go on from'):
+  with pytest.raises(ValueError, match='kept no checkpoint to continue from'):
     train.train(run_toy.config(records, steps=10).resolve(), str(workdir))
   assert snapshot(workdir) == before
 
@@ -262,7 +262,7 @@ def test_a_finished_run_that_says_nothing_of_itself_is_refused(finished, records
   (workdir / 'result.json').write_text('{"steps": ')
   with pytest.raises(ValueError, match=r'result\.json: cut or damaged') as e:
     train.train(config, str(workdir))
-  assert 'Remove it, and the same command goes on' in str(e.value)
+  assert 'Remove it to continue from the checkpoint' in str(e.value)
 
 
 def test_a_run_that_began_at_the_same_time_is_not_resumed(records, tmp_path, monkeypatch):

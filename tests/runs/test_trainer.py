@@ -249,7 +249,7 @@ class TestRefusals:
       ({'weights': np.zeros((4, 11), np.int32)}, 'got int32 at weights, expected floating'),
       (
         {'tokens': np.zeros((2, 11), np.int32)},
-        r"got leaves of different rows, .*'tokens': 2, .*one number of rows",
+        r"got different numbers of rows, .*'tokens': 2, .*expected one",
       ),
       ({'more': np.float32(1)}, 'got a scalar at more, expected an array whose leading'),
       ({'more': 'text'}, 'got a scalar at more, expected an array whose leading'),

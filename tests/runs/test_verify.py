@@ -59,7 +59,7 @@ def test_a_line_per_step_and_bit_equality(workdir, monkeypatch):
   first, second, replayed = done.stdout.splitlines()
   assert first.startswith('step 2: ok, ')
   assert second.startswith('step 3: ok, ')
-  assert replayed == ('step 3: ok, computed again from step 2: every bit is equal')
+  assert replayed == ('step 3: ok, computed again from step 2: all bits are equal')
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before
 
 
@@ -67,9 +67,9 @@ def test_another_bit_in_a_saved_factor_is_found_by_replaying(workdir):
   """The checksums are right, the arithmetic is not."""
   save_again(workdir, 3, lambda state, notes: (add_to_factors(state, 1e-6), notes))
   assert all(finding.is_good for finding in verify.check(str(workdir)))
-  found = verify.replay(str(workdir))
-  assert not found.is_good
-  assert "other bits in ['trainable/lora/" in found.text
+  replayed = verify.replay(str(workdir))
+  assert not replayed.is_good
+  assert "bits differ in ['trainable/lora/" in replayed.text
 
 
 def test_replaying_on_other_records_is_refused(workdir, tmp_path):
@@ -88,11 +88,11 @@ def test_values_that_are_not_finite_are_bad(workdir):
   assert 'are not finite' in bad.text
 
 
-@pytest.mark.parametrize('name', ['config', 'fingerprints'])
-def test_notes_of_another_run_are_bad(workdir, name):
+@pytest.mark.parametrize(('name', 'verb'), [('config', 'differs'), ('fingerprints', 'differ')])
+def test_notes_of_another_run_are_bad(workdir, name, verb):
   save_again(workdir, 3, lambda state, notes: (state, {**notes, name: {}}))
   _, bad = verify.check(str(workdir))
-  assert str(bad) == f'step 3: BAD, its {name} is not that of run.json'
+  assert str(bad) == f'step 3: BAD, its {name} {verb} from run.json'
 
 
 def test_a_damaged_file_is_bad_and_stays_where_it_is(workdir):

@@ -27,14 +27,14 @@ def test_writable_is_checked_without_writing(tmp_path):
   workdir.check_writable(str(tmp_path / 'a' / 'b'))
   assert not list(tmp_path.iterdir())
   (tmp_path / 'file').write_text('')
-  with pytest.raises(ValueError, match=r'workdir: got .*not a folder'):
+  with pytest.raises(ValueError, match=r'workdir: got .*not a writable folder'):
     workdir.check_writable(str(tmp_path / 'file' / 'run'))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
 def test_read_only_parent_is_refused(tmp_path):
   tmp_path.chmod(0o500)
-  with pytest.raises(ValueError, match='can be written to'):
+  with pytest.raises(ValueError, match='not a writable folder'):
     workdir.check_writable(str(tmp_path / 'run'))
 
 
@@ -51,14 +51,14 @@ def test_read_only_parent_is_refused(tmp_path):
   ],
 )
 def test_trouble_with_the_disk_is_one_line(made, failure, words):
-  found = str(workdir.disk_error(made, failure(made)))
-  assert found.startswith(f'workdir {made}: {words}. It keeps the checkpoint ')
-  assert found.endswith('run the same command again.')
+  message = str(workdir.disk_error(made, failure(made)))
+  assert message.startswith(f'workdir {made}: {words}. It keeps the checkpoint ')
+  assert message.endswith('run the same command again.')
 
 
 def test_a_workdir_that_is_gone_is_said(made):
-  found = workdir.disk_error(f'{made}/gone', ValueError('NOT_FOUND: a file'))
-  assert 'No such file or directory. It keeps no checkpoint' in str(found)
+  error = workdir.disk_error(f'{made}/gone', ValueError('NOT_FOUND: a file'))
+  assert 'No such file or directory. It keeps no checkpoint' in str(error)
 
 
 def test_other_failures_are_not_the_disks(made):
