@@ -114,8 +114,8 @@ def test_the_advice_says_how_to_go_on_from_what_was_learnt(tmp_path, name):
     (tmp_path / name / 'adapter_config.json').touch()
   with pytest.raises(ValueError, match='Use another workdir') as e:
     resume.check(str(tmp_path), facts(), facts(seed=5), 4)
-  flag = f'--config.lora.path={tmp_path}/{name} starts from what was learnt'
-  assert (flag in str(e.value)) == bool(name)
+  setting = f'there lora.path={tmp_path}/{name} starts from what was learnt'
+  assert (setting in str(e.value)) == bool(name)
 
 
 def test_an_empty_workdir_accepts_everything(tmp_path):
