@@ -1,4 +1,4 @@
-"""From what a `Trainer` is given to what it holds, checked."""
+"""Makes what a `Trainer` holds from what it is given, and checks it."""
 
 from collections.abc import Iterable, Sequence
 import dataclasses
@@ -45,7 +45,7 @@ class Settings:
   remat: str
 
   def check(self) -> None:
-    """ValueError for a value that no trainer takes."""
+    """Raises a ValueError for a value that no trainer accepts."""
     at_least('batch_size', self.batch_size, 1)
     at_least('accumulate_steps', self.accumulate_steps, 1)
     at_least('seed', self.seed, 0)
@@ -75,7 +75,7 @@ def of_run(
   lora: Lora | None = None,
   state: TrainState | None = None,
 ) -> Parts:
-  """Those of a prepared run; arguments as in `Trainer.of_run`."""
+  """The parts for a prepared run; arguments as in `Trainer.of_run`."""
   base = base or run.base.load()
   lora = lora or run.init_lora(base)
   trainable, frozen = run.place(base, lora)
@@ -92,13 +92,13 @@ def of_run(
 
 
 def of_objects(base: Base, lora: Lora, data: Dataset | Iterable[Any], settings: Settings) -> Parts:
-  """Those of objects, which stay the caller's: the step donates copies.
+  """The parts for objects, which stay the caller's: the step donates copies.
 
   Args:
-    base: loaded.
+    base: the base, loaded.
     lora: where training starts.
     data: a `Dataset` or batches.
-    settings: of the training.
+    settings: how to train.
 
   Raises:
     ValueError: the first thing that does not fit, with its remedy.
@@ -152,7 +152,7 @@ def of_objects(base: Base, lora: Lora, data: Dataset | Iterable[Any], settings: 
 def facts(
   base: Base, lora: Lora, data: Dataset | Iterable[Any], settings: Settings
 ) -> dict[str, Any]:
-  """What a trainer that goes on in a workdir has to have in common; JSON-able."""
+  """What must be the same for a trainer to resume in a workdir; JSON-able."""
   own, rate = settings.optimizer, settings.learning_rate
   is_planned = isinstance(data, Dataset)
   is_theirs = isinstance(own, optax.GradientTransformation)
@@ -174,7 +174,7 @@ def facts(
 def _check_trainable(trainable: Sequence[str], lora: Lora) -> None:
   if lora.trained_base and any(not pattern.startswith('lora') for pattern in trainable):
     raise ValueError(
-      f'trainable: got {trainable} and an adapter that has leaves of its base already, '
+      f'trainable: got {trainable} and an adapter that already has trained leaves of its base, '
       'expected adapters only; merge it (Lora.merge, launch.convert) and train on that.'
     )
   if not lora.is_single and trainable != ('lora/',):
@@ -197,7 +197,7 @@ def place(program: Program, params: pytree.Tree, lora: Lora) -> dict[str, Any]:
 
 
 def dropout(lora: Lora) -> float:
-  """The rate that all adapters have; ValueError if they differ."""
+  """The dropout rate of all adapters; ValueError if they differ."""
   rates = {config.dropout for config in lora.configs}
   if len(rates) > 1:
     raise ValueError(f'lora.dropout: got {sorted(rates)}, expected one rate for all adapters.')

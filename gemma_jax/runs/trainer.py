@@ -42,20 +42,20 @@ from gemma_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-  """What one update measured; of K adapters, float64 [K] in place of floats.
+  """What one update measured; for K adapters, float64 [K] in place of floats.
 
-  Where the loss or the gradient is not finite, the update was left out.
+  Where the loss or the gradient is not finite, the update was skipped.
 
   Attributes:
-    step: finished updates, with this one.
-    loss: per unit of weight; of the default loss, nats per supervised token.
-    weight: what divided it; of the default loss, supervised tokens.
+    step: finished updates, this one included.
+    loss: per unit of weight; for the default loss, nats per supervised token.
+    weight: what the sum was divided by; for the default loss, supervised tokens.
     tokens: positions that are not padding.
-    grad_norm: of the gradient, before clipping.
-    learning_rate: NaN where an optimizer of the caller's own has it.
-    seconds: for the update and the wait for its batch.
-    wait_seconds: for the batch alone.
-    more: what `loss_fn` measured, by name.
+    grad_norm: norm of the gradient, before clipping.
+    learning_rate: NaN where the caller's own optimizer sets it.
+    seconds: time for the update, including the wait for its batch.
+    wait_seconds: time spent waiting for the batch.
+    more: the metrics of `loss_fn`, by name.
   """
 
   step: int
@@ -74,7 +74,7 @@ class Metrics:
     return bool(np.all(np.isfinite(self.loss) & np.isfinite(self.grad_norm)))
 
   def of_member(self, index: int) -> 'Metrics':
-    """Those of one of K adapters."""
+    """The metrics of one of K adapters."""
     pick = lambda x: float(x[index])
     names = ('loss', 'weight', 'tokens', 'grad_norm', 'learning_rate')
     own = {name: pick(getattr(self, name)) for name in names}
@@ -82,7 +82,7 @@ class Metrics:
 
 
 class Trainer:
-  """An adapter that is being trained, or several at once (`Lora.stack`).
+  """Trains an adapter, or several at once (`Lora.stack`).
 
   Attributes:
     program: what is compiled.
@@ -90,8 +90,8 @@ class Trainer:
     frozen: the other leaves.
     hyperparameters: the step's other arguments.
     data: where batches come from.
-    plan: the rows of every update, of a `Dataset`.
-    total_steps: where the schedule ends; None where it does not.
+    plan: the rows of every update; None unless the data are a `Dataset`.
+    total_steps: where the schedule ends; None if it does not.
   """
 
   def __init__(
@@ -115,26 +115,26 @@ class Trainer:
     """Places copies on the mesh; the step is compiled for the first batch.
 
     Args:
-      base: loaded; it is not changed.
-      lora: where training starts, of this base; it is not changed.
+      base: the base, loaded; it is not changed.
+      lora: where training starts; it is not changed.
       data: a `Dataset`, or any iterable of batches: pytrees of arrays whose
         leading axis is rows.
-      learning_rate: of AdamW, in place of the optimizer's; K of several
-        adapters.
-      batch_size: rows in an update, of a `Dataset`.
+      learning_rate: AdamW's, in place of the one in `optimizer`; for K adapters
+        one for all, or K.
+      batch_size: rows per update, if the data are a `Dataset`.
       loss_fn: see `training.step`.
-      optimizer: settings of AdamW, or any optax transformation, which sees the
-        trainable leaves alone.
-      total_steps: updates in all, for a schedule that decays.
+      optimizer: settings for AdamW, or any optax transformation, which only sees
+        the trainable leaves.
+      total_steps: total number of updates, for a schedule that decays.
       accumulate_steps: parts in which a batch is computed.
       trainable: regexes over 'params/...' and 'lora/...', see `TrainConfig`.
-      seed: of dropout and the order of the records.
+      seed: for dropout and the order of the records.
       remat: see `BaseConfig`.
-      workdir: where checkpoints are kept; the same arguments go on from there.
-        Iterables of batches then need `state()`, JSON-able, and
-        `restore(state)`. '' keeps none.
-      save_every_steps: updates between checkpoints; one more is made whenever
-        a `run` ends.
+      workdir: where checkpoints are kept; a trainer with the same arguments
+        resumes from there. An iterable of batches then needs `state()`, JSON-able,
+        and `restore(state)`. '' keeps none.
+      save_every_steps: updates between checkpoints; another is made whenever a
+        `run` ends.
 
     Raises:
       ValueError: the first thing that does not fit, with its remedy.
@@ -173,13 +173,13 @@ class Trainer:
     lora: Lora | None = None,
     state: TrainState | None = None,
   ) -> 'Trainer':
-    """That of a prepared run.
+    """A trainer for a prepared run.
 
     Args:
-      run: gives program, records and rows.
-      base: loaded; leaves that are trained are taken over. None loads it.
-      lora: to begin with; None is that of the run.
-      state: to go on from; None is the start.
+      run: has program, records and rows.
+      base: the base, loaded; its trained leaves are taken over. None loads it.
+      lora: the initial adapter; None makes the run's own.
+      state: a state to resume from; None starts at step 0.
     """
     self = cls.__new__(cls)
     self._start(assemble.of_run(run, base, lora, state))
@@ -212,17 +212,17 @@ class Trainer:
 
   @property
   def finished(self) -> int:
-    """Updates so far, those of earlier processes included."""
+    """Updates so far, including those of earlier processes."""
     return int(self.state.step)
 
   @property
   def lora(self) -> Lora:
-    """A copy of the adapter as it is now."""
+    """A copy of the current adapter."""
     return self._current(lambda tree: jax.tree.map(jnp.copy, tree))
 
   @property
   def summary(self) -> Summary:
-    """Counts and bytes of what is trained, frozen and optimized.
+    """Parameters and bytes: trained, frozen, in the optimizer.
 
     print(trainer.summary.table())
     """
@@ -233,23 +233,23 @@ class Trainer:
     return self._current(hosts.to_numpy)
 
   def compile(self, batch: Any) -> None:
-    """Compiles both steps for batches like this one, arrays or shapes."""
+    """Compiles both steps for batches of this shape, given as arrays or shapes."""
     self._train_step.program(batch)
     self._eval_step.program(batch)
 
   def run(self, steps: int) -> Iterator[Metrics]:
-    """Trains for so many updates more, or until the data end.
+    """Trains for this many more updates, or until the data end.
 
-    An update happens when the iterator is asked for it: `run` alone does nothing.
-    Stop iterating, and call it again to go on; an update that Ctrl-C meets is
-    finished first. One whose loss or gradient is not finite is left out, and said.
+    The iterator is lazy: `run` by itself trains nothing. Stop iterating at any time,
+    and call it again to continue. Ctrl-C waits for the current update. An update
+    whose loss or gradient is not finite is skipped, with a warning.
 
     Args:
       steps: updates, at least 1.
 
     Raises:
-      ValueError: steps that are none, or more than `total_steps`; a workdir that
-        a later trainer has taken over.
+      ValueError: steps < 1 or beyond `total_steps`; a workdir that a later
+        trainer has taken over.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
       raise ValueError(f'steps: got {steps!r}, expected an integer >= 1.')
@@ -271,7 +271,7 @@ class Trainer:
         metrics = self.step(batch, wait_seconds)
         counted, position = metrics.step, self._position()
         if not metrics.is_finite:
-          logging.warning('Update %d left out: its loss or gradient is not finite.', counted)
+          logging.warning('Update %d skipped: its loss or gradient is not finite.', counted)
         if self._saves is not None:
           self._saves.save_if_due(self.state, position)
         yield metrics
@@ -283,7 +283,7 @@ class Trainer:
         self._saves.wait()
 
   def _position(self) -> Any:
-    """Of an iterable that training has to find again; None where rows are planned."""
+    """Where an iterable of batches stands, to resume there; None for planned rows."""
     if self._saves is None or self.plan is not None:
       return None
     assert batches_lib.has_position(self.data)  # others were refused
@@ -317,10 +317,10 @@ class Trainer:
 
     Args:
       batch: a pytree of arrays whose leading axis is rows.
-      wait_seconds: what it was waited for, to be reported.
+      wait_seconds: how long the caller waited for the batch, for the metrics.
 
     Raises:
-      ValueError: rows or dtypes that do not fit.
+      ValueError: see `put`.
     """
     started = time.perf_counter()
     batch = self.put(batch)
@@ -328,7 +328,7 @@ class Trainer:
     train_step = self._train_step.program(batch)
     with interrupts.held():
       self.state, values = train_step(self.state, self.hyperparameters, self.frozen, batch)
-      # Waits for it; of K adapters these are arrays.
+      # Waits for the update; with K adapters the values are arrays.
       values = {name: np.asarray(x, np.float64) for name, x in values.items()}
     seconds = wait_seconds + time.perf_counter() - started
     if self.program.members is None:
@@ -341,25 +341,25 @@ class Trainer:
     data: Dataset | Iterable[Any] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
   ) -> Any:
-    """Measures the adapter as it is now, with the loss that it is trained by.
+    """Evaluates the current adapter, with the loss it is trained on.
 
     Args:
-      data: a `Dataset`, whose held-out records are taken, or batches; default:
+      data: a `Dataset`, whose held-out records are used, or batches; by default
         the trainer's own `Dataset`.
-      should_stop: asked before each batch.
+      should_stop: called before each batch.
 
     Returns:
-      For the default loss on a `Dataset` an `Evaluation`, losses by record, or
-      a list of one for each of K adapters; else the means of `loss_fn`: 'loss',
-      'weight' and its metrics, by name.
+      For the default loss on a `Dataset` an `Evaluation`, which has the loss of
+      every record, or a list of K for K adapters; otherwise the means of `loss_fn`
+      by name: 'loss', 'weight' and its metrics.
 
     Raises:
-      ValueError: no data to measure on.
-      Stopped: should_stop said so.
+      ValueError: there are no data to evaluate on.
+      Stopped: `should_stop` returned True.
     """
     data = self.data if data is None and isinstance(self.data, Dataset) else data
     if data is None:
-      raise ValueError('data: got none, expected a Dataset or batches to measure on.')
+      raise ValueError('data: got none, expected a Dataset or batches to evaluate on.')
     if isinstance(data, Dataset):
       size = 0 if self.plan is None else self.plan.global_batch_size
       batches = data.eval_batches(size, sharding.batch_parts(self.program.mesh))
@@ -371,20 +371,21 @@ class Trainer:
     return batches_lib.means(self._sums(batch) for batch in _until(should_stop, data))
 
   def losses(self, batch: Any) -> Any:
-    """What `training.step.make_eval_step` gives for a batch."""
+    """What `training.step.make_eval_step` returns for a batch."""
     batch = self._put(batch, parts=1)
     return self._eval_step(self.state.trainable, self.hyperparameters, self.frozen, batch)
 
   def put(self, batch: Any, num_rows: int | None = None) -> Any:
-    """A batch on the mesh.
+    """Places a batch on the mesh.
 
     Args:
-      batch: a pytree of arrays; one that is on the mesh already stays.
-      num_rows: of the whole batch, where this process has a part of it.
+      batch: a pytree of arrays; one that is on the mesh already is returned as is.
+      num_rows: rows of the global batch, if this process has a part of them.
 
     Raises:
-      ValueError: leaves that are not arrays of the same rows, rows that the
-        mesh and the parts do not divide, or a dtype that a leaf cannot have.
+      ValueError: leaves that are not arrays with the same number of rows, rows
+        that mesh and parts do not divide, or a dtype, a token id or a length that
+        a leaf cannot have.
     """
     return self._put(batch, self.program.accumulate_steps, num_rows)
 
@@ -419,7 +420,7 @@ class Trainer:
 
 
 def _until(should_stop: Callable[[], bool], items: Iterable[Any]) -> Iterator[Any]:
-  """The items; Stopped in place of the next one if should_stop says so."""
+  """The items; raises Stopped before the next one if should_stop says so."""
   for item in items:
     if should_stop():
       raise evaluate_lib.Stopped
