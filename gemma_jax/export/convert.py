@@ -33,6 +33,7 @@ from gemma_jax.formats import (
   flax_config,
   flax_writer,
   hf_writer,
+  model_card,
   open_base,
 )
 from gemma_jax.formats.base_source import BaseSource
@@ -129,6 +130,8 @@ def convert(
     def write(new: Path) -> dict[str, Any]:
       if trained_with is not None:
         trained_with.write(new)
+      if loaded is not None:
+        model_card.write(new, model, loaded.config, trained_with, merged_to=to)
       return _write_model(new, result, to, dtype, max_shard_bytes, nested, trained_on)
 
   tokens = _batch(source)

@@ -61,11 +61,16 @@ def read(path: str | os.PathLike, model_config: ModelConfig, scan_layers: bool =
   return Lora(factors, np.float32(config.scale), config, trained_base, reference, trained_with)
 
 
-def write(folder: str | os.PathLike, lora: Lora) -> None:
-  """Writes a PEFT folder, along with everything else that is known of the adapter."""
-  peft.write_adapter(
-    folder, lora.factors, lora.config, lora.reference, lora.trained_base, lora.trained_with
-  )
+def write(folder: str | os.PathLike, lora: Lora, results: Sequence[str] = ()) -> None:
+  """Writes a PEFT folder, along with everything else that is known of the adapter.
+
+  Args:
+    folder: to be made, or an adapter to be replaced.
+    lora: the adapter.
+    results: sentences about data and losses, for its model card.
+  """
+  kept = (lora.config, lora.reference, lora.trained_base, lora.trained_with)
+  peft.write_adapter(folder, lora.factors, *kept, results)
 
 
 def load_adapters(

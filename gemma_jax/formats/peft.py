@@ -6,11 +6,13 @@
                                 .lora_magnitude_vector (outputs) with DoRA
     trained_base.safetensors    ours, only if base leaves were trained too
     gemma_jax.json              ours, how it was trained (`trained_with`)
+    README.md                   its model card (`model_card`)
 
 PEFT scales B A by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora;
 `rank_pattern` and `alpha_pattern` override r and lora_alpha by module.
 """
 
+from collections.abc import Sequence
 import math
 import os
 from pathlib import Path
@@ -27,6 +29,7 @@ from gemma_jax.formats import (
   base_source,
   finite,
   hf_safetensors,
+  model_card,
   peft_config,
   safetensors_file,
 )
@@ -161,6 +164,7 @@ def write_adapter(
   base_name: str,
   trained_base: pytree.Tree | None = None,
   trained_with: TrainedWith | None = None,
+  results: Sequence[str] = (),
 ):
   """Writes an adapter that PEFT, and `read_adapter`, apply as we do.
 
@@ -179,6 +183,7 @@ def write_adapter(
     trained_base: base leaves that were trained with the adapter, as nested
       dicts; without them the adapter does not give the trained model.
     trained_with: how its records were rendered; None if that is not known.
+    results: sentences about data and losses, for its model card.
 
   Raises:
     ValueError: the folder holds something else, or the tree is not an adapter.
@@ -209,16 +214,10 @@ def write_adapter(
         for name, leaf in pytree.items(trained_base)
       }
       save_file(leaves, tmp / TRAINED_BASE_NAME)
-      (tmp / 'README.md').write_text(_TRAINED_BASE_NOTE, 'utf-8')
+    has_base = bool(trained_base)
+    model_card.write(tmp, base_name, lora_config, trained_with, results, trained_base=has_base)
 
   atomic_folder.replace(folder, fill)
-
-
-_TRAINED_BASE_NOTE = f"""\
-The adapter was trained together with parameters of its base, which are in
-`{TRAINED_BASE_NAME}`, by their paths in gemma_jax. Other tools do not read
-that file: with only the adapter they do not compute the trained model.
-"""
 
 
 def read_base_name(folder: str | os.PathLike) -> str:

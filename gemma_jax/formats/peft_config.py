@@ -230,9 +230,8 @@ def to_json(
     lora_config: the rank, scale and dropout of the training run.
     base_name: of the base: a path, hf:OWNER/NAME[@REVISION], or one of our names.
   """
-  name, revision = base_name, ''
-  if base_name.startswith(hub.PREFIX):
-    name, _, revision = base_name.removeprefix(hub.PREFIX).partition('@')
+  _, _, revision = base_name.removeprefix(hub.PREFIX).partition('@')
+  revision = revision if base_name.startswith(hub.PREFIX) else ''
   rank, scale = lora_config.rank, lora_config.scale
   own = {name: r for name, r in sorted(ranks.items()) if r != rank}
   # With patterns, plain alpha / r expresses any scale, and more readers know it.
@@ -243,7 +242,7 @@ def to_json(
     alpha = scale * rank
   return {
     'alpha_pattern': {name: _whole(scale * r) for name, r in own.items()},
-    'base_model_name_or_path': _HUB_NAMES.get(name, name),
+    'base_model_name_or_path': hub_name(base_name) or base_name,
     'bias': 'none',
     'fan_in_fan_out': False,
     'inference_mode': True,
@@ -261,6 +260,13 @@ def to_json(
     'use_dora': lora_config.dora,
     'use_rslora': rslora,
   }
+
+
+def hub_name(reference: str) -> str:
+  """The name of a base on the Hub, '' if it has none: hf:a/b@main → a/b."""
+  if reference.startswith(hub.PREFIX):
+    return reference.removeprefix(hub.PREFIX).partition('@')[0]
+  return _HUB_NAMES.get(reference, '')
 
 
 def _whole(x: float) -> int | float:

@@ -13,6 +13,8 @@ locked, the order is the contract:
 """
 
 from collections.abc import Callable, Sequence
+import math
+import os
 import time
 from typing import Any
 
@@ -206,13 +208,14 @@ class RunOutputs:
     (evaluation,) = measured
     loss = evaluation.nll_per_token
     guards.check_finite(step, {'eval_loss_nats_per_token': loss})
-    if not self.notes['evals'] or loss < min(self.notes['evals'].values()):
-      self._write_adapter('adapter_best')
+    is_best = loss < min(self.notes['evals'].values(), default=math.inf)
+    self.notes['evals'][str(step)] = loss
+    if is_best:
+      self._write_adapter('adapter_best', step)
     if hosts.is_lead():
       workdir_lib.write_heldout(
         self.place.root, step, self.run.data.heldout.record_ids, evaluation.nll, evaluation.tokens
       )
-    self.notes['evals'][str(step)] = loss
     tokens = int(evaluation.tokens.sum())
     self.metrics.write(
       step,
@@ -254,7 +257,7 @@ class RunOutputs:
 
   def finish(self, step: int) -> dict[str, Any]:
     """Writes adapter and result."""
-    folder = self._write_adapter('adapter')
+    folder = self._write_adapter('adapter', step)
     losses = self.notes['evals']
     result = {
       'steps': step,
@@ -280,13 +283,25 @@ class RunOutputs:
     pace = (time.perf_counter() - self.loop_started) / (step - self.first_step)
     return tqdm.tqdm.format_interval(pace * (self.run.steps - step))
 
-  def _write_adapter(self, name: str) -> str:
-    """Writes the current adapter to a folder of the workdir."""
+  def _write_adapter(self, name: str, step: int) -> str:
+    """Writes the current adapter, measured at this step, to a folder of the workdir."""
     self.place.check()
     lora = self.trainer.host_lora()
     if hosts.is_lead():
-      adapter.write(f'{self.place.root}/{name}', lora)
+      adapter.write(f'{self.place.root}/{name}', lora, self._results(name, step))
     return f'{self.place.workdir}/{name}'
+
+  def _results(self, name: str, step: int) -> list[str]:
+    """What the adapter's model card says of the run."""
+    data, losses = self.run.data, self.notes['evals']
+    # A loss that chose the adapter flatters it.
+    chosen = f' (the lowest of {len(losses)})' if name == 'adapter_best' else ''
+    return [
+      f'{len(data.train):,} training records of `{os.path.basename(data.config.path)}`; '
+      f'{step:,} updates, {self.notes["tokens"]:,} tokens',
+      f'loss on {len(data.heldout):,} held-out records, nats per token: {losses["0"]:.4f} before '
+      f'this run, {losses[str(step)]:.4f} after{chosen}',
+    ]
 
 
 def log_start(run: prepare_lib.Run) -> None:

@@ -100,6 +100,7 @@ def test_merged_model_computes_what_the_adapter_does(to, dtype, tmp_path):
   toy.assert_close(got, want, 1e-4 if dtype == 'float32' else 0.1)
   assert np.abs(want - base).max() > 1
   assert 0 < result['largest_logit_difference'] < 0.1
+  assert '# LoRA adapter merged into its base' in (tmp_path / 'm' / 'README.md').read_text()
   record = json.loads((tmp_path / 'm' / 'conversion.json').read_text())
   assert record['largest_logit_difference'] == (result['largest_logit_difference'])
   assert record['adapter'] == str(tmp_path / 'a')

@@ -69,6 +69,20 @@ def test_learns_and_reports(finished):
   assert not any('first_step_secs' in row for row in updates[1:])
 
 
+@pytest.mark.parametrize(
+  'name, after', [('adapter', 'loss_adapted'), ('adapter_best', 'loss_best')]
+)
+def test_model_card_says_what_the_run_knows(finished, records, name, after):
+  workdir, result = finished
+  card = (workdir / name / 'README.md').read_text()
+  assert f'training records of `{Path(records).name}`; ' in card
+  assert str(Path(records).parent) not in card
+  assert f'{result["loss_base"]:.4f} before this run, {result[after]:.4f} after' in card
+  assert ('(the lowest of 4)' in card) == (name == 'adapter_best')
+  if name == 'adapter':
+    assert f'7 updates, {result["tokens"]:,} tokens' in card
+
+
 def test_padded_rows_measure_what_packed_ones_do(records, finished, tmp_path):
   """Each record in a row of its own, cut to the length of its batch."""
   config = run_toy.config(records, steps=2)
