@@ -77,7 +77,7 @@ and the data may have one of their own. Whoever passes this on has to keep both.
 _TRAINED_BASE = """\
 Parameters of the base were trained too. They are in `trained_base.safetensors`, by their paths in
 gemma_jax. Other tools do not read that file: with only the adapter they do not compute the trained
-model. Merge it first (`python -m launch.convert --to=hf`)."""
+model. `python -m launch.convert --adapter=FOLDER --to=hf` merges all of it."""
 
 _TRANSFORMERS = """
 ```python
