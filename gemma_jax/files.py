@@ -3,6 +3,7 @@
     files.path('gs://bucket/run')       an etils.epath path, as for a local one
     files.write(path, content)          a file, there whole or not at all
     files.read_json_lines(path)         its rows; text is UTF-8 everywhere
+    files.parse_json(content)           a value in proportion to its text
     files.put_folder(local, path)       a folder, file by file
     files.fetch('gs://bucket/gemma')    a local copy, made once
 
@@ -17,11 +18,16 @@ import json
 import math
 import os
 from pathlib import Path
+import sys
 from typing import Any
 
 from etils import epath
 
 from gemma_jax import temporary
+
+# Parsed, JSON takes many times its text: an empty list 3 bytes there, 64 here.
+_JSON_BYTES = {'{': 256, '[': 96, ',': 48, ':': 128, '"': 32}
+_MORE_BYTES = 64 << 20
 
 _STORE = 'gs://'
 _CACHE = '~/.cache/gemma_jax/remote'
@@ -101,6 +107,32 @@ def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
   elif isinstance(value, list | tuple):
     for i, each in enumerate(value):
       yield from _not_finite(each, f'{place}[{i}]')
+
+
+def json_bytes(text: str) -> int:
+  """What the value of a JSON text takes in memory while it is parsed, at most.
+
+  The text itself and the strings cut from it count; escapes may widen these.
+  """
+  strings = max(sys.getsizeof(text), 4 * len(text) if '\\u' in text else 0)
+  return 2 * strings + sum(n * text.count(mark) for mark, n in _JSON_BYTES.items())
+
+
+def parse_json(content: bytes) -> Any:
+  """The value of a JSON text in UTF-8, which takes at most 64 MiB and 4 times the text.
+
+  Raises:
+    ValueError: not JSON, nested too deeply, or of too many values.
+  """
+  most = _MORE_BYTES + 3 * len(content)  # the content is the fourth
+  # Decoded, it may itself be 4 times as large.
+  text = content.decode() if content.isascii() or len(content) < _MORE_BYTES else None
+  if text is None or json_bytes(text) > most:
+    raise ValueError(f'its values would take more than {most >> 20:,} MiB of memory')
+  try:
+    return json.loads(text)
+  except RecursionError:
+    raise ValueError('nested too deeply') from None
 
 
 def write_json(name: str | os.PathLike, value: Mapping[str, Any]) -> None:

@@ -34,6 +34,8 @@ _CONTROL_NAME = re.compile(
 )
 SPACE = '\u2581'  # SentencePiece's stand-in for a space
 
+_MOST_PIECES = 1 << 19
+
 # Piece types, numbered alike in SentencePiece and in GGUF.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
@@ -168,10 +170,19 @@ class SentencePieceTokenizer(Tokenizer):
     import sentencepiece
 
     proto = _empty_model_proto()
+    # Parsed, a piece is dozens of times its bytes; it has two newlines, its tags.
+    num_pieces = model_proto.count(b'\n') // 2
     try:
-      proto.ParseFromString(model_proto)
+      if num_pieces <= _MOST_PIECES:
+        proto.ParseFromString(model_proto)
+        num_pieces = max(len(proto.pieces), *(token.id + 1 for token in added), 0)
     except Exception as e:  # protobuf raises its own types
       raise _not_a_model(source, model_proto, e) from None
+    if num_pieces > _MOST_PIECES:
+      raise ValueError(
+        f'{source}: got {num_pieces:,} pieces or more, expected at most {_MOST_PIECES:,}, '
+        "twice Gemma's."
+      )
     # protobuf returns bytes for a text that is not UTF-8.
     bad = next((i for i, x in enumerate(proto.pieces) if not isinstance(x.piece, str)), None)
     if bad is not None:

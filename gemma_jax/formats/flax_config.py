@@ -6,11 +6,11 @@ else the settings that all sizes of the family share.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 import re
 from typing import Any
 
+from gemma_jax import files
 from gemma_jax.formats import base_source, hf_writer
 from gemma_jax.model import variants
 from gemma_jax.model.config import ModelConfig
@@ -55,7 +55,7 @@ def model_config(shapes: dict[str, tuple[int, ...]], root: Path) -> ModelConfig:
 
 def _recorded(record: Path, num_arrays: int) -> ModelConfig:
   try:
-    fields = json.loads(record.read_text('utf-8'))['model_config']
+    fields = files.parse_json(record.read_bytes())['model_config']
     base_source.check_layer_count(fields['num_layers'], num_arrays, str(record))
     pattern = fields['layer_is_local']
     fields['layer_is_local'] = None if pattern is None else tuple(pattern)

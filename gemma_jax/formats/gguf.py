@@ -204,18 +204,15 @@ def _tokenizer(path: Path):
   """Rebuilds the tokenizer from the metadata; None if there is none."""
   from gemma_jax.data import tokenizer
 
-  metadata, _ = gguf_file.read_header(path)
   key = 'tokenizer.ggml'
-  if f'{key}.tokens' not in metadata:
+  arrays = [f'{key}.{name}' for name in ('tokens', 'scores', 'token_type')]
+  metadata, _ = gguf_file.read_header(path, arrays)
+  if arrays[0] not in metadata:
     return None
   if metadata.get(f'{key}.model') != 'llama':
     raise ValueError(
       f'{path}: {key}.model is {metadata.get(f"{key}.model")!r}, expected '
       "'llama', which is SentencePiece."
     )
-  proto = tokenizer.build_model_proto(
-    metadata[f'{key}.tokens'],
-    metadata.get(f'{key}.scores', []),
-    metadata.get(f'{key}.token_type', []),
-  )
+  proto = tokenizer.build_model_proto(*(metadata.get(name, ()) for name in arrays))
   return tokenizer.SentencePieceTokenizer(proto, source=str(path))

@@ -9,7 +9,6 @@ output layer is tied; one that differs is another model.
 """
 
 import functools
-import json
 from pathlib import Path
 import re
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from gemma_jax import files as files_lib
 from gemma_jax.formats import base_source, hf_config, safetensors_file
 from gemma_jax.formats.base_source import BaseSource, StoredTensor
 from gemma_jax.model import layout
@@ -90,9 +90,9 @@ def read_json(path: Path) -> Any:
   if not path.is_file():
     raise ValueError(f'{path}: there is no such file.')
   try:
-    return json.loads(path.read_text('utf-8'))
-  except (ValueError, RecursionError) as e:
-    raise ValueError(f'{path}: this is not valid JSON ({e}).') from None
+    return files_lib.parse_json(path.read_bytes())
+  except ValueError as e:
+    raise ValueError(f'{path}: cannot be read as JSON ({e}).') from None
 
 
 def tensor_names(config: ModelConfig, prefix: str = 'model.') -> dict[str, str]:

@@ -13,8 +13,10 @@ All are read, and must agree. A token is special if one of them says so.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+import re
 from typing import Any, TypeGuard
 
+from gemma_jax import files
 from gemma_jax.data import tokenizer as tokenizer_lib
 from gemma_jax.data.tokenizer import AddedToken, SentencePieceTokenizer
 from gemma_jax.formats import hf_safetensors
@@ -130,7 +132,7 @@ def parse_stop_ids(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
 def _entries(folder: Path) -> Iterator[tuple[str, Any]]:
   """Yields (file, {id, content, ...}) of each token named, file by file."""
   path = folder / 'tokenizer.json'
-  for entry in _field(path, 'added_tokens', list):
+  for entry in _first_list(path, b'added_tokens'):
     yield str(path), entry
   path = folder / CONFIG_NAME
   for token_id, entry in _field(path, 'added_tokens_decoder', dict).items():
@@ -196,6 +198,43 @@ def _field(path: Path, name: str, kind: type) -> Any:
       f'{"list" if kind is list else "JSON object"}.'
     )
   return value
+
+
+# A string (what follows a backslash does not end it), or where an array or object begins or ends.
+_AFTER_KEY = re.compile(rb'\s*:\s*(\[|null)?')
+_JSON_MARK = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[][{}]', re.DOTALL)
+
+
+def _first_list(path: Path, name: bytes) -> list[Any]:
+  """A list at the top level of a JSON object; [] without the file or the list.
+
+  The rest of it is passed over: the vocabulary and merges of Gemma's tokenizer.json
+  take 33 MB there, and ten times that in memory.
+  """
+  if not path.is_file():
+    return []
+  content = path.read_bytes()
+  if content[:64].lstrip()[:1] != b'{' or content[-64:].rstrip()[-1:] != b'}':
+    raise ValueError(f'{path}: cannot be read as JSON (expected a whole object; is it cut?).')
+  depth, start = 0, None
+  for mark in _JSON_MARK.finditer(content):
+    depth += {b'{': 1, b'[': 1, b'}': -1, b']': -1}.get(mark[0], 0)
+    if start is not None and depth == 1:
+      try:
+        value = files.parse_json(content[start : mark.end()])
+      except ValueError as e:
+        raise ValueError(f'{path}: {name.decode()} cannot be read as JSON ({e}).') from None
+      return value
+    if depth == 1 and mark[0] == b'"%b"' % name:
+      follows = _AFTER_KEY.match(content, mark.end())
+      if follows is None:  # a string
+        continue
+      if follows[1] is None:
+        raise ValueError(f'{path}: {name.decode()} is something else, expected a list.')
+      if follows[1] == b'null':
+        return []
+      start = follows.start(1)
+  return []
 
 
 def _is_text(content: Any) -> TypeGuard[str]:

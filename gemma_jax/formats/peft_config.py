@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from gemma_jax.config.lora import PROJECTIONS, TARGET_PRESETS, LoraConfig
-from gemma_jax.formats import hub, open_base
+from gemma_jax.formats import hub, module_regex, open_base
 
 # Options that do not matter for a finished adapter.
 _IGNORED = frozenset(
@@ -48,6 +48,11 @@ _HONOURED = frozenset(
 )
 
 _MAX_RANK = 1 << 20
+_MOST_NAMES = 1 << 12  # Gemma 3 27B has 434 modules
+_REGEX = (
+  f'a regex of up to {module_regex.MOST_CHARACTERS:,} characters, without backreferences, local '
+  'flags and possessive parts'
+)
 _MAX_NUMBER = 1e38  # scales are applied in float32
 
 # Our names → those on the Hub, which other tools look for.
@@ -81,6 +86,7 @@ class Options:
   rank_pattern: dict[str, int]
   alpha_pattern: dict[str, float]
   where: str
+  matcher: module_regex.Matcher = dataclasses.field(default_factory=module_regex.Matcher)
 
   @classmethod
   def parse(cls, raw: Any, where: str) -> 'Options':
@@ -128,7 +134,7 @@ class Options:
     check('lora_dropout', _is_number(raw.get('lora_dropout', 0.0)), 'a number')
     for name in ('target_modules', 'exclude_modules'):
       value = raw.get(name)
-      check(name, value is None or _is_selection(value), 'a list of names or a regex')
+      check(name, value is None or _is_selection(value), f'a list of names or {_REGEX}')
     for name, is_valid, largest in (
       ('rank_pattern', _is_rank, _MAX_RANK),
       ('alpha_pattern', _is_number, _MAX_NUMBER),
@@ -136,8 +142,11 @@ class Options:
       value = {} if raw.get(name) is None else raw[name]
       check(
         name,
-        isinstance(value, dict) and all(_is_ending(k) and is_valid(v) for k, v in value.items()),
-        f'an object of regexes and numbers, of size {largest} at most',
+        isinstance(value, dict)
+        and len(value) <= _MOST_NAMES
+        and all(_is_ending(k) and is_valid(v) for k, v in value.items()),
+        f'an object of up to {_MOST_NAMES:,} keys, each {_REGEX}, and numbers of size {largest} at '
+        'most',
       )
     return cls(
       r=raw['r'],
@@ -159,7 +168,7 @@ class Options:
     `layers_to_transform` applies to names that are given only by their end.
     """
     targets, layers = self.target_modules, self.layers_to_transform
-    if not _selected(targets, module) or _selected(self.exclude_modules, module):
+    if not self._selected(targets, module) or self._selected(self.exclude_modules, module):
       return False
     if not layers or isinstance(targets, str) or module in targets:
       return True
@@ -168,16 +177,36 @@ class Options:
 
   def module(self, module: str) -> Module:
     """Rank and scale of a module: the first pattern that matches its end."""
-    rank = _by_pattern(self.rank_pattern, module, self.r)
-    alpha = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+    rank = self._by_pattern(self.rank_pattern, module, self.r)
+    alpha = self._by_pattern(self.alpha_pattern, module, self.lora_alpha)
     scale = alpha / (rank**0.5 if self.use_rslora else rank)
     return Module(rank, alpha, scale)
+
+  def _selected(self, selection: str | list[str], module: str) -> bool:
+    """PEFT's rule: a regex for the whole name, or the names' last parts."""
+    if isinstance(selection, list):
+      return any(module == s or module.endswith(f'.{s}') for s in selection)
+    return selection.lower() == 'all-linear' or self._matches(selection, module, (0,))
+
+  def _by_pattern(self, patterns: dict[str, Any], module: str, default: Any) -> Any:
+    return next((v for k, v in patterns.items() if self._ends_like(k, module)), default)
+
+  def _ends_like(self, pattern: str, module: str) -> bool:
+    """PEFT's rule for the keys of rank_pattern and alpha_pattern: `(.*\\.)?(PATTERN)$`."""
+    starts = (0, *(i + 1 for i, x in enumerate(module) if x == '.'))
+    return self._matches(pattern, module, starts)
+
+  def _matches(self, pattern: str, module: str, starts: Collection[int]) -> bool:
+    try:
+      return self.matcher.matches(pattern, module, starts)
+    except ValueError as e:
+      raise ValueError(f'{self.where}: {e}.') from None
 
   def check_patterns(self, modules: Collection[str]):
     """Raises ValueError for a pattern that matches none of these modules."""
     for option in ('rank_pattern', 'alpha_pattern'):
       for pattern in getattr(self, option):
-        if not any(_matches(pattern, module) for module in modules):
+        if not any(self._ends_like(pattern, module) for module in modules):
           raise ValueError(
             f'{self.where}: {option} {pattern!r} matches no module of the '
             f'adapter, expected the end of a name such as {min(modules)}.'
@@ -287,44 +316,12 @@ def _is_rank(x: Any) -> bool:
   return _is_index(x) and 1 <= x <= _MAX_RANK
 
 
-def _is_regex(x: Any) -> bool:
-  try:
-    return isinstance(x, str) and bool(re.compile(x))
-  except (re.error, OverflowError, RecursionError):
-    return False
-
-
 def _is_ending(x: Any) -> bool:
-  """Whether it is a regex, and still is one as `_matches` uses it."""
-  return _is_regex(x) and _is_regex(_ending(x))
+  """Whether it is a regex, and still one as PEFT uses it."""
+  return module_regex.is_regex(x) and module_regex.is_regex(rf'(.*\.)?({x})$')
 
 
 def _is_selection(x: Any) -> bool:
   if isinstance(x, list):
-    return all(isinstance(name, str) for name in x)
-  return _is_regex(x)
-
-
-def _selected(selection: str | list[str], module: str) -> bool:
-  """PEFT's rule: a regex for the whole name, or the names' last parts."""
-  if isinstance(selection, str):
-    if selection.lower() == 'all-linear':
-      return True
-    return re.fullmatch(selection, module) is not None
-  return any(module == s or module.endswith(f'.{s}') for s in selection)
-
-
-def _by_pattern(patterns: dict[str, Any], module: str, default: Any) -> Any:
-  for pattern, value in patterns.items():
-    if _matches(pattern, module):
-      return value
-  return default
-
-
-def _matches(pattern: str, module: str) -> bool:
-  """PEFT's rule for the keys of rank_pattern and alpha_pattern."""
-  return re.match(_ending(pattern), module) is not None
-
-
-def _ending(pattern: str) -> str:
-  return rf'(.*\.)?({pattern})$'
+    return len(x) <= _MOST_NAMES and all(isinstance(name, str) for name in x)
+  return module_regex.is_regex(x)

@@ -10,7 +10,6 @@ the size of the file.
 from collections.abc import Mapping
 from concurrent import futures
 import dataclasses
-import json
 import math
 import os
 from pathlib import Path
@@ -48,7 +47,7 @@ _WEIGHT_DTYPES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
   """One tensor of a safetensors file.
 
@@ -109,12 +108,12 @@ def read_header(path: Path) -> dict[str, Entry]:
         f'file of {file_bytes:,}; it is truncated or not a safetensors file.'
       )
     try:
-      header = json.loads(f.read(header_bytes))
+      header = files.parse_json(f.read(header_bytes))
       header.pop('__metadata__', None)
       spans = sorted(_span(name, entry) for name, entry in header.items())
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as e:
       raise ValueError(
-        f'{path}: the header is not the JSON object of a safetensors file.'
+        f'{path}: the header is not the JSON object of a safetensors file ({e}).'
       ) from None
   data_bytes = file_bytes - 8 - header_bytes
   position = 0

@@ -11,7 +11,6 @@ commit: there is no moment at which a step exists but cannot be checked.
 
 from collections.abc import Iterable
 import hashlib
-import json
 from typing import Any
 
 from etils import epath
@@ -140,7 +139,7 @@ def _checksum(path: epath.Path) -> tuple[int, str]:
 
 def _read(folder: epath.Path) -> dict[str, Any]:
   """{name: [bytes, SHA-256]}; ValueError if it has another form."""
-  sums = json.loads((folder / CHECKSUMS).read_bytes())
+  sums = files.parse_json((folder / CHECKSUMS).read_bytes())
   is_table = isinstance(sums, dict) and all(
     isinstance(row, list) and len(row) == 2 and isinstance(row[0], int) and isinstance(row[1], str)
     for row in sums.values()

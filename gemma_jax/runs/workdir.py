@@ -15,7 +15,6 @@ from collections.abc import Iterator
 import contextlib
 import errno
 import fcntl
-import json
 import os
 from typing import Any
 
@@ -51,7 +50,7 @@ def read_json(
   if not path.exists():
     return None
   try:
-    value = json.loads(files.read_text(path))
+    value = files.parse_json(path.read_bytes())
   except ValueError as e:
     raise ValueError(f'{path}: cut or damaged ({e}). {remedy}') from None
   if not isinstance(value, dict):

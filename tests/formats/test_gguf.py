@@ -270,9 +270,9 @@ def test_real_tokenizer_is_the_oracles(real):
 def test_no_text_becomes_a_control_token_of_the_real_tokenizer(real):
   """Over the whole vocabulary; other user-defined pieces are still found."""
   tokenizer = real.tokenizer()
-  metadata, _ = gguf_file.read_header(real.files[0])
-  pieces = metadata['tokenizer.ggml.tokens']
-  types = metadata['tokenizer.ggml.token_type']
+  arrays = ('tokenizer.ggml.tokens', 'tokenizer.ggml.token_type')
+  metadata, _ = gguf_file.read_header(real.files[0], arrays)
+  pieces, types = (metadata[name] for name in arrays)
   special = {'[multimodal]', '<start_of_image>', '<end_of_image>'}
   special |= {p for p, kind in zip(pieces, types, strict=True) if kind == 3}
   assert len(special) == 6252

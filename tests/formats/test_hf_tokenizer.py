@@ -110,7 +110,7 @@ def test_a_special_token_without_a_row_is_left_out(tmp_path):
     ({'added_tokens': {'<tool>': -1}}, 'expected an id and a content'),
     ({'added_tokens': {'': N}}, 'expected an id and a content'),
     ({'added_tokens': {'a\ud800': N}}, 'expected an id and a content'),
-    ({'tokenizer': {'added_tokens': {}}}, 'added_tokens is a dict, expected a'),
+    ({'tokenizer': {'added_tokens': {}}}, 'added_tokens is something else, expected a list'),
     ({'tokenizer': {'added_tokens': [7]}}, 'got added token 7, expected an id'),
     (
       {'tokenizer_config': {'added_tokens_decoder': {'x': {'content': 'y'}}}},

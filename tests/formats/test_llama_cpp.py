@@ -86,9 +86,10 @@ def test_every_piece_keeps_its_text_and_its_type(tmp_path):
   folder.mkdir()
   hf_writer.write_folder(folder, toy_base())
   to_gguf(folder, tmp_path / 'a.gguf', '--vocab-only')
-  metadata, _ = gguf_file.read_header(tmp_path / 'a.gguf')
+  arrays = ('tokenizer.ggml.tokens', 'tokenizer.ggml.token_type')
+  metadata, _ = gguf_file.read_header(tmp_path / 'a.gguf', arrays)
   pieces, _, types = toy_vocabulary()
-  got = metadata['tokenizer.ggml.tokens'], metadata['tokenizer.ggml.token_type']
+  got = [metadata[name] for name in arrays]
   for i, (piece, kind) in enumerate(zip(pieces, types, strict=True)):
     if piece in SPECIAL:
       kind = tokenizer_lib.CONTROL

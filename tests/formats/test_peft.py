@@ -212,7 +212,7 @@ def test_files_that_are_missing_or_broken(adapter, tmp_path):
   with pytest.raises(ValueError, match='peft_type'):
     peft.read_adapter(adapter, peft_toy.MODEL)
   (adapter / peft.CONFIG_NAME).write_text('[')
-  with pytest.raises(ValueError, match='not valid JSON'):
+  with pytest.raises(ValueError, match='cannot be read as JSON'):
     peft.read_adapter(adapter, peft_toy.MODEL)
 
 

@@ -55,7 +55,7 @@ def test_an_adapter_of_others_says_nothing(tmp_path):
 @pytest.mark.parametrize(
   ('content', 'message'),
   [
-    ('{', 'this is not valid JSON'),
+    ('{', 'cannot be read as JSON'),
     ('[]', 'got fields list, expected'),
     ('{"template": "dolly"}', r"got fields \['template'\], expected"),
     (
