@@ -26,7 +26,7 @@ from etils import epath
 from gemma_jax import temporary
 
 # Parsed, JSON takes many times its text: an empty list 3 bytes there, 64 here.
-_JSON_BYTES = {'{': 256, '[': 96, ',': 48, ':': 128, '"': 32}
+_JSON_BYTES = {'{': 256, '[': 96, ',': 40, ':': 128, '"': 32}
 _MORE_BYTES = 64 << 20
 
 _STORE = 'gs://'

@@ -8,6 +8,7 @@ import collections
 from collections.abc import Iterable, Iterator
 import gzip
 import io
+import itertools
 import json
 import lzma
 from typing import Any, NamedTuple
@@ -18,9 +19,10 @@ from gemma_jax.data import file_kinds, forms, templates
 from gemma_jax.data.fields import BadRecord
 from gemma_jax.data.record import Record
 
-# A few million tokens; and whatever JSON of that size becomes in memory (a list of
-# empty lists, at worst) stays below 200 MB.
+# A few million tokens of text.
 _MAX_LINE_BYTES = 1 << 23
+# Of a row: 900,000 token ids.
+_MAX_VALUE_BYTES = 48 << 20
 
 # This much of the first line tells what kind of file it is.
 _HEAD_BYTES = 1 << 16
@@ -108,6 +110,7 @@ def usable(
   name: str = 'data.path',
   source: str = '',
   skip_bad_records: bool = False,
+  most: int = 0,
 ) -> Reading:
   """Keeps the rows that the template can use.
 
@@ -117,13 +120,27 @@ def usable(
     name: the setting that named the source, for error messages.
     source: the source itself, for error messages.
     skip_bad_records: count unusable rows instead of stopping at the first.
+    most: stops after so many records; 0 reads all rows.
 
   Raises:
     ValueError: a bad row (with its place), no row, or no usable row.
   """
-  templates.check_name(template)
-  records: list[Record] = []
   skipped: collections.Counter[str] = collections.Counter()
+  kept = each_usable(rows, template, name, source, skip_bad_records, skipped)
+  return Reading(list(itertools.islice(kept, most or None)), skipped)
+
+
+def each_usable(
+  rows: Iterable[tuple[str, Any]],
+  template: str,
+  name: str,
+  source: str,
+  skip_bad_records: bool,
+  skipped: collections.Counter[str],
+) -> Iterator[Record]:
+  """Yields the records of `usable`, and counts the rows that it skips."""
+  templates.check_name(template)
+  is_empty = True
   for place, row in rows:
     try:
       if isinstance(row, BadRecord):
@@ -143,8 +160,9 @@ def usable(
         raise ValueError(f'{name}: {place}: {e}') from None
       skipped[f'does not fit template {template}'] += 1
     else:
-      records.append(record)
-  if not records:
+      is_empty = False
+      yield record
+  if is_empty:
     state = 'it is empty'
     if skipped:
       reasons = ', '.join(f'{n} x {reason}' for reason, n in skipped.items())
@@ -153,7 +171,6 @@ def usable(
       f'{name}: {source} holds no usable record ({state}); expected JSON '
       f'Lines, each with one of {forms.FORMS}.'
     )
-  return Reading(records, skipped)
 
 
 def _check_kind(line: bytes, path: str, name: str) -> None:
@@ -166,7 +183,10 @@ def _check_kind(line: bytes, path: str, name: str) -> None:
 def parse_json(text: bytes) -> Any:
   """The JSON value that a line or a file holds, or a BadRecord."""
   try:
-    return json.loads(text.decode(), object_pairs_hook=_object)
+    decoded = text.decode()
+    if files.json_bytes(decoded) > _MAX_VALUE_BYTES:
+      return BadRecord('too many values')
+    return json.loads(decoded, object_pairs_hook=_object)
   except BadRecord as e:
     return e
   except UnicodeDecodeError as e:

@@ -6,9 +6,12 @@ tfds:dolly[:local file]       a builder of `data/tfds`; its validation split
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
+import functools
 import importlib.resources
+import itertools
+import math
 from typing import Any
 
 from gemma_jax.config.train import DataConfig
@@ -42,6 +45,8 @@ class Records:
 def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
   """Reads the training and the held-out records that a config names.
 
+  Reading ends where there are as many of both as the config asks for.
+
   Args:
     config: `path`, `eval_path`, `template`, `with_context`, `max_records`,
       `max_eval_records` and `skip_bad_records` decide.
@@ -51,27 +56,27 @@ def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
   Raises:
     ValueError: a missing source or a bad record, with its place.
   """
-  train, skipped = _load(config.path, 'data.path', 'train', config, tfds_dir)
-  if config.eval_path or _own_heldout(config.path):
+  path = config.path
+  rows = functools.partial(_rows, path, 'data.path', 'train', tfds_dir)
+  train = _Source(rows, 'data.path', path, config)
+  heldout = None
+  if config.eval_path or _own_heldout(path):
     name = 'data.eval_path' if config.eval_path else 'data.path'
-    path = config.eval_path or config.path
-    heldout, more = _load(path, name, 'heldout', config, tfds_dir)
-    skipped += more
-  else:
-    train, heldout = split(train, source=config.path)
-  return _limited(train, heldout, skipped, config)
+    path = config.eval_path or path
+    heldout = _Source(functools.partial(_rows, path, name, 'heldout', tfds_dir), name, path, config)
+  return _limited(train, heldout, config)
 
 
-def _limited(
-  train: list[Record],
-  heldout: list[Record],
-  skipped: collections.Counter[str],
-  config: DataConfig,
-) -> Records:
-  """Keeps as many records of each part as the config asks for."""
-  return Records(
-    train[: config.max_records or None], heldout[: config.max_eval_records or None], skipped
-  )
+def _limited(train: '_Source', heldout: '_Source | None', config: DataConfig) -> Records:
+  """As many records of each part as the config asks for; without `heldout`, of a split."""
+  most = config.max_records, config.max_eval_records
+  if heldout is None:
+    parts = split(train, *most, train.source)
+    return Records(*parts, train.skipped)
+  parts = [
+    list(itertools.islice(x, n or None)) for x, n in zip((train, heldout), most, strict=True)
+  ]
+  return Records(*parts, train.skipped + heldout.skipped)
 
 
 def of_rows(rows: Sequence[Any], heldout: Sequence[Any] | None, config: DataConfig) -> Records:
@@ -85,13 +90,13 @@ def of_rows(rows: Sequence[Any], heldout: Sequence[Any] | None, config: DataConf
   Raises:
     ValueError: a bad record, with its place.
   """
-  train, skipped = _usable(_placed(rows, 'records'), 'records', 'memory', config)
-  if heldout is None:
-    train, kept = split(train)
-  else:
-    kept, more = _usable(_placed(heldout, 'heldout'), 'heldout', 'memory', config)
-    skipped += more
-  return _limited(train, kept, skipped, config)
+
+  def source(rows: Sequence[Any], name: str) -> _Source:
+    return _Source(functools.partial(_placed, rows, name), name, 'memory', config)
+
+  return _limited(
+    source(rows, 'records'), None if heldout is None else source(heldout, 'heldout'), config
+  )
 
 
 def load_heldout(
@@ -100,6 +105,7 @@ def load_heldout(
   name: str = 'data.eval_path',
   tfds_dir: str = '',
   skip_bad_records: bool = False,
+  most: int = 0,
 ) -> Reading:
   """Reads what a source offers for evaluation, in its order.
 
@@ -110,18 +116,22 @@ def load_heldout(
     name: the setting that holds the path, for error messages.
     tfds_dir: as in `load_records`.
     skip_bad_records: count unusable rows instead of stopping at the first.
+    most: stops after so many records; 0 reads all.
 
   Raises:
     ValueError: a missing source or a bad record, with its place.
   """
-  config = DataConfig(template=template, skip_bad_records=skip_bad_records)
-  return _load(path, name, 'heldout', config, tfds_dir)
+  rows = _rows(path, name, 'heldout', tfds_dir)
+  return records_lib.usable(rows, template, name, path, skip_bad_records, most)
 
 
 def split(
-  records: list[Record], fraction: float = HELDOUT_FRACTION, source: str = 'records'
+  records: Iterable[Record],
+  most_train: int = 0,
+  most_heldout: int = 0,
+  source: str = 'records',
 ) -> tuple[list[Record], list[Record]]:
-  """Holds out the records whose prompt hashes below `fraction`.
+  """Holds out the records whose prompt hashes below `HELDOUT_FRACTION`.
 
   Whether a record is held out depends on its own prompt alone, not on the
   machine, the order or the other records, so that a prompt is never on both sides
@@ -130,8 +140,10 @@ def split(
   empty, the prompt with the least or greatest hash moves over.
 
   Args:
-    records: at least two different prompts.
-    fraction: expected share of the prompts.
+    records: at least two different prompts; iterated once, and once more if a
+      prompt has to move over.
+    most_train: so many of these are kept, the first ones; 0 keeps all.
+    most_heldout: the same of these. Iteration ends when there are enough of both.
     source: name in the error message.
 
   Returns:
@@ -140,19 +152,26 @@ def split(
   Raises:
     ValueError: all records have the same prompt.
   """
-  places = [_place(record) for record in records]
-  different = sorted(set(places))
-  if len(different) < 2:
-    raise ValueError(
-      f'data.path: {source} holds {len(different)} different prompt(s), '
-      'expected at least 2 to hold one out. Set data.eval_path=PATH.'
-    )
-  count = sum(place < fraction for place in different)
-  chosen = set(different[: min(max(count, 1), len(different) - 1)])
-  pairs = list(zip(records, places, strict=True))
-  train = [record for record, place in pairs if place not in chosen]
-  heldout = [record for record, place in pairs if place in chosen]
-  return train, heldout
+  below = HELDOUT_FRACTION
+  while True:
+    train, heldout = [], []
+    least, greatest = 1.0, 0.0
+    for record in records:
+      place = _place(record)
+      least, greatest = min(least, place), max(greatest, place)
+      side, most = (heldout, most_heldout) if place < below else (train, most_train)
+      if not most or len(side) < most:
+        side.append(record)
+      if len(train) == most_train > 0 and len(heldout) == most_heldout > 0:
+        break
+    if train and heldout:
+      return train, heldout
+    if least >= greatest:
+      raise ValueError(
+        f'data.path: {source} holds {int(least == greatest)} different prompt(s), '
+        'expected at least 2 to hold one out. Set data.eval_path=PATH.'
+      )
+    below = greatest if least < below else math.nextafter(least, 1)
 
 
 def heldout_part(record: Record) -> str:
@@ -172,44 +191,47 @@ def _own_heldout(path: str) -> bool:
   return path.startswith(('sample:', 'tfds:'))
 
 
-def _load(
-  path: str,
-  name: str,
-  part: str,
-  config: DataConfig,
-  tfds_dir: str,
-) -> Reading:
-  """The usable records of one part ('train' or 'heldout') of a source."""
-  return _usable(_rows(path, name, part, tfds_dir), name, path, config)
-
-
 def _placed(rows: Sequence[Any], name: str) -> Iterator[tuple[str, Any]]:
   return ((f'{name}[{i}]', row) for i, row in enumerate(rows))
 
 
-def _usable(
-  rows: Iterator[tuple[str, Any]],
-  name: str,
-  source: str,
-  config: DataConfig,
-) -> Reading:
-  """The records of (place, row) that a config asks for."""
-  reading = records_lib.usable(
-    rows,
-    template=config.template,
-    name=name,
-    source=source,
-    skip_bad_records=config.skip_bad_records,
-  )
-  if config.with_context:
-    return reading
-  without = [record for record in reading.records if not record.context]
-  if not without:
-    raise ValueError(
-      f'{name}: every record of {source} has a context, but '
-      'data.with_context is False; nothing is left.'
-    )
-  return reading._replace(records=without)
+@dataclasses.dataclass(frozen=True)
+class _Source:
+  """The records of a source that a config asks for, read anew by each iteration.
+
+  Attributes:
+    rows: begins to read its (place, row).
+    name: the setting that names it.
+    source: what it is called there.
+    config: as in `load_records`.
+    skipped: rows that the last iteration could not use, by reason.
+  """
+
+  rows: Callable[[], Iterator[tuple[str, Any]]]
+  name: str
+  source: str
+  config: DataConfig
+  skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+  def __iter__(self) -> Iterator[Record]:
+    self.skipped.clear()
+    config, is_empty = self.config, True
+    for record in records_lib.each_usable(
+      self.rows(),
+      config.template,
+      self.name,
+      self.source,
+      config.skip_bad_records,
+      self.skipped,
+    ):
+      if config.with_context or not record.context:
+        is_empty = False
+        yield record
+    if is_empty:
+      raise ValueError(
+        f'{self.name}: every record of {self.source} has a context, but '
+        'data.with_context is False; nothing is left.'
+      )
 
 
 def _rows(path: str, name: str, part: str, tfds_dir: str) -> Iterator[tuple[str, Any]]:

@@ -44,9 +44,12 @@ def evaluate_adapters(
   sharding.check_batch(base.mesh, data.global_batch_size, 'batch_size')
   seq_len = dataset.row_length(data.seq_len, base)
   reading = sources.load_heldout(
-    data.path, data.template, 'data', skip_bad_records=data.skip_bad_records
+    data.path,
+    data.template,
+    'data',
+    skip_bad_records=data.skip_bad_records,
+    most=data.max_eval_records,
   )
-  reading = reading._replace(records=reading.records[: data.max_eval_records or None])
   examples = examples_lib.make_examples(
     reading.records,
     base.tokenizer,

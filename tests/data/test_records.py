@@ -292,3 +292,24 @@ def test_a_number_of_too_many_digits_is_a_bad_record(tmp_path):
   path.write_text('{"tokens": [' + '1' * 5000 + ']}\n')
   with pytest.raises(ValueError, match=r'a\.jsonl line 1: invalid JSON'):
     records_lib.usable(records_lib.read_jsonl(str(path)), 'dolly')
+
+
+def test_a_row_of_too_many_values_is_a_bad_record(tmp_path):
+  """8 MiB of empty lists, from kilobytes, would be 200 MB."""
+  path = tmp_path / 'a.jsonl.gz'
+  row = b'{"prompt": "a", "response": "b", "x": [' + b'[],' * 2_700_000 + b'1]}\n'
+  path.write_bytes(gzip.compress(row))
+  tracemalloc.start()
+  try:
+    with pytest.raises(ValueError, match='line 1: too many values'):
+      records_lib.usable(records_lib.read_jsonl(str(path)), 'dolly')
+    assert tracemalloc.get_traced_memory()[1] < 40 << 20
+  finally:
+    tracemalloc.stop()
+
+
+def test_a_row_of_900_000_token_ids_is_read(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text(json.dumps({'tokens': [2, *range(300, 900_300)]}, separators=(',', ':')))
+  (record,) = records_lib.usable(records_lib.read_jsonl(str(path)), 'dolly').records
+  assert len(record.tokens) == 900_001

@@ -1,6 +1,9 @@
 """Where records come from, and which are held out."""
 
 import dataclasses
+import gzip
+import json
+import tracemalloc
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -194,3 +197,35 @@ def test_unread_fields_of_records_left_out_are_not_counted(tmp_path):
   assert found.lines() == ['unread fields: id × 15']
   found = sources.load_records(DataConfig(path=path, eval_path=path, max_records=4))
   assert found.lines() == ['unread fields: id × 34, lang × 17']
+
+
+def test_reading_ends_where_there_is_enough(tmp_path):
+  """What comes after is not even parsed: an unusable row there is no error."""
+  rows = [record(i) for i in range(211)]
+  path = data_toy.write_jsonl(tmp_path / 'a.jsonl', [*rows, {'nothing': 1}])
+  train, heldout = sources.split(records(range(211)))
+  found = sources.load_records(DataConfig(path=path, max_records=7, max_eval_records=3))
+  assert (found.train, found.heldout) == (train[:7], heldout[:3])
+  other = data_toy.write_jsonl(tmp_path / 'b.jsonl', [record(500), {'nothing': 1}])
+  config = DataConfig(path=path, eval_path=other, max_records=7, max_eval_records=1)
+  found = sources.load_records(config)
+  assert (found.train, found.heldout) == (records(range(7)), records([500]))
+  assert sources.load_heldout(other, 'dolly', most=1).records == records([500])
+  with pytest.raises(ValueError, match='line 212: field'):
+    sources.load_records(DataConfig(path=path, max_records=7))
+
+
+def test_records_beyond_those_asked_for_are_not_kept(tmp_path):
+  """Of 64 MiB, from some kilobytes, of two prompts: one has to move over to be held out."""
+  path = tmp_path / 'a.jsonl.gz'
+  with gzip.open(path, 'wt') as f:
+    for i in range(64):
+      f.write(json.dumps(record(i % 2, more=i) | {'response': 'A' * (1 << 20)}) + '\n')
+  tracemalloc.start()
+  try:
+    found = sources.load_records(DataConfig(path=str(path), max_records=2, max_eval_records=3))
+    assert tracemalloc.get_traced_memory()[1] < 24 << 20
+  finally:
+    tracemalloc.stop()
+  assert (len(found.train), len(found.heldout)) == (2, 3)
+  assert len({r.question for r in (*found.train, *found.heldout)}) == 2
