@@ -125,8 +125,8 @@ def parse_json(content: bytes) -> Any:
     ValueError: not JSON, nested too deeply, or of too many values.
   """
   most = _MORE_BYTES + 3 * len(content)  # the content is the fourth
-  # Decoded, it may itself be 4 times as large.
-  text = content.decode() if content.isascii() or len(content) < _MORE_BYTES else None
+  # Decoded, it may itself be 4 times as large, and once more on the way.
+  text = content.decode() if content.isascii() or 2 * len(content) < _MORE_BYTES else None
   if text is None or json_bytes(text) > most:
     raise ValueError(f'its values would take more than {most >> 20:,} MiB of memory')
   try:

@@ -101,7 +101,7 @@ class Options:
 
     def check(name: str, ok: bool, expected: str):
       if not ok:
-        raise ValueError(f'{where}: option {name} is {raw.get(name)!r}, expected {expected}.')
+        raise ValueError(f'{where}: option {name} is {raw.get(name)!r:.80}, expected {expected}.')
 
     for name in sorted(raw.keys() - _IGNORED - _HONOURED):
       check(name, not raw[name], 'it unset; this option is not supported')
@@ -134,7 +134,11 @@ class Options:
     check('lora_dropout', _is_number(raw.get('lora_dropout', 0.0)), 'a number')
     for name in ('target_modules', 'exclude_modules'):
       value = raw.get(name)
-      check(name, value is None or _is_selection(value), f'a list of names or {_REGEX}')
+      check(
+        name,
+        value is None or _is_selection(value),
+        f'a list of up to {_MOST_NAMES:,} names, or {_REGEX}',
+      )
     for name, is_valid, largest in (
       ('rank_pattern', _is_rank, _MAX_RANK),
       ('alpha_pattern', _is_number, _MAX_NUMBER),

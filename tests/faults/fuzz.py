@@ -25,20 +25,21 @@ def fuzz(kind: str, trials: int, seed: int, folder: Path):
     folder: to work in, empty.
 
   Returns:
-    (counts, problems): trials that were `read`, `refused` or `wrong`, and
-    what was wrong, in words.
+    (counts, problems): trials that were `read`, `refused` or `wrong`, with the
+    largest peak of memory and the slowest; and what was wrong, in words.
   """
   valid = folder / 'valid'
   valid.mkdir(parents=True)
   corpora.CORPORA[kind].write(valid)
   counts, problems = collections.Counter(), []
-  first = 0
+  first, most = 0, {}
   while first < trials:
     last = min(first + _BATCH, trials)
     lines, code = _work(kind, seed, first, last, folder)
     for line in lines:
       if 'counts' in line:
         counts.update(line['counts'])
+        most = {name: max(value, most.get(name, 0)) for name, value in line['most'].items()}
       else:
         problems.append(f'trial {line["trial"]}: {line["problem"]}')
     if code != 0:
@@ -48,6 +49,7 @@ def fuzz(kind: str, trials: int, seed: int, folder: Path):
       problems.append(f'trial {last - 1}: the process ended with {code}')
     first = last
   counts['trials'] = trials
+  counts.update(most)
   return counts, problems
 
 

@@ -1,6 +1,8 @@
 """Damages bytes, or the JSON in them, in ways that readers get wrong."""
 
+import gzip
 import json
+import lzma
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,7 @@ _VALUES = (
   'a/b',
   '(',
   '(a+)+$',
+  '([a-z_.0-9]|[a-z]+)+Q',
   [],
   [1],
   [[]],
@@ -81,6 +84,58 @@ def mutate(rng: np.random.Generator, content: bytes, name: str) -> bytes:
       changes.append(_safetensors)
     content = changes[int(rng.integers(len(changes)))](rng, content)
   return content
+
+
+# What is small in a file and large in memory, as JSON.
+_UNITS = ('[]', '{}', '{"":1}', '300', '"ab"', '1.5', '[[]]', '"\\ud83d\\ude00"')
+_INFLATED_BYTES = 6 << 20
+_PACKED = {'.gz': gzip, '.xz': lzma}
+
+
+def inflate(rng: np.random.Generator, content: bytes, name: str) -> bytes:
+  """A copy with some megabytes more, so that what a reader makes of them can be seen.
+
+  Args:
+    rng: decides everything.
+    content: of a file.
+    name: of the file, as `mutate` takes it; what is packed is so again.
+  """
+  for suffix, packer in _PACKED.items():
+    if name.endswith(suffix):
+      inner = inflate(rng, packer.decompress(content), name.removesuffix(suffix))
+      return packer.compress(inner)
+  if name.endswith('.safetensors') and rng.random() < 0.8:
+    size = int.from_bytes(content[:8], 'little')
+    header = _inflated_json(rng, content[8 : 8 + size])
+    return len(header).to_bytes(8, 'little') + header + content[8 + size :]
+  if name.endswith('.jsonl'):
+    lines = content.split(b'\n')
+    i = int(rng.integers(len(lines) - 1))
+    lines[i] = _inflated_json(rng, lines[i])
+    return b'\n'.join(lines)
+  if name.endswith(('.json', '_METADATA', '.zarray')) and rng.random() < 0.8:
+    return _inflated_json(rng, content)
+  at = int(rng.integers(min(len(content), 4096) + 1))
+  unit = content[at : at + int(rng.integers(1, 32))] or b'\n'
+  return content[:at] + unit * (_INFLATED_BYTES // len(unit)) + content[at:]
+
+
+def _inflated_json(rng: np.random.Generator, content: bytes) -> bytes:
+  """A JSON object with a large value more, or in place of another."""
+  unit = _UNITS[int(rng.integers(len(_UNITS)))]
+  count = _INFLATED_BYTES // (len(unit) + 1)
+  kind = int(rng.integers(3))
+  if kind == 0:  # many keys
+    value = '{' + ','.join(f'"{i:x}":{unit}' for i in range(count // 2)) + '}'
+  elif kind == 1:
+    value = '[' + ','.join([unit] * count) + ']'
+  else:  # one text
+    value = '"' + 'a' * _INFLATED_BYTES + '\\ud83d\\ude00"'
+  tree = json.loads(content)
+  keys = [*tree, 'more'] if isinstance(tree, dict) else ['more']
+  tree = dict(tree) if isinstance(tree, dict) else {}
+  tree[keys[int(rng.integers(len(keys)))]] = '\x00here'
+  return json.dumps(tree).replace('"\\u0000here"', value).encode()
 
 
 def _bytes(rng: np.random.Generator, content: bytes) -> bytes:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -155,6 +156,31 @@ def test_a_process_of_its_own_counts_what_was_read(tmp_path):
   counts, problems = fuzz.fuzz('tokenizer', 60, 1, tmp_path)
   assert not counts['wrong'], problems
   assert counts['read'] + counts['refused'] == counts['trials'] == 60
+
+
+@pytest.mark.parametrize(
+  ('mib', 'seconds', 'problem'),
+  [(50, 0, None), (76, 0, 'took 7'), (0, 1e9, 'no end after 0 s')],
+)
+def test_memory_and_time_are_measured_against_the_files(
+  mib, seconds, problem, tmp_path, monkeypatch
+):
+  """64 MiB and 4 of each; the file is one of 2."""
+  monkeypatch.setattr(worker, '_SECONDS', 0.2)
+  monkeypatch.setattr(worker, '_SECONDS_A_MIB', 0)
+  (tmp_path / 'a').write_bytes(bytes(2 << 20))
+
+  def read(folder):
+    _ = bytearray(b'x') * (mib << 20)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+      pass
+
+  tried = worker.attempt(read, tmp_path, types.SimpleNamespace())
+  assert (tried.problem or '').startswith(problem or '')
+  assert (tried.problem is None) is (problem is None)
+  assert mib - 4 < tried.bytes / 2**20 < mib + 8
+  assert tried.outcome == ('read' if not seconds else '')
 
 
 EDITS = st.lists(

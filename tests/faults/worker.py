@@ -3,11 +3,14 @@
   python -m tests.faults.worker FORMAT SEED FIRST LAST FOLDER
 
 A line of JSON for each trial that went wrong, and one with the counts at the
-end. FOLDER/progress holds the trial that is under way, for the caller that
+end. A trial may take 64 MiB and 4 times its files, and 10 s of processor time and
+2 s for each of their MiB. FOLDER/progress holds the trial that is under way, for the caller that
 finds this process dead.
 """
 
 import collections
+from collections.abc import Callable
+import ctypes
 import json
 import os
 from pathlib import Path
@@ -16,13 +19,16 @@ import resource
 import shutil
 import signal
 import sys
+import time
+from typing import NamedTuple
 
 import numpy as np
 
 from tests.faults import corpora, mutate
 
-MORE_MEMORY_BYTES = 256 << 20
-_SECONDS = 60
+_MORE_BYTES, _TIMES_ITS_FILES = 64 << 20, 4
+_SECONDS, _SECONDS_A_MIB = 10, 2
+_INFLATED = 0.01  # of the trials
 _EXECUTES = (
   'os.exec',
   'os.fork',
@@ -72,6 +78,8 @@ def damage(kind: str, seed: int, trial: int, folder: Path, valid: Path):
   content = chosen.read_bytes()
   if rng.random() < 0.02:
     target.unlink()
+  elif rng.random() < _INFLATED:
+    target.write_bytes(mutate.inflate(rng, content, chosen.name))
   else:
     target.write_bytes(mutate.mutate(rng, content, chosen.name))
 
@@ -103,40 +111,70 @@ def main(kind: str, seed: int, first: int, last: int, root: Path) -> None:
   watch = Watch(folder)
   before = {p.name for p in root.iterdir()}
   counts = collections.Counter()
-  peak = _peak_bytes()
-  signal.signal(signal.SIGALRM, _too_slow)
+  peak, slowest = 0, 0.0
   for trial in range(first, last):
     (root / 'progress').write_text(str(trial))
     undo = damage(kind, seed, trial, folder, valid)
-    problem = None
     watch.events.clear()
-    signal.alarm(_SECONDS)
-    watch.is_on = True
-    try:
-      read(folder)
-      counts['read'] += 1
-    except TooSlow:
-      problem = f'no end after {_SECONDS} s'
-    except Exception as e:
-      counts['refused'] += 1
-      if not is_ours(e, folder):
-        problem = f'{type(e).__name__}: {e!s:.300}'
-    finally:
-      watch.is_on = False
-      signal.alarm(0)
+    tried = attempt(read, folder, watch)
     undo()
+    if tried.outcome:
+      counts[tried.outcome] += 1
+    peak, slowest = max(peak, tried.bytes), max(slowest, tried.seconds)
+    problem = tried.problem
     if watch.events:
       problem = f'did {watch.events[:3]}'
     if {p.name for p in root.iterdir()} != before:
       problem = f'left {sorted(p.name for p in root.iterdir())}'
-    if _peak_bytes() > peak + MORE_MEMORY_BYTES:
-      problem = f'took {(_peak_bytes() - peak) >> 20} MiB more'
-      peak = _peak_bytes()
     if problem:
       counts['wrong'] += 1
       print(json.dumps({'trial': trial, 'problem': problem}), flush=True)
   shutil.rmtree(folder)
-  print(json.dumps({'counts': counts}), flush=True)
+  most = {'peak MiB': peak >> 20, 'slowest ms': round(1000 * slowest)}
+  print(json.dumps({'counts': counts, 'most': most}), flush=True)
+
+
+class Tried(NamedTuple):
+  """What became of one reading.
+
+  Attributes:
+    outcome: read, refused, or '' if it did not end.
+    problem: what was wrong, in words, or None.
+    bytes: of memory that it took at its peak.
+    seconds: of processor time.
+  """
+
+  outcome: str
+  problem: str | None
+  bytes: int
+  seconds: float
+
+
+def attempt(read: Callable[[Path], object], folder: Path, watch: Watch) -> Tried:
+  """Reads a folder, and measures what that takes against the size of its files."""
+  size = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
+  seconds = _SECONDS + _SECONDS_A_MIB * size / 2**20
+  outcome, problem = '', None
+  signal.signal(signal.SIGPROF, _too_slow)
+  held, started = _start_peak(), time.process_time()
+  signal.setitimer(signal.ITIMER_PROF, seconds)
+  watch.is_on = True
+  try:
+    read(folder)
+    outcome = 'read'
+  except TooSlow:
+    problem = f'no end after {seconds:.0f} s'
+  except Exception as e:
+    outcome = 'refused'
+    if not is_ours(e, folder):
+      problem = f'{type(e).__name__}: {e!s:.300}'
+  finally:
+    watch.is_on = False
+    signal.setitimer(signal.ITIMER_PROF, 0)
+  took = _memory_bytes('VmHWM') - held
+  if took > _MORE_BYTES + _TIMES_ITS_FILES * size:
+    problem = f'took {took >> 20} MiB for files of {size / 2**20:.1f}'
+  return Tried(outcome, problem, took, time.process_time() - started)
 
 
 def _too_slow(number, frame):
@@ -150,8 +188,17 @@ def _limit_memory():
   resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _peak_bytes() -> int:
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _start_peak() -> int:
+  """Lets the kernel measure the peak anew; returns the bytes in use."""
+  ctypes.CDLL(None).malloc_trim(0)  # what is free would hide what is taken
+  Path('/proc/self/clear_refs').write_text('5')
+  return _memory_bytes('VmRSS')
+
+
+def _memory_bytes(name: str) -> int:
+  """A line of this process's status: VmRSS is in use, VmHWM its peak."""
+  status = Path('/proc/self/status').read_text()
+  return int(re.search(rf'{name}:\s*(\d+) kB', status)[1]) * 1024
 
 
 if __name__ == '__main__':
