@@ -160,14 +160,14 @@ def read_text(name: str | os.PathLike) -> str:
     raise ValueError(f'{name}: not UTF-8 text ({e}).') from None
 
 
-def read_lines(name: str | os.PathLike) -> list[str]:
-  """The lines of a text file, ended by \\n alone and without it.
+def read_lines(name: str | os.PathLike) -> Iterator[bytes]:
+  """The lines of a text file, one after the other, with the \\n that alone ends them.
 
   `str.splitlines` would also end them at U+2028 and the like, which JSON has
   inside its strings.
   """
-  lines = read_text(name).split('\n')
-  return lines if lines[-1] else lines[:-1]
+  with path(name).open('rb') as f:
+    yield from f
 
 
 def read_json_lines(name: str | os.PathLike) -> list[Any]:
@@ -181,8 +181,8 @@ def read_json_lines(name: str | os.PathLike) -> list[Any]:
     if not line.strip():
       continue
     try:
-      values.append(json.loads(line))
-    except json.JSONDecodeError as e:
+      values.append(parse_json(line))
+    except ValueError as e:
       raise ValueError(f'{name}, line {number}: not JSON ({e}).') from None
   return values
 

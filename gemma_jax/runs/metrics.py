@@ -7,12 +7,13 @@ including the base's at step 0:
     {"step": 10, "eval_loss_nats_per_token": 2.27, "eval_tokens": 4113, ...}
 """
 
-import json
 import os
 from pathlib import Path
 import tempfile
 import time
 from typing import Any
+
+from absl import logging
 
 from gemma_jax import files
 from gemma_jax.runs import hosts
@@ -39,7 +40,13 @@ class MetricsWriter:
     self._scratch = tempfile.TemporaryDirectory() if self._remote else None
     self.folder = Path(self._scratch.name if self._scratch else workdir)
     self._uploaded = 0.0
-    rows = read(files.path(workdir) / 'metrics.jsonl')
+    rows, stray = _read(files.path(workdir) / 'metrics.jsonl')
+    if stray:
+      aside = files.path(workdir) / 'metrics.jsonl.set_aside'
+      files.write(aside, b''.join(stray))
+      logging.warning(
+        '%s/metrics.jsonl: %d lines are no metrics; set aside in %s', workdir, len(stray), aside
+      )
     path = self.folder / 'metrics.jsonl'
     # A run that begins anew evaluates the base again.
     files.write_json_lines(path, [row for row in rows if row['step'] <= finished_steps > 0])
@@ -146,17 +153,25 @@ class _Board:
 
 
 def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows of a metrics.jsonl; a torn last line is left out."""
-  path = files.path(path)
-  if not path.exists():
-    return []
-  rows = []
+  """The rows of a metrics.jsonl; torn and stray lines are left out."""
+  return _read(path)[0]
+
+
+def _read(path: str | os.PathLike) -> tuple[list[dict[str, Any]], list[bytes]]:
+  """(rows, lines that are something else); a torn last line is neither."""
+  rows, stray = [], []
+  if not files.path(path).exists():
+    return rows, stray
   for line in files.read_lines(path):
     try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return rows
+      row = files.parse_json(line)
+    except ValueError:
+      row = None
+    if isinstance(row, dict) and type(row.get('step')) is int:
+      rows.append(row)
+    elif line.endswith(b'\n'):
+      stray.append(line)
+  return rows, stray
 
 
 def peak_memory_bytes() -> int:

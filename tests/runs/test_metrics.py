@@ -36,6 +36,17 @@ def test_a_resumed_run_drops_later_and_torn_lines(tmp_path):
   assert metrics.read(path) == [{'step': 1}, {'step': 2}]
 
 
+def test_stray_lines_are_set_aside_and_said(tmp_path, caplog):
+  path = tmp_path / 'metrics.jsonl'
+  stray = b'\xff\xfe\n[1]\n{"step": "x"}\n\n'
+  path.write_bytes(b'{"step": 1}\n' + stray + b'{"step": 2}\n{"ste')
+  metrics.MetricsWriter(str(tmp_path), 2).close()
+  assert metrics.read(path) == [{'step': 1}, {'step': 2}]
+  assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+  assert (tmp_path / 'metrics.jsonl.set_aside').read_bytes() == stray
+  assert '4 lines are no metrics; set aside in' in caplog.text
+
+
 def test_a_run_that_begins_anew_drops_all_lines(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 0}\n{"step": 1}\n')
