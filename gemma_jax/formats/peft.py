@@ -230,11 +230,21 @@ def read_trained_base(folder: str | os.PathLike) -> pytree.Tree:
   """Base leaves trained along with an adapter, float32; {} if there are none.
 
   They keep the form (scanned or unrolled) in which they were trained.
+
+  Raises:
+    ValueError: the file is damaged, or holds something else; names it.
   """
   path = Path(folder) / TRAINED_BASE_NAME
   if not path.is_file():
     return {}
   entries = safetensors_file.read_header(path)
+  branches = {name[: m.start()] for name in entries for m in re.finditer('/', name)}
+  for name, entry in entries.items():
+    if not entry.shape or name in branches:
+      raise ValueError(
+        f'{path}: tensor {name} has shape {list(entry.shape)}, expected a leaf of the base, with '
+        'axes and with nothing below it.'
+      )
   return pytree.unflatten({n: _read_all(e) for n, e in entries.items()})
 
 

@@ -48,7 +48,7 @@ class Settings:
     """Raises a ValueError for a value that no trainer accepts."""
     at_least('batch_size', self.batch_size, 1)
     at_least('accumulate_steps', self.accumulate_steps, 1)
-    at_least('seed', self.seed, 0)
+    require(0 <= self.seed < 2**32, 'seed', self.seed, 'an integer in [0, 2^32)')
     BaseConfig(remat=self.remat).check()
     require(callable(self.loss_fn), 'loss_fn', self.loss_fn, 'a function; see training.step')
     is_one = isinstance(self.optimizer, OptimizerConfig | optax.GradientTransformation | None)
@@ -123,7 +123,7 @@ def of_objects(base: Base, lora: Lora, data: Dataset | Iterable[Any], settings: 
     seed=settings.seed,
     remat=settings.remat,
   )
-  seeds = None if members is None else np.full(members, settings.seed, np.int32)
+  seeds = None if members is None else np.full(members, settings.seed, np.uint32)
   lora = dataclasses.replace(lora, reference=base.reference)
   plan = None
   if isinstance(data, Dataset):

@@ -264,7 +264,7 @@ def hyperparameters(
   return Hyperparameters(
     scale=column((c.lora.scale for c in members), np.float32),
     learning_rate=column((c.optimizer.learning_rate for c in members), np.float32),
-    seed=column((c.seed for c in members), np.int32),
+    seed=column((c.seed for c in members), np.uint32),
   )
 
 

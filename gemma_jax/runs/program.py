@@ -75,7 +75,7 @@ class Program:
     array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
     if self.members is None:
       return Hyperparameters(array('float32'))
-    return Hyperparameters(array('float32'), array('float32'), array('int32'))
+    return Hyperparameters(array('float32'), array('float32'), array('uint32'))
 
   def abstract_batch(self, batch: Any) -> Any:
     """Shapes and dtypes of a batch, its rows split over the mesh."""

@@ -74,20 +74,12 @@ def train(
   hosts.check_agreement('inputs', facts['fingerprints'])
   check_inputs(facts['fingerprints'])
   should_stop = hosts.any_of_them(should_stop)
-  try:
-    with workdir_lib.only_run(workdir) as place:
-      finished = resume.finished(workdir, facts)
-      if finished is not None:
-        logging.info('This run has finished at step %d.', finished['steps'])
-        return finished
-      return _loop(run, facts, place, should_stop, started).go()
-  except workdir_lib.Moved:
-    raise
-  except Exception as e:
-    trouble = workdir_lib.disk_error(workdir, e)
-    if trouble is None:
-      raise
-    raise trouble from e
+  with workdir_lib.naming_disk_errors(workdir), workdir_lib.only_run(workdir) as place:
+    finished = resume.finished(workdir, facts)
+    if finished is not None:
+      logging.info('This run has finished at step %d.', finished['steps'])
+      return finished
+    return _loop(run, facts, place, should_stop, started).go()
 
 
 def _loop(

@@ -12,10 +12,11 @@ result.json       the result line and the same facts, when the run has finished;
                   paths in it are relative to the workdir
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 from typing import Any
 
@@ -193,22 +194,41 @@ def only_run(workdir: str) -> Iterator[Place]:
     os.close(folder)
 
 
-def disk_error(workdir: str, e: Exception) -> OSError | None:
-  """A failure as an error of the workdir's disk; None if it is another one.
+class DiskError(OSError):
+  """What befell a workdir's disk, in one line."""
 
-  Libraries raise errors of their own kinds, with the system's words somewhere in
-  a long text. This is one line: what happened, which step is safe, and what to
-  do.
+
+@contextlib.contextmanager
+def naming_disk_errors(workdir: str, kept: Callable[[], str] | None = None) -> Iterator[None]:
+  """Says what befell the workdir's disk, what is safe, and what to do.
+
+  Writers below us raise errors of their own kinds, with the words of the
+  system somewhere in a long text.
+
+  Args:
+    workdir: of a run, or of a sweep.
+    kept: what is safe there; by default the newest good step.
+
+  Raises:
+    DiskError: instead of an error of the disk; others pass.
   """
-  words = _system_words(workdir, e)
-  if words is None:
-    return None
+  try:
+    yield
+  except (Moved, DiskError):
+    raise
+  except Exception as e:
+    words = _system_words(workdir, e)
+    if words is None:
+      raise
+    raise DiskError(
+      f'workdir {workdir}: {words}. It keeps {(kept or functools.partial(_safe_step, workdir))()} '
+      'and no half-written adapter; fix that and run the same command again.'
+    ) from e
+
+
+def _safe_step(workdir: str) -> str:
   step, _ = checksums.newest_good(files.path(workdir) / 'checkpoints')
-  kept = 'no checkpoint' if step is None else f'the checkpoint of step {step}'
-  return OSError(
-    f'workdir {workdir}: {words}. It keeps {kept} and no half-written '
-    'adapter; fix that and run the same command again.'
-  )
+  return 'no checkpoint' if step is None else f'the checkpoint of step {step}'
 
 
 def _system_words(workdir: str, e: Exception) -> str | None:

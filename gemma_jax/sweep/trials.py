@@ -45,12 +45,12 @@ def train_batched(
 
   Raises:
     Stopped: should_stop returned True, and the last finished step is saved.
-    OSError: the workdir was renamed.
+    OSError: the workdir was renamed, or its disk is full; says which step is safe.
   """
   run = prepare_lib.prepare_several(configs)
   facts = resume.facts(run)
   check_inputs(facts['fingerprints'])
-  with workdir_lib.only_run(workdir) as place:
+  with workdir_lib.naming_disk_errors(workdir), workdir_lib.only_run(workdir) as place:
     checkpoints = Checkpoints(workdir, place=place)
     newest = resume.newest(workdir, checkpoints, facts)
     for folder in folders:

@@ -6,6 +6,7 @@ after a kill: finished work stays, and jobs that nobody holds are taken.
 
 from collections.abc import Callable
 import functools
+from pathlib import Path
 import shutil
 import time
 from typing import Any
@@ -39,7 +40,7 @@ def run(
     ValueError: the folder belongs to another sweep, the base, tokenizer or data
       differ from those of its other trials, or nothing can run; or a job could
       not be done now, and the same command tries it again.
-    OSError: likewise, because a file or folder is missing.
+    OSError: likewise, because a file or folder is missing, or the disk is full.
     Stopped: should_stop returned True, and the last finished step is saved.
   """
   if jax.process_count() > 1:
@@ -53,6 +54,15 @@ def run(
       'the leases of a sweep need.'
     )
   workdir_lib.check_writable(workdir)
+  with workdir_lib.naming_disk_errors(workdir, lambda: _finished_trials(workdir)):
+    return _run(config, workdir, should_stop)
+
+
+def _finished_trials(workdir: str) -> str:
+  return f'{len(list(Path(workdir).glob("cells/*/result.json")))} finished trials'
+
+
+def _run(config: SweepConfig, workdir: str, should_stop: Callable[[], bool]) -> results.Sweep:
   inputs = _plan(config, workdir, should_stop)
   planned = workdir_lib.read_json(workdir, manifest.NAME)
   assert planned is not None  # `_plan` returns once it is there

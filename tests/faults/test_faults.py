@@ -17,10 +17,12 @@ import types
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+import numpy as np
 import pytest
 
 from gemma_jax.runs import train
-from tests import run_toy
+from gemma_jax.sweep import worker as worker_lib
+from tests import run_toy, sweep_toy
 from tests.faults import corpora, disks, fuzz, runs, worker
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -81,6 +83,28 @@ def test_a_full_disk(config, undisturbed, tmp_path, size):
     disks.resize(disk, 10 << 20)
     train.train(config, str(workdir))
     assert runs.adapter_bytes(workdir) == undisturbed
+
+
+@needs_mount
+@pytest.mark.parametrize(
+  ('size', 'place', 'kept'),
+  [(4_000, '', '0 finished trials'), (70_000, '/jobs/', 'no checkpoint')],
+)
+def test_a_full_disk_of_a_sweep(tmp_path, size, place, kept):
+  """While it is planned, and at the first checkpoint of a trial."""
+  records = sweep_toy.write_records(tmp_path)
+  config = sweep_toy.config(records, ranks=(2,), seeds=(0,), learning_rates=(1e-3,)).resolve()
+  with disks.small_disk(tmp_path / 'disk', size) as disk:
+    workdir = disk / 'sweep'
+    with pytest.raises(OSError) as e:
+      worker_lib.run(config, str(workdir))
+    message = str(e.value)
+    assert message.startswith(f'workdir {workdir}{place}')
+    assert f': No space left on device. It keeps {kept} and no half-written adapter; ' in message
+    assert '\n' not in message
+    disks.resize(disk, 10 << 20)
+    (trial,) = worker_lib.run(config, str(workdir)).finished('lora')
+    assert np.isfinite(trial.result['loss_adapted'])
 
 
 @needs_mount

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from gemma_jax import pytree
 from gemma_jax.config.train import LoraConfig
@@ -214,6 +214,16 @@ def test_files_that_are_missing_or_broken(adapter, tmp_path):
   (adapter / peft.CONFIG_NAME).write_text('[')
   with pytest.raises(ValueError, match='cannot be read as JSON'):
     peft.read_adapter(adapter, peft_toy.MODEL)
+
+
+@pytest.mark.parametrize('other', ['final_norm/scale', 'final_norm'])
+def test_a_trained_leaf_that_the_base_cannot_have(adapter, other):
+  """A scalar; a leaf where others lie below it."""
+  shape = () if '/' in other else (11,)
+  leaves = {'final_norm/scale': np.ones(11, np.float32), other: np.ones(shape, np.float32)}
+  save_file(leaves, adapter / peft.TRAINED_BASE_NAME)
+  with pytest.raises(ValueError, match=rf'trained_base\.safetensors: tensor {other} has shape'):
+    peft.read_trained_base(adapter)
 
 
 def test_truncated_or_missing_weights(adapter):

@@ -170,6 +170,17 @@ def test_seeds_that_order_the_data_are_refused(records):
     prepare_lib.prepare_several(members)
 
 
+def test_seeds_of_32_bits(records):
+  first, second, *_ = configs(records)
+  members = [dataclasses.replace(first, seed=2**32 - 1), dataclasses.replace(second, seed=2**31)]
+  run = prepare_lib.prepare_several(members)
+  assert run.hyperparameters.seed.tolist() == [2**32 - 1, 2**31]
+  assert np.isfinite(steps_of(run, 1)).all()
+  for seed in (-1, 2**32):
+    with pytest.raises(ValueError, match=rf'seed: got {seed}, expected an integer in \[0, 2\^32\)'):
+      Lora.init(run.base, rank=2, seed=seed)
+
+
 def test_a_base_that_is_trained_is_refused(records):
   members = configs(records, trainable=('params/layers/attn/v/w',))
   with pytest.raises(ValueError, match='Train this config alone'):

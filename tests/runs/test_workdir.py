@@ -51,20 +51,32 @@ def test_read_only_parent_is_refused(tmp_path):
   ],
 )
 def test_trouble_with_the_disk_is_one_line(made, failure, words):
-  message = str(workdir.disk_error(made, failure(made)))
-  assert message.startswith(f'workdir {made}: {words}. It keeps the checkpoint ')
-  assert message.endswith('run the same command again.')
+  with pytest.raises(workdir.DiskError) as e, workdir.naming_disk_errors(made):
+    raise failure(made)
+  assert str(e.value).startswith(f'workdir {made}: {words}. It keeps the checkpoint ')
+  assert str(e.value).endswith('run the same command again.')
 
 
 def test_a_workdir_that_is_gone_is_said(made):
-  error = workdir.disk_error(f'{made}/gone', ValueError('NOT_FOUND: a file'))
-  assert 'No such file or directory. It keeps no checkpoint' in str(error)
+  words = 'No such file or directory. It keeps no checkpoint'
+  with pytest.raises(workdir.DiskError, match=words), workdir.naming_disk_errors(f'{made}/gone'):
+    raise ValueError('NOT_FOUND: a file')
 
 
-def test_other_failures_are_not_the_disks(made):
-  elsewhere = OSError(errno.ENOENT, 'x', '/elsewhere/data.jsonl')
-  assert workdir.disk_error(made, elsewhere) is None
-  assert workdir.disk_error(made, ValueError('lora.rank: got 0')) is None
+@pytest.mark.parametrize(
+  'failure',
+  [
+    OSError(errno.ENOENT, 'x', '/elsewhere/data.jsonl'),
+    ValueError('lora.rank: got 0'),
+    workdir.Moved(f'workdir a: was renamed {os.strerror(errno.ENOSPC)}'),
+    workdir.DiskError(f'workdir a/jobs/b: {os.strerror(errno.ENOSPC)}'),
+  ],
+)
+def test_other_failures_are_not_the_disks(made, failure):
+  """Nor are those that are said already."""
+  with pytest.raises(type(failure)) as e, workdir.naming_disk_errors(made):
+    raise failure
+  assert e.value is failure
 
 
 def test_held_out_losses_round_trip(tmp_path):
