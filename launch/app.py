@@ -88,13 +88,33 @@ def run(main: Callable[[], int | None]) -> None:
         fail(_one_line(e))
       fail(f'{type(e).__name__}: {_one_line(e)} (--debug shows where)')
 
-  # Text is UTF-8, whatever the locale.
-  for stream in (sys.stdout, sys.stderr):
-    if isinstance(stream, io.TextIOWrapper):
-      stream.reconfigure(encoding='utf-8', errors='backslashreplace')
+  _set_up_streams()
   # --help lists the flags of the command's own file and those declared here.
   flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS['debug'])
   app.run(guarded, flags_parser=_parse)
+
+
+class _Unread(io.FileIO):
+  """A stream whose reader may leave: what is written then is lost, and nothing ends."""
+
+  def write(self, content: Any) -> int | None:
+    try:
+      return super().write(content)
+    except BrokenPipeError:
+      return len(content)
+
+
+def _set_up_streams():
+  """Text is UTF-8, whatever the locale; no log ends with its reader."""
+  for name in ('stdin', 'stdout', 'stderr'):
+    if getattr(sys, name) is None:  # it was closed; else the next file has its number
+      setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), 'r' if name == 'stdin' else 'w'))
+  if sys.stderr is sys.__stderr__:
+    unread = io.BufferedWriter(_Unread(sys.stderr.fileno(), 'w', closefd=False))
+    sys.stderr = io.TextIOWrapper(unread, line_buffering=True)
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(encoding='utf-8', errors='backslashreplace')
 
 
 def fail(message: str) -> NoReturn:

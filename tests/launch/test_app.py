@@ -282,3 +282,49 @@ Late('another error')
   assert 'A write of a checkpoint ended' in late
   assert 'Traceback' not in late
   assert 'Traceback' in other
+
+
+LOGS = """
+import os
+import sys
+from absl import logging
+from launch import app
+
+def main():
+  with open(os.devnull) as f:
+    print(f.fileno(), flush=True)
+  sys.stdin.readline()
+  logging.info('a line')
+  print('a bar', end='', file=sys.stderr, flush=True)
+  print('the result')
+  if FAILS:
+    raise ValueError('what is wrong')
+
+app.run(main)
+"""
+
+
+@pytest.mark.parametrize('end', ['closed', 'gone', 'read'])
+@pytest.mark.parametrize('code', [0, 1])
+def test_a_log_that_nobody_reads_ends_nothing(end, code):
+  """And is not on standard output, nor in a file that took its number."""
+  program = LOGS.replace('FAILS', str(bool(code)))
+  command = ['bash', '-c', f'exec "$@" {"2>&-" if end == "closed" else ""}', 'bash']
+  process = subprocess.Popen(
+    [*command, sys.executable, '-c', program],
+    cwd=Path(__file__).parents[2],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  number = process.stdout.readline()
+  assert int(number) > 2
+  if end == 'gone':
+    process.stderr.close()
+    process.stderr = None
+  out, err = process.communicate('go on\n')
+  assert (process.returncode, out) == (code, 'the result\n')
+  if end == 'read':
+    assert ' a line\na bar' in err
+    assert ('error: what is wrong' in err) is bool(code)
