@@ -6,7 +6,8 @@ a kernel is read in ranges of rows, each cast and transposed straight into the
 leaf it belongs to: the memory in use is the result and a few megabytes.
 """
 
-from collections.abc import Callable, Mapping
+import collections
+from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 import dataclasses
 import hashlib
@@ -15,6 +16,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -329,6 +331,14 @@ def match_tensors(
         f'expected {list(shape)}, as the configuration says.'
       )
   return tensors
+
+
+def log_left_out(where: str, prefixes: Iterable[str]):
+  """Says which tensors, by their prefixes, are not of the language model and so not read."""
+  counts = collections.Counter(prefixes)
+  if counts:
+    of_each = ', '.join(f'{prefix}* x {n}' for prefix, n in sorted(counts.items()))
+    logging.info('%s: leaves out what is not of the language model: %s', where, of_each)
 
 
 def check_layer_count(num_layers: Any, num_tensors: int, where: str):

@@ -194,7 +194,7 @@ def _open_arrays(root: Path) -> dict[str, Any]:
   kvstore = {'driver': 'file', 'path': f'{root.absolute()}/'}
   if (root / 'manifest.ocdbt').is_file():
     kvstore = {'driver': 'ocdbt', 'base': f'file://{root.absolute()}/'}
-  arrays = {}
+  arrays, left_out = {}, []
   try:
     keys = [k.decode() for k in ts.KvStore.open(kvstore).result().list().result()]
     drivers = {
@@ -209,7 +209,8 @@ def _open_arrays(root: Path) -> dict[str, Any]:
       path = path.removeprefix('transformer/')
       if re.fullmatch(r'layer_\d+/mlp/(gating_einsum|linear)', path):
         path += '/w'
-      if _VISION.match(path):
+      if vision := _VISION.match(path):
+        left_out.append(vision[0])
         continue
       own = {**kvstore, 'path': kvstore.get('path', '') + f'{stem}/'}
       spec = {'driver': driver, 'kvstore': own}
@@ -223,6 +224,7 @@ def _open_arrays(root: Path) -> dict[str, Any]:
     raise ValueError(f'{root}: this is not a complete Orbax checkpoint ({e}).') from None
   if not arrays:
     raise ValueError(f'{root}: this Orbax checkpoint holds no arrays.')
+  base_source.log_left_out(str(root), left_out)
   return arrays
 
 

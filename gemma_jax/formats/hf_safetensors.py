@@ -2,12 +2,13 @@
 
 The folder holds config.json, the weights in one or several .safetensors files,
 and tokenizer.model, which text records need. A multimodal Gemma 3 is read as the
-language model in it: vision tensors are ignored.
+language model in it: vision tensors are left out, and their number is said.
 
 An `lm_head.weight` is accepted only if it equals the embedding, to which the
 output layer is tied; one that differs is another model.
 """
 
+from collections.abc import Iterable
 import functools
 from pathlib import Path
 import re
@@ -37,7 +38,12 @@ MODULES = {
 
 # Prefixes of the language model in multimodal checkpoints, old and new.
 _PREFIXES = ('model.', 'language_model.model.', 'model.language_model.')
-_VISION = re.compile(r'(model\.)?(vision_tower|multi_modal_projector)\.')
+VISION = re.compile(r'(model\.)?(vision_tower|multi_modal_projector)\.')
+# What stands beside weights that bitsandbytes, GPTQ, AWQ and others have quantized.
+_QUANTIZED = re.compile(
+  r'.*\.((nested_)?(absmax|quant_map)|quant_state\..*|SCB|qweight|qzeros|scales|g_idx'
+  r'|weight_(packed|scale|scale_inv))'
+)
 _HEAD = re.compile(r'(language_model\.)?lm_head\.weight')
 
 
@@ -57,10 +63,14 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
         raise ValueError(f'{path}: tensor {name} is also in {entries[name].path.name}.')
       entries[name] = entry
   config_path = folder / 'config.json'
-  config = hf_config.model_config(read_json(config_path), len(entries), str(config_path))
+  raw = read_json(config_path)
+  _check_not_quantized(entries, raw, folder)
+  config = hf_config.model_config(raw, len(entries), str(config_path))
   prefix = next((p for p in _PREFIXES if f'{p}embed_tokens.weight' in entries), 'model.')
   if prefix != 'model.':
-    entries = {n: e for n, e in entries.items() if not _VISION.match(n)}
+    left_out = {name: found[0] for name in entries if (found := VISION.match(name))}
+    entries = {n: e for n, e in entries.items() if n not in left_out}
+    base_source.log_left_out(str(folder), left_out.values())
   heads = [entries.pop(name) for name in list(entries) if _HEAD.fullmatch(name)]
   stored = {n: StoredTensor(n, e.shape, e.read) for n, e in entries.items()}
   names = tensor_names(config, prefix)
@@ -83,6 +93,20 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
     read_stop_ids=functools.partial(_stop_ids, folder),
     read_trained_with=functools.partial(_trained_with, folder),
   )
+
+
+def _check_not_quantized(names: Iterable[str], config: Any, folder: Path):
+  """Raises ValueError if one of the tensors stands beside quantized weights."""
+  name = next(filter(_QUANTIZED.fullmatch, names), None)
+  if name is not None:
+    about = config.get('quantization_config') if isinstance(config, dict) else None
+    method = about.get('quant_method') if isinstance(about, dict) else None
+    by = f' by {method}' if isinstance(method, str) else ''
+    raise ValueError(
+      f'{folder}: its weights are quantized{by} (tensor {name}), expected float32, float16 or '
+      'bfloat16. Give the model that it was made from, or dequantize it first: '
+      'AutoModelForCausalLM.from_pretrained(FOLDER).dequantize().save_pretrained(OUTPUT).'
+    )
 
 
 def read_json(path: Path) -> Any:

@@ -51,6 +51,9 @@ _TENSOR = re.compile(
   r'layers\.(?P<layer>\d+)\.(?P<name>\w+\.\w+))'
   r'\.lora_(?P<part>A\.weight|B\.weight|magnitude_vector)'
 )
+_VISION = re.compile(
+  rf'base_model\.model\.(?P<module>(?P<prefix>{hf_safetensors.VISION.pattern}).+)\.lora_.+'
+)
 _LEAF = re.compile(r'layer_(\d+)/((?:attn|mlp)/\w+)/lora_(?:a|b|magnitude)')
 
 
@@ -100,9 +103,9 @@ def read_adapter(
   folder = Path(folder)
   where = folder / CONFIG_NAME
   options = peft_config.Options.parse(hf_safetensors.read_json(where), str(where))
-  factors = _read_factors(folder / WEIGHTS_NAME, model_config)
+  factors, vision = _read_factors(folder / WEIGHTS_NAME, model_config)
   names = _check_targets(factors, options, model_config.num_layers)
-  options.check_patterns([each.module for each in factors.values()])
+  options.check_patterns([*(each.module for each in factors.values()), *vision])
   modules = {key: options.module(x.module) for key, x in factors.items()}
   for key, each in factors.items():
     _check_module(each, modules[key], options)
@@ -255,8 +258,13 @@ def _read_all(entry: safetensors_file.Entry) -> np.ndarray:
   return values
 
 
-def _read_factors(path: Path, config: ModelConfig) -> dict[tuple[int, str], Factors]:
-  """The factors of each (layer, projection) in the file, in float32."""
+def _read_factors(
+  path: Path, config: ModelConfig
+) -> tuple[dict[tuple[int, str], Factors], set[str]]:
+  """The factors of each (layer, projection) in the file, in float32.
+
+  Those of a vision tower are left out; the second is the names of its modules.
+  """
   if not path.is_file():
     raise ValueError(
       f'{path}: there is no such file; an adapter in the older format (.bin) must '
@@ -264,8 +272,12 @@ def _read_factors(path: Path, config: ModelConfig) -> dict[tuple[int, str], Fact
     )
   by_module: dict[tuple[int, str], dict[str, np.ndarray]] = {}
   modules = {}
+  vision = []
   shapes = base_source.stored_shapes(config)
   for tensor, entry in safetensors_file.read_header(path).items():
+    if other := _VISION.fullmatch(tensor):
+      vision.append(other)
+      continue
     match = _TENSOR.fullmatch(tensor)
     if not match or match['name'] not in _PATHS:
       raise ValueError(
@@ -309,8 +321,10 @@ def _read_factors(path: Path, config: ModelConfig) -> dict[tuple[int, str], Fact
     magnitude = parts.get('magnitude_vector')
     factors[key] = Factors(modules[key], a, b, magnitude)
   if not factors:
-    raise ValueError(f'{path}: it has no tensors.')
-  return factors
+    what = 'has only those of a vision tower' if vision else 'has no tensors'
+    raise ValueError(f'{path}: it {what}, expected factors of the language model.')
+  base_source.log_left_out(str(path), (other['prefix'] for other in vision))
+  return factors, {other['module'] for other in vision}
 
 
 def _check_module(factors: Factors, module: peft_config.Module, options: peft_config.Options):

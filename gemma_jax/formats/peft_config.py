@@ -47,6 +47,16 @@ _HONOURED = frozenset(
   }
 )
 
+_MERGE = (
+  'merge the adapter first, PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), '
+  'ADAPTER).merge_and_unload().save_pretrained(OUTPUT), and give OUTPUT as the model'
+)
+_REMEDIES = {
+  'lora_bias': "Gemma's layers have no bias that it could be merged into; train without it",
+  'modules_to_save': _MERGE,
+  'trainable_token_indices': _MERGE,
+}
+
 _MAX_RANK = 1 << 20
 _MOST_NAMES = 1 << 12  # Gemma 3 27B has 434 modules
 _REGEX = (
@@ -104,7 +114,7 @@ class Options:
         raise ValueError(f'{where}: option {name} is {raw.get(name)!r:.80}, expected {expected}.')
 
     for name in sorted(raw.keys() - _IGNORED - _HONOURED):
-      check(name, not raw[name], 'it unset; this option is not supported')
+      check(name, not raw[name], f'it unset; {_REMEDIES.get(name, "this option is not supported")}')
     check('bias', raw.get('bias', 'none') == 'none', "'none'")
     init = raw.get('init_lora_weights')
     check(
@@ -228,6 +238,8 @@ class Options:
     if len(distinct := set(modules.values())) == 1:
       (module,) = distinct
       rank, alpha = module.rank, module.alpha
+    if alpha <= 0:  # 0 switches an adapter off: its factors are multiplied with it
+      alpha = float(rank)
     ranks = {path: m.rank for path, m in modules.items() if m.rank != rank}
     adapted = {path.rpartition('/')[2] for path in modules}
     projections = [name for name in PROJECTIONS if name in adapted]

@@ -125,12 +125,14 @@ def test_mlp_without_a_w_and_a_params_level_are_read(tmp_path):
   hf_toy.assert_trees_equal(open_folder(tmp_path / 'x').load_params(), params_of(variants.TINY))
 
 
-def test_vision_is_passed_over(tmp_path):
+def test_vision_is_left_out_and_said(tmp_path, caplog):
   tree = release_tree(variants.TINY3, params_of(variants.TINY3, scan_layers=False))
   tree['transformer/embedder']['mm_soft_embedding_norm'] = np.ones(5)
   tree['vision_encoder/siglip'] = {'w': np.ones((5, 7), np.float32)}
   save(tmp_path / 'x', tree)
+  caplog.set_level('INFO')
   hf_toy.assert_trees_equal(open_folder(tmp_path / 'x').load_params(), params_of(variants.TINY3))
+  assert 'language model: embedder/mm_* x 1, vision_encoder/* x 1' in caplog.text
 
 
 @pytest.mark.parametrize('nested', [False, True])

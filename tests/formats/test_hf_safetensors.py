@@ -57,17 +57,41 @@ def test_each_value_comes_from_its_tensor(family):
 
 
 @pytest.mark.parametrize('prefix', ['language_model.model.', 'model.language_model.'])
-def test_language_model_of_a_multimodal_folder(prefix, tmp_path):
+def test_language_model_of_a_multimodal_folder(prefix, tmp_path, caplog):
   raw = {'model_type': 'gemma3', 'text_config': hf_toy.OLD['gemma3']}
   tensors = {
     name.replace('model.', prefix, 1): x for name, x in hf_toy.tensors_of('gemma3').items()
   }
   tensors['vision_tower.vision_model.post_layernorm.weight'] = np.ones(7, np.float32)
   tensors['multi_modal_projector.mm_soft_emb_norm.weight'] = np.ones(5, np.float32)
+  tensors['vision_tower.vision_model.post_layernorm.bias'] = np.ones(7, np.float32)
+  caplog.set_level('INFO')
   source = hf_toy.open_folder(hf_toy.write_folder(tmp_path / 'm', raw, tensors))
+  words = (
+    'leaves out what is not of the language model: multi_modal_projector.* x 1, vision_tower.*'
+  )
+  assert f'{words} x 2' in caplog.text
   want = hf_toy.open_folder(hf_toy.PARITY / 'gemma3')
   assert source.config == want.config
   hf_toy.assert_trees_equal(source.load_params(), want.load_params())
+
+
+@pytest.mark.parametrize(
+  ('suffix', 'config', 'by'),
+  [
+    ('.absmax', {'quant_method': 'bitsandbytes'}, ' by bitsandbytes'),
+    ('.quant_state.bitsandbytes__nf4', None, ''),
+    ('_scale', {'quant_method': 7}, ''),
+  ],
+)
+def test_quantized_weights_are_named_as_that(suffix, config, by, tmp_path):
+  tensors = hf_toy.tensors_of('gemma1')
+  tensors[f'model.layers.0.mlp.up_proj.weight{suffix}'] = np.ones(7, np.float32)
+  raw = hf_toy.OLD['gemma1'] | {'quantization_config': config}
+  folder = hf_toy.write_folder(tmp_path / 'q', raw, tensors)
+  words = rf'weights are quantized{by} \(tensor .*up_proj\.weight{suffix}\).*\.dequantize\(\)'
+  with pytest.raises(ValueError, match=words):
+    hf_toy.open_folder(folder)
 
 
 def write_shards(path, config, tensors, num_shards=3):

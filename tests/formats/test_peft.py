@@ -216,6 +216,32 @@ def test_files_that_are_missing_or_broken(adapter, tmp_path):
     peft.read_adapter(adapter, peft_toy.MODEL)
 
 
+@pytest.mark.parametrize('prefix', ['', 'model.'])
+def test_the_language_part_of_an_adapter_with_vision_factors(adapter, prefix, caplog):
+  want = peft.read_adapter(adapter, peft_toy.MODEL)
+  layer = 'vision_tower.vision_model.encoder.layers.2.self_attn'
+
+  def add(tensors):
+    for name in ('q_proj', 'out_proj'):
+      stem = f'base_model.model.{prefix}{layer}.{name}.lora_'
+      tensors |= {f'{stem}A.weight': np.ones((5, 7), np.float32)}
+      tensors |= {f'{stem}B.weight': np.ones((9, 5), np.float32)}
+
+  peft_toy.edit_tensors(adapter, add)
+  peft_toy.edit(adapter, rank_pattern={'out_proj': 5})
+  caplog.set_level('INFO')
+  got = peft.read_adapter(adapter, peft_toy.MODEL)
+  assert got[0] == want[0]
+  hf_toy.assert_trees_equal(got[1], want[1])
+  words = f'leaves out what is not of the language model: {prefix}vision_tower.* x 4'
+  assert words in caplog.text
+  peft_toy.edit_tensors(
+    adapter, lambda tensors: [tensors.pop(n) for n in [*tensors] if 'vision' not in n]
+  )
+  with pytest.raises(ValueError, match='has only those of a vision tower'):
+    peft.read_adapter(adapter, peft_toy.MODEL)
+
+
 @pytest.mark.parametrize('other', ['final_norm/scale', 'final_norm'])
 def test_a_trained_leaf_that_the_base_cannot_have(adapter, other):
   """A scalar; a leaf where others lie below it."""

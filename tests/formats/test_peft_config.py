@@ -143,6 +143,40 @@ def test_unsupported_option_is_named(option, value, adapter):
 
 
 @pytest.mark.parametrize(
+  ('option', 'value', 'remedy'),
+  [
+    ('modules_to_save', ['embed_tokens'], r'\.merge_and_unload\(\)\.save_pretrained\(OUTPUT\)'),
+    ('trainable_token_indices', [3], r'and give OUTPUT as the model'),
+    ('lora_bias', True, 'no bias that it could be merged into'),
+  ],
+)
+def test_the_way_out_is_said(option, value, remedy, adapter):
+  peft_toy.edit(adapter, **{option: value})
+  with pytest.raises(ValueError, match=rf'option {option} is .*{remedy}'):
+    peft.read_adapter(adapter, peft_toy.MODEL)
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'lora_alpha': 0},
+    {'lora_alpha': -3},
+    {'lora_alpha': 0, 'use_rslora': True},
+    {'lora_alpha': 0, 'alpha_pattern': {'v_proj': 7}},
+    {'alpha_pattern': {'v_proj': 0}},
+  ],
+)
+def test_a_scale_of_zero_or_less(options, adapter):
+  """The factors take it, since a config's scale is positive."""
+  peft_toy.edit(adapter, **options)
+  config, lora = peft.read_adapter(adapter, peft_toy.MODEL)
+  assert config.scale > 0
+  peft_toy.assert_updates_equal(
+    peft_toy.our_updates(lora, config, peft_toy.MODEL), peft_toy.peft_updates(adapter), 1e-6
+  )
+
+
+@pytest.mark.parametrize(
   ('options', 'layers'),
   [
     ({'layers_to_transform': [0, 2]}, {0, 2}),
