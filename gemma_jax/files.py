@@ -110,24 +110,27 @@ def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
 
 
 def json_bytes(text: str) -> int:
-  """What the value of a JSON text takes in memory while it is parsed, at most.
-
-  The text itself and the strings cut from it count; escapes may widen these.
-  """
-  strings = max(sys.getsizeof(text), 4 * len(text) if '\\u' in text else 0)
-  return 2 * strings + sum(n * text.count(mark) for mark, n in _JSON_BYTES.items())
+  """What the values of a JSON text take in memory beside their characters, at most."""
+  return sum(n * text.count(mark) for mark, n in _JSON_BYTES.items())
 
 
 def parse_json(content: bytes) -> Any:
-  """The value of a JSON text in UTF-8, which takes at most 64 MiB and 4 times the text.
+  """The value of a JSON text in UTF-8, if it is in proportion to the text.
+
+  What is made of it, a message that shows a string of it included, takes at most
+  64 MiB and 4 times the text.
 
   Raises:
     ValueError: not JSON, nested too deeply, or of too many values.
   """
   most = _MORE_BYTES + 3 * len(content)  # the content is the fourth
-  # Decoded, it may itself be 4 times as large, and once more on the way.
+  # A character beyond ASCII makes all of them up to 4 times as wide, once more on the way.
   text = content.decode() if content.isascii() or 2 * len(content) < _MORE_BYTES else None
-  if text is None or json_bytes(text) > most:
+  if text is not None:
+    wide = max(sys.getsizeof(text), 4 * len(text) if '\\u' in text else 0)
+    # The text, the strings of it, and both once more in a message.
+    text = text if 4 * wide + json_bytes(text) < most else None
+  if text is None:
     raise ValueError(f'its values would take more than {most >> 20:,} MiB of memory')
   try:
     return json.loads(text)

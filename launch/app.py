@@ -108,10 +108,11 @@ def _set_up_streams():
   """Text is UTF-8, whatever the locale; no log ends with its reader."""
   for name in ('stdin', 'stdout', 'stderr'):
     if getattr(sys, name) is None:  # it was closed; else the next file has its number
-      setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), 'r' if name == 'stdin' else 'w'))
+      mode = 'r' if name == 'stdin' else 'w'
+      setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding='utf-8'))
   if sys.stderr is sys.__stderr__:
     unread = io.BufferedWriter(_Unread(sys.stderr.fileno(), 'w', closefd=False))
-    sys.stderr = io.TextIOWrapper(unread, line_buffering=True)
+    sys.stderr = io.TextIOWrapper(unread, 'utf-8', 'backslashreplace', line_buffering=True)
   for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
       stream.reconfigure(encoding='utf-8', errors='backslashreplace')

@@ -205,10 +205,10 @@ class SentencePieceTokenizer(Tokenizer):
       for i, piece in enumerate(proto.pieces)
       if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
+    loaded = proto.SerializeToString() if self._retyped or by_name else model_proto
+    del proto  # as large as what is made of it
     try:
-      self._pieces = sentencepiece.SentencePieceProcessor(
-        model_proto=(proto.SerializeToString() if self._retyped or by_name else model_proto)
-      )
+      self._pieces = sentencepiece.SentencePieceProcessor(model_proto=loaded)
     except Exception as e:  # so does SentencePiece
       raise _not_a_model(source, model_proto, e) from None
     got = tuple(getattr(self._pieces, f'{name}_id')() for name in ('pad', 'eos', 'bos', 'unk'))

@@ -345,6 +345,6 @@ def check_layer_count(num_layers: Any, num_tensors: int, where: str):
   """Rejects a layer count that a file cannot hold, before any work is done."""
   if not isinstance(num_layers, int) or not 0 < num_layers <= num_tensors:
     raise ValueError(
-      f'{where}: got {num_layers!r} layers, expected an integer from 1 to '
+      f'{where}: got {num_layers!r:.80} layers, expected an integer from 1 to '
       f'{num_tensors}, the number of tensors.'
     )

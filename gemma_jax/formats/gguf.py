@@ -86,13 +86,13 @@ def _model_config(
   arch = metadata.get('general.architecture')
   if arch not in ('gemma', 'gemma2', 'gemma3'):
     raise ValueError(
-      f'{where}: general.architecture is {arch!r}, expected gemma, gemma2 or gemma3.'
+      f'{where}: general.architecture is {arch!r:.80}, expected gemma, gemma2 or gemma3.'
     )
 
   def get(key: str, default: Any = None) -> Any:
     value = metadata.get(f'{arch}.{key}', default)
     if not isinstance(value, int | float) or isinstance(value, bool):
-      raise ValueError(f'{where}: {arch}.{key} is {value!r}, expected a number.')
+      raise ValueError(f'{where}: {arch}.{key} is {value!r:.80}, expected a number.')
     return value
 
   num_layers = get('block_count')
@@ -145,7 +145,7 @@ def _rope_scale(metadata: dict[str, Any], arch: str, where: str) -> float:
   is_known = kind == 'linear' and arch != 'gemma2'
   if not is_known or not isinstance(factor, int | float) or not factor > 0:
     raise ValueError(
-      f'{where}: {arch}.rope.scaling is {kind!r} with factor {factor!r}, '
+      f'{where}: {arch}.rope.scaling is {kind!r:.80} with factor {factor!r:.80}, '
       'expected none, or linear with a factor > 0 (not in gemma2).'
     )
   return float(factor)
@@ -211,7 +211,7 @@ def _tokenizer(path: Path):
     return None
   if metadata.get(f'{key}.model') != 'llama':
     raise ValueError(
-      f'{path}: {key}.model is {metadata.get(f"{key}.model")!r}, expected '
+      f'{path}: {key}.model is {metadata.get(f"{key}.model")!r:.80}, expected '
       "'llama', which is SentencePiece."
     )
   proto = tokenizer.build_model_proto(*(metadata.get(name, ()) for name in arrays))

@@ -82,7 +82,7 @@ def model_config(raw: Any, num_tensors: int, where: str) -> ModelConfig:
     kind = 'gemma3_text'
   if not isinstance(kind, str) or kind not in _DEFAULTS:
     raise ValueError(
-      f'{where}: model_type is {kind!r}, expected gemma, gemma2, gemma3_text '
+      f'{where}: model_type is {kind!r:.80}, expected gemma, gemma2, gemma3_text '
       'or gemma3; other architectures are not supported.'
     )
   config = {**_DEFAULTS[kind], **raw}
@@ -129,7 +129,7 @@ def _check_switches(config: dict[str, Any], outer: dict[str, Any], kind: str, wh
     for part in (config, outer):
       if part.get(key) not in values:
         raise ValueError(
-          f'{where}: {key} is {part[key]!r}, expected one of {values}; this '
+          f'{where}: {key} is {part[key]!r:.80}, expected one of {values}; this '
           f'is not a {kind} language model that can be read.'
         )
 
@@ -144,12 +144,14 @@ def _pattern(config: dict[str, Any], kind: str, where: str) -> tuple[bool, ...]:
       period = config.get('sliding_window_pattern')
       period = period or config.get('_sliding_window_pattern') or 6
     if not isinstance(period, int) or period < 1:
-      raise ValueError(f'{where}: sliding_window_pattern is {period!r}, expected an integer >= 1.')
+      raise ValueError(
+        f'{where}: sliding_window_pattern is {period!r:.80}, expected an integer >= 1.'
+      )
     return variants.alternating(num_layers, period - 1)
   names = ('full_attention', 'sliding_attention')
   if not isinstance(listed, list) or any(name not in names for name in listed):
     raise ValueError(
-      f'{where}: layer_types is {listed!r}, expected a list of {" and ".join(names)}.'
+      f'{where}: layer_types is {listed!r:.80}, expected a list of {" and ".join(names)}.'
     )
   return tuple(name == 'sliding_attention' for name in listed)
 
@@ -179,7 +181,7 @@ def _rope(config: dict[str, Any], kind: str, where: str) -> dict[str, float]:
   scaled = local if is_gemma3 else full if kind == 'gemma2' else {}
   if _linear_factor(scaled, where) != 1.0:
     raise ValueError(
-      f'{where}: RoPE of local layers is scaled ({scaled!r}), expected rope type default.'
+      f'{where}: RoPE of local layers is scaled ({scaled!r:.80}), expected rope type default.'
     )
   return rope
 
@@ -189,13 +191,13 @@ def _linear_factor(rope: dict[str, Any], where: str) -> float:
   if kind == 'default':
     return 1.0
   if kind != 'linear':
-    raise ValueError(f'{where}: rope_type is {kind!r}, expected default or linear.')
+    raise ValueError(f'{where}: rope_type is {kind!r:.80}, expected default or linear.')
   return _positive(rope, 'factor', where)
 
 
 def _object(value: Any, name: str, where: str) -> dict[str, Any]:
   if not isinstance(value, dict):
-    raise ValueError(f'{where}: {name} is {value!r}, expected a JSON object.')
+    raise ValueError(f'{where}: {name} is {value!r:.80}, expected a JSON object.')
   return value
 
 
@@ -203,7 +205,7 @@ def _positive(config: dict[str, Any], key: str, where: str) -> float:
   value = config.get(key)
   is_flag = isinstance(value, bool)
   if is_flag or not isinstance(value, int | float) or not 0 < value < 1e300:
-    raise ValueError(f'{where}: {key} is {value!r}, expected a number > 0.')
+    raise ValueError(f'{where}: {key} is {value!r:.80}, expected a number > 0.')
   return float(value)
 
 

@@ -167,7 +167,9 @@ def _index_files(index: Path) -> list[Path]:
   files = []
   for name in sorted({str(entry) for entry in weight_map.values()}):
     if not re.fullmatch(r'[^/\\]+\.safetensors', name):
-      raise ValueError(f'{index}: {name!r} is not the name of a .safetensors file in the folder.')
+      raise ValueError(
+        f'{index}: {name!r:.80} is not the name of a .safetensors file in the folder.'
+      )
     path = index.parent / name
     if not path.is_file():
       of = next(t for t, entry in weight_map.items() if entry == name)

@@ -67,14 +67,14 @@ def added_tokens(folder: Path, num_rows: int) -> list[AddedToken]:
     origins.setdefault(token.id, where)
     if _spelled(known.content) != _spelled(token.content):
       raise ValueError(
-        f'{where}: token {token.id} is {token.content!r}, but '
-        f'{origins[token.id]} says {known.content!r}; expected one spelling.'
+        f'{where}: token {token.id} is {token.content!r:.80}, but '
+        f'{origins[token.id]} says {known.content!r:.80}; expected one spelling.'
       )
     by_id[token.id] = known._replace(special=known.special or token.special)
   for token in by_id.values():
     if token.id >= num_rows and not token.special:
       raise ValueError(
-        f'{origins[token.id]}: added token {token.content!r} has id '
+        f'{origins[token.id]}: added token {token.content!r:.80} has id '
         f'{token.id}, expected one below {num_rows}, the rows of the '
         'embedding; resize the embedding, or remove the token.'
       )
@@ -156,7 +156,7 @@ def _parse(where: str, entry: Any, special: set[str]) -> AddedToken:
   odd = next((name for name in _MATCHING if fields.get(name)), None)
   if odd and not (is_special or tokenizer_lib.is_control_name(content)):
     raise ValueError(
-      f'{where}: added token {content!r} has {odd}, expected a token that is '
+      f'{where}: added token {content!r:.80} has {odd}, expected a token that is '
       'matched exactly as spelled; others are not supported.'
     )
   return AddedToken(token_id, content, is_special)

@@ -17,7 +17,6 @@ import math
 import os
 from pathlib import Path
 import re
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,11 +25,10 @@ from gemma_jax import files, pytree
 from gemma_jax.config.train import LoraConfig
 from gemma_jax.formats import (
   atomic_folder,
-  base_source,
-  finite,
   hf_safetensors,
   model_card,
   peft_config,
+  peft_factors,
   safetensors_file,
 )
 from gemma_jax.formats.trained_with import TrainedWith
@@ -42,35 +40,7 @@ CONFIG_NAME = 'adapter_config.json'
 WEIGHTS_NAME = 'adapter_model.safetensors'
 TRAINED_BASE_NAME = 'trained_base.safetensors'
 
-_PATHS = {module: path for path, module in hf_safetensors.MODULES.items()}
-
-# The prefix of `layers` differs for adapters of multimodal checkpoints.
-_TENSOR = re.compile(
-  r'base_model\.model\.'
-  r'(?P<module>(?:model\.|language_model\.model\.|model\.language_model\.)'
-  r'layers\.(?P<layer>\d+)\.(?P<name>\w+\.\w+))'
-  r'\.lora_(?P<part>A\.weight|B\.weight|magnitude_vector)'
-)
-_VISION = re.compile(
-  rf'base_model\.model\.(?P<module>(?P<prefix>{hf_safetensors.VISION.pattern}).+)\.lora_.+'
-)
 _LEAF = re.compile(r'layer_(\d+)/((?:attn|mlp)/\w+)/lora_(?:a|b|magnitude)')
-
-
-class Factors(NamedTuple):
-  """A file's tensors for one module of the base.
-
-  Attributes:
-    module: its name in the base.
-    a: [r, inputs].
-    b: [outputs, r].
-    magnitude: [outputs], or None without DoRA.
-  """
-
-  module: str
-  a: np.ndarray
-  b: np.ndarray
-  magnitude: np.ndarray | None
 
 
 def read_adapter(
@@ -103,7 +73,7 @@ def read_adapter(
   folder = Path(folder)
   where = folder / CONFIG_NAME
   options = peft_config.Options.parse(hf_safetensors.read_json(where), str(where))
-  factors, vision = _read_factors(folder / WEIGHTS_NAME, model_config)
+  factors, vision = peft_factors.read_factors(folder / WEIGHTS_NAME, model_config)
   names = _check_targets(factors, options, model_config.num_layers)
   options.check_patterns([*(each.module for each in factors.values()), *vision])
   modules = {key: options.module(x.module) for key, x in factors.items()}
@@ -127,7 +97,7 @@ def read_adapter(
 
 def _leaves(
   name: str,
-  factors: dict[tuple[int, str], Factors],
+  factors: dict[tuple[int, str], peft_factors.Factors],
   modules: dict[tuple[int, str], peft_config.Module],
   lora_config: LoraConfig,
   model_config: ModelConfig,
@@ -248,86 +218,12 @@ def read_trained_base(folder: str | os.PathLike) -> pytree.Tree:
         f'{path}: tensor {name} has shape {list(entry.shape)}, expected a leaf of the base, with '
         'axes and with nothing below it.'
       )
-  return pytree.unflatten({n: _read_all(e) for n, e in entries.items()})
+  return pytree.unflatten({n: peft_factors.read_finite(e) for n, e in entries.items()})
 
 
-def _read_all(entry: safetensors_file.Entry) -> np.ndarray:
-  """A whole tensor; ValueError names one that is not finite."""
-  values = entry.read_all()
-  finite.check(values, entry.name, str(entry.path))
-  return values
-
-
-def _read_factors(
-  path: Path, config: ModelConfig
-) -> tuple[dict[tuple[int, str], Factors], set[str]]:
-  """The factors of each (layer, projection) in the file, in float32.
-
-  Those of a vision tower are left out; the second is the names of its modules.
-  """
-  if not path.is_file():
-    raise ValueError(
-      f'{path}: there is no such file; an adapter in the older format (.bin) must '
-      'be saved again as safetensors.'
-    )
-  by_module: dict[tuple[int, str], dict[str, np.ndarray]] = {}
-  modules = {}
-  vision = []
-  shapes = base_source.stored_shapes(config)
-  for tensor, entry in safetensors_file.read_header(path).items():
-    if other := _VISION.fullmatch(tensor):
-      vision.append(other)
-      continue
-    match = _TENSOR.fullmatch(tensor)
-    if not match or match['name'] not in _PATHS:
-      raise ValueError(
-        f'{path}: tensor {tensor} is unexpected, expected lora_A and lora_B of {", ".join(_PATHS)}.'
-      )
-    name, layer = _PATHS[match['name']], int(match['layer'])
-    if layer >= config.num_layers:
-      raise ValueError(
-        f'{path}: tensor {tensor} is for layer {layer}, but the base has '
-        f'{config.num_layers}; the adapter belongs to another base.'
-      )
-    part = match['part'].removesuffix('.weight')
-    outputs, inputs = shapes[f'layer_{layer}/{name}/w']
-    expected, rank_axis = {
-      'A': (['r', inputs], 0),
-      'B': ([outputs, 'r'], 1),
-      'magnitude_vector': ([outputs], None),
-    }[part]
-    got: list[int | str] = list(entry.shape)
-    if rank_axis is not None and len(got) == 2 and got[rank_axis] > 0:
-      got[rank_axis] = 'r'
-    if got != expected:
-      raise ValueError(
-        f'{path}: tensor {tensor} has shape {list(entry.shape)}, expected '
-        f'[{", ".join(map(str, expected))}]; the adapter belongs to another '
-        'base.'
-      )
-    modules[layer, name] = match['module']
-    parts = by_module.setdefault((layer, name), {})
-    if part in parts:
-      raise ValueError(f'{path}: tensor {tensor} occurs under two names.')
-    parts[part] = _read_all(entry).astype(np.float32)
-  factors = {}
-  for key, parts in by_module.items():
-    a, b = parts.get('A'), parts.get('B')
-    if a is None or b is None or len(a) != b.shape[1]:
-      raise ValueError(
-        f'{path}: {modules[key]} needs lora_A and lora_B of one rank, got '
-        f'{ {f: list(x.shape) for f, x in sorted(parts.items())} }.'
-      )
-    magnitude = parts.get('magnitude_vector')
-    factors[key] = Factors(modules[key], a, b, magnitude)
-  if not factors:
-    what = 'has only those of a vision tower' if vision else 'has no tensors'
-    raise ValueError(f'{path}: it {what}, expected factors of the language model.')
-  base_source.log_left_out(str(path), (other['prefix'] for other in vision))
-  return factors, {other['module'] for other in vision}
-
-
-def _check_module(factors: Factors, module: peft_config.Module, options: peft_config.Options):
+def _check_module(
+  factors: peft_factors.Factors, module: peft_config.Module, options: peft_config.Options
+):
   """Raises ValueError unless a module's tensors are what the options say."""
   if len(factors.a) != module.rank:
     raise ValueError(
@@ -342,7 +238,9 @@ def _check_module(factors: Factors, module: peft_config.Module, options: peft_co
 
 
 def _check_targets(
-  factors: dict[tuple[int, str], Factors], options: peft_config.Options, num_layers: int
+  factors: dict[tuple[int, str], peft_factors.Factors],
+  options: peft_config.Options,
+  num_layers: int,
 ) -> list[str]:
   """The projections that carry factors; the options must select exactly these.
 

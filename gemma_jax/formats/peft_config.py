@@ -222,7 +222,7 @@ class Options:
       for pattern in getattr(self, option):
         if not any(self._ends_like(pattern, module) for module in modules):
           raise ValueError(
-            f'{self.where}: {option} {pattern!r} matches no module of the '
+            f'{self.where}: {option} {pattern!r:.80} matches no module of the '
             f'adapter, expected the end of a name such as {min(modules)}.'
           )
 

@@ -121,7 +121,7 @@ def read_header(path: Path) -> dict[str, Entry]:
   for begin, end, name, dtype_name, shape in spans:
     if dtype_name not in _ITEM_BYTES or any(size < 0 for size in shape):
       raise ValueError(
-        f'{path}: tensor {name} has dtype {dtype_name!r} and shape '
+        f'{path}: tensor {name} has dtype {dtype_name!r:.80} and shape '
         f'{list(shape)}, which the format does not know.'
       )
     num_bytes = math.prod(shape) * _ITEM_BYTES[dtype_name]

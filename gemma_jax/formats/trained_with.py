@@ -63,18 +63,18 @@ class TrainedWith:
     names = {field.name for field in dataclasses.fields(cls)}
     if not isinstance(raw, dict) or raw.keys() != names:
       got = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
-      raise _refused(path, f'fields {got}', f'{sorted(names)}')
+      raise _refused(path, f'fields {got!s:.200}', f'{sorted(names)}')
     try:
       templates.check_name(raw['template'])
     except (ValueError, TypeError) as e:
       raise ValueError(f'{path}: {e} {_REMEDY}') from None
     if raw['loss_on'] not in _LOSS_ON:
-      raise _refused(path, f'loss_on={raw["loss_on"]!r}', ' or '.join(_LOSS_ON))
+      raise _refused(path, f'loss_on={raw["loss_on"]!r:.80}', ' or '.join(_LOSS_ON))
     if type(raw['parse_control_tokens']) is not bool:
       got = raw['parse_control_tokens']
-      raise _refused(path, f'parse_control_tokens={got!r}', 'true or false')
+      raise _refused(path, f'parse_control_tokens={got!r:.80}', 'true or false')
     if type(raw['seq_len']) is not int or raw['seq_len'] < 0:
-      raise _refused(path, f'seq_len={raw["seq_len"]!r}', 'an integer >= 0')
+      raise _refused(path, f'seq_len={raw["seq_len"]!r:.80}', 'an integer >= 0')
     return cls(**raw)
 
 
