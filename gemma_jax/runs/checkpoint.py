@@ -29,6 +29,9 @@ from gemma_jax.training.state import TrainState
 
 # Orbax writes to this file once more while it renames a step.
 _TIMES = '_CHECKPOINT_METADATA'
+# What Orbax parses in Python; some kilobytes, and some hundred for a large model.
+_TEXTS = (_TIMES, 'notes/metadata', 'state/_*', 'state/array_metadatas/*')
+_LARGE_TEXT_BYTES = 1 << 20
 
 
 class Checkpoints:
@@ -153,6 +156,7 @@ class Checkpoints:
         what = f'Checkpoint {step} of {self.folder} is damaged: {defect}'
         if step == good:
           logging.warning('%s. It is the only one left: used unchecked.', what)
+          self._check_texts(step)
           continue
         if not read_only:
           aside = checksums.set_aside(self._root, step)
@@ -165,6 +169,14 @@ class Checkpoints:
     if jax.process_count() > 1:  # the others wait for the renames
       multihost_utils.sync_global_devices('checkpoints are checked')
     return set(bad) if read_only else set()
+
+  def _check_texts(self, step: int) -> None:
+    """ValueError for a text of Orbax's that would take memory out of proportion."""
+    folder = self._root / str(step)
+    for path in (path for pattern in _TEXTS for path in folder.glob(pattern)):
+      if path.stat().length > _LARGE_TEXT_BYTES:
+        with self._reading(step):
+          files.parse_json(path.read_bytes())
 
   def _check_place(self) -> None:
     """OSError if the folder was renamed where paths do not follow it."""

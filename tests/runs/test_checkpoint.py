@@ -182,6 +182,17 @@ def test_a_step_set_aside_is_saved_again(tmp_path):
   assert checksums.newest_good(epath.Path(root)) == (6, {})
 
 
+@pytest.mark.parametrize('name', ['notes/metadata', 'state/_METADATA', '_CHECKPOINT_METADATA'])
+def test_an_unchecked_text_out_of_proportion_is_refused(saved, name, tmp_path):
+  """Orbax would make 100 MB of it."""
+  shutil.copytree(saved, tmp_path / 'run')
+  step = tmp_path / 'run' / 'checkpoints' / '4'
+  (step / checksums.CHECKSUMS).unlink()
+  (step / name).write_text('{"a": [' + '{},' * 500_000 + '1]}')
+  with pytest.raises(ValueError, match=r'checkpoint .*4: cannot be read .*its values would take'):
+    Checkpoints(str(tmp_path / 'run'))
+
+
 def test_an_unchecked_step_is_used_aloud_if_it_is_the_only_one(saved, caplog, tmp_path):
   shutil.copytree(saved, tmp_path / 'run')
   (tmp_path / 'run' / 'checkpoints' / '4' / checksums.CHECKSUMS).unlink()
