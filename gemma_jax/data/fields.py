@@ -66,8 +66,10 @@ class BadRecord(ValueError):
 
 def kind(value: Any) -> str:
   """Describes a value in an error message: its type, and its text if that is short."""
-  text = repr(value)
   name = type(value).__name__
+  if isinstance(value, str | list | dict) and len(value) > 40:
+    return name
+  text = repr(value)
   return f'{name} {text}' if len(text) <= 40 else name
 
 

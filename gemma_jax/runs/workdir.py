@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 import contextlib
 import errno
 import fcntl
-import functools
 import os
 from typing import Any
 
@@ -207,7 +206,8 @@ def naming_disk_errors(workdir: str, kept: Callable[[], str] | None = None) -> I
 
   Args:
     workdir: of a run, or of a sweep.
-    kept: what is safe there; by default the newest good step.
+    kept: what is safe there; None is a run's newest good step, and the workdir
+      was there when the run began.
 
   Raises:
     DiskError: instead of an error of the disk; others pass.
@@ -217,11 +217,12 @@ def naming_disk_errors(workdir: str, kept: Callable[[], str] | None = None) -> I
   except (Moved, DiskError):
     raise
   except Exception as e:
-    words = _system_words(workdir, e)
+    is_gone = kept is None and not files.path(workdir).exists()
+    words = os.strerror(errno.ENOENT) if is_gone else _system_words(workdir, e)
     if words is None:
       raise
     raise DiskError(
-      f'workdir {workdir}: {words}. It keeps {(kept or functools.partial(_safe_step, workdir))()} '
+      f'workdir {workdir}: {words}. It keeps {kept() if kept else _safe_step(workdir)} '
       'and no half-written adapter; fix that and run the same command again.'
     ) from e
 
@@ -233,8 +234,6 @@ def _safe_step(workdir: str) -> str:
 
 def _system_words(workdir: str, e: Exception) -> str | None:
   """'No space left on device', or whatever else went wrong with the disk."""
-  if not files.path(workdir).exists():
-    return os.strerror(errno.ENOENT)
   for number in _DISK_ERRORS:
     words = os.strerror(number)
     is_named = workdir in str(e) or _DESCRIPTORS in str(e) or number in (errno.ENOSPC, errno.EDQUOT)
