@@ -69,14 +69,14 @@ def load_records(config: DataConfig, tfds_dir: str = '') -> Records:
 
 def _limited(train: '_Source', heldout: '_Source | None', config: DataConfig) -> Records:
   """As many records of each part as the config asks for; without `heldout`, of a split."""
-  most = config.max_records, config.max_eval_records
   if heldout is None:
-    parts = split(train, *most, train.source)
+    parts = split(train, config.max_records, config.max_eval_records, train.source)
     return Records(*parts, train.skipped)
-  parts = [
-    list(itertools.islice(x, n or None)) for x, n in zip((train, heldout), most, strict=True)
-  ]
-  return Records(*parts, train.skipped + heldout.skipped)
+  return Records(
+    list(itertools.islice(train, config.max_records or None)),
+    list(itertools.islice(heldout, config.max_eval_records or None)),
+    train.skipped + heldout.skipped,
+  )
 
 
 def of_rows(rows: Sequence[Any], heldout: Sequence[Any] | None, config: DataConfig) -> Records:

@@ -89,10 +89,11 @@ class Matcher:
       elif op is _constants.SUBPATTERN:
         starts = self._ends(value[3], name, starts)
       elif op in _REPEATS:
-        starts = self._repeat(*value, name, starts)
+        least, most, each = value
+        starts = self._repeat(least, most, each, name, starts)
       elif op in _ASSERTS:
-        wanted = op is _constants.ASSERT
-        starts = {i for i in starts if self._looks(*value, name, i) is wanted}
+        (direction, each), wanted = value, op is _constants.ASSERT
+        starts = {i for i in starts if self._looks(direction, each, name, i) is wanted}
       else:
         one = self._single(op, value, parts.state)
         starts = {match.end() for i in starts if (match := one.match(name, i))}
