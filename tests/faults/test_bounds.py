@@ -10,7 +10,7 @@ import types
 import pytest
 
 from gemma_jax.data import tokenizer
-from gemma_jax.formats import hf_safetensors, hf_tokenizer
+from gemma_jax.formats import gguf_file, hf_safetensors, hf_tokenizer
 from tests import data_toy
 from tests.faults import corpora, worker
 
@@ -50,14 +50,14 @@ def base_json(name):
   return write, corpora.CORPORA['safetensors'].read
 
 
-def gguf_array(kind, item):
+def gguf_array(kind, item, num_bytes):
   """A metadata array that nothing reads."""
 
   def write(folder):
     corpora.CORPORA['gguf'].write(folder)
     path = folder / 'base.gguf'
     content = path.read_bytes()
-    count = 8 * MIB // len(item)
+    count = num_bytes // len(item)
     array = struct.pack('<Q4sIIQ', 4, b'junk', 9, kind, count) + item * count
     rest = struct.pack('<Q1sI', 1, b'z', 8)  # keeps the data aligned
     padding = -(len(array) + len(rest) + 8) % 32
@@ -65,7 +65,7 @@ def gguf_array(kind, item):
     num_keys = struct.unpack('<Q', content[16:24])[0] + 2
     path.write_bytes(content[:16] + struct.pack('<Q', num_keys) + array + content[24:])
 
-  return write, corpora.CORPORA['gguf'].read
+  return write, lambda folder: gguf_file.read_header(folder / 'base.gguf')
 
 
 def pieces(unit):
@@ -114,9 +114,8 @@ CASES = {
   ),
   'config.json': (*base_json('config.json'), 'cannot be read as JSON'),
   'an index': (*base_json(hf_safetensors.INDEX_NAME), 'cannot be read as JSON'),
-  'an array of small numbers': (*gguf_array(0, b'\x07'), None),
-  'an array of numbers': (*gguf_array(2, b'\x07\x07'), None),
-  'an array of strings': (*gguf_array(8, struct.pack('<Q', 2) + b'ab'), None),
+  'an array of numbers': (*gguf_array(2, b'\x07\x07', 8 * MIB), None),
+  'an array of strings': (*gguf_array(8, struct.pack('<Q', 2) + b'ab', 28 * MIB), None),
   'empty pieces': (*pieces(b'\n\x00'), 'pieces or more, expected at most 524,288'),
   'small pieces': (*pieces(b'\n\x03\n\x01a'), 'pieces or more, expected at most 524,288'),
   'the vocabulary beside added tokens': (
