@@ -126,9 +126,7 @@ class Checkpoints:
   def read_leaves(self, step: int) -> dict[str, np.ndarray]:
     """All arrays of a step by path, whole, in this host's memory."""
     on_host = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    tree = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_host), self._read_tree(step)
-    )
+    tree = jax.tree.map(lambda x: x.update(sharding=on_host), self._read_tree(step))
     return dict(pytree.items(jax.device_get(self._read_state(step, tree))))
 
   def wait(self) -> None:
@@ -200,8 +198,10 @@ class Checkpoints:
       return restored['state']
 
   def _read_tree(self, step):
+    """Shapes and dtypes of the state's leaves, as the folder has them."""
     with self._reading(step):
-      return self._manager.item_metadata(step)['state'].tree
+      tree = self._manager.item_metadata(step)['state'].tree
+      return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
   @contextlib.contextmanager
   def _reading(self, step: int | str = ''):
@@ -228,8 +228,7 @@ class Checkpoints:
         'this run does not train. Use another workdir.'
       )
     for name, leaf in wanted.items():
-      got = (tuple(saved[name].shape), np.dtype(saved[name].dtype))
-      want = (tuple(leaf.shape), np.dtype(leaf.dtype))
+      got, want = ((x.shape, np.dtype(x.dtype)) for x in (saved[name], leaf))
       if got != want:
         raise ValueError(
           f'checkpoint {where}: {name} is {got[1]} {got[0]}, expected '

@@ -200,3 +200,18 @@ def test_an_unchecked_step_is_used_aloud_if_it_is_the_only_one(saved, caplog, tm
   assert checkpoints.latest_step() == 4
   checkpoints.close()
   assert 'used unchecked' in caplog.text
+
+
+def test_a_leaf_that_is_no_array_is_a_broken_folder(saved, tmp_path):
+  """Without checksums, which would have found it first."""
+  shutil.copytree(f'{saved}/checkpoints', tmp_path / 'checkpoints')
+  step = tmp_path / 'checkpoints' / '4'
+  (step / checksums.CHECKSUMS).unlink()
+  names = step / 'state' / '_METADATA'
+  text = names.read_text()
+  names.write_text(text.replace('"value_type": "jax.Array"', '"value_type": "string"', 1))
+  checkpoints = Checkpoints(str(tmp_path), read_only=True)
+  for read in (checkpoints.read_leaves, lambda step: checkpoints.restore(step, make_state())):
+    with pytest.raises(ValueError, match=r'checkpoint .*/4: cannot be read'):
+      read(4)
+  checkpoints.close()
