@@ -9,6 +9,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
-ensure_environment gemma3-270m
+ensure_environment
 exec "$VENV/bin/python" -m launch.quickstart \
   --workdir="${WORKDIR:-runs/quickstart}" "$@"

@@ -32,7 +32,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-UV_VERSION=0.13.9
 POLL_SECS=${POLL_SECS:-20}
 SESSION=gemma_jax
 
@@ -182,9 +181,10 @@ find gemma_jax -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
 tar -xzf gemma_jax.tar.gz -C gemma_jax
 cd gemma_jax
 export PATH=\$HOME/.local/bin:\$PATH
-command -v uv || curl -LsSf https://astral.sh/uv/$UV_VERSION/install.sh | sh
+command -v uv ||
+  python3 -m pip install --quiet --user --require-hashes -r launch/uv.txt
 [ -d .venv ] || uv venv --python 3.11 .venv
-uv pip install --quiet -r launch/tpu_requirements.txt
+uv pip install --quiet --require-hashes -r launch/tpu_requirements.txt
 uv pip install --quiet --no-deps -e ."
   on_workers all "$install"
 }

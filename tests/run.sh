@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests in .venv, which it makes and fills from setup.py if need be.
+# Runs the tests in .venv, which it makes and fills from launch/lock.txt if need be.
 #
 #   bash tests/run.sh                    everything that this machine can run
 #   bash tests/run.sh tests/lora -k merge     arguments go to pytest
@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
-ensure_environment "gemma3-270m,test${EXTRAS:+,$EXTRAS}"
+ensure_environment "test${EXTRAS:+,$EXTRAS}"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 # A module's tests stay together: they share what it compiles.
 exec "$VENV/bin/python" -m pytest \

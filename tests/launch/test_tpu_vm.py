@@ -179,7 +179,7 @@ def test_run_creates_installs_and_starts_the_command_as_it_was_given(cloud):
   installed = (cloud.home / 'uv_calls').read_text().splitlines()
   assert installed == [
     'uv venv --python 3.11 .venv',
-    'uv pip install --quiet -r launch/tpu_requirements.txt',
+    'uv pip install --quiet --require-hashes -r launch/tpu_requirements.txt',
     'uv pip install --quiet --no-deps -e .',
   ]
 
