@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from typing import Any, NoReturn, TypeVar
+import warnings
 
 from absl import app, flags, logging
 import tqdm
@@ -46,6 +47,9 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # What a user's input or a full disk raises, with a message that stands alone;
 # anything else is shown with the name of its type.
 USER_ERRORS = (ValueError, OSError, KeyError, FloatingPointError)
+
+# JAX's warning of an entry of the compilation cache, by its function.
+_DAMAGED_ENTRY = re.compile(r"Error reading persistent compilation cache entry for '(\w+)'")
 
 # Messages of ml_collections that `_explain` rewrites.
 _NO_FIELD = re.compile(r"Field (\w+) not found .*'([\w.]+)\.(\w+)'")
@@ -152,6 +156,30 @@ def set_compilation_cache(folder: str) -> None:
   jax.config.update('jax_compilation_cache_dir', folder)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  warnings.showwarning = _replacing_damaged(folder, warnings.showwarning)
+
+
+def _replacing_damaged(folder: str, show: Callable[..., None]) -> Callable[..., None]:
+  """`warnings.showwarning` that makes room for what JAX compiles again.
+
+  JAX checks an entry as it decompresses it, but writes over none. Its warning names
+  a function, not a file: all entries of that function go.
+  """
+  from gemma_jax import files  # late, as above
+
+  def remove_or_show(message, *args, **kwargs):
+    damaged = _DAMAGED_ENTRY.match(str(message))
+    try:
+      for entry in files.path(folder).glob(f'{damaged[1]}-*-cache') if damaged else ():
+        entry.unlink(missing_ok=True)
+    except OSError:
+      damaged = None
+    if damaged:
+      logging.warning('Replacing a damaged entry of %s in %s.', damaged[1], folder)
+    else:
+      show(message, *args, **kwargs)
+
+  return remove_or_show
 
 
 @contextlib.contextmanager

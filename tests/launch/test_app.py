@@ -328,3 +328,37 @@ def test_a_log_that_nobody_reads_ends_nothing(end, code):
   if end == 'read':
     assert ' a line\na bar' in err
     assert ('error: what is wrong' in err) is bool(code)
+
+
+# One function is compiled three times; the second time its entry is damaged.
+COMPILES = """
+import sys
+from pathlib import Path
+from launch import app
+
+app.set_compilation_cache(sys.argv[1])
+import jax
+import warnings
+
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+compiled = jax.jit(lambda x: x * 2)
+for text in ('new', 'damaged', 'again'):
+  print(text, file=sys.stderr)
+  assert compiled(3.0) == 6
+  (entry,) = Path(sys.argv[1]).glob('jit__lambda*-cache')
+  if text == 'new':
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[: len(whole) // 2])
+  assert text == 'new' or len(entry.read_bytes()) > len(whole) // 2
+  jax.clear_caches()
+warnings.warn('another one')
+"""
+
+
+def test_a_damaged_entry_of_the_compilation_cache_is_replaced_and_said_once(tmp_path):
+  run, here = [sys.executable, '-c', COMPILES, tmp_path], Path(app.__file__).parents[1]
+  done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=here)
+  lines = done.stderr.splitlines()
+  said = f'WARNING:absl:Replacing a damaged entry of jit__lambda in {tmp_path}.'
+  assert lines[:4] == ['new', 'damaged', said, 'again']
+  assert 'UserWarning: another one' in lines[4]
