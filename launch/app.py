@@ -6,15 +6,15 @@ plus its number (130 for Ctrl-C, 143 for SIGTERM) when a second one ended it.
 Standard output carries the result, standard error the log, both in UTF-8.
 """
 
+import collections
 from collections.abc import Callable, Iterator
 import contextlib
-import dataclasses
-import importlib
 import io
 import logging as standard_logging
 import os
 import re
 import select
+import shlex
 import signal
 import socket
 import sys
@@ -25,6 +25,8 @@ import warnings
 
 from absl import app, flags, logging
 import tqdm
+
+from launch import messages
 
 _DEBUG = flags.DEFINE_bool('debug', False, 'Show the traceback of an error instead of one line.')
 
@@ -51,28 +53,6 @@ USER_ERRORS = (ValueError, OSError, KeyError, FloatingPointError)
 # JAX's warning of an entry of the compilation cache, by its function.
 _DAMAGED_ENTRY = re.compile(r"Error reading persistent compilation cache entry for '(\w+)'")
 
-# Messages of ml_collections that `_explain` rewrites.
-_NO_FIELD = re.compile(r"Field (\w+) not found .*'([\w.]+)\.(\w+)'")
-_NO_PARENT = re.compile(r"Attribute <class '([\w.]+)\.(\w+)'>\.(\w+) does not exist")
-_NO_FILE = re.compile(r"Failed loading config file .* '(.*)'", re.DOTALL)
-_BROKEN_FILE = 'Error whilst parsing config file'
-
-# A setting in a message: its name (not part of a path), perhaps with a value to
-# set, or an argument at the start of the message.
-_SETTING = re.compile(
-  r'(?<![\w./\'"-])((?:data|model|lora|optimizer|mesh|grid)\.[a-z_0-9]+)(?![\w/]|\.\w)(=(?! ))?'
-  r'|^([a-z_]+)(?=: got )'
-)
-# Flags that name a field differently, in commands without a config.
-_FLAG_OF = {
-  'data.path': 'data',
-  'data.global_batch_size': 'batch_size',
-  'data.max_eval_records': 'max_records',
-  'lora.path': 'adapter',
-  'model.path': 'model',
-  'model.dtype': 'weights',
-}
-
 
 def run(main: Callable[[], int | None]) -> None:
   """Parses the flags, runs main() and exits with its code."""
@@ -88,9 +68,11 @@ def run(main: Callable[[], int | None]) -> None:
     except Exception as e:
       if _DEBUG.value:
         raise
+      if isinstance(e, AssertionError | RuntimeError):
+        _check_platform()
       if isinstance(e, USER_ERRORS):
-        fail(_one_line(e))
-      fail(f'{type(e).__name__}: {_one_line(e)} (--debug shows where)')
+        fail(messages.one_line(e))
+      fail(f'{type(e).__name__}: {messages.one_line(e)} (--debug shows where)')
 
   _set_up_streams()
   # --help lists the flags of the command's own file and those declared here.
@@ -124,6 +106,7 @@ def _set_up_streams():
 
 def fail(message: str) -> NoReturn:
   """Prints one line and exits with code 1."""
+  _LOG_FILE.write(f'error: {message}')
   print(f'error: {message}', file=sys.stderr, flush=True)
   jax = sys.modules.get('jax')  # not imported for this
   if jax is not None and jax.distributed.is_initialized():
@@ -132,6 +115,34 @@ def fail(message: str) -> NoReturn:
     time.sleep(jax.process_index() == 0)
     os._exit(1)
   sys.exit(1)
+
+
+def log_to(folder: str) -> None:
+  """Goes on logging to log.txt in a folder too, from the first line on; not in gs://."""
+  if '://' not in folder:
+    _LOG_FILE.open(folder)
+
+
+def python() -> str:
+  """This interpreter, as the next command has to spell it."""
+  here = os.path.relpath(sys.executable)
+  return shlex.quote(sys.executable if here.startswith('..') else here)
+
+
+def _check_platform() -> None:
+  """Fails if JAX has no device of the platforms that it was told to take.
+
+  JAX itself says so with an assertion, for one.
+  """
+  wanted = os.environ.get('JAX_PLATFORMS')
+  if wanted and 'jax' in sys.modules:
+    try:
+      sys.modules['jax'].devices()
+    except Exception:
+      fail(
+        f'JAX_PLATFORMS: got {wanted!r}, but JAX finds no such device here; unset it, or install '
+        "what the device needs (pip install -e '.[cuda]' or '.[tpu]')."
+      )
 
 
 def config_of(kind: type[_Config], config: Any) -> _Config:
@@ -241,8 +252,46 @@ def _say_at_once(text: str) -> None:
       os.write(2, text.encode())
 
 
+class _LogFile:
+  """A run's log.txt, which has the lines of all its processes, one after the other.
+
+  A run does not end because a line could not be written.
+  """
+
+  def __init__(self):
+    early = self._early = collections.deque(maxlen=1000)  # most commands have no file
+    self.write: Callable[[str], None] = lambda text: early.append(text)
+
+  def open(self, folder: str) -> None:
+    """Appends to the folder's log.txt from now on, and what was said before."""
+    # No link is followed, and no reader of a pipe waited for.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+      descriptor = os.open(os.path.join(folder, 'log.txt'), flags, 0o666)
+    except OSError as e:
+      self._give_up(e)
+      return
+    self.write = lambda text: self._append(descriptor, text)
+    while self._early:
+      self.write(self._early.popleft())
+
+  def _append(self, descriptor: int, text: str) -> None:
+    line = f'{time.strftime("%Y-%m-%d")} {text}\n'
+    try:
+      os.write(descriptor, line.encode('utf-8', 'backslashreplace'))
+    except OSError as e:
+      self._give_up(e)
+
+  def _give_up(self, e: OSError) -> None:
+    self.write = lambda text: None
+    logging.warning('log.txt: %s; the run goes on without it.', e.strerror)
+
+
+_LOG_FILE = _LogFile()
+
+
 class _Log(standard_logging.Handler):
-  """Our log lines on standard error, above a progress bar if there is one.
+  """Our log lines on standard error, above a progress bar if there is one, and in log.txt.
 
   Of the libraries below us only warnings are shown, in one line each: Orbax logs
   thirty lines per checkpoint, and the traceback of whatever it raises.
@@ -258,7 +307,9 @@ class _Log(standard_logging.Handler):
     if not ours and not self._tracebacks:
       record.exc_info = record.exc_text = None
     if ours or record.levelno >= standard_logging.WARNING:
-      tqdm.tqdm.write(_own_flags(self.format(record)), file=sys.stderr)
+      text = messages.own_flags(self.format(record))
+      tqdm.tqdm.write(text, file=sys.stderr)
+      _LOG_FILE.write(text)
 
 
 def _set_up_log():
@@ -290,22 +341,33 @@ def _without_late_writes(hook: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _parse(argv):
-  try:
+  with errors_of_flags():
     rest = flags.FLAGS(argv)
     for name in _TEXT_FLAGS:
       value = flags.FLAGS[name].value if name in flags.FLAGS else None
       if value:
         flags.FLAGS[name].value = _as_text(value)
     return rest
+
+
+@contextlib.contextmanager
+def errors_of_flags() -> Iterator[None]:
+  """Says in one line what is wrong with a command's flags.
+
+  For their parsing, and for the definition of a config flag with a default, which
+  reads the fields on the command line at once.
+  """
+  try:
+    yield
   except SystemExit:  # --help has printed its text, and ends with 1 in absl
     sys.exit(0)
   except flags.Error as e:  # an unknown flag or a value of another type
-    fail(f'{_one_line(e)} See --help.')
+    fail(f'{messages.one_line(e)} See --help.')
   except Exception as e:  # an experiment file that does not load, a wrong field
-    if '--debug' in argv:
+    if '--debug' in sys.argv:
       raise
     kind = '' if isinstance(e, USER_ERRORS) else f'--config: {type(e).__name__}: '
-    fail(f'{kind}{_one_line(e)}')
+    fail(f'{kind}{messages.one_line(e)}')
 
 
 def _as_text(value: str | list[str]) -> str | list[str]:
@@ -319,50 +381,3 @@ def _as_text(value: str | list[str]) -> str | list[str]:
     return os.fsencode(given).decode('utf-8', 'replace') if is_raw else given
 
   return [text(each) for each in value] if isinstance(value, list) else text(value)
-
-
-def _one_line(e: Exception) -> str:
-  # str(KeyError) is the repr of its message.
-  text = e.args[0] if isinstance(e, KeyError) and e.args else e
-  text = _own_flags(_explain(str(text)))
-  return ' '.join(text.split()) or type(e).__name__
-
-
-def _own_flags(text: str) -> str:
-  """Rewrites a message in the flags of this command, which may have no --config.
-
-  data.seq_len of launch.train is --seq_len of launch.evaluate. In a command with
-  a config, a flag is named if it was given, and a remedy, data.seq_len=512, is
-  --config.data.seq_len=512.
-  """
-
-  def own(setting: re.Match) -> str:
-    path, equals = setting[1] or setting[3], setting[2] or ''
-    for name in (_FLAG_OF.get(path), path.rpartition('.')[2]):
-      if name is None or name not in flags.FLAGS:
-        continue
-      if 'config' not in flags.FLAGS or flags.FLAGS[name].present:
-        return f'--{name}{equals}'
-    return f'--config.{setting[0]}' if equals and 'config' in flags.FLAGS else setting[0]
-
-  return _SETTING.sub(own, text)
-
-
-def _explain(text: str) -> str:
-  """Says what is wrong with --config; leaves any other message unchanged."""
-  # As in --config.lora.rnak=8 and --config.lroa.rank=8.
-  text = _NO_PARENT.sub(r"Field \3 not found on dataclass <class '\1.\2'>", text)
-  if match := _NO_FIELD.search(text):
-    field, module, name = match.groups()
-    fields = dataclasses.fields(getattr(importlib.import_module(module), name))
-    return (
-      f'--config: got the field {field!r}, expected one of {", ".join(f.name for f in fields)}.'
-    )
-  if match := _NO_FILE.search(text):
-    return (
-      f'--config: got {match[1]!r}, which is not a file; expected an experiment '
-      'file with get_config(), e.g. experiments/dolly_lora.py.'
-    )
-  if _BROKEN_FILE in text:  # followed by a traceback
-    return f'--config: {text.strip().splitlines()[-1]}.'
-  return text

@@ -12,6 +12,7 @@ holds for this one adapter: another seed would train a different one.
 """
 
 import os
+import shlex
 import textwrap
 
 from absl import flags, logging
@@ -22,9 +23,10 @@ import numpy as np
 from gemma_jax import files
 from launch import app
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', 'experiments/quickstart.py', 'Experiment file with get_config().'
-)
+with app.errors_of_flags():
+  _CONFIG = config_flags.DEFINE_config_file(
+    'config', 'experiments/quickstart.py', 'Experiment file with get_config().'
+  )
 _WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/quickstart', 'Folder for checkpoints, adapters and metrics.'
 )
@@ -54,7 +56,7 @@ def main() -> int:
   print(flush=True)
   try:
     with app.stop_on_signal() as should_stop:
-      result = train.train(config, workdir, should_stop)
+      result = train.train(config, workdir, should_stop, log_to=app.log_to)
   except train.Stopped:
     logging.warning('Run the same command again to resume.')
     return app.EXIT_RESUMABLE
@@ -76,7 +78,18 @@ def main() -> int:
     'answer_adapted': answers[1],
     'difference_interval': interval,
   }
-  print(files.to_json(result, ensure_ascii=False))
+  print(files.to_json(result, ensure_ascii=False), flush=True)
+  logging.info(
+    'Ask it something else, or train on records of your own:\n'
+    "  %(python)s -m launch.generate --model=%(model)s --adapter=%(adapter)s --prompt='...'\n"
+    '  %(python)s -m launch.train --config=experiments/dolly_lora.py --workdir=runs/mine '
+    '--config.data.path=my_records.jsonl',
+    {
+      'python': app.python(),
+      'model': shlex.quote(config.model.path),
+      'adapter': shlex.quote(result['adapter']),
+    },
+  )
   return 0
 
 

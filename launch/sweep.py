@@ -18,9 +18,10 @@ from ml_collections import config_flags
 
 from launch import app
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', 'experiments/rank_ablation.py', 'File whose get_config() has a grid.'
-)
+with app.errors_of_flags():
+  _CONFIG = config_flags.DEFINE_config_file(
+    'config', 'experiments/rank_ablation.py', 'File whose get_config() has a grid.'
+  )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the sweep; machines that take part share it.'
 )

@@ -89,18 +89,19 @@ def _train(config, workdir: str, should_stop: Callable[[], bool]) -> int:
 
   app.set_compilation_cache(config.compilation_cache)
   try:
-    result = train.train(config, workdir, should_stop)
+    result = train.train(config, workdir, should_stop, log_to=app.log_to)
   except train.Stopped:
     logging.warning('Run the same command again to resume.')
     return app.EXIT_RESUMABLE
   base, adapted = result['loss_base'], result['loss_adapted']
   logging.info(
     'Held-out loss %.4f -> %.4f nats/token (%+.1f %%). Try the adapter:\n'
-    '  python -m launch.generate --model=%s --adapter=%s --template=%s '
+    '  %s -m launch.generate --model=%s --adapter=%s --template=%s '
     "--prompt='...'",
     base,
     adapted,
     100 * (adapted / base - 1),
+    app.python(),
     config.model.path,
     result['adapter'],
     config.data.template,

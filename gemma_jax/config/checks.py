@@ -1,6 +1,7 @@
 """Helpers by which configs check themselves: name, got, expected, remedy."""
 
 import dataclasses
+import difflib
 import re
 from typing import Any
 
@@ -64,6 +65,31 @@ def check_regex(name: str, pattern: Any):
     raise ValueError(f'{name}: {pattern!r} is not a regular expression ({e}).') from None
 
 
+def field_paths(kind: Any, prefix: str = '') -> list[str]:
+  """Fields of a dataclass and of those inside it: seed, model, model.path, ..."""
+  paths = []
+  for field in dataclasses.fields(kind):
+    paths.append(prefix + field.name)
+    if dataclasses.is_dataclass(field.type):
+      paths += field_paths(field.type, f'{prefix}{field.name}.')
+  return paths
+
+
+def did_you_mean(name: str, paths: list[str]) -> str:
+  """' Did you mean data.seq_len?' for a field's name; '' if none is spelt nearly so.
+
+  Args:
+    name: without groups, since the group may be what is wrong.
+    paths: of all fields, from `field_paths`.
+  """
+  likeness = {
+    path: difflib.SequenceMatcher(None, name, path.rpartition('.')[2]).ratio() for path in paths
+  }
+  best = max(likeness.values())
+  nearest = ' or '.join(path for path in paths if likeness[path] == best)
+  return f' Did you mean {nearest}?' if best > 0.68 else ''
+
+
 class Freezable:
   """Mutable until `resolve` has checked it."""
 
@@ -75,7 +101,10 @@ class Freezable:
     fields = type(self).__annotations__
     if name not in fields:
       known = ', '.join(fields)
-      raise AttributeError(f'{name}: no field of {type(self).__name__}, expected one of {known}.')
+      raise AttributeError(
+        f'{name}: no field of {type(self).__name__}, expected one of {known}.'
+        f'{did_you_mean(name, field_paths(type(self)))}'
+      )
     super().__setattr__(name, value)
 
   def freeze(self) -> None:

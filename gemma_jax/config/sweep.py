@@ -5,7 +5,14 @@ import dataclasses
 from typing import Any, get_origin
 
 from gemma_jax.config import train
-from gemma_jax.config.checks import Freezable, at_least, check_choices, require
+from gemma_jax.config.checks import (
+  Freezable,
+  at_least,
+  check_choices,
+  did_you_mean,
+  field_paths,
+  require,
+)
 from gemma_jax.config.lora import LoraConfig
 from gemma_jax.config.train import TrainConfig
 
@@ -144,7 +151,10 @@ class SweepConfig:
   def __getitem__(self, name: str) -> Any:
     if name not in self:
       known = ', '.join([*_BASE_FIELDS, 'grid'])
-      raise KeyError(f'--config: got the field {name!r}, expected one of {known}.')
+      paths = [*field_paths(TrainConfig), 'grid', *field_paths(GridConfig, 'grid.')]
+      raise KeyError(
+        f'--config: got the field {name!r}, expected one of {known}.{did_you_mean(name, paths)}'
+      )
     # The value's type says how a word is read; a file may have 1 for 1.0, [] for ().
     kind = get_origin(_BASE_FIELDS[name]) or _BASE_FIELDS[name]
     value = getattr(self.base, name)

@@ -39,6 +39,7 @@ def train(
   workdir: str,
   should_stop: Callable[[], bool] = lambda: False,
   check_inputs: Callable[[dict[str, str]], None] = lambda fingerprints: None,
+  log_to: Callable[[str], None] = lambda folder: None,
 ) -> dict[str, Any]:
   """Trains, or resumes, or reports a finished run.
 
@@ -47,6 +48,7 @@ def train(
     workdir: `gemma_jax.runs.workdir` says what is left there.
     should_stop: asked at every step and every evaluation batch.
     check_inputs: raises if the run's inputs (`Run.fingerprints`) are not wanted.
+    log_to: gets the workdir, on the leading process, once this run may write there.
 
   Returns:
     `steps`, `tokens` (seen in training, padding not counted), `seconds` (of
@@ -79,7 +81,7 @@ def train(
     if finished is not None:
       logging.info('This run has finished at step %d.', finished['steps'])
       return finished
-    return _loop(run, facts, place, should_stop, started).go()
+    return _loop(run, facts, place, should_stop, started, log_to).go()
 
 
 def _loop(
@@ -88,6 +90,7 @@ def _loop(
   place: workdir_lib.Place,
   should_stop: Callable[[], bool],
   started: float,
+  log_to: Callable[[str], None],
 ) -> loop_lib.Loop:
   """The loop, at the step that the workdir has reached."""
   # All refusals come before anything is written.
@@ -98,6 +101,7 @@ def _loop(
     # The result has fewer steps: from here on only the checkpoint says what is done.
     workdir_lib.remove_result(place.root)
     workdir_lib.write_json(place.root, 'run.json', facts)
+    log_to(place.root)
     log_start(run)
   state, notes = None, {'tokens': 0, 'evals': {}}
   if newest is not None:

@@ -5,6 +5,7 @@ checkpoints/      Orbax, the newest two steps, with the same facts (`resume`)
 adapter/          the last adapter, PEFT layout, when the run has finished
 adapter_best/     the adapter with the lowest held-out loss so far
 heldout/          step_N.jsonl: index, nll, tokens of every held-out record
+log.txt           the log of the command, over all resumes; on a disk
 metrics.jsonl     a line per update and per evaluation; lines that are neither are moved
                   to metrics.jsonl.set_aside when the run resumes
 tensorboard/      the same

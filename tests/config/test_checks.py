@@ -76,3 +76,5 @@ def test_a_field_that_is_not_there_cannot_be_set():
     config.stpes = 5
   with pytest.raises(AttributeError, match='rnak: no field of LoraConfig, expected one of rank'):
     config.lora.rnak = 5
+  with pytest.raises(AttributeError, match=r'data\. Did you mean data\.global_batch_size\?$'):
+    config.global_batch_size = 5

@@ -10,7 +10,7 @@ import pytest
 
 from gemma_jax.config.describe import describe
 from gemma_jax.config.sweep import SweepConfig
-from launch import app
+from launch import messages
 from tests.config import configs
 
 # By which config_flags loads a file.
@@ -161,18 +161,41 @@ def test_a_wrong_word_is_refused_by_name(kind, name, field, value):
 def test_a_misspelt_field_is_refused_by_name(kind, name, field, known):
   with pytest.raises((KeyError, flags.Error)) as caught:
     parse(kind, f'{name}=8')
-  message = app._one_line(caught.value)
+  message = messages.one_line(caught.value)
   assert message.startswith(f'--config: got the field {field!r}, expected one of {known}')
+
+
+@pytest.mark.parametrize(
+  ('kind', 'name', 'meant'),
+  [
+    ('train', 'global_batch_size', 'data.global_batch_size'),
+    ('train', 'data.batch_size', 'data.global_batch_size'),
+    ('train', 'optimizer.seq_len', 'data.seq_len'),
+    ('train', 'lroa.rank', 'lora'),
+    ('train', 'mesh.path', 'model.path or lora.path or data.path'),
+    ('train', 'zzz', ''),
+    ('sweep', 'learning_rte', 'optimizer.learning_rate'),
+    ('sweep', 'grid.rank', 'grid.ranks'),
+    ('sweep', 'grid.alpha', 'lora.alpha'),
+    ('sweep', 'margin', 'grid.margin'),
+    ('sweep', 'lora.zzz', ''),
+  ],
+)
+def test_a_misspelt_field_is_answered_with_the_nearest_of_any_group(kind, name, meant):
+  with pytest.raises((KeyError, flags.Error)) as caught:
+    parse(kind, f'{name}=8')
+  hint = messages.one_line(caught.value).partition('. Did you mean ')[2]
+  assert hint == (f'{meant}?' if meant else '')
 
 
 @pytest.mark.parametrize(('name', 'known'), [('grid.rank', 'ranks, seeds, '), ('gird.ranks', '')])
 def test_a_misspelt_grid_is_refused_by_name(name, known):
   with pytest.raises(KeyError) as caught:
     parse('sweep', f'{name}=(8,)')
-  message = app._one_line(caught.value)
+  message = messages.one_line(caught.value)
   field = 'rank' if known else 'gird'
   assert message.startswith(f'--config: got the field {field!r}, expected one of {known}')
-  assert known or message.endswith('data, grid.')
+  assert known or message.endswith('data, grid. Did you mean grid?')
 
 
 def test_words_are_read_by_the_type_of_the_field_not_of_its_value():

@@ -16,7 +16,7 @@ import pytest
 
 from gemma_jax.config import train as config_lib
 from gemma_jax.config.sweep import SweepConfig
-from launch import app
+from launch import app, messages
 
 
 def wait_for(condition):
@@ -161,10 +161,26 @@ def test_tracebacks_of_libraries_are_for_debugging(tracebacks, monkeypatch):
   assert ('Traceback' in stderr.getvalue()) == tracebacks
 
 
+def test_lines_of_a_log_on_a_full_disk_are_given_up(tmp_path, caplog):
+  log = app._LogFile()
+  (tmp_path / 'log.txt').symlink_to('/dev/full')
+  log.open(tmp_path)  # no link is followed
+  log = app._LogFile()
+  with open('/dev/full', 'wb') as full:
+    log.write = lambda text: log._append(full.fileno(), text)
+    log.write('a')
+    log.write('b')
+  said = 'log.txt: {}; the run goes on without it.'
+  assert caplog.messages == [
+    said.format('Too many levels of symbolic links'),
+    said.format('No space left on device'),
+  ]
+
+
 def test_an_error_is_one_line():
-  assert app._one_line(ValueError('a:\n  b\n')) == 'a: b'
-  assert app._one_line(KeyError('no "x"')) == 'no "x"'
-  assert app._one_line(ValueError()) == 'ValueError'
+  assert messages.one_line(ValueError('a:\n  b\n')) == 'a: b'
+  assert messages.one_line(KeyError('no "x"')) == 'no "x"'
+  assert messages.one_line(ValueError()) == 'ValueError'
 
 
 def test_advice_names_flags_of_the_command():
@@ -180,9 +196,9 @@ def test_advice_names_flags_of_the_command():
   assert advice <= fields.keys()
   script = """
 from absl import flags
-from launch import app, {}
+from launch import messages, {}
 flags.FLAGS(['x'])
-print(app._own_flags('a data.skip_bad_records=True b data.seq_len=5; model.tokenizer=PATH, '
+print(messages.own_flags('a data.skip_bad_records=True b data.seq_len=5; model.tokenizer=PATH, '
   'data.eval_path, data.template = x.'))
 """
   for command, shown in {
@@ -211,10 +227,11 @@ def test_messages_name_the_settings_of_the_command(command, given, shown):
   kept = " /a/data.template model.layers.0 'data.template' data.template/b model.dtype.gz"
   script = f"""
 from absl import flags
-from launch import app, {command}
+from launch import messages, {command}
 flags.FLAGS(['x', *{given.split()}])
-assert app._own_flags('top_p: got 2') == ('--' if {command == 'generate'} else '') + 'top_p: got 2'
-print(app._own_flags('data.template: x; data.path, model.path, (model.tokenizer), model.dtype.')
+said = messages.own_flags('top_p: got 2')
+assert said == ('--' if {command == 'generate'} else '') + 'top_p: got 2'
+print(messages.own_flags('data.template: x; data.path, model.path, (model.tokenizer), model.dtype.')
       + {kept!r})
 """
   done = subprocess.run([sys.executable, '-c', script], capture_output=True, check=True, text=True)

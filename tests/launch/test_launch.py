@@ -57,6 +57,31 @@ def test_train_prints_the_result_last(trained):
   assert 'Step 3: held-out loss' in done.stderr
 
 
+def test_the_log_is_kept_over_all_resumes(tmp_path, records):
+  config = run_toy.config_file(tmp_path, records, steps=2)
+  workdir = tmp_path / 'logged'
+  command = ('train', f'--config={config}', f'--workdir={workdir}')
+  first, finished, more = call(*command), call(*command), call(*command, '--config.steps=3')
+  lines = (workdir / 'log.txt').read_text('utf-8').splitlines()
+  days = {line[:11] for line in lines if not line.startswith(' ')}
+  assert all(re.fullmatch(r'\d{4}-\d\d-\d\d ', day) for day in days)
+  said = [line[11:] if line[:11] in days else line for line in lines]
+  assert 'has finished' in finished.stderr  # and that changes nothing
+  assert said == (first.stderr + more.stderr).splitlines()
+  refused = call(*command, '--config.seed=7')
+  assert refused.returncode == 1
+  assert len((workdir / 'log.txt').read_text('utf-8').splitlines()) == len(lines)
+
+
+def test_a_log_that_cannot_be_written_ends_no_run(tmp_path, records):
+  config = run_toy.config_file(tmp_path, records, steps=2)
+  workdir = tmp_path / 'unlogged'
+  (workdir / 'log.txt').mkdir(parents=True)
+  done = call('train', f'--config={config}', f'--workdir={workdir}')
+  assert done.returncode == 0, done.stderr
+  assert done.stderr.count('log.txt: Is a directory; the run goes on without it.') == 1
+
+
 def test_train_again_says_that_it_has_finished(folder, trained):
   workdir, done = trained
   again = call('train', f'--config={folder / "toy_experiment.py"}', f'--workdir={workdir}')
@@ -204,6 +229,27 @@ def test_a_mistake_is_one_line_and_leaves_nothing(folder, records, flags, messag
   assert message in errors[0]
   assert 'Traceback' not in done.stderr
   assert not workdir.exists()
+
+
+@pytest.mark.parametrize('command', ['sweep', 'quickstart'])
+def test_a_misspelt_field_is_one_line_where_a_config_is_the_default(command):
+  done = call(command, '--config.stpes=3')
+  assert done.returncode == 1
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("error: --config: got the field 'stpes'")
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'nonsense'])
+def test_a_device_that_is_not_there_is_one_line(folder, records, monkeypatch, platform):
+  monkeypatch.setenv('JAX_PLATFORMS', platform)
+  config = run_toy.config_file(folder, records)
+  done = call('train', f'--config={config}', f'--workdir={folder / "no_device"}')
+  if platform == 'cuda' and done.returncode == 0:
+    pytest.skip('this machine has one')
+  assert done.returncode == 1
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith(f'error: JAX_PLATFORMS: got {platform!r}, but JAX finds no such device')
+  assert 'Traceback' not in done.stderr
 
 
 @pytest.mark.parametrize(

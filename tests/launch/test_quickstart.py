@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from gemma_jax import files
+from launch import app
 from tests import run_toy
 from tests.launch.test_launch import ROOT
 
@@ -66,6 +68,15 @@ def test_the_last_line_is_the_result(done):
   assert result['steps'] == 5
   assert isinstance(result['answer_base'], str)
   assert isinstance(result['answer_adapted'], str)
+
+
+def test_the_next_commands_are_spelt_with_their_interpreter(done):
+  python = app.python()
+  lines = done[0].stderr.splitlines()[-2:]
+  asked, trained = (shlex.split(line)[:3] for line in lines)
+  assert asked == [python, '-m', 'launch.generate'] and trained == [python, '-m', 'launch.train']
+  assert '--adapter=' in lines[0] and '--config.data.path=' in lines[1]
+  assert subprocess.run([python, '-c', 'import absl'], cwd=ROOT, check=False).returncode == 0
 
 
 def test_the_interval_says_what_it_is_over(done):
