@@ -9,17 +9,24 @@ that was never stopped, and is refused otherwise.
 Some fields stay fixed although no update depends on them: `eval_every_steps` and
 `early_stopping_evals` decide which adapter is the best and which is the last.
 Fields that are free because they only change the order of sums (`mesh`,
-`model.attention`, `model.remat`) may move the last bits.
+`model.attention`, `model.remat`) may move the last bits. So may other versions of JAX
+and of this package; a run that continues with others warns of it.
 """
 
 from collections.abc import Mapping
+from importlib import metadata
 import math
+import sys
 from typing import Any
+
+from absl import logging
+import jax
 
 from gemma_jax import files
 from gemma_jax.config import train as config_lib
 from gemma_jax.config.train import TrainConfig
 from gemma_jax.data import dataset
+from gemma_jax.runs import hosts
 from gemma_jax.runs import prepare as prepare_lib
 from gemma_jax.runs import workdir as workdir_lib
 from gemma_jax.runs.checkpoint import Checkpoints
@@ -50,15 +57,24 @@ END_FIELDS = ('steps', 'epochs')
 # The least that a result says.
 _RESULT = ('steps', 'loss_base', 'loss_adapted')
 
+# Facts that must be the same; earlier versions recorded no others.
+_DECIDES = ('config', 'steps', 'fingerprints')
+
 _MAY_DIFFER = FREE_FIELDS + PATH_FIELDS + END_FIELDS
 
 
 def facts(run: prepare_lib.Run) -> dict[str, Any]:
-  """What must be the same when a run is resumed."""
+  """What must be the same when a run is resumed, and what it is made with."""
   return {
     'config': config_lib.to_dict(run.given),
     'steps': run.steps,
     'fingerprints': run.fingerprints(),
+    'made_with': {
+      'gemma_jax': sys.modules['gemma_jax'].__version__,  # not imported: it is above
+      'jax': jax.__version__,
+      'jaxlib': metadata.version('jaxlib'),
+      'mesh': ' '.join(f'{axis}={size}' for axis, size in run.program.mesh.shape.items()),
+    },
   }
 
 
@@ -123,6 +139,8 @@ def newest(
     return None
   notes = checkpoints.read_notes(step)
   check(workdir, notes, now, step)
+  if hosts.is_lead():
+    _warn_of_other_bits(workdir, notes, now)
   skipped = notes['found'].get('skipped', ())
   allowed = now['config']['max_skipped_batches']
   if len(skipped) > allowed:
@@ -142,7 +160,7 @@ def check(workdir: str, saved: Facts, now: Facts, done: int) -> None:
     now: facts of the requested run.
     done: finished updates.
   """
-  missing = [name for name in now if type(saved.get(name)) is not type(now[name])]
+  missing = [name for name in _DECIDES if type(saved.get(name)) is not type(now[name])]
   if missing:
     raise ValueError(
       f'workdir {workdir}: was made by another version, which did not record '
@@ -231,6 +249,21 @@ def advice(workdir: str, same: str = '') -> str:
       text += f' (there lora.path={workdir}/{name} starts from what was learnt here)'
       break
   return f'{text}, or the same {same}.' if same else f'{text}.'
+
+
+def _warn_of_other_bits(workdir: str, before: Facts, now: Facts) -> None:
+  """Warns if the run was made with something else."""
+  was, is_now = before.get('made_with', {}), now['made_with']
+  others = [name for name in is_now if was.get(name, is_now[name]) != is_now[name]]
+  if others:
+    said = ', '.join(f'{name} was {was[name]} and is {is_now[name]}' for name in others)
+    logging.warning(
+      'workdir %s: %s. The run continues, but its bits may differ from those of an undisturbed '
+      'run; equal bits need the same %s.',
+      workdir,
+      said,
+      ' and '.join(others),
+    )
 
 
 def _check_steps(workdir: str, before: int, now: Facts, done: int) -> None:

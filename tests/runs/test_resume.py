@@ -19,6 +19,7 @@ def facts(steps=7, prints=(), **fields):
     'config': config_lib.to_dict(config.resolve()),
     'steps': steps,
     'fingerprints': PRINTS | dict(prints),
+    'made_with': {},
   }
 
 

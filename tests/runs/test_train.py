@@ -10,9 +10,11 @@ import time
 
 from etils import epath
 import jax
+import jaxlib
 import numpy as np
 import pytest
 
+import gemma_jax
 from gemma_jax import files, pytree
 from gemma_jax.config.train import LoraConfig
 from gemma_jax.formats import open_base, peft
@@ -238,6 +240,29 @@ def test_an_evaluation_at_an_earlier_end_does_not_stop_a_run_early(finished, rec
   assert outputs.goes_on()
   outputs.notes['evals']['9'] = 2.4
   assert not outputs.goes_on()
+
+
+def test_a_run_that_goes_on_with_something_else_says_so(records, tmp_path, monkeypatch, caplog):
+  config = run_toy.config(records)
+  with pytest.raises(train.Stopped):
+    train.train(config.resolve(), str(tmp_path), stop_after(7))
+  made_with = json.loads((tmp_path / 'run.json').read_text())['made_with']
+  assert made_with == {
+    'gemma_jax': gemma_jax.__version__,
+    'jax': jax.__version__,
+    'jaxlib': jaxlib.__version__,
+    'mesh': 'data=1 fsdp=1 tensor=1',
+  }
+  with pytest.raises(train.Stopped):
+    train.train(config.resolve(), str(tmp_path), stop_after(0))
+  assert 'equal bits' not in caplog.text
+  monkeypatch.setattr(jax, '__version__', '0.0.1')
+  config.mesh.fsdp = 2
+  train.train(config.resolve(), str(tmp_path))
+  said = f'jax was {made_with["jax"]} and is 0.0.1, mesh was data=1 fsdp=1 tensor=1 and is '
+  assert f'{said}data=1 fsdp=2 tensor=1. The run continues, but' in caplog.text
+  assert 'equal bits need the same jax and mesh.' in caplog.text
+  assert json.loads((tmp_path / 'run.json').read_text())['made_with']['jax'] == '0.0.1'
 
 
 @pytest.mark.parametrize('content', [None, '', '{"config": {"see'])
