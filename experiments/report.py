@@ -115,8 +115,7 @@ def page(sweep, table, answers, pictures) -> str:
   body = ''.join(
     f'<section><h2>{title}</h2>{content}</section>' for title, content in sections if content
   )
-  title = f'Sweep of adapters on {sweep.manifest["base"]}'
-  return _PAGE.format(title=_text(title), style=_STYLE, body=body)
+  return _PAGE.format(title=_text(words.title(sweep)), style=_STYLE, body=body)
 
 
 def _arms(sweep, table, answers) -> str:
@@ -216,9 +215,8 @@ def _truncation(sweep, table) -> str:
 def _categories(sweep, table, answers) -> str:
   rows = [
     [
-      each['category'],
+      f'{each["category"]}: {each["label"]}',
       each['records'],
-      each['label'],
       f'{each["test"]:.4f}',
       _estimate(each['deficit']),
     ]
@@ -228,9 +226,8 @@ def _categories(sweep, table, answers) -> str:
     '<p>For exploration: each interval holds by itself, and among many some miss by chance.</p>'
   )
   head = [
-    'category',
+    'category: arm',
     'records',
-    'arm',
     'test loss',
     'deficit from the reference [95 %, each by itself]',
   ]
@@ -313,6 +310,9 @@ th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line);
   text-align: left; vertical-align: top; font-variant-numeric: tabular-nums; }
 td { white-space: nowrap; }
 td:last-child { white-space: normal; }
+/* What a row is about stays in view when a narrow window scrolls the rest. */
+th:first-child, td:first-child { position: sticky; left: 0; min-width: 8rem;
+  white-space: normal; overflow-wrap: anywhere; background: var(--ground); }
 pre { overflow-x: auto; font-size: .75rem; background: var(--card);
   padding: .6rem; }
 blockquote { margin: 1rem 0 .5rem; padding-left: .8rem; white-space: pre-wrap;

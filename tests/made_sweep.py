@@ -37,12 +37,20 @@ def outcome(kind, nll, tokens, **axes):
 
 
 def make(
-  levels, seeds=5, rates=(1e-3, 2e-3, 4e-3), noise=0.02, records=RECORDS, base=True, draw=0, **grid
+  levels,
+  seeds=5,
+  rates=(1e-3, 2e-3, 4e-3),
+  noise=0.02,
+  records=RECORDS,
+  base=True,
+  draw=0,
+  axis='targets',
+  **grid,
 ):
   """A sweep in memory, whose cells have no folder.
 
   Args:
-    levels: rank, or (targets, rank) → the arm's loss above the records' own;
+    levels: rank, or (value of `axis`, rank) → the arm's loss above the records' own;
       that of the base is GAIN.
     seeds: how many, or arm → the seeds.
     rates: all but the middle one add 0.5 to a loss.
@@ -51,6 +59,7 @@ def make(
     records: half of which are test records.
     base: whether it is in the sweep.
     draw: of the noise.
+    axis: that varies beside the rank.
     **grid: of the manifest.
   """
   shared = np.random.default_rng(0)
@@ -60,10 +69,10 @@ def make(
   if base:
     cells.append(outcome('base', (hard + GAIN) * tokens, tokens))
   for arm, level in levels.items():
-    targets, rank = arm if isinstance(arm, tuple) else ('qv', arm)
+    value, rank = arm if isinstance(arm, tuple) else ('qv', arm)
     spread = noise[arm] if isinstance(noise, dict) else noise
     # An arm's losses are its own, whichever other arms there are.
-    rng = np.random.default_rng([draw, rank, len(targets)])
+    rng = np.random.default_rng([draw, rank, len(value)])
     of_records = rng.normal(0, spread, records)
     for seed in seeds[arm] if isinstance(seeds, dict) else range(seeds):
       loss = hard + level + of_records + rng.normal(0, spread, records)
@@ -77,7 +86,7 @@ def make(
             rank=rank,
             seed=seed,
             learning_rate=rate,
-            targets=targets,
+            **{axis: value},
           )
         )
   heldout = [

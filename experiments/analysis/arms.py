@@ -141,15 +141,29 @@ def others(arm: Arm) -> Arm:
 
 def labels(sweep: Sweep) -> dict[Arm, str]:
   """Labels of all planned arms: 'rank 4', or 'qv, rank 4' if targets vary too."""
-  planned = [arm for family in families(sweep).values() for arm in family]
-  values: dict[str, set[Any]] = {}
-  for name, value in itertools.chain(*planned):
-    values.setdefault(name, set()).add(value)
-  varying = [n for n in sorted(values) if len(values[n]) > 1 and n != 'rank']
+  varying = varied(sweep)
   return {
     arm: ', '.join([*(str(dict(arm)[n]) for n in varying), f'rank {dict(arm)["rank"]}'])
-    for arm in planned
+    for arm in itertools.chain(*families(sweep).values())
   }
+
+
+def varied(sweep: Sweep) -> list[str]:
+  """Axes other than the rank of which more than one value is planned: ['scale_rule']."""
+  values: dict[str, set[Any]] = {}
+  for name, value in itertools.chain(*families(sweep)):
+    values.setdefault(name, set()).add(value)
+  return sorted(name for name in values if len(values[name]) > 1)
+
+
+def in_words(axes: list[str]) -> str:
+  """['init', 'scale_rule'] → 'init and scale rule'."""
+  return ' and '.join(', '.join(axes).replace('_', ' ').rsplit(', ', 1))
+
+
+def quoted(label: str) -> str:
+  """A label as it stands in a sentence: in quotes if other axes are part of it."""
+  return f'"{label}"' if ', ' in label else label
 
 
 def clip_norm(sweep: Sweep) -> float:

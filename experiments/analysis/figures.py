@@ -6,9 +6,8 @@ apart; maps use cividis. Both are made for colour-blind readers. Sizes suit a
 phone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import contextlib
-import itertools
 from typing import Any
 
 import matplotlib
@@ -20,7 +19,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 
-from experiments.analysis import compare, intervals, spectra
+from experiments.analysis import arms, compare, intervals, spectra
 from experiments.analysis.arms import Row
 from experiments.analysis.verdict import Answer
 from gemma_jax.sweep.results import Sweep
@@ -76,17 +75,19 @@ def all_figures(
     directions: trial's name → `spectra.directions`, for the adapters compared.
   """
   draws: dict[str, tuple[str, Draw]] = {}
-  bars = bars_caption(answers)
+  bars, others = bars_caption(answers), arms.in_words(arms.varied(sweep))
+  by = f' by {others}' if others else ''
   draws['loss_by_rank'] = (
-    f'Test loss against rank, each at its own best learning rate. {bars}',
+    f'Test loss against rank{by}, each arm at its own best learning rate. {bars}',
     lambda figure, theme: draw_losses(figure, theme, table, answers, 'rank'),
   )
   draws['loss_by_parameters'] = (
-    f'Test loss against trainable parameters. {bars}',
+    f'Test loss against trainable parameters{by}. {bars}',
     lambda figure, theme: draw_losses(figure, theme, table, answers, 'parameters'),
   )
   draws['loss_by_seconds'] = (
-    f"Test loss against seconds of training (a batched adapter's share, mean over seeds). {bars}",
+    f"Test loss against seconds of training{by} (a batched adapter's share, mean over seeds). "
+    f'{bars}',
     lambda figure, theme: draw_losses(figure, theme, table, answers, 'seconds'),
   )
   draws['learning_curves'] = (
@@ -102,7 +103,7 @@ def all_figures(
   largest = max(table, key=lambda row: row.rank).trials[0]
   for path in largest.spectrum():
     draws[f'spectrum_{path.replace("/", "_")}'] = (
-      f'Singular values of the update to {path}, {largest.name}.',
+      f'Singular values of the update to {path} of "{largest.name}".',
       lambda figure, theme, path=path: _heat_map(figure, theme, largest.spectrum()[path]),
     )
   draws['effective_rank'] = (
@@ -126,7 +127,7 @@ def all_figures(
     )
     path = next(iter(directions[largest.name]))
     draws['similarity_of_layers'] = (
-      f'Shared input directions of the updates to {path} in different layers, {largest.name}.',
+      f'Shared input directions of the updates to {path} in different layers of "{largest.name}".',
       lambda figure, theme: _layers(
         figure, theme, spectra.between_layers(directions[largest.name], path)
       ),
@@ -188,10 +189,7 @@ def draw_losses(figure, theme, table, answers, what) -> None:
   if what == 'seconds':
     axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
   else:
-    axes.set_xscale('log', base=2)
-    ticks = sorted({getattr(row, what) for row in table})
-    axes.set_xticks(ticks, [_short(tick) for tick in ticks], fontsize=8)
-    axes.minorticks_off()
+    _count_ticks(axes, {getattr(row, what) for row in table})
   axes.set_xlabel(
     {
       'rank': 'rank',
@@ -201,7 +199,30 @@ def draw_losses(figure, theme, table, answers, what) -> None:
   )
   axes.set_ylabel('test loss, nats per token')
   if len(families) > 1:
-    axes.legend()
+    _legend(figure)
+
+
+def _legend(figure) -> None:
+  """Below the axes, where it covers no line; the figure grows by its height."""
+  (axes,) = figure.axes
+  handles, labels = axes.get_legend_handles_labels()
+  columns = max(1, min(len(labels), 60 // (max(map(len, labels)) + 6)))
+  figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
+  figure.legend(handles, labels, loc='outside lower center', ncols=columns)
+
+
+def _count_ticks(axes, counts: Iterable[int]) -> None:
+  """A logarithmic axis with ticks at these counts, without those too near to be read."""
+  values = sorted(counts)
+  room = 0.02 * (1 + max(len(_short(value)) for value in values))  # a label's share of the axis
+  least = (values[-1] / values[0]) ** room
+  ticks = values[:1]
+  for value in values[1:]:
+    if value >= ticks[-1] * least:
+      ticks.append(value)
+  axes.set_xscale('log', base=2)
+  axes.set_xticks(ticks, [_short(tick) for tick in ticks], fontsize=8)
+  axes.minorticks_off()
 
 
 def _bar(deficit: intervals.Estimate | None) -> float:
@@ -235,36 +256,34 @@ def _curves(figure, theme, sweep, table) -> None:
     )
   axes.set_xlabel('updates')
   axes.set_ylabel('held-out loss, nats per token')
-  axes.legend()
+  _legend(figure)
 
 
 def _truncation(figure, theme, cut) -> None:
   axes = figure.add_subplot()
-  ranks = sorted({each['rank'] for each in cut})
-  pair = colours(theme, 2)
-  for others, rows in itertools.groupby(cut, lambda each: each['others']):
-    rows = list(rows)
+  families = {each['others']: [x for x in cut if x['others'] == each['others']] for each in cut}
+  # Two colours for one family's two lines, or one for each family.
+  palette = colours(theme, max(2, len(families)))
+  for i, (others, rows) in enumerate(families.items()):
     x = [each['rank'] for each in rows]
     axes.plot(
       x,
       [each['trained'] for each in rows],
       '-o',
-      color=pair[0],
+      color=palette[i],
       label=f'{others}trained at this rank',
     )
     axes.plot(
       x,
       [each['truncated'] for each in rows],
       '--s',
-      color=pair[1],
+      color=palette[i if len(families) > 1 else 1],
       label=f'{others}cut from {rows[0]["from_rank"]}',
     )
-  axes.set_xscale('log', base=2)
-  axes.set_xticks(ranks, [str(r) for r in ranks])
-  axes.minorticks_off()
+  _count_ticks(axes, {each['rank'] for each in cut})
   axes.set_xlabel('rank')
   axes.set_ylabel('test loss, nats per token')
-  axes.legend()
+  _legend(figure)
 
 
 def _heat_map(figure, theme, values) -> None:
@@ -288,7 +307,7 @@ def _while_training(figure, theme, table, measure, name) -> None:
     )
   axes.set_xlabel('updates')
   axes.set_ylabel(name)
-  axes.legend()
+  _legend(figure)
 
 
 def _similarity(figure, theme, directions) -> None:
@@ -297,7 +316,8 @@ def _similarity(figure, theme, directions) -> None:
   values = spectra.between(list(directions.values()))
   image = axes.imshow(values, cmap='cividis', vmin=0, vmax=1)
   names = [name.rpartition('-lr')[0] for name in directions]
-  axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+  axes.set_xticks([])
+  axes.set_xlabel('the same trials in the same order')
   axes.set_yticks(range(len(names)), names, fontsize=8)
   figure.colorbar(image, label='shared directions')
 

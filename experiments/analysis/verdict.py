@@ -114,7 +114,8 @@ def answers(sweep: Sweep, table: list[Row]) -> list[Answer]:
   made = [_answer(sweep, family, by_arm, labels) for family in families]
   if len(made) == 1:
     return made
-  reason = f'other axes vary too, and {len(made)} verdicts would each claim by itself'
+  axes = arms.in_words(arms.varied(sweep))
+  reason = f'adapters differ in {axes} too, and {len(made)} verdicts would each claim by itself'
   return [
     dataclasses.replace(
       answer,
@@ -150,13 +151,13 @@ def _answer(
   which = sweep.part('test')
   gain = arms.paired(which, (1, base), (-1, row.trials)) if row and base else None
   tests = [_test(sweep, labels[arm], arm, by_arm.get(arm), row, base, margin) for arm in smaller]
-  reason = ''
+  reason, name = '', arms.quoted(labels[first])
   if dict(first)['rank'] != named:
     reason = f'the reference, rank {named}, is not among its ranks'
   elif row is None or not sweep.has_ended(first):
-    reason = f'the reference, {labels[first]}, has not finished'
+    reason = f'the reference, {name}, has not finished'
   elif lost := arms.lost_seeds(sweep, row):
-    reason = f'{len(lost)} of the seeds of the reference, {labels[first]}, failed'
+    reason = f'{len(lost)} of the seeds of the reference, {name}, failed'
   elif not base:
     reason = (
       'the base, from which the gain is measured, has no finished trial (there '
@@ -165,13 +166,12 @@ def _answer(
   elif margin is None:
     reason = 'its manifest fixed no margin in advance'
   elif gain is None:
-    reason = f'a loss of the base or of {labels[first]} is not finite'
+    reason = f'a loss of the base or of {name} is not finite'
   elif too_few := _too_few(gain):
     reason = too_few
   elif gain.upper(0.05) <= 0:
     reason = (
-      f'the reference, {labels[first]}, has learnt nothing measurable: '
-      'its gain over the base is not above 0'
+      f'the reference, {name}, has learnt nothing measurable: its gain over the base is not above 0'
     )
   return Answer(labels[first], row, margin, gain, reason, tests if reason else _sequence(tests))
 

@@ -13,15 +13,33 @@ from gemma_jax.sweep.results import Sweep
 def paragraphs(
   sweep: Sweep, table: list[Row], answers: list[Answer], pairs: list[Pair]
 ) -> list[str]:
-  """Caveats, an answer for each choice of axes other than rank, and pairs."""
+  """Caveats, pairs if other axes than the rank vary, and what is said of ranks."""
   texts = [' '.join(caveats(sweep, table))]
   if len(table) == 1:
     (row,) = table
-    texts.append(f'Only {row.label} was trained: test loss {row.test:.4f} nats per token.')
-  texts += [_ranks(answer) for answer in answers if answer.tests]
+    name = arms.quoted(row.label)
+    texts.append(f'Only {name} was trained: test loss {row.test:.4f} nats per token.')
   if pairs:
-    texts.append(_pairs(pairs))
+    texts.append(_pairs(sweep, pairs))
+  without: dict[str, list[str]] = {}
+  for answer in (answer for answer in answers if answer.tests):
+    if answer.unsupported_reason:
+      without.setdefault(answer.unsupported_reason, []).append(answer.reference)
+    else:
+      texts.append(_ranks(answer))
+  for reason, labels in without.items():
+    noun = 'the reference' if len(labels) == 1 else 'the references'
+    texts.append(f'No verdict on ranks below {_list(labels)}, {noun}: {reason}.')
   return texts
+
+
+def title(sweep: Sweep) -> str:
+  """'Scale rule and rank of adapters on gemma3_270m': what is compared, and on which base."""
+  axes = arms.varied(sweep)
+  if any(len(family) > 1 for family in arms.families(sweep).values()):
+    axes.append(_budget(sweep))
+  text = f'{arms.in_words(axes)} of adapters' if axes else 'adapters'
+  return f'{text[0].upper()}{text[1:]} on {sweep.manifest["base"]}'
 
 
 def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
@@ -58,7 +76,7 @@ def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
     )
   if any(row.clipped for row in table):
     shares = ', '.join(
-      f'{row.label} {percent(row.clipped)}' for row in table if row.clipped is not None
+      f'{arms.quoted(row.label)} {percent(row.clipped)}' for row in table if row.clipped is not None
     )
     sentences.append(
       f'Gradients were clipped at a norm of {arms.clip_norm(sweep):g}, which '
@@ -68,10 +86,6 @@ def caveats(sweep: Sweep, table: list[Row]) -> list[str]:
 
 
 def _ranks(answer: Answer) -> str:
-  if answer.unsupported_reason:
-    return (
-      f'No verdict on ranks below {answer.reference}, the reference: {answer.unsupported_reason}.'
-    )
   assert answer.margin is not None  # there is a verdict
   text = [
     f'The margin is {percent(answer.margin)} of what {answer.reference}, the '
@@ -138,18 +152,23 @@ def percent(share: float) -> str:
   return f'{100 * share:.0f} %'
 
 
-def _pairs(pairs: list[Pair]) -> str:
+def _budget(sweep: Sweep) -> str:
+  """What the arms of a pair have in common."""
+  is_equal = sweep.manifest['config']['grid'].get('equal_parameters')
+  return 'number of parameters' if is_equal else 'rank'
+
+
+def _pairs(sweep: Sweep, pairs: list[Pair]) -> str:
   known = [pair for pair in pairs if pair.p is not None]
-  text = f'Pairs of arms that differ in axes other than the rank: {len(pairs)}.'
+  axes = arms.in_words(arms.varied(sweep))
+  text = f'Pairs of arms of the same {_budget(sweep)} that differ in {axes}: {len(pairs)}.'
   if not known:
     return f'{text} None of them has a p-value.'
   told = [pair for pair in known if pair.p is not None and pair.p < 0.05]
   text += f" After Holm's correction for {len(known)}, {len(told)} can be told apart at 5 %."
   for pair in told:
-    text += (
-      f' {_upper(pair.first.label)} minus {pair.second.label}: {pair.difference} '
-      '(95 % by itself, not corrected).'
-    )
+    names = ' minus '.join(arms.quoted(row.label) for row in (pair.first, pair.second))
+    text += f' {names}: {pair.difference} (95 % by itself, not corrected).'
   if len(told) < len(known):
     text += ' Not being told apart does not show that arms are equal.'
   return text
@@ -161,7 +180,7 @@ def _with_fewer(table: list[Row], seeds: int) -> str:
 
 
 def _list(labels: Iterable[str]) -> str:
-  return '; '.join(labels)
+  return '; '.join(map(arms.quoted, labels))
 
 
 def _upper(text: str) -> str:

@@ -3,6 +3,7 @@
 import csv
 import html
 import html.parser
+import itertools
 import json
 from pathlib import Path
 import re
@@ -164,9 +165,71 @@ def test_one_seed_and_a_category_of_one_record(tmp_path):
   text, _ = page_of(sweep, tmp_path)
   caveat = 'Fewer than 3 seeds (all arms) give no interval over seeds'
   assert text.index(caveat) < text.index('No verdict on ranks below rank 8')
-  (line,) = re.findall(r'<tr><td>other, 1 category</td>.*?rank 4.*?</tr>', text)
+  (line,) = re.findall(r'<tr><td>other, 1 category: rank 4</td>.*?</tr>', text)
   assert line.endswith('(no interval: 1 record)</td></tr>')
   assert len(re.findall('over records at these seeds', text)) >= 3
+
+
+@pytest.mark.parametrize(
+  ('axis', 'values', 'equal', 'title', 'alike'),
+  [
+    ('scale_rule', ('constant', 'alpha_over_r'), False, 'Scale rule and rank', 'rank'),
+    ('init', ('peft', 'keras'), False, 'Init and rank', 'rank'),
+    ('targets', ('qv', 'all'), True, 'Targets and number of parameters', 'number of parameters'),
+    (
+      'factorization',
+      ('matrix', 'keras'),
+      True,
+      'Factorization and number of parameters',
+      'number of parameters',
+    ),
+  ],
+)
+def test_an_ablation_is_worded_by_its_axes(tmp_path, axis, values, equal, title, alike):
+  first, second = values
+  levels = {(first, 4): 0.2, (first, 8): 0.0, (second, 4): 0.2, (second, 8): 0.1}
+  sweep = made_sweep.make(levels, axis=axis, equal_parameters=equal)
+  text, _ = page_of(sweep, tmp_path)
+  assert f'<h1>{title} of adapters on made</h1>' in text
+  said = axis.replace('_', ' ')
+  pairs = f'Pairs of arms of the same {alike} that differ in {said}: 2.'
+  verdict_text = (
+    f'No verdict on ranks below "{first}, rank 8"; "{second}, rank 8", the references: '
+  )
+  assert text.index(pairs) < text.index(verdict_text)
+  assert f'adapters differ in {said} too' in text
+  prose = ' '.join(re.findall(r'<p class="answer">(.*?)</p>', text))
+  # Every label of the prose stands in quotes.
+  assert len(re.findall('"[^"]*, rank [48]"', prose)) == len(re.findall(', rank', prose)) >= 4
+
+
+def test_ranks_alone_are_titled_and_not_quoted(tmp_path):
+  text, _ = page_of(made_sweep.make({4: 0.2, 8: 0.0}), tmp_path)
+  assert '<h1>Rank of adapters on made</h1>' in text
+  assert '"' not in ' '.join(re.findall(r'<p class="answer">(.*?)</p>', text))
+
+
+@pytest.mark.parametrize('what', ['rank', 'parameters'])
+def test_ticks_do_not_collide_and_the_legend_covers_nothing(what):
+  from matplotlib import pyplot as plt
+
+  from experiments.analysis import figures
+
+  ranks = (1, 8, 9, 32, 33, 34)
+  values = ('constant', 'alpha_over_r', 'alpha_over_sqrt_r')
+  levels = {(value, rank): 1 / rank for value in values for rank in ranks}
+  table = arms.rows(made_sweep.make(levels, axis='scale_rule', rates=(1e-3,), seeds=1))
+  with figures.theme('light') as colours:
+    figure = plt.figure(figsize=figures.SIZE)
+    figures.draw_losses(figure, colours, table, [], what)
+    figure.draw_without_rendering()
+    (axes,), (legend,) = figure.axes, figure.legends
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert len(boxes) >= 3
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+    assert legend.get_window_extent().y1 < axes.get_tightbbox().y0
+    assert figure.bbox.contains(*legend.get_window_extent().min)
+    plt.close(figure)
 
 
 def test_figures_are_written_as_svg_and_png(written):
@@ -222,9 +285,13 @@ _MEASURE = """<script>onload = () => {
   const wide = document.documentElement.scrollWidth;
   const small = [...document.images].filter(
     x => x.offsetParent && (!x.complete || x.naturalWidth < 100));
+  const hidden = [...document.querySelectorAll('.wide')].flatMap(wide => {
+    wide.scrollLeft = 1e6;
+    return [...wide.querySelectorAll('tr > :first-child')];
+  }).filter(cell => cell.getBoundingClientRect().left < 0);
   const shown = [...document.images].filter(x => x.offsetParent);
   document.title = JSON.stringify({
-    wide: wide, inner: innerWidth, small: small.length, shown: shown.length,
+    wide: wide, inner: innerWidth, small: small.length, shown: shown.length, hidden: hidden.length,
     classes: [...new Set(shown.map(x => x.className))]});
 }</script>"""
 
@@ -234,7 +301,7 @@ _MEASURE = """<script>onload = () => {
 @pytest.mark.parametrize('theme', ['light', 'dark'])
 @pytest.mark.parametrize('width', [390, 1200])
 def test_in_a_browser(written, tmp_path, width, theme):
-  """Nothing is wider than the window; every figure of the theme is shown."""
+  """Nothing is wider than the window; figures of the theme and keys of scrolled rows are shown."""
   text = written[1][0].read_text()
   # Headless Chromium's own windows are at least 500 wide: a frame is not.
   inner = tmp_path / 'inner.html'
@@ -280,5 +347,6 @@ def test_in_a_browser(written, tmp_path, width, theme):
   assert found['inner'] == width
   assert found['wide'] <= width
   assert found['small'] == 0
+  assert found['hidden'] == 0
   assert found['shown'] >= 9
   assert found['classes'] == [theme]
