@@ -186,7 +186,7 @@ class TrainConfig(Freezable):
     eval_every_steps: updates between evaluations; 0 means only at the ends.
     checkpoint_every_steps: updates between checkpoints; 0 means only the last.
     early_stopping_evals: stop after this many evaluations without a new best
-      loss; 0 never stops early.
+      loss, which needs `eval_every_steps`; 0 never stops early.
     max_skipped_batches: skip at most this many batches whose loss or gradient is
       not finite, logging the records of each; one more stops the run.
     log_every_steps: updates between log lines (the metrics file has them all).
@@ -229,6 +229,14 @@ class TrainConfig(Freezable):
       'max_skipped_batches',
     ):
       at_least(name, getattr(config, name), 0)
+    # With evaluations only at the ends it would never stop, and nobody would know.
+    require(
+      not config.early_stopping_evals or config.eval_every_steps > 0,
+      'early_stopping_evals',
+      config.early_stopping_evals,
+      '0 while eval_every_steps is 0, since nothing is evaluated before the end',
+      'Set e.g. eval_every_steps=100.',
+    )
     # Beyond 32 bits, different seeds would give the same random numbers.
     require(config.seed < 2**32, 'seed', config.seed, 'an integer < 2^32')
     require(

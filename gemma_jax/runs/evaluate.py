@@ -18,6 +18,9 @@ from gemma_jax.runs import hosts
 # With fewer, neither their spread nor the distribution of their mean is known.
 FEWEST_RECORDS = 10
 
+# Of the updates' time; evaluations that take more are warned of.
+_MOST_OF_TRAINING = 0.25
+
 
 class Stopped(Exception):
   """The caller asked an evaluation to end early."""
@@ -89,6 +92,37 @@ def evaluate(
       np.add.at(tokens, ids[real], (batch['weights'] > 0)[real])
       bar.update(len(np.unique(ids[real])))
   return Evaluation(nll, tokens)
+
+
+def cost(
+  evaluation_secs: float, update_secs: float, steps: int, every: int, records: int
+) -> tuple[str, str]:
+  """What the evaluations of a run take beside its updates.
+
+  Args:
+    evaluation_secs: of one evaluation.
+    update_secs: of one update.
+    steps: updates of the whole run, which is evaluated before the first and after the last.
+    every: updates between evaluations; 0 means only at the ends.
+    records: in an evaluation.
+
+  Returns:
+    A sentence, and a remedy if they take more than a quarter of the updates' time, or else ''.
+  """
+  count = 2 + ((steps - 1) // every if every else 0)
+  updates = steps * update_secs
+  share = count * evaluation_secs / updates
+  line = (
+    f'An evaluation takes about {evaluation_secs:.1f} s; {count} of them take {100 * share:.0f} % '
+    f'of the time of {steps} updates ({updates:.0f} s)'
+  )
+  if share <= _MOST_OF_TRAINING:
+    return line, ''
+  remedy = f'data.max_eval_records={max(1, int(records * _MOST_OF_TRAINING / share))}'
+  fewer = int(_MOST_OF_TRAINING * updates / evaluation_secs)
+  if every and fewer >= 2:
+    remedy += f' or eval_every_steps={(steps - 1) // (fewer - 1) + 1}'
+  return line, f'{remedy} would take a quarter at most'
 
 
 def paired_interval(

@@ -25,6 +25,7 @@ from gemma_jax.config import train as config_lib
 from gemma_jax.config.train import TrainConfig
 from gemma_jax.formats import adapter
 from gemma_jax.runs import describe, guards, hosts, resume
+from gemma_jax.runs import evaluate as evaluate_lib
 from gemma_jax.runs import loop as loop_lib
 from gemma_jax.runs import metrics as metrics_lib
 from gemma_jax.runs import prepare as prepare_lib
@@ -155,6 +156,7 @@ class RunOutputs:
     self.started = started
     self.first_step = trainer.finished
     self.loop_started = time.perf_counter()
+    self.first_evaluation_secs: float | None = None  # before the first update
     self.guard = guards.Guard(
       run.config.max_skipped_batches, notes.setdefault('skipped', []), run.record_ids
     )
@@ -179,6 +181,9 @@ class RunOutputs:
       line['first_step_secs'] = time.perf_counter() - self.started
       logging.info('Time to first step %.1f s', line['first_step_secs'])
     self.metrics.write(metrics.step, self.guard.check(metrics.step, line))
+    # The first update is slower: it warms caches.
+    if metrics.step == min(self.first_step + 2, self.run.steps):
+      self._log_cost(metrics.seconds)
     if metrics.step % self.run.config.log_every_steps == 0:
       logging.info(
         'Step %d/%d: loss %.4f nats/token, grad norm %.3f, lr %.2e, %.0f tokens/s, %s left',
@@ -226,6 +231,7 @@ class RunOutputs:
       seconds,
     )
     if self.trainer.finished == self.first_step:
+      self.first_evaluation_secs = seconds
       self.loop_started = time.perf_counter()
 
   def goes_on(self) -> bool:
@@ -273,6 +279,22 @@ class RunOutputs:
   def close(self) -> None:
     """Flushes the metrics."""
     self.metrics.close()
+
+  def _log_cost(self, update_secs: float) -> None:
+    """Says what the evaluations will take; a run that goes on has said so before."""
+    if self.first_evaluation_secs is None:
+      return
+    line, remedy = evaluate_lib.cost(
+      self.first_evaluation_secs,
+      update_secs,
+      self.run.steps,
+      self.run.config.eval_every_steps,
+      len(self.run.data.heldout),
+    )
+    if remedy:
+      logging.warning('%s: %s.', line, remedy)
+    else:
+      logging.info('%s.', line)
 
   def _time_left(self, step: int) -> str:
     """'1:02:03' at the pace since the loop began, evaluations included."""

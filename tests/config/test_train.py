@@ -69,6 +69,7 @@ BAD = [
   ('eval_every_steps', -1),
   ('checkpoint_every_steps', -1),
   ('early_stopping_evals', -1),
+  ('early_stopping_evals', 2),  # without eval_every_steps it would never stop
   ('log_every_steps', 0),
   ('epochs', 0.0),
   ('trainable', ()),

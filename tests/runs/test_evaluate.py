@@ -33,6 +33,38 @@ def test_does_not_depend_on_how_rows_are_batched():
   np.testing.assert_array_equal(together.nll, apart.nll)
 
 
+def test_evaluations_of_a_quarter_of_the_updates_need_no_remedy():
+  line, remedy = evaluate.cost(5.0, 2.0, steps=100, every=20, records=400)
+  assert line == (
+    'An evaluation takes about 5.0 s; 6 of them take 15 % of the time of 100 updates (200 s)'
+  )
+  assert remedy == ''
+  line, remedy = evaluate.cost(25.0, 2.0, steps=100, every=0, records=400)
+  assert '2 of them take 25 %' in line
+  assert remedy == ''
+
+
+@pytest.mark.parametrize(
+  ('seconds', 'every', 'records', 'remedy'),
+  [
+    (40.0, 0, 400, 'data.max_eval_records=250'),
+    (20.0, 20, 400, 'data.max_eval_records=166 or eval_every_steps=100'),
+    (9.0, 10, 110, 'data.max_eval_records=55 or eval_every_steps=25'),
+    (1e9, 10, 400, 'data.max_eval_records=1'),
+  ],
+)
+def test_a_remedy_brings_longer_evaluations_to_a_quarter(seconds, every, records, remedy):
+  run = {'update_secs': 2.0, 'steps': 100}
+  line, got = evaluate.cost(seconds, every=every, records=records, **run)
+  assert line
+  assert got == f'{remedy} would take a quarter at most'
+  if 'eval_every_steps' in remedy:
+    every = int(remedy.rpartition('=')[2])
+    assert evaluate.cost(seconds, every=every, records=records, **run)[1] == ''
+    # One less would not do.
+    assert evaluate.cost(seconds, every=every - 1, records=records, **run)[1] != ''
+
+
 def test_nothing_supervised_gives_zero():
   measured = evaluate.Evaluation(np.zeros(2), np.zeros(2, np.int64))
   assert measured.nll_per_token == 0

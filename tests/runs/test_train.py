@@ -420,11 +420,16 @@ def test_trained_base_leaf_is_written_beside_the_adapter(records, tmp_path):
   assert np.abs(change).max() > 0
 
 
-def test_early_stopping(records, tmp_path):
+def test_early_stopping(records, tmp_path, caplog):
+  caplog.set_level('INFO')
   config = run_toy.config(records, steps=50, early_stopping_evals=2)
   config.optimizer.learning_rate = 3.0  # learns nothing but noise
   result = train.train(config.resolve(), str(tmp_path))
   assert result['steps'] < 50
+  # Said once, for all steps that are planned.
+  (said,) = [text for text in caplog.messages if text.startswith('An evaluation takes about')]
+  assert '18 of them take' in said
+  assert 'of the time of 50 updates' in said
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(records, tmp_path):
