@@ -16,7 +16,6 @@ def get_config() -> TrainConfig:
   """Gemma 3 270M, rank 8 on q and v, loss on the response."""
   return TrainConfig(
     steps=300,
-    eval_every_steps=100,
     checkpoint_every_steps=50,
     model=BaseConfig(path='gemma3_270m'),
     lora=LoraConfig(rank=8, alpha=16.0, targets='qv'),

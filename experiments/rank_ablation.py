@@ -24,6 +24,7 @@ def get_config() -> SweepConfig:
   """`dolly_lora` at every rank, rate and seed."""
   base = dolly_lora.get_config()
   base.optimizer.clip_norm = 0.0
+  base.eval_every_steps = 100  # for the learning curves; adapters share an evaluation's cost
   # One row of 512 positions in each update, as in dolly_lora; all held-out records.
   base.data.max_eval_records = 0
   return SweepConfig(

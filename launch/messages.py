@@ -19,7 +19,8 @@ _BROKEN_FILE = 'Error whilst parsing config file'
 # A setting in a message: its name (not part of a path), perhaps with a value to
 # set, or an argument at the start of the message.
 _SETTING = re.compile(
-  r'(?<![\w./\'"-])((?:data|model|lora|optimizer|mesh|grid)\.[a-z_0-9]+)(?![\w/]|\.\w)(=(?! ))?'
+  r'(?<![\w./\'"-])((?:data|model|lora|optimizer|mesh|grid)\.[a-z_0-9]+|eval_every_steps)'
+  r'(?![\w/]|\.\w)(=(?! ))?'
   r'|^([a-z_]+)(?=: got )'
 )
 # Flags that name a field differently, in commands without a config.

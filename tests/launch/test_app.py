@@ -199,13 +199,14 @@ from absl import flags
 from launch import messages, {}
 flags.FLAGS(['x'])
 print(messages.own_flags('a data.skip_bad_records=True b data.seq_len=5; model.tokenizer=PATH, '
-  'data.eval_path, data.template = x.'))
+  'data.eval_path, data.template = x, eval_every_steps=7 or eval_every_steps.'))
 """
   for command, shown in {
     'evaluate': '--skip_bad_records=True b --seq_len=5; --tokenizer=PATH, data.eval_path, '
-    '--template = x.\n',
+    '--template = x, eval_every_steps=7 or eval_every_steps.\n',
     'train': '--config.data.skip_bad_records=True b --config.data.seq_len=5; '
-    '--config.model.tokenizer=PATH, data.eval_path, data.template = x.\n',
+    '--config.model.tokenizer=PATH, data.eval_path, data.template = x, '
+    '--config.eval_every_steps=7 or eval_every_steps.\n',
   }.items():
     run = [sys.executable, '-c', script.replace('{}', command)]
     done = subprocess.run(run, capture_output=True, check=True, text=True)
