@@ -1,6 +1,9 @@
 """One loss is told from another by what it computes, and only by that."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -63,6 +66,98 @@ def test_the_same_and_another(make):
 def test_values_of_the_module_count(change):
   loss_fn = lambda **changes: of_function(module(**changes)['outer'](2.0))
   assert loss_fn(**change) != loss_fn()
+
+
+USES = """
+import collections, enum, functools, re
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FIRST, SECOND, THIRD = {first}, {second}, {third}
+TABLE = {{'rate': {table}}}
+LIST = [{entry}]
+WORDS = {{'a', 'b', frozenset({{'c', 'd', {word!r}}})}}
+CUT = re.compile({regex!r})
+LAST = collections.deque([1, {last}])
+KEY = jax.random.key({key})
+NAMES = np.array([None, {{'x', 'y', {word!r}}}], object)
+
+class Mode(enum.Enum):
+  ON = {mode}
+
+class Base:
+  def scaled(self, x):
+    return x * {method}
+
+class Loss(Base):
+  share = {attribute}
+  def __call__(self, x):
+    return self.scaled(x) * self.share
+
+class Slotted:
+  __slots__ = ('gamma',)
+
+slotted = Slotted()
+slotted.gamma = {slot}
+made = Loss()
+
+@jax.custom_vjp
+def bent(x):
+  return x
+
+bent.defvjp(lambda x: (x, None), lambda _, g: (g * {gradient},))
+
+def first(x):
+  return x * FIRST
+
+def second(x):
+  return x * SECOND
+
+def third(x):
+  return x * THIRD
+
+def loss_fn(x):
+  '''{doc}'''
+  said = TABLE, LIST, WORDS, CUT, LAST, KEY, NAMES, Mode.ON, Loss()(x), slotted, made, bent
+  return first(x) + second(x) + third(x) + jnp.{function}(x).{attribute_of}, said
+
+print(of_function(loss_fn))
+"""
+USED = {
+  **dict.fromkeys(('first', 'second', 'third', 'table', 'entry', 'last', 'key', 'slot'), 1),
+  **dict.fromkeys(('mode', 'method', 'attribute', 'gradient'), 2),
+  **{'word': 'e', 'regex': 'a+', 'function': 'mean', 'attribute_of': 'real', 'doc': 'It is.'},
+}
+OTHERS = {'function': 'sum', 'attribute_of': 'imag', 'word': 'f', 'regex': 'b+'}
+
+
+def used(**changes):
+  space = {'__name__': '__main__', 'of_function': of_function, 'print': lambda _: None}
+  exec(USES.format(**{**USED, **changes}), space)
+  return of_function(space['loss_fn'])
+
+
+def test_what_a_function_uses_counts():
+  first = used()
+  assert used(doc='Said anew.') == first
+  others = {name: OTHERS.get(name, 7) for name in USED if name != 'doc'}
+  assert [name for name, value in others.items() if used(**{name: value}) == first] == []
+
+
+def test_another_process_says_the_same():
+  script = 'from gemma_jax.runs.identity import of_function\n' + USES.format(**USED)
+  said = [
+    subprocess.run(
+      [sys.executable, '-c', '\n' * seed + script],
+      env={**os.environ, 'PYTHONHASHSEED': str(seed)},
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout
+    for seed in (1, 2)
+  ]
+  assert said[0] == said[1] != ''
 
 
 def test_optax_transformations():
