@@ -81,12 +81,12 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 class _Unread(io.FileIO):
-  """A stream whose reader may leave: what is written then is lost, and nothing ends."""
+  """A stream whose reader may leave, or disk fill up: what is written then is lost, no more."""
 
   def write(self, content: Any) -> int | None:
     try:
       return super().write(content)
-    except BrokenPipeError:
+    except OSError:  # a closed pipe, a full disk, a terminal that hung up
       return len(content)
 
 

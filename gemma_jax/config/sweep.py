@@ -95,7 +95,8 @@ class GridConfig(Freezable):
 
   def check(self):
     axes = {name: getattr(self, name) for name in AXES}
-    for name, values in axes.items():
+    for name in (*axes, 'baselines', 'full_learning_rates'):
+      values = getattr(self, name)
       require(isinstance(values, tuple | list), f'grid.{name}', values, 'a tuple of values')
     require(
       any(axes.values()),

@@ -10,7 +10,7 @@ import numpy as np
 
 from gemma_jax import pytree
 
-# The dtypes that leaves of these names must have; others are free.
+# The dtypes that leaves of these names must have; others are of any number, or booleans.
 _KINDS = {
   **dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), jnp.integer),
   'weights': jnp.floating,
@@ -60,8 +60,9 @@ def checked(batch: Any, parts: int, num_tokens: int, max_positions: int) -> Any:
         'a Dataset makes batches of records.'
       )
     rows[place] = x.shape[0]
-    wanted = _KINDS.get(name.split('/')[-1])
-    if wanted is not None and not jnp.issubdtype(x.dtype, wanted):
+    wanted = _KINDS.get(name.split('/')[-1], jnp.number)
+    is_mask = wanted is jnp.number and x.dtype == bool
+    if not is_mask and not jnp.issubdtype(x.dtype, wanted):
       raise ValueError(f'batch: got {x.dtype} at {place}, expected {wanted.__name__} values.')
   if len(set(rows.values())) > 1:
     raise ValueError(f'batch: got different numbers of rows, {rows}, expected one.')

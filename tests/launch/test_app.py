@@ -322,12 +322,13 @@ app.run(main)
 """
 
 
-@pytest.mark.parametrize('end', ['closed', 'gone', 'read'])
+@pytest.mark.parametrize('end', ['closed', 'gone', 'full', 'read'])
 @pytest.mark.parametrize('code', [0, 1])
 def test_a_log_that_nobody_reads_ends_nothing(end, code):
   """And is not on standard output, nor in a file that took its number."""
   program = LOGS.replace('FAILS', str(bool(code)))
-  command = ['bash', '-c', f'exec "$@" {"2>&-" if end == "closed" else ""}', 'bash']
+  to = {'closed': '2>&-', 'full': '2>/dev/full'}.get(end, '')
+  command = ['bash', '-c', f'exec "$@" {to}', 'bash']
   process = subprocess.Popen(
     [*command, sys.executable, '-c', program],
     cwd=Path(__file__).parents[2],

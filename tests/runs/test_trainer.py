@@ -253,6 +253,8 @@ class TestRefusals:
       ),
       ({'more': np.float32(1)}, 'got a scalar at more, expected an array whose leading'),
       ({'more': 'text'}, 'got a scalar at more, expected an array whose leading'),
+      ({'more': np.array([None] * 4)}, 'got object at more, expected number values'),
+      ({'more': jax.random.split(jax.random.key(0), 4)}, 'got key.* at more, expected number'),
     ],
   )
   def test_leaves(self, trainer, change, message):

@@ -97,6 +97,8 @@ def test_arms_train_for_as_many_updates():
   [
     ({}, 'grid: got .*expected an axis with values'),
     ({'ranks': 4}, 'grid.ranks: got 4, expected a tuple'),
+    ({'ranks': (4,), 'full_learning_rates': 0.1}, 'grid.full_learning_rates: got 0.1, expected a'),
+    ({'ranks': (4,), 'baselines': 'full'}, "grid.baselines: got 'full', expected a tuple"),
     ({'ranks': (4,), 'rate_rules': ('over_2',)}, 'grid.rate_rules'),
     ({'ranks': (4,), 'baselines': ('all',)}, 'grid.baselines'),
     ({'ranks': (4,), 'max_gang': -1}, 'grid.max_gang: got -1'),
