@@ -45,7 +45,7 @@ def lora(base):
       'batch: got a scalar at prompt, expected .*; a Dataset makes batches of records',
     ),
     (lambda base, lora: gj.Lora.init(base, targets=['q', 'v']), r"lora\.targets: got \['q', 'v'\]"),
-    (lambda base, lora: gj.Lora.init(base, seed='a'), "seed: got 'a', expected an integer >= 0"),
+    (lambda base, lora: gj.Lora.init(base, seed='a'), "seed: got 'a', expected an integer in"),
     (
       lambda base, lora: gj.load('random:tiny3', mesh={'fsdp': 1}),
       'mesh: got a dict, expected a M',
@@ -70,7 +70,7 @@ def test_each_door_says_what_it_takes(base, lora, call, message):
     ({'loss_fn': 'focal'}, "loss_fn: got 'focal', expected a function"),
     ({'learning_rate': '1e-3'}, "learning_rate: got '1e-3', expected a number"),
     ({'learning_rate': [1e-3]}, r'learning_rate: got \[0\.001\], expected a number\.'),
-    ({'seed': -1}, 'seed: got -1, expected an integer >= 0'),
+    ({'seed': -1}, 'seed: got -1, expected an integer in'),
   ],
 )
 def test_settings_of_a_trainer(base, lora, settings, message):

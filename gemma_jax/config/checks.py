@@ -19,6 +19,12 @@ def at_least(name: str, got: Any, low: int, remedy: str = ''):
   require(is_integer and got >= low, name, got, f'an integer >= {low}', remedy)
 
 
+def seed(got: Any):
+  """Requires a seed; beyond 32 bits, different ones would give the same random numbers."""
+  is_integer = isinstance(got, int) and not isinstance(got, bool)
+  require(is_integer and 0 <= got < 2**32, 'seed', got, 'an integer in [0, 2^32)')
+
+
 def instance(name: str, got: Any, kind: Any, expected: str):
   """Requires an object of a type, or of one of several."""
   if not isinstance(got, kind):

@@ -16,6 +16,7 @@ import json
 import math
 from typing import Any
 
+from gemma_jax.config import checks
 from gemma_jax.config.checks import Freezable, at_least, check_choices, check_regex, choice, require
 from gemma_jax.config.lora import LoraConfig
 
@@ -220,8 +221,8 @@ class TrainConfig(Freezable):
     Call it once, after the last override. Nothing downstream checks again.
     """
     config = copy.deepcopy(self)
+    checks.seed(config.seed)
     for name in (
-      'seed',
       'steps',
       'eval_every_steps',
       'checkpoint_every_steps',
@@ -237,8 +238,6 @@ class TrainConfig(Freezable):
       '0 while eval_every_steps is 0, since nothing is evaluated before the end',
       'Set e.g. eval_every_steps=100.',
     )
-    # Beyond 32 bits, different seeds would give the same random numbers.
-    require(config.seed < 2**32, 'seed', config.seed, 'an integer < 2^32')
     require(
       all(isinstance(step, int) and step >= 0 for step in config.profile_steps),
       'profile_steps',

@@ -68,7 +68,7 @@ def open_folder(folder: Path, reference: str) -> BaseSource:
   config = hf_config.model_config(raw, len(entries), str(config_path))
   prefix = next((p for p in _PREFIXES if f'{p}embed_tokens.weight' in entries), 'model.')
   if prefix != 'model.':
-    left_out = {name: found[0] for name in entries if (found := VISION.match(name))}
+    left_out = {name: match[0] for name in entries if (match := VISION.match(name))}
     entries = {n: e for n, e in entries.items() if n not in left_out}
     base_source.log_left_out(str(folder), left_out.values())
   heads = [entries.pop(name) for name in list(entries) if _HEAD.fullmatch(name)]

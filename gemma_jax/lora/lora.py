@@ -93,7 +93,7 @@ class Lora:
       ValueError: a field that does not fit the base, or DoRA without weights.
     """
     checks.instance('base', base, Base, 'a loaded base, gemma_jax.load(...)')
-    checks.require(0 <= seed < 2**32, 'seed', seed, 'an integer in [0, 2^32)')
+    checks.seed(seed)
     config = dataclasses.replace(config or LoraConfig(), **fields)
     config.check()
     config.freeze()

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from gemma_jax import pytree
+from gemma_jax.config import checks
 from gemma_jax.config.checks import at_least, require
 from gemma_jax.config.train import BaseConfig, OptimizerConfig
 from gemma_jax.data.dataset import Dataset
@@ -48,7 +49,7 @@ class Settings:
     """Raises a ValueError for a value that no trainer accepts."""
     at_least('batch_size', self.batch_size, 1)
     at_least('accumulate_steps', self.accumulate_steps, 1)
-    require(0 <= self.seed < 2**32, 'seed', self.seed, 'an integer in [0, 2^32)')
+    checks.seed(self.seed)
     BaseConfig(remat=self.remat).check()
     require(callable(self.loss_fn), 'loss_fn', self.loss_fn, 'a function; see training.step')
     is_one = isinstance(self.optimizer, OptimizerConfig | optax.GradientTransformation | None)
