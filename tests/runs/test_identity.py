@@ -1,6 +1,7 @@
 """One loss is told from another by what it computes, and only by that."""
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -143,6 +144,22 @@ def test_what_a_function_uses_counts():
   assert used(doc='Said anew.') == first
   others = {name: OTHERS.get(name, 7) for name in USED if name != 'doc'}
   assert [name for name, value in others.items() if used(**{name: value}) == first] == []
+
+
+@pytest.mark.parametrize('use', ['import losses', 'from losses import scaled'])
+def test_a_module_of_the_user_counts(tmp_path, monkeypatch, use):
+  monkeypatch.syspath_prepend(tmp_path)
+  name = 'losses.scaled' if 'from' not in use else 'scaled'
+
+  def identity(factor):
+    (tmp_path / 'losses.py').write_text(f'def scaled(x):\n  return x * {factor}\n')
+    monkeypatch.delitem(sys.modules, 'losses', raising=False)
+    importlib.invalidate_caches()
+    space = {'__name__': '__main__'}
+    exec(f'{use}\ndef loss_fn(x):\n  return {name}(x)', space)
+    return of_function(space['loss_fn'])
+
+  assert identity(2.0) == identity(2.0) != identity(3.25)
 
 
 def test_another_process_says_the_same():
