@@ -109,9 +109,11 @@ def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
       yield from _not_finite(each, f'{place}[{i}]')
 
 
-def json_bytes(text: str) -> int:
-  """What the values of a JSON text take in memory beside their characters, at most."""
-  return sum(n * text.count(mark) for mark, n in _JSON_BYTES.items())
+def parsed_bytes(text: str) -> int:
+  """What a JSON text takes in memory at most: itself, its values, both in a message."""
+  # A character beyond ASCII makes all of them up to 4 times as wide, once more on the way.
+  wide = max(sys.getsizeof(text), 4 * len(text) if '\\u' in text else 0)
+  return 4 * wide + sum(n * text.count(mark) for mark, n in _JSON_BYTES.items())
 
 
 def parse_json(content: bytes) -> Any:
@@ -124,13 +126,8 @@ def parse_json(content: bytes) -> Any:
     ValueError: not JSON, nested too deeply, or of too many values.
   """
   most = _MORE_BYTES + 3 * len(content)  # the content is the fourth
-  # A character beyond ASCII makes all of them up to 4 times as wide, once more on the way.
   text = content.decode() if content.isascii() or 2 * len(content) < _MORE_BYTES else None
-  if text is not None:
-    wide = max(sys.getsizeof(text), 4 * len(text) if '\\u' in text else 0)
-    # The text, the strings of it, and both once more in a message.
-    text = text if 4 * wide + json_bytes(text) < most else None
-  if text is None:
+  if text is None or parsed_bytes(text) >= most:
     raise ValueError(f'its values would take more than {most >> 20:,} MiB of memory')
   try:
     return json.loads(text)

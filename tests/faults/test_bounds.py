@@ -3,6 +3,7 @@
 Each of these took more once. The time is as in `worker`.
 """
 
+import gzip
 import json
 import struct
 import types
@@ -144,3 +145,18 @@ def test_a_reader_takes_memory_and_time_in_proportion_to_its_file(name, tmp_path
   if refused:
     assert refusal in refused[0]
     assert len(refused[0]) < 1000
+
+
+def test_a_row_of_wide_characters_is_bounded_in_memory(tmp_path):
+  """One character beyond 16 bits makes a text 4 times as wide, and each copy of it."""
+  folder = tmp_path / 'records'
+  folder.mkdir()
+  watch = worker.Watch(folder)
+  read = lambda folder: corpora.CORPORA['records'].read(folder)
+  for kept, outcome in ((2_500_000, 'read'), (5_000_000, 'refused')):
+    for wide in ('\U0001f600', '\\ud83d\\ude00'):
+      row = f'{{"prompt": "{"a" * kept}{wide}", "response": "b"}}\n'
+      (folder / 'a.jsonl.gz').write_bytes(gzip.compress(row.encode()))
+      worker.attempt(read, folder, watch)  # what stays is not counted
+      tried = worker.attempt(read, folder, watch)
+      assert (tried.outcome, tried.problem) == (outcome, None), wide
