@@ -19,6 +19,7 @@ import types
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _PLAIN = str | int | float | complex | bytes | None
@@ -85,7 +86,7 @@ def _of_array(x: Any) -> Iterator[Any]:
   if isinstance(x, jax.Array):
     if not x.is_fully_addressable:
       return
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
       x = jax.random.key_data(x)
   x = np.asarray(x)
   yield x.tolist() if x.dtype.hasobject else hashlib.sha256(x.tobytes()).hexdigest()
