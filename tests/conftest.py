@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
+import signal
 
 import jax
 import pytest
@@ -69,3 +70,11 @@ def quick_compile():
   jax.config.update('jax_disable_most_optimizations', True)
   yield
   jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture
+def ctrl_c():
+  """Python's own handler: test runners replace it, and background jobs ignore SIGINT."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)

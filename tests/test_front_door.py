@@ -402,14 +402,6 @@ def test_what_was_given_and_taken_stays_whole(base, lora, data):
     toy.assert_equal(jax.device_get(trainer.lora.factors), kept)
 
 
-@pytest.fixture
-def ctrl_c():
-  """Python's own handler, which test runners may have replaced."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_during_an_update(base, lora, ctrl_c, tmp_path):
   """SIGINT comes from a thread of the device, while it computes the 2nd update."""
   calls = []

@@ -282,7 +282,7 @@ class RunOutputs:
 
   def _log_cost(self, update_secs: float) -> None:
     """Says what the evaluations will take; a run that goes on has said so before."""
-    if self.first_evaluation_secs is None:
+    if self.first_evaluation_secs is None or not hosts.is_lead():
       return
     line, remedy = evaluate_lib.cost(
       self.first_evaluation_secs,

@@ -200,7 +200,7 @@ def test_one_training_and_one_evaluation_program(base, monkeypatch):
   assert compiled == ['training step', 'evaluation step']
 
 
-def test_ctrl_c_waits_until_the_update_is_assigned(base):
+def test_ctrl_c_waits_until_the_update_is_assigned(base, ctrl_c):
   trainer = Trainer(base, make_lora(base), BATCHES)
   losses(trainer, 1)
   original = trainer._train_step
