@@ -125,6 +125,9 @@ class GridConfig(Freezable):
       self.reference,
       f'0 or one of grid.ranks={tuple(self.ranks)}',
     )
+    for name in ('equal_parameters', 'truncate'):
+      value = getattr(self, name)
+      require(isinstance(value, bool), f'grid.{name}', value, 'True or False')
     is_size = isinstance(self.memory_gib, int | float) and self.memory_gib >= 0
     require(is_size, 'grid.memory_gib', self.memory_gib, 'a number >= 0')
     for name in ('sample_prompts', 'sample_tokens', 'max_gang'):

@@ -43,7 +43,8 @@ class MetricsWriter:
     rows, stray = _read(files.path(workdir) / 'metrics.jsonl')
     if stray:
       aside = files.path(workdir) / 'metrics.jsonl.set_aside'
-      files.write(aside, b''.join(stray))
+      before = aside.read_bytes() if aside.is_file() else b''
+      files.write(aside, before + b''.join(stray))
       logging.warning(
         '%s/metrics.jsonl: %d lines are no metrics; set aside in %s', workdir, len(stray), aside
       )

@@ -45,6 +45,10 @@ def test_stray_lines_are_set_aside_and_said(tmp_path, caplog):
   assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
   assert (tmp_path / 'metrics.jsonl.set_aside').read_bytes() == stray
   assert '4 lines are no metrics; set aside in' in caplog.text
+  with path.open('ab') as f:
+    f.write(b'more\n')
+  metrics.MetricsWriter(str(tmp_path), 2).close()
+  assert (tmp_path / 'metrics.jsonl.set_aside').read_bytes() == stray + b'more\n'
 
 
 def test_a_run_that_begins_anew_drops_all_lines(tmp_path):

@@ -106,6 +106,7 @@ def test_arms_train_for_as_many_updates():
     ({'ranks': (4,), 'margin': 10}, 'grid.margin: got 10'),
     ({'ranks': (4,), 'reference': 8}, 'grid.reference: got 8, expected 0 or'),
     ({'ranks': (4,), 'margin': float('nan')}, 'grid.margin: got nan'),
+    ({'ranks': (4,), 'truncate': 3}, 'grid.truncate: got 3, expected True or False'),
   ],
 )
 def test_bad_grids(axes, message):
