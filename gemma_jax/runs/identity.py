@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax.runs.base import Base
+
 _PLAIN = str | int | float | complex | bytes | None
 
 
@@ -51,6 +53,8 @@ def _digest(x: Any, known: dict[int, tuple[Any, str]]) -> str:
 def _parts(x: Any) -> Iterable[Any]:
   if isinstance(x, np.ndarray | np.generic | jax.Array):
     return _of_array(x)
+  if isinstance(x, Base):  # its weights may be large, and have a name
+    return x.source.fingerprint(), str(x.dtype), x.scan_layers
   if isinstance(x, types.FunctionType):
     own = _of_code(x) if _is_own(x.__globals__.get('__name__')) else ()
     return x.__module__, x.__defaults__, x.__kwdefaults__, *_closed_over(x), *own

@@ -1,5 +1,6 @@
 """One loss is told from another by what it computes, and only by that."""
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -11,6 +12,8 @@ import numpy as np
 import optax
 import pytest
 
+from gemma_jax.config.train import BaseConfig, MeshConfig
+from gemma_jax.runs.base import Base
 from gemma_jax.runs.identity import of_function
 from gemma_jax.training.step import token_loss
 
@@ -195,3 +198,18 @@ def test_a_cycle_ends():
     return loss_fn(x)
 
   assert of_function(loss_fn) == of_function(loss_fn)
+
+
+def test_a_base_is_its_files():
+  """Its weights are not read: hashing those of a large model would take minutes."""
+  base, other = (
+    Base.open(BaseConfig(path=f'random:{x}'), MeshConfig(fsdp=1)) for x in ('tiny', 'tiny2')
+  )
+  reads = lambda base: lambda batch: base.token_losses({'params': base.params}, batch)
+  unreadable = dataclasses.replace(base, params=object.__new__(Unreadable))
+  assert of_function(reads(unreadable)) == of_function(reads(base)) != of_function(reads(other))
+
+
+class Unreadable:
+  def __getattribute__(self, name):
+    raise AssertionError(name)
