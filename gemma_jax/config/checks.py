@@ -28,7 +28,7 @@ def seed(got: Any):
 def instance(name: str, got: Any, kind: Any, expected: str):
   """Requires an object of a type, or of one of several."""
   if not isinstance(got, kind):
-    shown = repr(got) if isinstance(got, str) else f'a {type(got).__name__}'
+    shown = repr(got) if isinstance(got, str) else type(got).__name__
     raise ValueError(f'{name}: got {shown}, expected {expected}.')
 
 

@@ -1,9 +1,11 @@
 """The fields of a row: read under any of their names, checked, and counted.
 
-fields = Fields({'Instruction': 'Why?', 'output': 'So.', 'id': 7})
-fields.text('instruction')             'Why?'
-fields.answer('response', 'output')    'So.'
-fields.unread()                        ['id']
+    fields = Fields({'Instruction': 'Why?', 'output': 'So.', 'id': 7})
+    fields.text('instruction')             'Why?'
+    fields.answer('response', 'output')    'So.'
+    fields.unread()                        ['id']
+
+A name that some form reads is recognized in any letter case.
 """
 
 from collections.abc import Mapping, Sequence

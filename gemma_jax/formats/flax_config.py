@@ -30,7 +30,7 @@ def model_config(shapes: dict[str, tuple[int, ...]], root: Path) -> ModelConfig:
 
   Raises:
     ValueError: an array that tells the sizes is missing or has the wrong number
-      of axes; names it.
+      of axes; names it. Or shapes that are those of several different variants.
   """
   record = root.parent / RECORD_NAME
   if record.is_file():

@@ -142,7 +142,7 @@ class Trainer:
     checks.instance('base', base, Base, 'a loaded base, gemma_jax.load(...)')
     checks.instance('lora', lora, Lora, 'a Lora, e.g. Lora.init(base, rank=8)')
     if isinstance(data, str | DataConfig | Examples):
-      raise ValueError(f'data: got a {type(data).__name__}, expected a Dataset or batches.')
+      raise ValueError(f'data: got {type(data).__name__}, expected a Dataset or batches.')
     settings = assemble.Settings(
       learning_rate=learning_rate,
       batch_size=batch_size,

@@ -95,29 +95,29 @@ def test_a_file_is_split_unless_there_is_another(tmp_path):
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
   other = data_toy.write_jsonl(tmp_path / 'b.jsonl', [record(500), record(501)])
   config = DataConfig(path=path)
-  found = sources.load_records(config)
-  assert (found.train, found.heldout) == sources.split(records(range(211)))
+  parts = sources.load_records(config)
+  assert (parts.train, parts.heldout) == sources.split(records(range(211)))
   config = dataclasses.replace(config, eval_path=other)
-  found = sources.load_records(config)
-  assert found.train == records(range(211))
-  assert found.heldout == records([500, 501])
+  parts = sources.load_records(config)
+  assert parts.train == records(range(211))
+  assert parts.heldout == records([500, 501])
 
 
 def test_max_records_bounds_training_alone(tmp_path):
   rows = [record(i) for i in range(211)]
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
   train, heldout = sources.split(records(range(211)))
-  found = sources.load_records(DataConfig(path=path, max_records=17))
-  assert found.train == train[:17]
-  assert found.heldout == heldout
+  parts = sources.load_records(DataConfig(path=path, max_records=17))
+  assert parts.train == train[:17]
+  assert parts.heldout == heldout
 
 
 def test_records_with_context_may_be_left_out(tmp_path):
   rows = [record(i, context='C' * (i % 3)) for i in range(211)]
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
-  found = sources.load_records(DataConfig(path=path, with_context=False))
+  parts = sources.load_records(DataConfig(path=path, with_context=False))
   kept = data_toy.records(row for row in rows if not row['context'])
-  assert (found.train, found.heldout) == sources.split(kept)
+  assert (parts.train, parts.heldout) == sources.split(kept)
   path = data_toy.write_jsonl(tmp_path / 'b.jsonl', [record(0, context='C')])
   with pytest.raises(ValueError, match='nothing is left'):
     sources.load_records(DataConfig(path=path, with_context=False))
@@ -127,8 +127,8 @@ def test_skipped_rows_of_both_sides_are_counted(tmp_path):
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', [record(0), '{', {}])
   other = data_toy.write_jsonl(tmp_path / 'b.jsonl', [record(1), '{'])
   config = DataConfig(path=path, eval_path=other, skip_bad_records=True)
-  found = sources.load_records(config)
-  assert found.skipped == {'invalid JSON': 2, 'field "response" is missing': 1}
+  parts = sources.load_records(config)
+  assert parts.skipped == {'invalid JSON': 2, 'field "response" is missing': 1}
   strict = dataclasses.replace(config, path=other, skip_bad_records=False)
   with pytest.raises(ValueError, match=r'data\.path: .*b\.jsonl line 2'):
     sources.load_records(strict)
@@ -139,13 +139,13 @@ def test_skipped_rows_of_both_sides_are_counted(tmp_path):
 
 
 def test_the_sample_brings_its_own_held_out_records():
-  found = sources.load_records(DataConfig(path='sample:seoul_travel'))
-  assert len(found.train) >= 240
-  assert len(found.heldout) >= 40
-  train = {record.question for record in found.train}
-  assert not train & {record.question for record in found.heldout}
+  parts = sources.load_records(DataConfig(path='sample:seoul_travel'))
+  assert len(parts.train) >= 240
+  assert len(parts.heldout) >= 40
+  train = {record.question for record in parts.train}
+  assert not train & {record.question for record in parts.heldout}
   again = sources.load_heldout('sample:seoul_travel', 'dolly')
-  assert again.records == found.heldout
+  assert again.records == parts.heldout
   with pytest.raises(ValueError, match='expected one of sample:seoul_travel'):
     sources.load_records(DataConfig(path='sample:nope'))
 
@@ -160,32 +160,32 @@ def test_evaluation_takes_all_of_a_file_in_its_order(tmp_path):
 
 def test_real_dolly_splits_by_instruction_and_context():
   path = data_toy.shared_file('dolly-15k/databricks-dolly-15k.jsonl')
-  found = sources.load_records(DataConfig(path=path))
-  assert len(found.train) + len(found.heldout) == 15_011
-  assert found.skipped == {}
-  assert 0.04 < len(found.heldout) / 15_011 < 0.06
-  train = {question(row) for row in found.train}
-  assert not train & {question(row) for row in found.heldout}
+  parts = sources.load_records(DataConfig(path=path))
+  assert len(parts.train) + len(parts.heldout) == 15_011
+  assert parts.skipped == {}
+  assert 0.04 < len(parts.heldout) / 15_011 < 0.06
+  train = {question(row) for row in parts.train}
+  assert not train & {question(row) for row in parts.heldout}
   alone = sources.load_records(DataConfig(path=path, with_context=False))
   assert len(alone.train) + len(alone.heldout) == 15_011 - 4467
-  assert alone.heldout[0] in found.heldout
+  assert alone.heldout[0] in parts.heldout
 
 
 @pytest.mark.parametrize('name', ['context', 'Context', 'input'])
 def test_leaving_contexts_out_looks_where_rendering_does(tmp_path, name):
   rows = [record(i, **({name: 'C'} if i % 2 else {})) for i in range(101)]
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
-  found = sources.load_records(DataConfig(path=path, with_context=False))
-  assert len(found.train) + len(found.heldout) == 51
-  assert not any(r.context for r in (*found.train, *found.heldout))
+  parts = sources.load_records(DataConfig(path=path, with_context=False))
+  assert len(parts.train) + len(parts.heldout) == 51
+  assert not any(r.context for r in (*parts.train, *parts.heldout))
 
 
 def test_unread_fields_of_both_sides_are_counted_by_name(tmp_path):
   rows = [record(i, id=i, **({'lang': 'en'} if i % 2 else {})) for i in range(9)]
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
   config = DataConfig(path=path, eval_path=path, skip_bad_records=True)
-  found = sources.load_records(config)
-  assert found.lines() == ['unread fields: id × 18, lang × 8']
+  parts = sources.load_records(config)
+  assert parts.lines() == ['unread fields: id × 18, lang × 8']
   reading = sources.load_heldout(path, 'dolly')
   assert reading.lines() == ['unread fields: id × 9, lang × 4']
 
@@ -193,10 +193,10 @@ def test_unread_fields_of_both_sides_are_counted_by_name(tmp_path):
 def test_unread_fields_of_records_left_out_are_not_counted(tmp_path):
   rows = [record(i, id=i, **({'context': 'C', 'lang': 'en'} if i % 2 else {})) for i in range(30)]
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', rows)
-  found = sources.load_records(DataConfig(path=path, with_context=False))
-  assert found.lines() == ['unread fields: id × 15']
-  found = sources.load_records(DataConfig(path=path, eval_path=path, max_records=4))
-  assert found.lines() == ['unread fields: id × 34, lang × 17']
+  parts = sources.load_records(DataConfig(path=path, with_context=False))
+  assert parts.lines() == ['unread fields: id × 15']
+  parts = sources.load_records(DataConfig(path=path, eval_path=path, max_records=4))
+  assert parts.lines() == ['unread fields: id × 34, lang × 17']
 
 
 def test_reading_ends_where_there_is_enough(tmp_path):
@@ -204,12 +204,12 @@ def test_reading_ends_where_there_is_enough(tmp_path):
   rows = [record(i) for i in range(211)]
   path = data_toy.write_jsonl(tmp_path / 'a.jsonl', [*rows, {'nothing': 1}])
   train, heldout = sources.split(records(range(211)))
-  found = sources.load_records(DataConfig(path=path, max_records=7, max_eval_records=3))
-  assert (found.train, found.heldout) == (train[:7], heldout[:3])
+  parts = sources.load_records(DataConfig(path=path, max_records=7, max_eval_records=3))
+  assert (parts.train, parts.heldout) == (train[:7], heldout[:3])
   other = data_toy.write_jsonl(tmp_path / 'b.jsonl', [record(500), {'nothing': 1}])
   config = DataConfig(path=path, eval_path=other, max_records=7, max_eval_records=1)
-  found = sources.load_records(config)
-  assert (found.train, found.heldout) == (records(range(7)), records([500]))
+  parts = sources.load_records(config)
+  assert (parts.train, parts.heldout) == (records(range(7)), records([500]))
   assert sources.load_heldout(other, 'dolly', most=1).records == records([500])
   with pytest.raises(ValueError, match='line 212: field'):
     sources.load_records(DataConfig(path=path, max_records=7))
@@ -223,9 +223,9 @@ def test_records_beyond_those_asked_for_are_not_kept(tmp_path):
       f.write(json.dumps(record(i % 2, more=i) | {'response': 'A' * (1 << 20)}) + '\n')
   tracemalloc.start()
   try:
-    found = sources.load_records(DataConfig(path=str(path), max_records=2, max_eval_records=3))
+    parts = sources.load_records(DataConfig(path=str(path), max_records=2, max_eval_records=3))
     assert tracemalloc.get_traced_memory()[1] < 24 << 20
   finally:
     tracemalloc.stop()
-  assert (len(found.train), len(found.heldout)) == (2, 3)
-  assert len({r.question for r in (*found.train, *found.heldout)}) == 2
+  assert (len(parts.train), len(parts.heldout)) == (2, 3)
+  assert len({r.question for r in (*parts.train, *parts.heldout)}) == 2

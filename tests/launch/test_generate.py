@@ -65,17 +65,17 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope='module')
 def expected(folders):
   """(tokenizer, {name: tokens of QUESTION and of 2,5,7}) from the library."""
-  found = open_base.open_base(MODEL)
-  tokenizer = found.tokenizer()
-  sampler = Sampler(found.config, tokenizer)
-  loaded = adapter.load_adapters(folders, found.config)
-  variables = weights.for_adapters(found.load_params(), loaded)
-  found_tokens = {}
+  opened = open_base.open_base(MODEL)
+  tokenizer = opened.tokenizer()
+  sampler = Sampler(opened.config, tokenizer)
+  loaded = adapter.load_adapters(folders, opened.config)
+  variables = weights.for_adapters(opened.load_params(), loaded)
+  by_name = {}
   for name, chosen in variables.items():
     template = 'dolly' if name == folders[1] else 'korean'
     asked = examples.prompt_tokens(tokenizer, template, asking(QUESTION))
-    found_tokens[name] = sampler.generate(chosen, [asked, [2, 5, 7]], SAMPLING).tokens
-  return tokenizer, found_tokens
+    by_name[name] = sampler.generate(chosen, [asked, [2, 5, 7]], SAMPLING).tokens
+  return tokenizer, by_name
 
 
 @pytest.fixture(scope='module')
@@ -173,9 +173,9 @@ def test_what_was_trained_can_be_asked(tmp_path):
 
 def test_a_penalty_and_min_p_reach_the_choice(expected):
   flags = ('--tokens=2,5,7', '--max_new_tokens=23', '--format=json')
-  found = open_base.open_base(MODEL)
-  made = Sampler(found.config, expected[0])
-  variables = weights.prepare({'params': found.load_params()})
+  opened = open_base.open_base(MODEL)
+  made = Sampler(opened.config, expected[0])
+  variables = weights.prepare({'params': opened.load_params()})
   seen = set()
   for own in (
     {'repetition_penalty': 1.7},
@@ -195,9 +195,9 @@ def test_tokens_need_no_tokenizer(tmp_path):
   flags = [f'--model={folder}', '--tokens=2,5', '--max_new_tokens=5']
   line = json.loads(output_of(*flags, '--format=json', '--weights=float32'))
   assert line['text'] is None
-  found = open_base.open_base(str(folder))
-  params = {'params': found.load_params('float32')}
-  expected = Sampler(found.config).generate(params, [[2, 5]], SamplingConfig(max_new_tokens=5))
+  opened = open_base.open_base(str(folder))
+  params = {'params': opened.load_params('float32')}
+  expected = Sampler(opened.config).generate(params, [[2, 5]], SamplingConfig(max_new_tokens=5))
   assert [line['tokens']] == expected.tokens
   ids = output_of(*flags, '--weights=bfloat16').split()
   assert len(list(map(int, ids))) <= 5
